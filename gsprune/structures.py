@@ -1,0 +1,621 @@
+"""Find what can be removed: conv channels, hidden neurons, attention heads, and every tensor they live in.
+
+Coupled tensors come from torch-pruning's dependency graph (one traced forward pass on a float64 copy). Each
+of its groups becomes a `Structure`, or a line that says why it cannot be pruned. Scores, masks and cutting are
+not here.
+May import: torch, torch_pruning. Used by criteria, pruner and shrink.
+
+Legend: u = unit, a position = an index along one dimension of one tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+Kind = Literal["channels", "neurons", "heads"]
+Example = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
+
+_TYPE = tp.ops.OPTYPE
+_CONV = nn.modules.conv._ConvNd
+_HEAD_NAMES = ("num_heads", "num_attention_heads", "n_heads", "heads", "nhead", "n_head")
+_WIDTH_NAMES = ("all_head_size", "inner_dim", "attn_dim", "attention_dim")
+_VALUE_NAMES = ("v", "value", "v_proj", "value_proj", "to_v", "v_lin", "wv", "w_v")
+_MIXING = {
+    _TYPE.LN: "it passes a LayerNorm, which mixes units",
+    _TYPE.GN: "it passes a GroupNorm, which mixes units",
+    _TYPE.IN: "it passes an InstanceNorm, which is not supported",
+    _TYPE.EMBED: "it is coupled to an embedding",
+    _TYPE.PARAMETER: "it is combined with a bare parameter (an embedding or a scale)",
+    _TYPE.MHA: "it is coupled to nn.MultiheadAttention, which is not supported",
+    _TYPE.LSTM: "it is coupled to an LSTM",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dimension of one tensor that a structure cuts.
+
+    `index` is int64 (units, width) on the CPU: row u lists unit u's positions along `dim` (0 rows, 1 columns)
+    of `tensor`, a name in `model.state_dict()`; `size` is the dense length of that dimension.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """Units that live in the same tensors; removing unit u removes its positions from every member.
+
+    name        module name of the first producer in module order; for heads that of the attention module
+    units       how many there are
+    producers   weights and biases whose rows compute the unit (depthwise convolutions and gates included)
+    consumers   weights whose columns read it: with these at zero the unit contributes exactly nothing
+    norms       per-channel tensors on the way that are cut along: BatchNorm's four, PReLU's slopes
+    gates       the tensors whose sum of w * g over unit u is the gradient of a gate on its pre-activation
+    attributes  module attribute -> amount per unit; its new value is amount * kept units
+    """
+
+    name: str
+    kind: Kind
+    units: int
+    producers: tuple[Member, ...]
+    consumers: tuple[Member, ...]
+    norms: tuple[Member, ...]
+    gates: tuple[Member, ...]
+    attributes: Mapping[str, int]
+
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that produce the units."""
+        return tuple(dict.fromkeys(member.tensor.rpartition(".")[0] for member in self.producers))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find_structures` offers, in module order, and why the rest is left alone (name -> reason)."""
+
+    structures: tuple[Structure, ...]
+    skipped: Mapping[str, str]
+
+
+def find_structures(
+    model: nn.Module, example_input: Example, *, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()
+) -> Found:
+    """Find the channels, neurons and heads of `model` that can be removed exactly.
+
+    A structure is offered only if zeroing its consumers' columns makes the unit contribute nothing; this is
+    tested on the example input. `include` and `exclude` are `*` patterns for a structure's name or for the name
+    of any module that produces it. `model` is not touched: all work happens on a float64 copy in evaluation mode.
+
+    Raises ValueError when the model cannot be traced, or a pattern matches nothing.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> found = find_structures(net, torch.zeros(1, 4))
+    >>> [(s.name, s.kind, s.units) for s in found.structures], dict(found.skipped)
+    ([('0', 'neurons', 3)], {'2': "it feeds the model's output"})
+    """
+    twin, args = float64_copy(model, example_input)
+    with _same_randomness(twin), torch.enable_grad():
+        trace = _trace(twin, args)
+        structures, skipped = _convert(trace)
+        structures, leaking = _separate(twin, args, structures)
+    skipped |= {s.name: "its units reach the output by a path that is not a layer's columns" for s in leaking}
+    return Found(_select(structures, skipped, tuple(include), tuple(exclude)), skipped)
+
+
+def float64_copy(model: nn.Module, example_input: Example) -> tuple[nn.Module, Example]:
+    """An evaluation-mode float64 copy of model and input (on the CPU for MPS, which has no float64)."""
+    refuse_wrapped(model)
+    mps = any(p.device.type == "mps" for p in model.parameters())
+    twin = copy.deepcopy(model).to(device="cpu" if mps else None, dtype=torch.float64).eval()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach().cpu() if mps else value.detach()
+        return value.double() if value.is_floating_point() else value
+
+    return twin, _map_example(convert, example_input)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """ValueError for wrappers that keep parameters of their own or a compiled copy."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
+        raise ValueError(f"{type(model).__name__} is a wrapper, pass the model inside it (.{inner})")
+
+
+def call(model: nn.Module, example_input: Example) -> Any:
+    """model(x), model(*tuple) or model(**dict)."""
+    if isinstance(example_input, dict):
+        return model(**example_input)
+    return model(*example_input) if isinstance(example_input, tuple | list) else model(example_input)
+
+
+def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
+    """The floating-point outputs, without gradients; the example is cloned, the model may write into it."""
+    with torch.no_grad(), _same_randomness(model):
+        args = _map_example(lambda v: v.clone() if isinstance(v, Tensor) else v, example_input)
+        return list(tensors_in(call(model, args)))
+
+
+@contextmanager
+def _same_randomness(model: nn.Module) -> Iterator[None]:
+    """Random numbers start from a fixed seed; the caller's generators are left as they were."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every floating-point tensor in nested tuples, lists, mappings and dataclass-like outputs, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_in(tuple(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from tensors_in(tuple(vars(value).values()))
+
+
+def _map_example(function: Any, example_input: Example) -> Example:
+    if isinstance(example_input, dict):
+        return {key: function(value) for key, value in example_input.items()}
+    if isinstance(example_input, tuple | list):
+        return tuple(function(value) for value in example_input)
+    result: Tensor = function(example_input)
+    return result
+
+
+# ---- tracing
+
+
+@dataclass(frozen=True, eq=False)
+class _Trace:
+    model: nn.Module
+    graph: Any
+    names: Mapping[nn.Module, str]
+    rank: Mapping[str, int]  # module name -> place in module order
+    calls: Counter[nn.Module]
+    inputs: frozenset[Any]  # grad_fns of the model's inputs
+    outputs: frozenset[Any]  # grad_fns of the model's outputs
+    owners: Counter[int]  # id(parameter) -> how many modules hold it
+
+
+def _trace(model: nn.Module, args: Example) -> _Trace:
+    calls: Counter[nn.Module] = Counter()
+    inputs: list[Any] = []
+    outputs: list[Any] = []
+
+    def mark(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        marked = value.clone().requires_grad_().clone()  # the second clone is a node the graph can show
+        inputs.append(marked.grad_fn)
+        return marked
+
+    def forward(model: nn.Module, args: Example) -> list[Tensor]:
+        found = [t for t in tensors_in(call(model, _map_example(mark, args))) if t.grad_fn is not None]
+        outputs.extend(t.grad_fn for t in found)
+        return found
+
+    hooks = [m.register_forward_hook(lambda m, *_: calls.update([m])) for m in model.modules()]
+    graph = tp.DependencyGraph()
+    try:
+        graph.build_dependency(model, args, forward_fn=forward, verbose=False)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{type(model).__name__} cannot be traced on the example input: {line}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    names = {module: name for name, module in model.named_modules()}
+    rank = {name: place for place, name in enumerate(names.values())}
+    return _Trace(model, graph, names, rank, calls, frozenset(inputs), frozenset(outputs), owners)
+
+
+# ---- one dependency group -> one structure, or the reason why not
+
+
+class _Unprunable(Exception):
+    """Why a group is not offered."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    node: Any
+    reads: bool  # the unit is read here (columns); else computed or passed on
+    positions: Tensor  # (n,)
+    roots: Tensor  # (n,) the unit each position belongs to
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    trace: _Trace
+    units: int
+    items: tuple[_Item, ...]
+
+    def of(self, *types: Any, reads: bool | None = None) -> list[_Item]:
+        """Items of these node types, in module order."""
+        found = [i for i in self.items if i.node.type in types and reads in (None, i.reads)]
+        return sorted(found, key=lambda i: self.trace.rank[self.name(i)])
+
+    def name(self, item: _Item) -> str:
+        return self.trace.names[item.node.module]
+
+    def producers(self) -> list[_Item]:
+        return self.of(_TYPE.CONV, _TYPE.DEPTHWISE_CONV, _TYPE.LINEAR, reads=False)
+
+    def consumers(self) -> list[_Item]:
+        return self.of(_TYPE.CONV, _TYPE.LINEAR, reads=True)
+
+    def norms(self) -> list[_Item]:
+        return [i for i in self.of(_TYPE.BN, _TYPE.PRELU) if not _is_scalar_prelu(i.node.module)]
+
+
+def _convert(trace: _Trace) -> tuple[list[Structure], dict[str, str]]:
+    structures: list[Structure] = []
+    skipped: dict[str, str] = {}
+    groups = [_group(trace, raw) for raw in trace.graph.get_all_groups(root_module_types=[_CONV, nn.Linear])]
+    for group in sorted(groups, key=lambda g: trace.rank[g.name(g.producers()[0])]):
+        try:
+            structures.append(_structure(group))
+        except _Unprunable as reason:
+            skipped[group.name(group.producers()[0])] = str(reason)
+    return structures, skipped
+
+
+def _group(trace: _Trace, raw: Any) -> _Group:
+    def item(entry: Any) -> _Item:
+        node = entry.dep.target
+        reads = node.type in (_TYPE.CONV, _TYPE.LINEAR) and not trace.graph.is_out_channel_pruning_fn(
+            entry.dep.handler
+        )
+        # -1 marks a position whose unit torch-pruning lost (repeated key/value heads)
+        roots = [-1 if root is None else root for root in entry.root_idxs]
+        return _Item(node, reads, torch.tensor(entry.idxs), torch.tensor(roots))
+
+    return _Group(trace, len(raw[0].idxs), tuple(item(entry) for entry in raw))
+
+
+def _structure(group: _Group) -> Structure:
+    for item in group.items:
+        _check(group, item)
+    if not group.consumers():
+        raise _Unprunable("it feeds the model's output")
+    structure = _heads(group) if _is_attention(group) else _plain(group)
+    if structure.units < 2:
+        raise _Unprunable("it has a single unit")
+    return structure
+
+
+def _check(group: _Group, item: _Item) -> None:
+    """Raise for a node that does not keep units apart, or that cannot be cut."""
+    node = item.node
+    if node.type in _MIXING:
+        raise _Unprunable(_MIXING[node.type])
+    if not item.reads and (node.type == _TYPE.OUTPUT or node.grad_fn in group.trace.outputs):
+        raise _Unprunable("it feeds the model's output")
+    if node.grad_fn in group.trace.inputs:
+        raise _Unprunable("it is combined with the model's input")
+    if node.module in group.trace.names:
+        _check_module(group.trace, node.module)
+
+
+def _check_module(trace: _Trace, module: nn.Module) -> None:
+    name = trace.names[module]
+    if trace.calls[module] > 1:
+        raise _Unprunable(f"{name!r} is called {trace.calls[module]} times in one forward pass")
+    if isinstance(module, _CONV | nn.Linear | nn.PReLU) and "weight" not in module._parameters:
+        raise _Unprunable(f"the weight of {name!r} is computed from other tensors (a parametrisation)")
+    if any(trace.owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+        raise _Unprunable(f"{name!r} shares its weight with another module")
+    if isinstance(module, _CONV):
+        _check_conv(name, module)
+
+
+def _check_conv(name: str, conv: nn.modules.conv._ConvNd) -> None:
+    if conv.transposed:
+        raise _Unprunable(f"{name!r} is a transposed convolution")
+    if conv.groups > 1 and not conv.groups == conv.in_channels == conv.out_channels:
+        raise _Unprunable(f"{name!r} is a grouped convolution")
+
+
+def _plain(group: _Group) -> Structure:
+    """Channels or neurons: one unit a row of the first producer."""
+    producers = group.producers()
+    gates = _gates(group)
+    if not gates:
+        raise _Unprunable("its BatchNorm has no weight and bias to see its gate in")
+    return Structure(
+        name=group.name(producers[0]),
+        kind="channels" if isinstance(producers[0].node.module, _CONV) else "neurons",
+        units=group.units,
+        producers=_members(group, producers),
+        consumers=_members(group, group.consumers(), dim=1),
+        norms=_members(group, group.norms()),
+        gates=gates,
+        attributes={},
+    )
+
+
+def _members(group: _Group, items: Iterable[_Item], *, dim: int = 0) -> tuple[Member, ...]:
+    """Rows (dim 0) of every per-unit tensor of the items' modules, or columns (dim 1) of their weights."""
+    members = []
+    for item in items:
+        tensors = dict(item.node.module.named_parameters(recurse=False))
+        tensors |= dict(item.node.module.named_buffers(recurse=False))
+        for leaf, tensor in tensors.items():
+            if tensor.dim() > dim and (dim == 0 or leaf == "weight"):
+                name = f"{group.name(item)}.{leaf}" if group.name(item) else leaf
+                members.append(Member(name, dim, _index(group, item, tensor.shape[dim]), tensor.shape[dim]))
+    return tuple(members)
+
+
+def _index(group: _Group, item: _Item, size: int) -> Tensor:
+    """(units, width) positions, each row sorted; raises when units do not get the same number of them."""
+    counts = torch.bincount(item.roots[item.roots >= 0], minlength=group.units)
+    known = bool((item.roots >= 0).all()) and int(item.positions.max()) < size
+    if not known or int(counts.min()) != int(counts.max()):
+        raise _Unprunable(f"its units are split, sliced or repeated in front of {group.name(item)!r}")
+    order = torch.argsort(item.roots * size + item.positions)
+    return item.positions[order].reshape(group.units, -1)
+
+
+def _is_scalar_prelu(module: Any) -> bool:
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
+
+
+# ---- gates
+
+
+def _gates(group: _Group) -> tuple[Member, ...]:
+    """Affine pairs of the BatchNorms that read the producers first, and bare producers' own rows.
+
+    Scaling a unit in front of a BatchNorm changes nothing, so its gate shows in that norm's weight and bias.
+    A producer that is (also) read without a norm shows that part of the gate in its own rows.
+    """
+    norms, bare = set(), []
+    for item in group.producers():
+        found, is_bare = _first_norms(item.node)
+        norms |= found
+        bare += [item] if is_bare else []
+    items = [item for item in group.of(_TYPE.BN) if item.node in norms]
+    affine = [m for m in _members(group, items) if m.tensor.rpartition(".")[2] in ("weight", "bias")]
+    return (*affine, *_members(group, bare))
+
+
+def _first_norms(producer: Any) -> tuple[set[Any], bool]:
+    """The BatchNorm nodes met first on the ways out of a producer, and whether some way meets none.
+
+    Depthwise convolutions are walked through: per-channel scaling in front of them is seen behind them.
+    """
+    norms, is_bare = set(), False
+    stack, seen = list(producer.outputs), set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.type == _TYPE.BN:
+            norms.add(node)
+        elif node.type in (_TYPE.CONV, _TYPE.LINEAR):
+            is_bare = True
+        else:
+            stack.extend(node.outputs)
+    return norms, is_bare
+
+
+# ---- attention heads
+
+
+def _is_attention(group: _Group) -> bool:
+    return any("ScaledDotProduct" in _op(i.node) or "Softmax" in _op(i.node) for i in group.items)
+
+
+def _op(node: Any) -> str:
+    """The autograd name of an operation; "" for a module."""
+    is_operation = node.type in (_TYPE.ELEMENTWISE, _TYPE.RESHAPE) and hasattr(node.grad_fn, "name")
+    return str(node.grad_fn.name()) if is_operation else ""
+
+
+def _heads(group: _Group) -> Structure:
+    """Attention heads: consecutive rows of separate query, key and value projections."""
+    producers = group.producers()
+    if len(producers) < 3 or not all(isinstance(i.node.module, nn.Linear) for i in producers):
+        raise _Unprunable("its softmax does not belong to an attention with separate q, k, v Linear layers")
+    name = _common_module([group.name(i) for i in producers])
+    heads = _head_count(group, name)
+    head_dim = group.units // heads
+    structure = Structure(
+        name=name or group.name(producers[0]),
+        kind="heads",
+        units=heads,
+        producers=_members(group, producers),
+        consumers=_members(group, group.consumers(), dim=1),
+        norms=_members(group, group.norms()),
+        gates=_members(group, [_value(group)]),
+        attributes=_attributes(group.trace.model, name, heads=heads, head_dim=head_dim),
+    )
+    return _merge_units(structure)
+
+
+def _common_module(names: Sequence[str]) -> str:
+    parts = [name.split(".")[:-1] for name in names]
+    common = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    return ".".join(common)
+
+
+def _head_count(group: _Group, name: str) -> int:
+    module = group.trace.model.get_submodule(name)
+    for attribute in _HEAD_NAMES:
+        heads = getattr(module, attribute, None)
+        if type(heads) is int and heads > 0 and group.units % heads == 0:
+            return heads
+    allowed = ", ".join(_HEAD_NAMES)
+    raise _Unprunable(f"no head count on {name or 'the model'!r} divides its width {group.units} ({allowed})")
+
+
+def _attributes(model: nn.Module, name: str, *, heads: int, head_dim: int) -> dict[str, int]:
+    module, prefix = model.get_submodule(name), f"{name}." if name else ""
+    counts = {prefix + a: 1 for a in _HEAD_NAMES if getattr(module, a, None) == heads}
+    widths = {prefix + a: head_dim for a in _WIDTH_NAMES if getattr(module, a, None) == heads * head_dim}
+    return counts | widths
+
+
+def _value(group: _Group) -> _Item:
+    """The value projection: the one that reaches the output projection without passing the softmax."""
+    producers = {item.node: item for item in group.producers()}
+    found, seen = [], set()
+    stack = [item.node for item in group.consumers()]
+    while stack:
+        for node in _value_inputs(stack.pop()):
+            if node in producers and node not in seen:
+                found.append(producers[node])
+            elif node not in seen:
+                stack.append(node)
+            seen.add(node)
+    if len(found) != 1:
+        found = [i for i in group.producers() if group.name(i).rpartition(".")[2] in _VALUE_NAMES]
+    if len(found) != 1:
+        raise _Unprunable(f"its value projection is not known (allowed names: {', '.join(_VALUE_NAMES)})")
+    return found[0]
+
+
+def _value_inputs(node: Any) -> list[Any]:
+    if "ScaledDotProduct" in _op(node):
+        return list(node.inputs[2:3])
+    return [] if "Softmax" in _op(node) else list(node.inputs)
+
+
+def _merge_units(structure: Structure) -> Structure:
+    """From one unit a row to one unit a head: (heads * head_dim, width) -> (heads, head_dim * width)."""
+
+    def merge(members: tuple[Member, ...]) -> tuple[Member, ...]:
+        return tuple(replace(m, index=m.index.reshape(structure.units, -1)) for m in members)
+
+    return replace(
+        structure,
+        producers=merge(structure.producers),
+        consumers=merge(structure.consumers),
+        norms=merge(structure.norms),
+        gates=merge(structure.gates),
+    )
+
+
+# ---- the proof on the example input: zero columns -> the unit contributes nothing
+
+
+def _separate(
+    twin: nn.Module, args: Example, structures: list[Structure]
+) -> tuple[list[Structure], list[Structure]]:
+    """Split into structures whose pruned units are silent and those whose units leak into the output."""
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if not parameter.any():  # a zero-initialised scale would hide a leak behind it
+                parameter.fill_(0.1)
+        leaking = _leaking(twin, args, structures)
+    return [s for s in structures if s not in leaking], leaking
+
+
+def _leaking(twin: nn.Module, args: Example, structures: list[Structure]) -> list[Structure]:
+    """Bisect: two forward passes when nothing leaks."""
+    if not structures or _are_silent(twin, args, structures):
+        return []
+    if len(structures) == 1:
+        return structures
+    half = len(structures) // 2
+    return _leaking(twin, args, structures[:half]) + _leaking(twin, args, structures[half:])
+
+
+def _are_silent(twin: nn.Module, args: Example, structures: list[Structure]) -> bool:
+    """Zero every second unit's columns, then change what produces those units: the output must not move."""
+    tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
+    producers = [m for s in structures for m in s.producers]
+    consumers = [m for s in structures for m in s.consumers]
+    saved = {m.tensor: tensors[m.tensor].clone() for m in (*producers, *consumers)}
+    _zero_every_second(tensors, consumers)
+    before = outputs(twin, args)
+    for m in producers:
+        rows = _every_second(m, tensors[m.tensor])
+        tensors[m.tensor].index_copy_(0, rows, tensors[m.tensor].index_select(0, rows) * -0.7 + 0.05)
+    _zero_every_second(tensors, consumers)
+    after = outputs(twin, args)
+    for name, value in saved.items():
+        tensors[name].copy_(value)
+    return all(close(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _zero_every_second(tensors: Mapping[str, Tensor], consumers: Iterable[Member]) -> None:
+    for m in consumers:
+        tensors[m.tensor].index_fill_(m.dim, _every_second(m, tensors[m.tensor]), 0.0)
+
+
+def _every_second(member: Member, tensor: Tensor) -> Tensor:
+    return member.index[1::2].flatten().to(tensor.device)
+
+
+def close(a: Tensor, b: Tensor, *, tolerance: float = 1e-9) -> bool:
+    """Whether two tensors differ by at most `tolerance` times the largest magnitude in `a` (NaN equals NaN)."""
+    scale = float(a.abs().max()) if a.numel() else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)
+
+
+# ---- names
+
+
+def _select(
+    structures: list[Structure],
+    skipped: Mapping[str, str],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+) -> tuple[Structure, ...]:
+    names = {s.name: (s.name, *s.modules()) for s in structures}
+    known = {name for group in names.values() for name in group} | set(skipped)
+    for pattern in include + exclude:
+        _require_match(pattern, known, skipped if pattern in include else {}, names)
+
+    def matches(structure: Structure, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(name, p) for name in names[structure.name] for p in patterns)
+
+    return tuple(s for s in structures if matches(s, include) and not matches(s, exclude))
+
+
+def _require_match(
+    pattern: str, known: set[str], skipped: Mapping[str, str], names: Mapping[str, tuple[str, ...]]
+) -> None:
+    """A pattern must match something; one of `include` must match something that can be pruned."""
+    matched = [name for name in sorted(known) if fnmatchcase(name, pattern)]
+    if not matched:
+        nearest = difflib.get_close_matches(pattern, sorted(known), n=1, cutoff=0.0)
+        hint = f", the nearest name is {nearest[0]!r}" if nearest else ""
+        raise ValueError(f"the pattern {pattern!r} matches no structure of the model{hint}")
+    prunable = {name for group in names.values() for name in group}
+    if skipped and not prunable.intersection(matched):
+        why = f"{matched[0]!r} cannot be, {skipped[matched[0]]}"
+        raise ValueError(f"the pattern {pattern!r} matches nothing that can be pruned: {why}")
