@@ -1,0 +1,404 @@
+"""The training loop: `Trainer.fit` and `Trainer.evaluate`, learning-rate schedules, optimizers, seeds.
+
+The only caller of the pruner's hooks in this repository. There is one loop and it has no feature branches:
+what pruning needs comes in through the hooks (`Hooks`), what a screen or a log needs through two callbacks.
+May import torch and numpy, and nothing else of this package.
+
+One optimizer step, in order:
+
+    hooks.on_step_begin(step)
+    forward and backward, `accumulate_steps` times
+    scaler.unscale_(optimizer)
+    hooks.on_before_optimizer_step()      gradients of the whole group: unscaled, not yet clipped
+    clip, scaler.step(optimizer), scaler.update()
+    hooks.on_step_end()
+    optimizer.zero_grad(set_to_none=True), lr_schedule.step()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Batch = tuple[Any, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROGRESS = ("auto", "bar", "lines", "none")
+
+
+class Hooks(Protocol):
+    """What the loop asks of a pruner (`gsprune.Pruner`, `gsprune.NoPruning`, or your own)."""
+
+    def on_train_begin(self) -> None: ...
+    def on_epoch_begin(self, epoch: int) -> None: ...
+    def on_step_begin(self, step: int) -> None: ...
+    def on_before_optimizer_step(self) -> None: ...
+    def on_step_end(self) -> None: ...
+    def on_epoch_end(self) -> None: ...
+    def on_train_end(self) -> None: ...
+
+
+class Schedule(Protocol):
+    """What the loop asks of a learning-rate schedule: every `torch.optim.lr_scheduler` has it."""
+
+    def step(self) -> None: ...
+
+
+class Loader(Protocol):
+    """Batches of (inputs, labels) whose number is known: a `DataLoader`, or a list of batches."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __len__(self) -> int: ...
+
+
+class Totals:
+    """Loss and correct predictions summed on the device: adding never waits for it, `read` does.
+
+    The averages are over samples, not over batches, so a short last batch weighs what it holds.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # float64 keeps the sum exact over a long epoch; MPS has none
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self._loss = torch.zeros((), dtype=wide, device=device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._count = 0
+
+    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self._loss += loss_sum.detach()
+        self._correct += (logits.detach().argmax(dim=1) == labels).sum()
+        self._count += len(labels)
+
+    def read(self) -> dict[str, float]:
+        """Mean loss and accuracy (0 to 1) so far. This is a sync point."""
+        if self._count == 0:
+            raise ValueError("the loader gave no batch, so there is no loss or accuracy to report")
+        return {"loss": self._loss.item() / self._count, "accuracy": self._correct.item() / self._count}
+
+
+EpochCallback = Callable[[int, dict[str, float]], None]
+StepCallback = Callable[[Totals], None]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Settings of training, and the two verbs that use them: `fit` and `evaluate`.
+
+    Args:
+        dense_epochs, prune_epochs: length of a job's two phases (read by `gsprune.job`).
+        prune_lr: learning rate of the second phase; None takes the optimizer's own.
+        device: "auto" (CUDA, then MPS, then CPU), "cpu", "cuda", "cuda:1", "mps".
+        precision: "fp32", or autocast to "bf16" or "fp16" (the latter with a gradient scaler).
+        accumulate_steps: batches in one optimizer step. The gradient is that of the mean over all samples of
+            the group, as for one batch of that size, also when the last batch or the last group of an epoch
+            is short. (BatchNorm still normalises each batch by itself.)
+        clip_norm: largest global gradient norm, None for no clipping. The pruner sees gradients before it.
+        channels_last: memory format of the model and of 4-D inputs; faster convolutions on most devices.
+        compile: run forward through `torch.compile`; the pruner works on the plain module.
+        fused: use the optimizer's fused form where it has one (one kernel instead of one per operation).
+        deterministic: ask also CUDA for the same numbers twice (slower). On CPU they are the same anyway.
+        progress, latency_repeats, latency_batch: read by `gsprune.job`: how to show progress, and on how many
+            repeats and samples to measure latency (0 repeats: not at all).
+
+    Raises:
+        ValueError: one sentence for each setting outside its range, and for a device that is not here.
+    """
+
+    dense_epochs: int = 6
+    prune_epochs: int = 8
+    prune_lr: float | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+    accumulate_steps: int = 1
+    clip_norm: float | None = None
+    channels_last: bool = False
+    compile: bool = False
+    fused: bool = True
+    deterministic: bool = False
+    progress: str = "auto"
+    latency_repeats: int = 30
+    latency_batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("dense_epochs", "prune_epochs", "latency_repeats"):
+            _check(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
+        for name in ("accumulate_steps", "latency_batch"):
+            _check(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "1 or more")
+        for name in ("clip_norm", "prune_lr"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"trainer.{name}", value, "above 0, or null")
+        for name, choices in (("precision", AUTOCAST), ("progress", PROGRESS)):
+            value = getattr(self, name)
+            _check(value in choices, f"trainer.{name}", value, f"one of {', '.join(choices)}")
+        find_device(self.device)
+
+    @functools.cached_property
+    def torch_device(self) -> torch.device:
+        return find_device(self.device)
+
+    def place(self, model: Model) -> Model:
+        """The same module, moved to the device and the memory format. Do this before making an optimizer."""
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        return model.to(device=self.torch_device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
+
+    def steps_per_epoch(self, loader: Loader) -> int:
+        """Optimizer steps of one epoch: groups of `accumulate_steps` batches, the last one possibly short."""
+        return math.ceil(len(loader) / self.accumulate_steps)
+
+    def fit(
+        self,
+        model: nn.Module,
+        train_loader: Loader,
+        val_loader: Loader | None,
+        *,
+        optimizer: Optimizer,
+        lr_schedule: Schedule,
+        pruner: Hooks,
+        epochs: int,
+        on_epoch: EpochCallback = lambda epoch, values: None,
+        on_step: StepCallback = lambda totals: None,
+    ) -> None:
+        """Train `model` in place for `epochs` epochs, calling the pruner's hooks in the order above.
+
+        Args:
+            lr_schedule: stepped once per optimizer step.
+            on_epoch: called after every epoch with its number (from 0) and `train/loss`, `train/accuracy`,
+                `val/loss`, `val/accuracy` (when there is a `val_loader`), `lr`, `epoch_seconds`.
+            on_step: called after every optimizer step with the running `Totals`; reading it is a sync point.
+        """
+        scaler = torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
+        forward = torch.compile(model) if self.compile else model
+        loop = _Loop(self, forward, optimizer, lr_schedule, pruner, scaler, on_step)
+        model.train()
+        pruner.on_train_begin()
+        with _first_skipped_step_is_fine():
+            for epoch in range(epochs):
+                start = time.perf_counter()
+                pruner.on_epoch_begin(epoch)
+                values = _named("train", loop.train_epoch(train_loader))
+                pruner.on_epoch_end()
+                if val_loader is not None:
+                    values |= _named("val", self._evaluate(model, forward, val_loader))
+                values |= {"lr": _lr(optimizer), "epoch_seconds": time.perf_counter() - start}
+                on_epoch(epoch, values)
+        pruner.on_train_end()
+
+    def evaluate(self, model: nn.Module, loader: Loader) -> dict[str, float]:
+        """Mean `loss` and `accuracy` (0 to 1) over all samples of `loader`; the model is left as it was."""
+        return self._evaluate(model, model, loader)
+
+    def _evaluate(self, model: nn.Module, forward: Callable[..., Tensor], loader: Loader) -> dict[str, float]:
+        totals = Totals(self.torch_device)
+        with _eval_mode(model), torch.no_grad():
+            for batch in loader:
+                totals.add(*self.loss_sum(forward, batch))
+        return totals.read()  # sync point, once
+
+    def loss_sum(self, forward: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy summed over the batch, the logits, and the labels on the device."""
+        inputs, labels = self.to_device(batch[0]), self.to_device(batch[1])
+        dtype = AUTOCAST[self.precision]
+        with torch.autocast(self.torch_device.type, dtype=dtype, enabled=dtype is not None):
+            logits = forward(inputs)
+        return F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels
+
+    def to_device(self, value: Any) -> Any:
+        """Copy a tensor (or a tuple, list or mapping of them) without waiting for pinned memory."""
+        if isinstance(value, Tensor):
+            if self.channels_last and value.dim() == 4:
+                return value.to(self.torch_device, memory_format=torch.channels_last, non_blocking=True)
+            return value.to(self.torch_device, non_blocking=True)
+        if isinstance(value, Mapping):
+            return {name: self.to_device(item) for name, item in value.items()}
+        return type(value)(self.to_device(item) for item in value)
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """One `fit`: the trainer's settings and what it works on."""
+
+    trainer: Trainer
+    forward: Callable[..., Tensor]
+    optimizer: Optimizer
+    lr_schedule: Schedule
+    pruner: Hooks
+    scaler: torch.amp.GradScaler
+    on_step: StepCallback
+
+    def train_epoch(self, loader: Loader) -> dict[str, float]:
+        totals = Totals(self.trainer.torch_device)
+        for step, group in enumerate(_groups(loader, self.trainer.accumulate_steps)):
+            self.pruner.on_step_begin(step)
+            self._accumulate(group, totals)
+            self.scaler.unscale_(self.optimizer)
+            self.pruner.on_before_optimizer_step()
+            self._update()
+            self.pruner.on_step_end()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.lr_schedule.step()
+            self.on_step(totals)
+        return totals.read()  # sync point, once an epoch
+
+    def _accumulate(self, group: Sequence[Batch], totals: Totals) -> None:
+        samples = sum(len(labels) for _, labels in group)
+        for batch in group:
+            loss, logits, labels = self.trainer.loss_sum(self.forward, batch)
+            self.scaler.scale(loss / samples).backward()  # type: ignore[no-untyped-call]
+            totals.add(loss, logits, labels)
+
+    def _update(self) -> None:
+        if self.trainer.clip_norm is not None:
+            # asked each time: a pruner that shrinks puts new parameters into the groups
+            nn.utils.clip_grad_norm_(parameters_of(self.optimizer), self.trainer.clip_norm)
+        # a sync point only for fp16 with an optimizer that has no fused form
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def warmup_cosine(
+    optimizer: Optimizer, *, total_steps: int, warmup: float = 0.1, final_ratio: float = 0.0
+) -> LambdaLR:
+    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to `final_ratio`.
+
+    With W = round(warmup * total_steps), the factor on the optimizer's learning rate at step t (from 0) is
+
+        (t + 1) / (W + 1)                                          for t < W
+        f + (1 - f) * (1 + cos(pi * (t - W) / (T - W))) / 2        for W <= t < T, f = final_ratio
+        f                                                          from T on
+
+    so the peak is reached once, at step W. Cosine: Loshchilov and Hutter 2017 (SGDR), without restarts.
+
+    >>> optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
+    >>> schedule = warmup_cosine(optimizer, total_steps=6, warmup=1 / 3)
+    >>> [round(schedule.lr_lambdas[0](t), 3) for t in range(7)]
+    [0.333, 0.667, 1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    _check_share("lr_schedule.warmup", warmup)
+    _check_share("lr_schedule.final_ratio", final_ratio)
+    warm = round(warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        progress = min((step - warm) / max(total_steps - warm, 1), 1.0)
+        return final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+    return LambdaLR(optimizer, factor)
+
+
+def constant(optimizer: Optimizer, *, total_steps: int, warmup: float = 0.0) -> LambdaLR:
+    """Linear warm-up over the first `warmup` share of the steps, then the optimizer's own learning rate."""
+    return warmup_cosine(optimizer, total_steps=total_steps, warmup=warmup, final_ratio=1.0)
+
+
+def make_optimizer(
+    factory: Callable[..., Optimizer], model: nn.Module, *, lr: float | None = None, fused: bool = True
+) -> Optimizer:
+    """Call `factory` (an optimizer class or a partial of one) on the model's trainable parameters.
+
+    With `fused`, the fused form is asked for where the class has one and neither `fused` nor `foreach` was
+    set; where the parameters do not allow it (device, dtype) the ordinary form is taken.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("the model has no trainable parameter, so there is nothing to optimize")
+    extra: dict[str, Any] = {} if lr is None else {"lr": lr}
+    if fused and _unset(factory, "fused") and _unset(factory, "foreach"):
+        with contextlib.suppress(RuntimeError):
+            return factory(parameters, fused=True, **extra)
+    return factory(parameters, **extra)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def seed_everything(seed: int, *, deterministic: bool = False) -> None:
+    """Seed Python, numpy and torch (all devices), and set how strictly CUDA must repeat itself."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA, then MPS, then CPU."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, found in here.items() if found))
+    kind, _, index = name.partition(":")
+    allowed = ", ".join(["auto", *(kind for kind, found in here.items() if found)])
+    known = here.get(kind, False) and (not index or index.isdecimal())
+    _check(known, "trainer.device", name, f"one of those on this machine: {allowed}")
+    if kind == "cuda" and index:
+        count = torch.cuda.device_count()
+        _check(int(index) < count, "trainer.device", name, f"cuda:0 to cuda:{count - 1}")
+    return torch.device(name)
+
+
+def _groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of `size` batches, the last one possibly shorter; holds one group in host memory."""
+    batches = iter(loader)
+    while group := list(itertools.islice(batches, size)):
+        yield group
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back to each module's own mode (a frozen BatchNorm stays frozen)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _first_skipped_step_is_fine() -> Iterator[None]:
+    """A scaler that skips the very first step makes torch warn of a wrong call order: not so here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
+        yield
+
+
+def _named(split: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{split}/{name}": value for name, value in values.items()}
+
+
+def _lr(optimizer: Optimizer) -> float:
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def _unset(factory: Callable[..., Any], name: str) -> bool:
+    """Whether `factory` takes the argument and nobody has chosen it yet."""
+    parameter = inspect.signature(factory).parameters.get(name)
+    return parameter is not None and parameter.default is None
+
+
+def _check(ok: bool, name: str, given: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={given} is not allowed: it must be {allowed}")
+
+
+def _check_share(name: str, given: float) -> None:
+    _check(0 <= given <= 1, name, given, "from 0 to 1")
