@@ -1,0 +1,74 @@
+"""What a criterion is. Pure: tensors in, scores out; no mask, schedule or setting. Imports torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gsprune.structures import Member, Structure
+
+Read = Callable[[str], tuple[Tensor, Tensor | None]]  # tensor name -> (weight, its gradient; None for a baseline)
+
+
+class Criterion:
+    """A rule that scores single weights, whole units, or both.
+
+    A *cumulative* criterion returns the signed first-order change of the loss in this step; the pruner adds its
+    magnitude to the running score, S <- decay * S + abs(change), so the sum over a unit's entries is inside the abs and the sum
+    over steps outside it. Any other criterion returns the score itself and is asked when a mask is due.
+
+    To add one: subclass, override `weights` or `units` (or both) and set the flags beside them.
+
+    Args:
+        decay: d in (0, 1]; 1 is the plain sum over all steps.
+
+    Raises:
+        ValueError: decay outside (0, 1].
+    """
+
+    scores_weights: ClassVar[bool] = False
+    scores_units: ClassVar[bool] = False
+    cumulative: ClassVar[bool] = True  # accumulated over steps; otherwise computed when a mask is due
+    normalize: bool = False  # divide a structure's scores by their L2 norm before a global ranking
+
+    def __init__(self, *, decay: float = 1.0) -> None:
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay is {decay}: it must be in (0, 1]")
+        self.decay = decay
+
+    def weights(self, weight: Tensor, grad: Tensor | None, *, name: str = "", out: Tensor | None = None) -> Tensor:
+        """Signed change (or score) of each weight of the tensor `name`; written to `out`, float32, if there is one."""
+        raise ValueError(f"{self} scores whole units, not single weights")
+
+    def units(self, structure: Structure, read: Read) -> Tensor:
+        """Signed change (or score) of each unit of a structure, (units,)."""
+        raise ValueError(f"{self} scores single weights, not whole units: take Abs or Weighted")
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
+
+def unit_sums(members: Sequence[Member], entries: Callable[[str], Tensor]) -> Tensor:
+    """Sum of the entries that belong to each unit, over all members: (units,).
+
+    Args:
+        members: where the units lie in each tensor.
+        entries: tensor name -> one value per entry of that tensor.
+    """
+    return torch.stack([_spread(member, along(entries(member.tensor), member.dim)) for member in members]).sum(0)
+
+
+def along(values: Tensor, dim: int) -> Tensor:
+    """Sum over every axis but `dim`: a vector of that axis' length."""
+    others = [axis for axis in range(values.dim()) if axis != dim]
+    return values.sum(others) if others else values
+
+
+def _spread(member: Member, vector: Tensor) -> Tensor:
+    """A vector along the member's axis -> its sum over the positions of each unit."""
+    return vector[member.index].sum(1)

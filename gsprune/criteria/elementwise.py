@@ -1,0 +1,32 @@
+"""The criterion of single weights. Imports torch alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gsprune.criteria.base import Criterion
+
+
+class Elementwise(Criterion):
+    """First-order loss change of zeroing each weight: s = abs(w * g).
+
+    Args:
+        decay: d in (0, 1] of S <- d * S + s. 0.9 keeps about the last ten steps, 1.0 is the ancestor's plain sum.
+
+    Source: Mozer and Smolensky, "Skeletonization", 1989; accumulated over steps as in Intel Neural Compressor.
+
+    Example:
+        >>> w, g = torch.tensor([2.0, -1.0, 0.5, 0.0]), torch.tensor([0.5, 3.0, -1.0, 9.0])
+        >>> Elementwise().weights(w, g).abs().tolist()
+        [1.0, 3.0, 0.5, 0.0]
+    """
+
+    scores_weights = True
+
+    def __init__(self, *, decay: float = 0.9) -> None:
+        super().__init__(decay=decay)
+
+    def weights(self, weight: Tensor, grad: Tensor | None, *, name: str = "", out: Tensor | None = None) -> Tensor:
+        assert grad is not None
+        return torch.mul(weight.float(), grad, out=out)

@@ -1,0 +1,87 @@
+"""The criteria of whole units: the gradient of a gate that was never built. Imports torch alone.
+
+Multiplying a unit's output by xi is the same as multiplying its column in every consumer by xi, so the gate's gradient
+at xi = 1 is the column sum of w * g: no forward hook, no head mask, nothing kept from the forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gsprune.criteria.base import Criterion, Read, unit_sums
+
+if TYPE_CHECKING:
+    from gsprune.structures import Structure
+
+
+class Gate(Criterion):
+    """Base of `Abs` and `Weighted`: the sum of w * g over the tensors on one side of the unit."""
+
+    scores_units = True
+
+    def __init__(self, *, decay: float = 0.95, normalize: bool = False) -> None:
+        super().__init__(decay=decay)
+        self.normalize = normalize
+
+
+class Abs(Gate):
+    """Gradient of a gate on unit u's output: s_u = abs(sum over consumers of w[:, u] * g[:, u]).
+
+    Args:
+        decay: d in (0, 1] of S <- d * S + s; 1 is the ancestor's plain sum.
+        normalize: divide each structure's scores by their L2 norm before a global ranking.
+
+    Source: Michel et al., "Are sixteen heads really better than one?", 2019, equation 2, for heads (there through a
+    head mask); Molchanov et al., "Pruning convolutional neural networks", 2017, for channels.
+
+    Example:
+        Two units, read by the columns of one 2 x 2 weight:
+
+        >>> from gsprune.structures import Member, Structure
+        >>> reader = Member("out.weight", dim=1, index=torch.tensor([[0], [1]]), size=2)
+        >>> unit = Structure("hidden", "neurons", 2, (), consumers=(reader,), norms=(), gates=(), attributes={})
+        >>> w, g = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, -1.0], [1.0, 1.0]])
+        >>> Abs().units(unit, lambda name: (w, g)).tolist()
+        [4.0, 2.0]
+    """
+
+    def units(self, structure: Structure, read: Read) -> Tensor:
+        return unit_sums(structure.consumers, lambda name: _product(read(name)))
+
+
+class Weighted(Gate):
+    """Gradient of a gate on unit u's pre-activation: s_u = abs(sum over producers of w[u, :] * g[u, :] + b[u] * gb[u]).
+
+    Rows followed by a normalisation layer are represented by that layer's affine pair, gamma * g_gamma + beta * g_beta:
+    scaling such a row does not change the loss, so its own sum is nothing but rounding and BatchNorm's eps. Under ReLU
+    this equals `Abs`; without, it sees the activation's slope, which `Abs` does not.
+
+    Args:
+        decay: d in (0, 1] of S <- d * S + s; 1 is the ancestor's plain sum.
+        normalize: divide each structure's scores by their L2 norm before a global ranking.
+
+    Source: Intel Neural Compressor's `weighted_gradient`; Molchanov et al., "Importance estimation", 2019, section 3.1.
+
+    Example:
+        Two units, made by the rows of one 2 x 2 weight and a bias:
+
+        >>> from gsprune.structures import Member, Structure
+        >>> rows = tuple(Member(name, 0, torch.tensor([[0], [1]]), size=2) for name in ("weight", "bias"))
+        >>> unit = Structure("hidden", "neurons", 2, rows, consumers=(), norms=(), gates=rows, attributes={})
+        >>> w, g = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, -1.0], [1.0, 1.0]])
+        >>> b, gb = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 5.0])
+        >>> Weighted().units(unit, {"weight": (w, g), "bias": (b, gb)}.__getitem__).tolist()
+        [1.0, 7.0]
+    """
+
+    def units(self, structure: Structure, read: Read) -> Tensor:
+        return unit_sums(structure.gates, lambda name: _product(read(name)))
+
+
+def _product(pair: tuple[Tensor, Tensor | None]) -> Tensor:
+    weight, grad = pair
+    assert grad is not None
+    return torch.mul(weight.to(torch.promote_types(weight.dtype, torch.float32)), grad)

@@ -1,0 +1,59 @@
+"""Choose by name: `*` patterns to include and to exclude. Imports nothing but the standard library."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+
+def choose(
+    names: Mapping[str, Iterable[str]],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    *,
+    skipped: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The names that a pattern includes and none excludes, in the order given.
+
+    Args:
+        names: name -> everything a pattern may match to mean it (the name itself, its module, ...).
+        include: patterns with `*`, `?` and `[...]`, case matters.
+        exclude: patterns that win over `include`.
+        skipped: name -> why it is not on offer; told when it is all that an `include` pattern matches.
+
+    Raises:
+        ValueError: a pattern that matches nothing (the nearest name is told), or nothing left to prune.
+
+    Example:
+        >>> layers = {"conv1.weight": ["conv1.weight", "conv1"], "fc.weight": ["fc.weight", "fc"]}
+        >>> choose(layers, ["*"], ["fc"])
+        ['conv1.weight']
+    """
+    for kind, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(_matches(aliases, [pattern]) for aliases in names.values()):
+                _check_skipped(kind, pattern, names, skipped or {})
+    chosen = [n for n, aliases in names.items() if _matches(aliases, include) and not _matches(aliases, exclude)]
+    if not chosen:
+        raise ValueError(f"nothing is left to prune: include is {list(include)}, exclude is {list(exclude)}")
+    return chosen
+
+
+def _check_skipped(kind: str, pattern: str, names: Mapping[str, Iterable[str]], skipped: Mapping[str, str]) -> None:
+    """The error for a pattern that matches nothing on offer; to exclude what is skipped anyway is none."""
+    hit = next((name for name in skipped if fnmatchcase(name, pattern)), None)
+    if hit is None:
+        raise ValueError(f"{kind} pattern {pattern!r} matches nothing that can be pruned{_nearest(pattern, names)}")
+    if kind == "include":
+        raise ValueError(f"include pattern {pattern!r} matches nothing that can be pruned: {hit!r}, {skipped[hit]}")
+
+
+def _matches(aliases: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(alias, pattern) for alias in aliases for pattern in patterns)
+
+
+def _nearest(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
+    aliases = sorted({alias for group in names.values() for alias in group})
+    near = difflib.get_close_matches(pattern, aliases, n=1, cutoff=0.0)
+    return f"; the nearest name is {near[0]!r}" if near else ""

@@ -1,0 +1,492 @@
+"""`Pruner`: the hooks a training loop calls, and when a mask is due. The rooms below do scores, selection and masks.
+
+May import every room of the core (criteria, schedules, patterns, selection, targets, structures, shrink), and torch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gsprune.criteria import Criterion
+from gsprune.patterns import Pattern, parse_pattern
+from gsprune.schedules import Cubic, Ramp, Schedule
+from gsprune.selection import pruned_count, select
+from gsprune.targets import Scratch, Target, UnitTarget, Verdict, weight_targets
+
+if TYPE_CHECKING:
+    from gsprune.shrink import Plan
+
+Scope = Literal["local", "global"]
+
+
+class Pruner:
+    """Prune a model while it trains, by what its gradients say the loss would feel.
+
+    Call the hooks from a loop of your own (see the README), or `attach` the pruner to an optimizer:
+
+        pruner.on_train_begin()
+        for epoch in range(epochs):
+            pruner.on_epoch_begin(epoch)
+            for step, batch in enumerate(loader):
+                pruner.on_step_begin(step)            # a due mask update happens here, from scores already seen
+                loss.backward()                       # x accumulation steps, then unscale
+                pruner.on_before_optimizer_step()     # gradients are read: before clipping
+                optimizer.step()
+                pruner.on_step_end()                  # masks are re-applied: momentum and weight decay revive weights
+                optimizer.zero_grad()
+            pruner.on_epoch_end()
+        pruner.on_train_end()                         # final mask; units are cut out of the model
+
+    Inside a step nothing waits for the device; a mask update (a few in an epoch) does.
+
+    Args:
+        model: pruned in place.
+        criterion: how to score, from `gsprune.criteria`.
+        target_sparsity: share of weights or units to prune, in [0, 1); overrides the schedule's own.
+        keep: units to keep in every structure of a kind, as {"heads": 8, "neurons": 600}, instead of a share;
+            kinds not named stay whole.
+        schedule: training progress -> sparsity, from `gsprune.schedules`.
+        pattern: selection groups of single-weight pruning: "1x1", a tile "NxM", or a block "N:M".
+        per_channel: every output channel (row of tiles) reaches the sparsity, not only every tensor.
+        scope: "local", every tensor or structure reaches the sparsity, or "global", one ranking over all.
+            None: global for weights, local for units.
+        structured: prune units (and shrink the model in the end) or single weights. None: the criterion's own way.
+        min_kept: groups kept at least in every tensor or structure.
+        include, exclude: `*` patterns for names of tensors, modules or structures; exclude wins.
+        example_input: a batch (tensor, tuple or dict) to trace the model with; needed for units.
+        optimizer: its memory of pruned weights is zeroed, and it follows the model when that shrinks.
+        steps_per_epoch: optimizer steps in an epoch; without it masks are updated between epochs only.
+        epochs: length of the run, of which a schedule without `end_epoch` takes two thirds.
+
+    Raises:
+        ValueError: a setting out of its range, or one that contradicts another or the model.
+
+    Example:
+        >>> from gsprune.criteria import Magnitude
+        >>> from gsprune.schedules import OneShot
+        >>> model = nn.Linear(4, 1)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, -1.0, 2.0, 3.0]]))
+        >>> pruner = Pruner(model, Magnitude(), target_sparsity=0.5, schedule=OneShot())
+        >>> pruner.on_step_begin(0)
+        >>> model.weight.tolist(), pruner.sparsity
+        ([[0.0, 0.0, 2.0, 3.0]], 0.5)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        *,
+        target_sparsity: float | None = None,
+        keep: Mapping[str, int | None] | None = None,
+        schedule: Schedule | None = None,
+        pattern: str | Pattern = "1x1",
+        per_channel: bool = False,
+        scope: Scope | None = None,
+        structured: bool | None = None,
+        min_kept: int = 1,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        example_input: Any = None,
+        optimizer: Optimizer | None = None,
+        steps_per_epoch: int | None = None,
+        epochs: float | None = None,
+    ) -> None:
+        self.model, self.criterion, self.optimizer = model, criterion, optimizer
+        self.structured = not criterion.scores_weights if structured is None else structured
+        self.scope = scope or ("local" if self.structured else "global")
+        self.min_kept, self.steps_per_epoch = min_kept, steps_per_epoch
+        self._example_input = example_input
+        counts = {kind: count for kind, count in (keep or {}).items() if count is not None}
+        parsed = parse_pattern(pattern)
+        _check_settings(self, parsed, counts, per_channel=per_channel)
+        schedule = _resolve(schedule or Cubic(), parsed, target_sparsity, epochs, quiet=bool(counts))
+        if self.structured:
+            self.targets: Sequence[Target] = self._unit_targets(include, exclude, counts)
+        else:
+            self.targets = weight_targets(model, parsed, include=include, exclude=exclude, per_channel=per_channel)
+        self._schedules = [_schedule_for(target, schedule, counts) for target in self.targets]
+        self._applied = [0.0] * len(self.targets)  # sparsity each target's mask was last made for
+        self._scored = torch.zeros((), dtype=torch.int64, device=self.targets[0].score.device)  # batches that counted
+        self._scratch = Scratch()
+        self._handles: list[RemovableHandle] = []
+        self.epoch, self.step, self.updates = 0, 0, 0
+        self.plan: Plan | None = None
+
+    # ---- hooks, in the order a loop calls them
+
+    def on_train_begin(self) -> None:
+        """Before the first epoch. Masks of a loaded state are applied."""
+        self._apply_masks()
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        """Before an epoch, counted from 0 at the start of the pruning phase."""
+        self.epoch, self.step = epoch, 0
+
+    def on_step_begin(self, step: int) -> None:
+        """Before the forward pass of the epoch's optimizer step `step`: a due mask update happens here."""
+        self.step = step
+        wanted = [schedule(self.progress) for schedule in self._schedules]
+        if any(now > before for now, before in zip(wanted, self._applied, strict=True)):
+            self._update(wanted)
+
+    def on_before_optimizer_step(self) -> None:
+        """After the backward pass, with gradients unscaled and not yet clipped: scores grow by this step's change.
+
+        A batch whose gradients (of what is pruned) are not finite adds nothing.
+
+        Raises:
+            ValueError: a weight to be scored has no gradient.
+        """
+        if not self.criterion.cumulative or self.finished:
+            return
+        with torch.no_grad():
+            finite = torch.stack([target.probe(self.criterion) for target in self.targets]).isfinite().all()
+            verdict = Verdict(finite, self.criterion.decay)
+            for target in self.targets:
+                target.accumulate_(self.criterion, verdict, self._scratch)
+            self._scored += finite
+
+    def on_step_end(self) -> None:
+        """After the optimizer step: what is pruned is zero again."""
+        self._apply_masks()
+
+    def on_epoch_end(self) -> None:
+        """After an epoch."""
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def on_train_end(self) -> None:
+        """After the last epoch: the final mask, if training ended before the schedule did; units are cut out, once.
+
+        Raises:
+            ValueError: the smaller model does not compute what the masked one does; it is left masked.
+        """
+        if self.plan is not None:
+            return
+        if not self.finished:
+            warnings.warn(
+                f"training ended at epoch {self.progress:g}, before the schedule did: the final mask comes without any "
+                f"training after it",
+                stacklevel=2,
+            )
+            self._update([schedule.target_sparsity for schedule in self._schedules])
+        if self.structured:
+            self._shrink()
+
+    # ---- for loops without hooks
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let the optimizer's own step call the hooks: `attach`, train as ever, then `finish`.
+
+        A step that a gradient scaler skips is skipped here too. Gradients are seen as the optimizer sees them, so after
+        clipping.
+
+        Raises:
+            ValueError: the pruner was not told `steps_per_epoch`, which turns steps into progress.
+        """
+        if self.steps_per_epoch is None:
+            raise ValueError("attach needs the pruner's steps_per_epoch, to know how far training is")
+        self.optimizer = optimizer
+        self.on_train_begin()
+        self.on_step_begin(self.step)
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self.on_before_optimizer_step()),
+            optimizer.register_step_post_hook(lambda *_: self._on_attached_step()),
+        ]
+
+    def finish(self) -> nn.Module:
+        """The end of training for an attached pruner: the final mask, the smaller model; hooks are removed.
+
+        Returns:
+            The model given to the constructor, pruned.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.on_train_end()
+        return self.model
+
+    def _on_attached_step(self) -> None:
+        assert self.steps_per_epoch is not None
+        self.on_step_end()
+        epochs, step = divmod(self.step + 1, self.steps_per_epoch)
+        self.epoch += epochs
+        self.on_step_begin(step)
+
+    # ---- what there is to see
+
+    @property
+    def progress(self) -> float:
+        """Epochs trained, as a float; whole epochs if `steps_per_epoch` is not known."""
+        return self.epoch + (self.step / self.steps_per_epoch if self.steps_per_epoch else 0)
+
+    @property
+    def sparsity(self) -> float:
+        """Reached share of pruned weights or units, over everything targeted, in [0, 1)."""
+        return sum(target.pruned for target in self.targets) / sum(target.total for target in self.targets)
+
+    @property
+    def target_sparsity(self) -> float:
+        """The share the schedule ends with, over everything targeted."""
+        wanted = (s.target_sparsity * t.total for s, t in zip(self._schedules, self.targets, strict=True))
+        return sum(wanted) / sum(target.total for target in self.targets)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the mask is final."""
+        return all(now >= s.target_sparsity for now, s in zip(self._applied, self._schedules, strict=True))
+
+    def report(self) -> dict[str, float]:
+        """`sparsity` of all, and `sparsity/<tensor>` of each tensor or `kept/<structure>` units of each structure."""
+        if self.structured:
+            each = {f"kept/{target.name}": float(target.total - target.pruned) for target in self.targets}
+        else:
+            each = {f"sparsity/{target.name}": target.pruned / target.total for target in self.targets}
+        return {"sparsity": self.sparsity, **each}
+
+    def masks(self) -> dict[str, Tensor]:
+        """bool masks, True = kept: tensor name -> its weight's shape, or structure name -> (units,)."""
+        return {t.name: torch.ones_like(t.score, dtype=torch.bool) if t.keep is None else t.keep for t in self.targets}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on bit-identically: scores, masks, progress."""
+        return {
+            "scores": {target.name: target.score.clone() for target in self.targets},
+            "masks": {target.name: target.keep.clone() for target in self.targets if target.keep is not None},
+            "applied": list(self._applied),
+            "scored": int(self._scored),
+            "epoch": self.epoch,
+            "step": self.step,
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state of a pruner with the same targets.
+
+        Raises:
+            ValueError: the state is of other targets; names the first that does not fit.
+        """
+        scores, masks = state["scores"], state["masks"]
+        odd = sorted(set(scores) ^ {target.name for target in self.targets})
+        if odd:
+            raise ValueError(f"the saved state and this pruner do not have the same targets: {odd[0]} is in one only")
+        for target in self.targets:
+            target.load(scores[target.name], masks.get(target.name))
+        self._applied = list(state["applied"])
+        self._scored.fill_(state["scored"])
+        self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
+
+    # ---- inside
+
+    def _unit_targets(self, include: Sequence[str], exclude: Sequence[str], counts: Mapping[str, int]) -> list[Target]:
+        from gsprune.structures import find_structures  # heavy: imports torch-pruning
+
+        if self._example_input is None:
+            raise ValueError("pruning units needs example_input, a batch to trace the model with")
+        found = find_structures(self.model, self._example_input, include=include, exclude=exclude).structures
+        kinds = {structure.kind for structure in found}
+        for kind in counts:
+            if kind not in kinds:
+                raise ValueError(f"keep names {kind!r}, but the model has {', '.join(sorted(kinds)) or 'no units'}")
+        return [UnitTarget(s, self.model) for s in found if not counts or s.kind in counts]
+
+    def _update(self, wanted: Sequence[float]) -> None:
+        """A mask update: the only place that waits for the device."""
+        if self.criterion.cumulative and not int(self._scored):
+            return  # nothing was seen yet: the update stays due
+        with torch.no_grad():
+            if not self.criterion.cumulative:
+                for target in self.targets:
+                    target.compute_(self.criterion)
+            groups = [_checked(target) for target in self.targets]
+            for target, keep in zip(self.targets, self._select(groups, wanted), strict=True):
+                target.set_keep(keep)
+        self._applied = list(wanted)
+        self.updates += 1
+        self._apply_masks()
+        if self.optimizer is not None:
+            for target in self.targets:
+                target.mask_state_(self.optimizer, self._scratch)
+
+    def _select(self, groups: Sequence[Tensor], wanted: Sequence[float]) -> list[Tensor]:
+        if self.scope == "global":
+            ranked = [_normalized(group) if self.criterion.normalize else group for group in groups]
+            return self._select_together([group.reshape(1, -1) for group in ranked], wanted[0], self.targets)
+        return [
+            self._select_together([group], share, [target])[0]
+            for group, share, target in zip(groups, wanted, self.targets, strict=True)
+        ]
+
+    def _select_together(self, groups: Sequence[Tensor], share: float, targets: Sequence[Target]) -> list[Tensor]:
+        n, rows = sum(group.shape[1] for group in groups), len(groups[0])
+        gone = sum(target.pruned * group.numel() // target.total for target, group in zip(targets, groups, strict=True))
+        k = max(pruned_count(share, n), gone // rows)  # what is pruned stays pruned
+        protected = [target.protected(group) for target, group in zip(targets, groups, strict=True)]
+        known = [safe for safe in protected if safe is not None]
+        return select(groups, k, protected=known or None, min_kept=self.min_kept)
+
+    def _apply_masks(self) -> None:
+        with torch.no_grad():
+            for target in self.targets:
+                target.apply_(self._scratch)
+
+    def _shrink(self) -> None:
+        from gsprune.shrink import shrink  # heavy: imports torch-pruning
+
+        units = [target for target in self.targets if isinstance(target, UnitTarget)]
+        self.plan = shrink(
+            self.model,
+            [target.structure for target in units],
+            [self.masks()[target.name] for target in units],
+            example_input=self._example_input,
+            optimizer=self.optimizer,
+        )
+
+
+class NoPruning:
+    """The control: a pruner with every hook of `Pruner` that does nothing.
+
+    Takes the settings of any other pruner, so that a sweep can name it beside them.
+
+    Example:
+        >>> pruner = NoPruning(nn.Linear(2, 2), target_sparsity=0.0)
+        >>> pruner.sparsity, pruner.masks()
+        (0.0, {})
+    """
+
+    structured = False
+    finished = True
+    sparsity = 0.0
+    target_sparsity = 0.0
+    updates = 0
+    plan = None
+
+    def __init__(self, model: nn.Module, *, target_sparsity: float | None = None, **_: Any) -> None:
+        if target_sparsity:
+            warnings.warn(f"target_sparsity={target_sparsity} has no effect: nothing is pruned here", stacklevel=2)
+        self.model = model
+
+    def on_train_begin(self) -> None:
+        """Nothing."""
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        """Nothing."""
+
+    def on_step_begin(self, step: int) -> None:
+        """Nothing."""
+
+    def on_before_optimizer_step(self) -> None:
+        """Nothing."""
+
+    def on_step_end(self) -> None:
+        """Nothing."""
+
+    def on_epoch_end(self) -> None:
+        """Nothing."""
+
+    def on_train_end(self) -> None:
+        """Nothing."""
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Nothing."""
+
+    def finish(self) -> nn.Module:
+        """The model, as it is."""
+        return self.model
+
+    def report(self) -> dict[str, float]:
+        """`sparsity`, which is 0."""
+        return {"sparsity": 0.0}
+
+    def masks(self) -> dict[str, Tensor]:
+        """No masks."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+def _check_settings(pruner: Pruner, pattern: Pattern, counts: Mapping[str, int], *, per_channel: bool) -> None:
+    """The contradictions and the settings without effect that can be seen before the model is."""
+    criterion, units = pruner.criterion, pruner.structured
+    if not (criterion.scores_units if units else criterion.scores_weights):
+        kind, other = ("units", "false") if units else ("single weights", "true")
+        raise ValueError(
+            f"{type(criterion).__name__} cannot score {kind}: set structured={other} or take another criterion"
+        )
+    if pruner.scope not in ("local", "global"):
+        raise ValueError(f'scope is {pruner.scope!r}: it must be "local" or "global"')
+    if pruner.min_kept < 1:
+        raise ValueError(f"min_kept is {pruner.min_kept}: it must be 1 or more")
+    if counts and not units:
+        raise ValueError(f"keep={dict(counts)} counts units, but {type(criterion).__name__} prunes single weights here")
+    if counts and pruner.scope == "global":
+        raise ValueError("keep counts units in each structure, which a global scope does not: set scope to local")
+    if per_channel and pruner.scope == "global":
+        raise ValueError("per_channel needs scope local: with one ranking over all, channels do not reach a sparsity")
+    if units and (per_channel or pattern != parse_pattern("1x1")):
+        warnings.warn("pattern and per_channel have no effect on units", stacklevel=3)
+    if criterion.normalize and pruner.scope == "local":
+        warnings.warn(
+            "normalize has no effect under scope local: it divides each structure by its own norm",
+            stacklevel=3,
+        )
+
+
+def _resolve(
+    schedule: Schedule, pattern: Pattern, target: float | None, epochs: float | None, *, quiet: bool
+) -> Schedule:
+    """The schedule with its target and end filled in."""
+    fixed = pattern.final_sparsity
+    if fixed is not None and target is not None and not math.isclose(target, fixed, abs_tol=1e-9):
+        raise ValueError(f"target_sparsity is {target}, but the pattern fixes it: it must be {fixed:g}")
+    final = target if target is not None else fixed
+    if final is not None:
+        schedule = schedule.retargeted(final)
+    if epochs is None:
+        return schedule
+    schedule = schedule.resolved(epochs)
+    end = schedule.end_epoch if isinstance(schedule, Ramp) else schedule.start_epoch
+    if end is not None and end > epochs and not quiet:
+        warnings.warn(f"the schedule ends at epoch {end:g}, after the run's {epochs:g} epochs", stacklevel=3)
+    return schedule
+
+
+def _schedule_for(target: Target, schedule: Schedule, counts: Mapping[str, int]) -> Schedule:
+    """The schedule of one target: the common one, or the way to its own kept count."""
+    if not counts:
+        return schedule
+    assert isinstance(target, UnitTarget)
+    kept = counts[target.structure.kind]
+    if not 1 <= kept <= target.total:
+        raise ValueError(
+            f"keep asks for {kept} {target.structure.kind} in {target.name}, which has {target.total}: "
+            f"it must be 1 to {target.total}"
+        )
+    return schedule.retargeted(1 - kept / target.total)
+
+
+def _checked(target: Target) -> Tensor:
+    """The target's group scores, or an error if the running score holds an inf or a NaN."""
+    groups = target.groups()
+    if not math.isfinite(best := float(groups.max())):  # the maximum of a NaN is NaN; -inf is what is pruned already
+        raise ValueError(f"the score of {target.name} is not finite ({best}): its gradients or weights grew too large")
+    return groups
+
+
+def _normalized(group: Tensor) -> Tensor:
+    """Scores divided by the L2 norm of those that are not pruned."""
+    norm = group.masked_fill(group.isneginf(), 0).norm()
+    return group / norm if norm > 0 else group
