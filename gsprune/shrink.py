@@ -1,0 +1,345 @@
+"""Turn kept units into a smaller dense network: modules, their attributes and the optimizer's state.
+
+Two steps: `plan_shrink` says which positions of which tensors stay, `apply_plan` cuts them out in place.
+`shrink` does both, after comparing the masked and the shrunk network in float64 on copies.
+May import: torch, gsprune.structures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gsprune.structures import Example, Structure, close, float64_copy, outputs, refuse_wrapped
+
+Cuts = Mapping[int, Tensor]  # dimension -> kept positions
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What stays of a dense network.
+
+    kept        tensor name -> dimension -> kept positions (int64, CPU, ascending); only what is really cut
+    sizes       tensor name -> dimension -> dense length, so that a plan cannot be applied twice
+    attributes  module attribute -> new value ("blocks.0.attn.num_heads" -> 3)
+
+    >>> plan = Plan({"0.weight": {0: torch.tensor([0, 2])}}, {"0.weight": {0: 3}}, {})
+    >>> plan.to_json()["tensors"]
+    {'0.weight': {'0': {'size': 3, 'kept': [0, 2]}}}
+    >>> Plan.from_json(plan.to_json()).kept["0.weight"][0]
+    tensor([0, 2])
+    """
+
+    kept: Mapping[str, Mapping[int, Tensor]]
+    sizes: Mapping[str, Mapping[int, int]]
+    attributes: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and ints."""
+        tensors = {
+            name: {str(d): {"size": self.sizes[name][d], "kept": kept.tolist()} for d, kept in cuts.items()}
+            for name, cuts in self.kept.items()
+        }
+        return {"tensors": tensors, "attributes": dict(self.attributes)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Plan:
+        """The inverse of `to_json`; ValueError in one sentence for anything else."""
+        _expect(isinstance(data, dict) and set(data) == {"tensors", "attributes"}, "it has no plan's two keys")
+        _expect(isinstance(data["tensors"], dict), "'tensors' is not a mapping")
+        _expect(isinstance(data["attributes"], dict), "'attributes' is not a mapping")
+        for name, value in data["attributes"].items():
+            _expect(type(value) is int and value > 0, f"{name} = {value!r} is not a positive integer")
+        cuts = {name: _read_cuts(name, entry) for name, entry in data["tensors"].items()}
+        kept = {name: {d: kept for d, (_, kept) in entry.items()} for name, entry in cuts.items()}
+        sizes = {name: {d: size for d, (size, _) in entry.items()} for name, entry in cuts.items()}
+        return cls(kept, sizes, dict(data["attributes"]))
+
+
+def _expect(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(f"not a pruning plan: {problem}")
+
+
+def _read_cuts(name: str, entry: Any) -> dict[int, tuple[int, Tensor]]:
+    _expect(isinstance(entry, dict) and set(entry) <= {"0", "1"}, f"{name} has dimensions other than 0 and 1")
+    return {int(d): _read_cut(f"{name} dimension {d}", cut) for d, cut in entry.items()}
+
+
+def _read_cut(where: str, cut: Any) -> tuple[int, Tensor]:
+    _expect(isinstance(cut, dict) and set(cut) == {"size", "kept"}, f"{where} has no size and kept")
+    size, kept = cut["size"], cut["kept"]
+    _expect(type(size) is int and size > 0, f"the size of {where} is not a positive integer")
+    whole = isinstance(kept, list) and len(kept) > 0 and all(type(k) is int for k in kept)
+    _expect(whole, f"{where} keeps {'nothing' if kept == [] else 'something that is not a list of integers'}")
+    _expect(min(kept) >= 0 and max(kept) < size, f"{where} keeps positions outside 0..{size - 1}")
+    ascending = all(a < b for a, b in pairwise(kept))
+    _expect(ascending, f"the kept positions of {where} are not ascending and unique")
+    return size, torch.tensor(kept)
+
+
+def plan_shrink(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> Plan:
+    """The plan that removes every unit u of `structures[i]` with `keeps[i][u]` False.
+
+    A dimension that several structures cut (a concatenation) keeps what all of them keep.
+    Raises ValueError when a keep is not a bool vector of its structure's units, or keeps nothing.
+    """
+    alive: dict[tuple[str, int], Tensor] = {}
+    attributes: dict[str, int] = {}
+    for structure, keep in zip(structures, _checked(structures, keeps), strict=True):
+        members = (*structure.producers, *structure.consumers, *structure.norms)
+        for m in members if not keep.all() else ():
+            mask = alive.setdefault((m.tensor, m.dim), torch.ones(m.size, dtype=torch.bool))
+            mask[m.index[~keep].flatten()] = False
+        if not keep.all():
+            attributes |= {name: amount * int(keep.sum()) for name, amount in structure.attributes.items()}
+    kept: dict[str, dict[int, Tensor]] = {}
+    sizes: dict[str, dict[int, int]] = {}
+    for (name, dim), mask in alive.items():
+        kept.setdefault(name, {})[dim] = mask.nonzero().flatten()
+        sizes.setdefault(name, {})[dim] = len(mask)
+    return Plan(kept, sizes, attributes)
+
+
+def _checked(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> list[Tensor]:
+    if len(structures) != len(keeps):
+        raise ValueError(f"{len(keeps)} keep vectors were given for {len(structures)} structures")
+    for structure, keep in zip(structures, keeps, strict=True):
+        if keep.dtype != torch.bool or keep.shape != (structure.units,):
+            given = f"{keep.dtype} {tuple(keep.shape)}"
+            raise ValueError(f"the keep of {structure.name!r} must be bool ({structure.units},), not {given}")
+        if not keep.any():
+            raise ValueError(f"the keep of {structure.name!r} removes all {structure.units} units")
+    return [keep.detach().cpu() for keep in keeps]
+
+
+def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> None:
+    """Cut `model` in place: new Parameters in the same modules, attributes and optimizer state to match.
+
+    Dtype, device, memory format, `requires_grad` and `.grad` (cut along) are kept. In the optimizer the new
+    parameters take the old ones' places, and every state tensor shaped like its parameter is cut alike.
+    Everything is checked before anything changes. Raises ValueError when the plan does not fit the model.
+    """
+    refuse_wrapped(model)
+    homes = {name: _home(model, name) for name in plan.kept}
+    for name, cuts in plan.kept.items():
+        _check_tensor(name, getattr(*homes[name]), plan.sizes[name], cuts)
+    for name in plan.attributes:
+        _check_attribute(model, name)
+    _check_shared(model, homes)
+    modules = {id(module): module for module, _ in homes.values()}.values()
+    resizes = [(module, _resizer(module)) for module in modules]
+    replaced: dict[Tensor, tuple[nn.Parameter, Cuts]] = {}
+    fresh = {name: _cut(getattr(*homes[name]).detach(), cuts) for name, cuts in plan.kept.items()}
+    if optimizer is not None:
+        _check_optimizer(optimizer, [getattr(*home) for home in homes.values()])
+    for name, (module, leaf) in homes.items():
+        old = getattr(module, leaf)
+        if isinstance(old, nn.Parameter):
+            replaced[old] = (_parameter(old, fresh[name], plan.kept[name]), plan.kept[name])
+        setattr(module, leaf, replaced[old][0] if old in replaced else fresh[name])
+    for module, resize in resizes:
+        resize(module)
+    for name, value in plan.attributes.items():
+        setattr(*_home(model, name), value)
+    if optimizer is not None:
+        _move_state(optimizer, replaced)
+
+
+def shrink(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    keeps: Sequence[Tensor],
+    *,
+    example_input: Example,
+    optimizer: Optimizer | None = None,
+) -> Plan:
+    """Remove the units that are not kept, in place, after proving on copies that nothing else changes.
+
+    `keeps[i]` is bool (units,), True = kept. Raises ValueError when the masked and the shrunk network differ
+    by more than 1e-9 of the largest output in float64; the model and the optimizer are then untouched.
+
+    >>> from gsprune.structures import find_structures
+    >>> net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.ones(1, 4)
+    >>> keep = torch.tensor([True, False, True])
+    >>> plan = shrink(net, find_structures(net, x).structures, [keep], example_input=x)
+    >>> net[0], net[2]
+    (Linear(in_features=4, out_features=2, bias=True), Linear(in_features=2, out_features=2, bias=True))
+    """
+    check_shrink(model, structures, keeps, example_input=example_input)
+    plan = plan_shrink(structures, keeps)
+    apply_plan(model, plan, optimizer=optimizer)
+    return plan
+
+
+def check_shrink(
+    model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor], *, example_input: Example
+) -> None:
+    """Compare masked and shrunk float64 copies; ValueError names the structures that do not agree."""
+    problem = _difference(model, structures, keeps, example_input)
+    if problem is None:
+        return
+    pairs = list(zip(structures, keeps, strict=True))
+    alone = [s.name for s, keep in pairs if _difference(model, [s], [keep], example_input)]
+    names = ", ".join(repr(name) for name in alone or [s.name for s in structures])
+    raise ValueError(f"{problem}; the model was left as it was, exclude {names}")
+
+
+def _difference(
+    model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor], example_input: Example
+) -> str | None:
+    plan = plan_shrink(structures, keeps)
+    twin, args = float64_copy(model, example_input)
+    mask_units(twin, structures, keeps)
+    masked = outputs(twin, args)
+    apply_plan(twin, plan)
+    try:
+        shrunk = outputs(twin, args)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"the shrunk network does not run ({line})"
+    if len(masked) == len(shrunk) and all(close(a, b) for a, b in zip(masked, shrunk, strict=True)):
+        return None
+    return "the shrunk network does not compute what the masked one does"
+
+
+@torch.no_grad()
+def mask_units(model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor]) -> None:
+    """Zero, in place, the consumers' columns of the units that are not kept."""
+    for structure, keep in zip(structures, _checked(structures, keeps), strict=True):
+        for m in structure.consumers:
+            tensor = getattr(*_home(model, m.tensor))
+            tensor.index_fill_(m.dim, m.index[~keep].flatten().to(tensor.device), 0.0)
+
+
+# ---- checks
+
+
+def _home(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+        getattr(module, leaf)
+    except AttributeError:
+        raise ValueError(f"the pruning plan names {name!r}, which {type(model).__name__} does not have") from None
+    return module, leaf
+
+
+def _check_tensor(name: str, tensor: Any, sizes: Mapping[int, int], cuts: Cuts) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"the pruning plan cuts {name!r}, which is not a tensor")
+    for dim in cuts:
+        if tensor.dim() <= dim or tensor.shape[dim] != sizes[dim]:
+            expected = f"length {sizes[dim]} in dimension {dim}"
+            raise ValueError(
+                f"the pruning plan expects {name!r} to have {expected}, its shape is {tuple(tensor.shape)}"
+            )
+    if getattr(tensor, "_backward_hooks", None) or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise ValueError(f"{name!r} has gradient hooks, remove them before shrinking")
+
+
+def _check_attribute(model: nn.Module, name: str) -> None:
+    value = getattr(*_home(model, name))
+    if type(value) is not int:
+        raise ValueError(f"the pruning plan sets {name!r}, which is not an integer")
+
+
+def _check_shared(model: nn.Module, homes: Mapping[str, tuple[nn.Module, str]]) -> None:
+    cut = {id(getattr(*home)): name for name, home in homes.items()}
+    seen: set[int] = set()
+    for parameter in (p for m in model.modules() for p in m._parameters.values() if p is not None):
+        if id(parameter) in cut and id(parameter) in seen:
+            raise ValueError(f"{cut[id(parameter)]!r} is shared with another module and cannot be cut")
+        seen.add(id(parameter))
+
+
+def _check_optimizer(optimizer: Optimizer, tensors: Iterable[Tensor]) -> None:
+    """A foreign optimizer would go on training parameters that no longer exist."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = [t for t in tensors if t.requires_grad]
+    if trained and not any(id(t) in held for t in trained):
+        raise ValueError(f"the {type(optimizer).__name__} optimizer holds none of the parameters to be cut")
+
+
+# ---- cutting
+
+
+def _cut(tensor: Tensor, cuts: Cuts) -> Tensor:
+    """A new tensor with the kept positions, in the same memory format."""
+    out = tensor
+    for dim, kept in cuts.items():
+        out = out.index_select(dim, kept.to(tensor.device))
+    return out.contiguous(memory_format=_memory_format(tensor))
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(tensor.dim(), torch.contiguous_format)
+    is_last = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=wanted)
+    return wanted if is_last else torch.contiguous_format
+
+
+def _parameter(old: nn.Parameter, data: Tensor, cuts: Cuts) -> nn.Parameter:
+    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    if old.grad is not None:
+        new.grad = _cut(old.grad, cuts)
+    return new
+
+
+def _move_state(optimizer: Optimizer, replaced: Mapping[Tensor, tuple[nn.Parameter, Cuts]]) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [replaced[p][0] if p in replaced else p for p in group["params"]]
+    for old, (new, cuts) in replaced.items():
+        if old in optimizer.state:
+            state = optimizer.state.pop(old)
+            optimizer.state[new] = {key: _cut_state(value, old, cuts) for key, value in state.items()}
+
+
+def _cut_state(value: Any, old: Tensor, cuts: Cuts) -> Any:
+    """Cut what runs along the parameter: whole moments, and row or column factors (Adafactor's)."""
+    if not isinstance(value, Tensor) or value.dim() != old.dim():
+        return value
+    return _cut(value, {dim: kept for dim, kept in cuts.items() if value.shape[dim] == old.shape[dim]})
+
+
+# ---- module attributes, read off the new shapes
+
+
+def _resize_conv(conv: Any) -> None:
+    rows, columns = conv.weight.shape[:2]
+    is_depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
+    conv.groups = rows if is_depthwise else conv.groups
+    conv.out_channels, conv.in_channels = rows, columns * conv.groups
+
+
+def _resize_linear(linear: Any) -> None:
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+def _resize_batchnorm(norm: Any) -> None:
+    norm.num_features = len(norm.weight if norm.weight is not None else norm.running_mean)
+
+
+def _resize_prelu(prelu: Any) -> None:
+    prelu.num_parameters = len(prelu.weight)
+
+
+_RESIZE: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
+    (nn.modules.conv._ConvNd, _resize_conv),
+    (nn.Linear, _resize_linear),
+    (nn.modules.batchnorm._BatchNorm, _resize_batchnorm),
+    (nn.PReLU, _resize_prelu),
+)
+
+
+def _resizer(module: nn.Module) -> Callable[[Any], None]:
+    for cls, resize in _RESIZE:
+        if isinstance(module, cls):
+            return resize
+    raise ValueError(f"the pruning plan cuts a {type(module).__name__}, which cannot be shrunk")
