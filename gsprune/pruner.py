@@ -73,7 +73,7 @@ class Pruner:
         >>> from gsprune.criteria import Magnitude
         >>> from gsprune.schedules import OneShot
         >>> model = nn.Linear(4, 1)
-        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, -1.0, 2.0, 3.0]]))
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.5, 2.0, 3.0]]))
         >>> pruner = Pruner(model, Magnitude(), target_sparsity=0.5, schedule=OneShot())
         >>> pruner.on_step_begin(0)
         >>> model.weight.tolist(), pruner.sparsity

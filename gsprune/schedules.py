@@ -173,7 +173,8 @@ class Exponential(Ramp):
 
     def curve(self, done: float, span: float) -> float:
         t = done / span
-        return 1 - (1 - self.initial_sparsity) ** (1 - t) * (1 - self.target_sparsity) ** t
+        density: float = (1 - self.initial_sparsity) ** (1 - t) * (1 - self.target_sparsity) ** t
+        return 1 - density
 
 
 @dataclass(frozen=True)

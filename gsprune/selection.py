@@ -64,7 +64,7 @@ def _select(scores: Sequence[Tensor], k: int, protected: Sequence[Tensor] | None
     pool = torch.cat(tuple(scores), dim=1) if len(scores) > 1 else scores[0].clone()
     n = pool.shape[1]
     if protected is not None:
-        for part, safe in zip(pool.split([score.shape[1] for score in scores], dim=1), protected, strict=True):
+        for part, safe in zip(torch.split(pool, [score.shape[1] for score in scores], dim=1), protected, strict=True):
             part.masked_fill_(safe, math.inf)
         k = min(k, n - int(sum(int(safe.sum(1).max()) for safe in protected)))
     if k <= 0:

@@ -269,7 +269,7 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors in steps along their first axis, small enough for the cache; whole on an accelerator."""
     first = tensors[0]
     rows = len(first) if first.device.type != "cpu" else max(1, BLOCK * len(first) // max(1, first.numel()))
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
 def _dims(tensor: Tensor) -> str:

@@ -18,8 +18,8 @@ class Criterion:
     """A rule that scores single weights, whole units, or both.
 
     A *cumulative* criterion returns the signed first-order change of the loss in this step; the pruner adds its
-    magnitude to the running score, S <- decay * S + abs(change), so the sum over a unit's entries is inside the abs and the sum
-    over steps outside it. Any other criterion returns the score itself and is asked when a mask is due.
+    magnitude to the running score, S <- decay * S + abs(change), so the sum over a unit's entries is inside the abs
+    and the sum over steps outside it. Any other criterion returns the score itself and is asked when a mask is due.
 
     To add one: subclass, override `weights` or `units` (or both) and set the flags beside them.
 
