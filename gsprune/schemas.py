@@ -1,7 +1,7 @@
 """What keys and types the configuration has: plain dataclasses, so that Hydra refuses a misspelt key or a wrong type.
 
-A configuration file asks for its schema with `- /gsprune_pruner@_here_` at the top of its defaults list. The schemas are
-stored at the root of Hydra's ConfigStore, where neither `--help` nor shell completion list them. Imports only
+A configuration file asks for its schema with `- /gsprune_pruner@_here_` at the top of its defaults list. The schemas
+are stored at the root of Hydra's ConfigStore, where neither `--help` nor shell completion list them. Imports only
 hydra and omegaconf: this runs in every Hydra application of the environment, so it must stay cheap.
 """
 
