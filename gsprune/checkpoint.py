@@ -1,0 +1,303 @@
+"""What a run leaves on the disk and reads back: masks, and the smaller model. Nothing is ever unpickled.
+
+Files are data from strangers: names, shapes and sizes are checked before anything is allocated or changed,
+and every fault is a ValueError of one sentence. Imports torch, numpy, safetensors; shrink.py only to load.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gsprune.files import aside, read_json, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from gsprune.shrink import Plan
+
+__all__ = ["load_masks", "load_pruned", "save_masks", "save_pruned", "write_atomic", "write_json"]
+
+MASK_FORMAT = "gsprune-masks"
+MODEL_FORMAT = "gsprune-pruned-model"
+VERSION = 1
+WEIGHTS = "model.safetensors"
+RECORD = "pruning.json"
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
+
+
+# --- masks: 1 bit a weight ---------------------------------------------------------------------------------
+
+
+def save_masks(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
+    """Write bool tensors of any shape at 1 bit an element; their shapes go to the file's metadata.
+
+    Bits are packed in row-major order, the first element in the highest bit; the last byte is filled with zeros.
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> save_masks(folder.name + "/masks.safetensors", {"w": torch.tensor([[True, False], [True, True]])})
+    >>> load_masks(folder.name + "/masks.safetensors")["w"].tolist()
+    [[True, False], [True, True]]
+    """
+    packed = {}
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask {name!r} is {mask.dtype}, but masks are torch.bool")
+        packed[name] = torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    metadata = {"format": MASK_FORMAT, "version": str(VERSION), "shapes": json.dumps(shapes)}
+    _save_tensors(path, packed, metadata)
+
+
+def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read what `save_masks` wrote; ValueError when the file is anything else."""
+    header = _read_header(path, MASK_FORMAT)
+    shapes = _mask_shapes(header)
+    masks = {}
+    with safetensors.safe_open(header.path, framework="np") as file:
+        for name, shape in shapes.items():
+            bits, count = file.get_tensor(name), math.prod(shape)
+            if count % 8 and int(bits[-1]) & (0xFF >> count % 8):
+                raise ValueError(f"{path}: mask {name!r} has bits set beyond its last element")
+            kept = np.unpackbits(bits, count=count).astype(bool).reshape(shape)
+            masks[name] = torch.from_numpy(kept)
+    return masks
+
+
+def _mask_shapes(header: _Header) -> dict[str, list[int]]:
+    try:
+        shapes = json.loads(header.metadata.get("shapes", ""))
+    except (ValueError, RecursionError):
+        shapes = None
+    if not isinstance(shapes, dict) or set(shapes) != set(header.shapes):
+        raise ValueError(f"{header.path}: its metadata does not list the shape of each mask in it")
+    for name, shape in shapes.items():
+        if not _is_shape(shape):
+            raise ValueError(f"{header.path}: mask {name!r} has the impossible shape {str(shape)[:80]}")
+        wanted = [(math.prod(shape) + 7) // 8]
+        if header.dtypes[name] != "U8" or header.shapes[name] != wanted:
+            raise ValueError(
+                f"{header.path}: mask {name!r} of shape {shape} needs {wanted[0]} bytes, "
+                f"but the file holds {header.dtypes[name]} of shape {header.shapes[name]}"
+            )
+    return shapes
+
+
+def _is_shape(shape: object) -> bool:
+    if not isinstance(shape, list) or len(shape) > 32:  # numpy < 2 takes 32 axes
+        return False
+    if not all(type(size) is int and size >= 0 for size in shape):
+        return False
+    return int(math.prod(max(size, 1) for size in shape)) < 2**48  # a zero must not hide an overflow
+
+
+# --- the smaller model -------------------------------------------------------------------------------------
+
+
+def save_pruned(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    plan: Plan,
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `model` (already shrunk by `plan`) as model.safetensors and pruning.json into `directory`.
+
+    `load_pruned` rebuilds it from a freshly built dense model. An element-wise pruned model is saved with an empty
+    plan. Tied tensors are stored once. `extra` is put into pruning.json as it is (it must fit into JSON).
+    """
+    tensors, ties = state_tensors(model)
+    record = {
+        "format": MODEL_FORMAT,
+        "version": VERSION,
+        "plan": plan.to_json(),
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "ties": ties,
+    }
+    mark = _fingerprint(record)
+    metadata = {"format": MODEL_FORMAT, "version": str(VERSION), "fingerprint": mark}
+    _save_tensors(Path(directory) / WEIGHTS, tensors, metadata)
+    write_json(Path(directory) / RECORD, {**record, "fingerprint": mark, "extra": dict(extra or {})})
+
+
+def load_pruned(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
+    """Rebuild a saved model: cut the freshly built `dense_model` to size, load its weights, return it in eval mode.
+
+    `dense_model` is changed in place, and only after everything was checked against it. No pickle is read.
+    ValueError, one sentence: a file is missing, damaged or not what it says; pruning.json was edited; the model is
+    another architecture (naming the first tensor that does not fit).
+    """
+    from gsprune.shrink import Plan, apply_plan
+
+    folder = Path(directory)
+    record = _read_record(folder / RECORD)
+    header = _read_header(folder / WEIGHTS, MODEL_FORMAT)
+    if not header.metadata.get("fingerprint") == record["fingerprint"] == _fingerprint(record):
+        raise ValueError(f"{folder / RECORD} was edited, or it does not belong to the {WEIGHTS} beside it")
+    plan = Plan.from_json(record["plan"])
+    _check_attributes(dense_model, plan)
+    _check_tensors(dense_model, plan, header, record["ties"])
+    apply_plan(dense_model, plan)
+    with safetensors.safe_open(header.path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in header.shapes}
+    state.update({alias: state[name] for alias, name in record["ties"].items()})
+    dense_model.load_state_dict(state, strict=True)
+    return dense_model.eval()
+
+
+def state_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of `model.state_dict()`, contiguous on the CPU, each stored once; and the names tied to them.
+
+    >>> layer = torch.nn.Linear(2, 2, bias=False)
+    >>> model = torch.nn.ModuleDict({"a": layer, "b": layer})
+    >>> tensors, ties = state_tensors(model)
+    >>> list(tensors), ties
+    (['a.weight'], {'b.weight': 'a.weight'})
+    """
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[object, str] = {}
+    for name, tensor in getattr(model, "_orig_mod", model).state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name!r} in the model's state is a {type(tensor).__name__}, not a tensor")
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and first.setdefault(place, name) != name:
+            ties[name] = first[place]
+            continue
+        own = tensor.detach().cpu().contiguous()
+        shares = own.untyped_storage().nbytes() != own.nbytes  # a view: the format refuses shared memory
+        tensors[name] = own.clone() if shares else own
+    return tensors, ties
+
+
+def _fingerprint(record: Mapping[str, Any]) -> str:
+    """Ties the two files together: written into both, so that an edit or a mix of two runs shows."""
+    kept = {key: record[key] for key in ("format", "version", "plan", "shapes", "ties")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format") != MODEL_FORMAT:
+        raise ValueError(f"{path} is not the record of a pruned model")
+    if record.get("version") != VERSION:
+        raise ValueError(f"{path} has format version {record.get('version')!r}, this gsprune reads {VERSION}")
+    missing = {"plan", "shapes", "ties", "fingerprint"} - set(record)
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
+    ties = record["ties"]
+    if not isinstance(ties, dict) or not all(isinstance(name, str) for name in ties.values()):
+        raise ValueError(f"{path}: 'ties' must map names to names")
+    return record
+
+
+def _check_attributes(model: nn.Module, plan: Plan) -> None:
+    modules = dict(model.named_modules())
+    for path, value in plan.attributes.items():
+        owner, _, attribute = path.rpartition(".")
+        old = getattr(modules.get(owner), attribute, None)
+        if type(old) is not int or not 0 < value <= old:
+            raise ValueError(
+                f"the model does not fit the file: {path} should become {value}, but here it is {str(old)[:80]}"
+            )
+
+
+def _check_tensors(model: nn.Module, plan: Plan, header: _Header, ties: Mapping[str, str]) -> None:
+    """Every tensor of the model, cut by the plan, must have the shape that the file holds, and none be left over."""
+    state = model.state_dict()
+    for name in [*plan.kept, *header.shapes, *ties]:
+        if name not in state:
+            near = difflib.get_close_matches(name, state, n=1)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(f"the model does not fit the file: it has no tensor {name!r}{hint}")
+    for name, tensor in state.items():
+        saved = header.shapes.get(ties.get(name, name))
+        if saved is None:
+            raise ValueError(f"the model does not fit the file: its tensor {name!r} is not in {header.path}")
+        if _cut_shape(name, list(tensor.shape), plan) != saved:
+            cut = " after pruning" if plan.kept.get(name) else ""
+            raise ValueError(
+                f"the model does not fit the file: {name!r} has shape {list(tensor.shape)} in the model "
+                f"but {saved} in the file{cut}"
+            )
+
+
+def _cut_shape(name: str, shape: list[int], plan: Plan) -> list[int]:
+    for dim, kept in plan.kept.get(name, {}).items():
+        size = plan.sizes[name][dim]
+        if shape[dim : dim + 1] != [size]:
+            raise ValueError(
+                f"the model does not fit the file: {name!r} has shape {shape} in the model, "
+                f"but the file was made from one with {size} in dimension {dim}"
+            )
+        shape[dim] = len(kept)
+    return shape
+
+
+# --- safetensors -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Header:
+    path: Path
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, list[int]]
+    dtypes: Mapping[str, str]
+
+
+def _save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    with aside(path) as temporary:
+        save_file(dict(tensors), temporary, metadata=metadata)
+
+
+def _read_header(path: str | os.PathLike[str], wanted: str) -> _Header:
+    """Names, shapes and metadata, after checking that the file is whole and of the wanted format."""
+    path = Path(path)
+    table = _read_table(path)
+    metadata = table.pop("__metadata__", {})
+    try:
+        with safetensors.safe_open(path, framework="np") as file:  # maps the file, allocates nothing
+            names = list(file.keys())
+    except Exception as error:  # SafetensorError derives from Exception only
+        raise ValueError(f"{path} is a damaged safetensors file ({error})") from None
+    if not isinstance(metadata, dict) or metadata.get("format") != wanted:
+        raise ValueError(f"{path} is a safetensors file, but not of the format {wanted!r}")
+    if metadata.get("version") != str(VERSION):
+        raise ValueError(f"{path} has format version {metadata.get('version')!r}, this gsprune reads {VERSION}")
+    shapes = {name: list(table[name]["shape"]) for name in names}
+    return _Header(path, metadata, shapes, {name: str(table[name]["dtype"]) for name in names})
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if size > 8 and length <= _MAX_HEADER else b""
+    if not text.startswith(b"{"):
+        raise ValueError(f"{path} is not a safetensors file")
+    if len(text) < length:
+        raise ValueError(f"{path} is truncated: its header has {length} bytes, the file {size}")
+    try:
+        table = json.loads(text)
+        data = max((entry["data_offsets"][1] for key, entry in table.items() if key != "__metadata__"), default=0)
+        short = 8 + length + data > size
+    except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError):
+        raise ValueError(f"{path} is not a safetensors file: its header cannot be read") from None
+    if short:
+        raise ValueError(f"{path} is truncated: {8 + length + data} bytes expected, {size} found")
+    assert isinstance(table, dict)
+    return table

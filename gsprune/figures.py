@@ -1,0 +1,331 @@
+"""Pictures of a run: its masks, the sparsity of its layers, its history.
+
+Nothing here touches pyplot's global state: figures are objects on an Agg canvas, so they need no display and may be
+drawn in any thread. Imports torch and numpy; matplotlib (0.3 s) only inside the functions.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gsprune.files import aside
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["mask_image", "save_history", "save_layer_sparsity"]
+
+# Axis legend: h, w = pixels of a picture; r, c = rows and columns of a mask
+PRUNED = (232, 236, 241)  # light
+KEPT = (16, 60, 112)  # dark: more kept is always darker, also in grey print
+INK, FAINT, SPARSITY = "#1f2430", "#6b7280", "#d9622b"
+DPI = 100
+_GAP, _TITLE, _MARGIN, _HEAD = 20, 40, 16, 54  # pixels
+_MAX_CELL = 24
+_MAX_PANELS = 120
+
+
+# --- masks -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Panel:
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    total: int
+    pixels: np.ndarray  # (h, w) share kept, 0 to 1
+    pooled: bool
+
+    @property
+    def caption(self) -> str:
+        size = " \u00d7 ".join(str(length) for length in self.shape)
+        if len(self.shape) == 1:
+            return f"{self.kept:,} of {size} kept ({_percent(self.kept / max(self.total, 1))})"
+        return f"{size}, {_percent(self.kept / max(self.total, 1))} kept"
+
+
+def mask_image(masks: Mapping[str, Tensor]) -> np.ndarray:
+    """A picture (H, W, 3; uint8) of all masks: a labelled panel each, kept dark, pruned light.
+
+    A weight's panel has one row per output and one column per input (times kernel position); a unit mask is a strip
+    with one cell per unit. What is larger than its panel is averaged, and the shade is the share kept (on a square-root
+    scale, shown in the head line: 5 % must not look like 0 %). At most 1,600 pixels wide; the first 120 masks.
+    """
+    shown = dict(list(masks.items())[:_MAX_PANELS])
+    strips = all(mask.dim() <= 1 for mask in shown.values())
+    columns = _columns(len(shown), strips)
+    width = 1600 if columns == 4 else 1200
+    box_w = (width - 2 * _MARGIN - (columns - 1) * _GAP) // columns
+    box_h = 22 if strips else 420 if columns == 1 else 240 if columns == 2 else 160
+    panels = [_panel(name, mask, box_h, box_w) for name, mask in shown.items()]
+    places, height = _place(panels, columns, box_w)
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    for panel, (top, left) in zip(panels, places, strict=True):
+        h, w = panel.pixels.shape
+        canvas[top + _TITLE - 1 : top + _TITLE + h + 1, left - 1 : left + w + 1] = 150  # a frame of one pixel
+        canvas[top + _TITLE : top + _TITLE + h, left : left + w] = _shade(panel.pixels)
+    return _label(canvas, panels, places, box_w, hidden=len(masks) - len(shown))
+
+
+def _columns(count: int, strips: bool) -> int:
+    if strips:
+        return 1 if count <= 12 else 2
+    return 1 if count <= 1 else 2 if count <= 4 else 3 if count <= 9 else 4
+
+
+def _panel(name: str, mask: Tensor, box_h: int, box_w: int) -> _Panel:
+    flat_rc = mask.detach().cpu().bool()
+    flat_rc = flat_rc.reshape(1, -1) if mask.dim() <= 1 else flat_rc.flatten(1)
+    pixels, pooled = _fit(flat_rc, box_h, box_w)
+    return _Panel(name, tuple(mask.shape) or (1,), int(flat_rc.sum()), flat_rc.numel(), pixels, pooled)
+
+
+def _fit(mask_rc: Tensor, box_h: int, box_w: int) -> tuple[np.ndarray, bool]:
+    """Average what exceeds the box, enlarge what is smaller by whole factors, each axis by itself."""
+    rows, cols = mask_rc.shape
+    if rows * cols == 0:
+        return np.zeros((1, 1), np.float32), False
+    target = (min(rows, box_h), min(cols, box_w))
+    pooled = target != (rows, cols)
+    # Averaging costs 4 bytes an element for a moment: 9 MB for ResNet-50's largest tensor.
+    share = F.adaptive_avg_pool2d(mask_rc[None].float(), target)[0] if pooled else mask_rc.float()
+    cell_h, cell_w = (min(box // size, _MAX_CELL) for box, size in zip((box_h, box_w), target, strict=True))
+    pixels = share.repeat_interleave(cell_h, 0).repeat_interleave(cell_w, 1)
+    if rows == 1 and cell_w >= 4:  # hairlines let one count the units of a strip
+        pixels[:, cell_w - 1 :: cell_w] = torch.nan
+    return pixels.numpy(), pooled
+
+
+def _shade(share_hw: np.ndarray) -> np.ndarray:
+    light, dark = np.array(PRUNED, np.float32), np.array(KEPT, np.float32)
+    rgb = light + (dark - light) * np.sqrt(np.nan_to_num(share_hw))[..., None]
+    rgb[np.isnan(share_hw)] = 255
+    shaded: np.ndarray = np.rint(rgb).astype(np.uint8)
+    return shaded
+
+
+def _place(panels: Sequence[_Panel], columns: int, box_w: int) -> tuple[list[tuple[int, int]], int]:
+    """Top left corners, row by row, each row as high as its highest panel; and the height of it all."""
+    places: list[tuple[int, int]] = []
+    top = _HEAD
+    for start in range(0, len(panels), columns):
+        row = panels[start : start + columns]
+        places += [(top, _MARGIN + index * (box_w + _GAP)) for index in range(len(row))]
+        top += _TITLE + max(panel.pixels.shape[0] for panel in row) + _GAP
+    return places, top + _MARGIN - _GAP
+
+
+def _label(
+    canvas: np.ndarray,
+    panels: Sequence[_Panel],
+    places: Sequence[tuple[int, int]],
+    box_w: int,
+    *,
+    hidden: int,
+) -> np.ndarray:
+    height, width = canvas.shape[:2]
+    kept, total = sum(panel.kept for panel in panels), sum(panel.total for panel in panels)
+    _draw_key(canvas)
+    figure = _figure(width / DPI, height / DPI)
+
+    def write(left: float, top: float, text: str, **style: Any) -> None:
+        figure.text(left / width, 1 - top / height, text, va="top", **style)
+
+    noun = "mask" if len(panels) == 1 else "masks"
+    more = f" (and {hidden} more, not shown)" if hidden else ""
+    head = f"{len(panels)} {noun}{more}: {kept:,} of {total:,} kept, {_percent(1 - kept / max(total, 1))} pruned"
+    write(_MARGIN, 14, head, fontsize=12, color=INK, weight="bold")
+    write(width - _MARGIN - 222, 8, "share kept", fontsize=9, color=FAINT, ha="right")
+    for share in (0, 0.25, 0.5, 1):
+        write(_key_left(width) + 200 * share, 25, f"{100 * share:g} %", fontsize=8, color=FAINT, ha="center")
+    for panel, (top, left) in zip(panels, places, strict=True):
+        write(left, top, _elide(panel.name, box_w // 8), fontsize=10.5, color=INK)
+        caption = panel.caption + (", averaged" if panel.pooled else "")
+        write(left, top + 19, caption, fontsize=9, color=FAINT)
+    labelled: np.ndarray = np.minimum(canvas, _pixels(figure))  # text stands on white; 20x faster than `figimage`
+    return labelled
+
+
+def _key_left(width: int) -> int:
+    return width - _MARGIN - 212
+
+
+def _draw_key(canvas: np.ndarray) -> None:
+    left = _key_left(canvas.shape[1])
+    canvas[9:21, left : left + 200] = _shade(np.linspace(0, 1, 200, dtype=np.float32)[None])
+
+
+# --- sparsity by layer -------------------------------------------------------------------------------------
+
+
+def save_layer_sparsity(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
+    """Write a PNG with one horizontal bar for each tensor or structure: its share pruned, and how many of how many."""
+    names = list(masks)
+    totals = [mask.numel() for mask in masks.values()]
+    pruned = [mask.numel() - int(mask.sum()) for mask in masks.values()]
+    shares = [100 * part / max(total, 1) for part, total in zip(pruned, totals, strict=True)]
+    overall = 100 * sum(pruned) / max(sum(totals), 1)
+    figure = _figure(9, 1.5 + 0.27 * max(len(names), 1))
+    axes = figure.add_subplot()
+    axes.barh(range(len(names)), shares, color=SPARSITY, height=0.72)
+    for row, (share, part, total) in enumerate(zip(shares, pruned, totals, strict=True)):
+        text = f"{_percent(share / 100)}  ({part:,} of {total:,})"
+        axes.text(102, row, text, va="center", fontsize=8, color=INK)
+    axes.axvline(overall, color=INK, linewidth=1.2, linestyle="--")
+    axes.set_title(f"Pruned: {_percent(overall / 100)} of all (dashed)", fontsize=11, loc="left", color=INK)
+    axes.set_yticks(range(len(names)), [_elide(name, 44) for name in names], fontsize=8.5)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, 142)  # the counts stand right of 100 %
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("share pruned (%)")
+    _quiet(axes, grid="x")
+    _save(figure, path)
+
+
+# --- history -----------------------------------------------------------------------------------------------
+
+
+def save_history(
+    path: str | os.PathLike[str],
+    rows: Iterable[Mapping[str, float]],
+    *,
+    baseline: float | None = None,
+) -> None:
+    """Write a PNG of a run: accuracy and sparsity over the epochs, and accuracy against sparsity.
+
+    `rows` are those of metrics.jsonl (`tracking.read_metrics`); used are "step", "train/accuracy", "val/accuracy" and
+    "sparsity", accuracies as fractions. What is missing is left out. `baseline` (the dense model's) is a dashed line.
+    """
+    rows = list(rows)
+    figure = _figure(11, 5)
+    grid = figure.add_gridspec(2, 2, height_ratios=(3, 2), width_ratios=(1.1, 1))
+    over_epochs, below, against = (
+        figure.add_subplot(grid[0, 0]),
+        figure.add_subplot(grid[1, 0]),
+        figure.add_subplot(grid[:, 1]),
+    )
+    below.sharex(over_epochs)
+    for name, colour, label in (("train/accuracy", "#94a3b8", "train"), ("val/accuracy", _hex(KEPT), "validation")):
+        _line(over_epochs, *_series(rows, "step", name), color=colour, label=label)
+    _line(below, *_series(rows, "step", "sparsity"), color=SPARSITY, label="sparsity")
+    x, y = _from_first_change(*_series(rows, "sparsity", "val/accuracy"))
+    _line(against, x, y, color=_hex(KEPT), label="validation")
+    _mark_end(against, x, y)
+    if baseline is not None:
+        for axes in (over_epochs, against):
+            axes.axhline(100 * baseline, color=FAINT, linestyle="--", linewidth=1, label="dense")
+    _dress(over_epochs, below, against)
+    _save(figure, path)
+
+
+def _series(rows: Sequence[Mapping[str, float]], across: str, up: str) -> tuple[list[float], list[float]]:
+    """The rows that have both values, finite; all but steps in per cent."""
+    pairs = [(row[across], row[up]) for row in rows if across in row and up in row]
+    pairs = [pair for pair in pairs if all(math.isfinite(value) for value in pair)]
+    factor = 1 if across == "step" else 100
+    return [factor * x for x, _ in pairs], [100 * y for _, y in pairs]
+
+
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], *, color: str, label: str) -> None:
+    if x:
+        axes.plot(x, y, color=color, label=label, marker="o", markersize=3.5, linewidth=1.6)
+
+
+def _from_first_change(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    """Without the epochs of dense training, which all stand at the first sparsity; the last of them stays."""
+    begin = next((index for index in range(1, len(x)) if x[index] != x[0]), 1) - 1
+    return x[begin:], y[begin:]
+
+
+def _mark_end(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+    if x:
+        axes.plot(x[-1:], y[-1:], marker="o", markersize=9, markerfacecolor="none", color=SPARSITY)
+        text = f"end: {y[-1]:.1f} % at {x[-1]:.1f} %"
+        place: Any = {"xytext": (0, -18), "textcoords": "offset points", "ha": "right", "fontsize": 8.5}
+        axes.annotate(text, (x[-1], y[-1]), color=INK, **place)
+
+
+def _dress(over_epochs: Axes, below: Axes, against: Axes) -> None:
+    over_epochs.set_title("Accuracy (%) by epoch", fontsize=11, loc="left", color=INK)
+    over_epochs.tick_params(labelbottom=False)
+    below.set_title("Sparsity (%) by epoch", fontsize=11, loc="left", color=INK)
+    below.set_ylim(-3, 103)
+    below.set_xlabel("epoch")
+    below.locator_params(axis="x", integer=True)
+    against.set_title("Validation accuracy (%) against sparsity (%)", fontsize=11, loc="left", color=INK)
+    against.set_xlabel("sparsity (%)")
+    against.margins(x=0.1, y=0.2)
+    for axes in (over_epochs, below, against):
+        _quiet(axes, grid="both")
+        if not axes.lines:
+            axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color=FAINT)
+    for axes in (over_epochs, against):
+        if axes.lines:
+            axes.legend(fontsize=8.5, frameon=False, loc="best")
+
+
+# --- common ------------------------------------------------------------------------------------------------
+
+
+def _figure(width_in: float, height_in: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_in, height_in), dpi=DPI, layout=None, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    figure.set_layout_engine("constrained")
+    with aside(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def _quiet(axes: Axes, *, grid: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#e5e7eb", linewidth=0.8)  # type: ignore[arg-type,unused-ignore]
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8.5, colors=INK)
+
+
+def _percent(share: float) -> str:
+    """One decimal, but never "100.0 %" or "0.0 %" for what is only nearly so."""
+    text = f"{100 * share:.1f}"
+    if text == "100.0" and share < 1:
+        text = ">99.9"
+    if text == "0.0" and share > 0:
+        text = "<0.1"
+    return f"{text} %"
+
+
+def _elide(name: str, length: int) -> str:
+    """
+    >>> _elide("encoder.layers.11.attention.output.dense.weight", 24)
+    'encoder.lay…dense.weight'
+    """
+    if len(name) <= length:
+        return name
+    tail = length // 2
+    return f"{name[: length - tail - 1]}…{name[-tail:]}"
+
+
+def _hex(rgb: tuple[int, int, int]) -> str:
+    return "#" + "".join(f"{part:02x}" for part in rgb)

@@ -1,0 +1,91 @@
+"""Files that are written whole or not at all, and JSON that any reader accepts.
+
+Imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["aside", "plain", "read_json", "write_atomic", "write_json"]
+
+_NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
+
+
+@contextmanager
+def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it becomes `path`.
+
+    The temporary file is flushed to the disk before the rename and the folder after it, so a reader
+    (also one after a power cut) sees the old file or the new one, never a part. When the block raises, the old
+    file stays and the temporary one is removed. The folder is made if it is missing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is all there is
+        _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path` aside, fsync, rename: an interrupted write leaves the old file."""
+    with aside(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: str | os.PathLike[str], obj: object) -> None:
+    """Write `obj` as indented JSON, atomically. NaN and infinities become strings, see `plain`."""
+    text = json.dumps(plain(obj), indent=2, allow_nan=False, ensure_ascii=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def plain(obj: object) -> Any:
+    """`obj` as what JSON can hold. JSON has no NaN; the strings used here are read back by `float()`.
+
+    >>> plain({"loss": float("nan"), "kept": (1, 2), "worst": float("-inf")})
+    {'loss': 'NaN', 'kept': [1, 2], 'worst': '-Infinity'}
+    """
+    if isinstance(obj, Mapping):
+        return {str(key): plain(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [plain(value) for value in obj]
+    if isinstance(obj, float):
+        return float(obj) if math.isfinite(obj) else _NON_FINITE.get(obj, "NaN")
+    if obj is None or isinstance(obj, (bool, int, str)):
+        return obj
+    if hasattr(obj, "item"):  # a number of numpy or torch
+        return plain(obj.item())
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    raise TypeError(f"a {type(obj).__name__} cannot be written as JSON")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The content of a JSON file; ValueError in one sentence when it is not one."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
+        raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {error})") from None

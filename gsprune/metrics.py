@@ -1,0 +1,177 @@
+"""What a model costs: parameters, multiply-accumulates, milliseconds, bytes; and how much of it is pruned.
+
+Measures only: no model is changed, and every training mode is put back. Imports torch; safetensors for sizes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+__all__ = ["count_macs", "count_parameters", "file_bytes", "fraction_pruned", "latency_ms"]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Elements of all parameters, tied ones once, pruned weights (stored zeros) included.
+
+    >>> count_parameters(torch.nn.Linear(3, 2))
+    8
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fraction_pruned(masks: Mapping[str, Tensor]) -> float:
+    """Pruned elements / all elements over all masks (True = kept), in [0, 1]; 0.0 without masks.
+
+    >>> fraction_pruned({"a": torch.tensor([True, False]), "b": torch.tensor([False, False])})
+    0.75
+    """
+    total = sum(mask.numel() for mask in masks.values())
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    return (total - kept) / total if total else 0.0
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Bytes of the model's state as a safetensors file (header included, tied tensors once)."""
+    from safetensors.torch import save
+
+    from gsprune.checkpoint import state_tensors
+
+    return len(save(state_tensors(model)[0]))
+
+
+def count_macs(model: nn.Module, example_input: Any) -> int:
+    """Multiply-accumulates of one forward pass in eval mode, for the whole of `example_input`.
+
+    Counted by torch's FlopCounterMode / 2: matrix products, convolutions, attention (both products, the full
+    square also when causal). Not counted, as is usual: biases, activations, normalisation, pooling,
+    element-wise work, recurrent layers' fused kernels. Zeros inside dense tensors do count: only a smaller
+    model has fewer. `example_input` is a tensor, a tuple of positional or a dict of keyword arguments; a batch of
+    one gives MACs per sample.
+
+    >>> count_macs(torch.nn.Linear(4, 3), torch.ones(2, 4))
+    24
+    """
+    model = getattr(model, "_orig_mod", model)  # a compiled model would be counted as nothing
+    counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
+    # The fused kernels for CPU attention and the encoder layer's fast path are opaque to the counter.
+    with _evaluating([model]), torch.no_grad(), _slow_attention(), counter:
+        _call(model, _to_device_of(model, example_input))
+    return int(counter.get_total_flops()) // 2
+
+
+def latency_ms(
+    models: Mapping[str, nn.Module],
+    example_input: Any,
+    *,
+    repeats: int = 50,
+    warmup: int = 5,
+    max_seconds: float = 10.0,
+) -> dict[str, float]:
+    """Median milliseconds of a forward pass of each model, in eval mode and `torch.inference_mode`.
+
+    The models take turns (the order reversed every round), so that a busy machine slows all of them alike; CUDA
+    is synchronised before each clock reading. `warmup` untimed rounds come first (fewer when they take over a
+    quarter of `max_seconds`); then `repeats` timed ones, or as many, three at least, as fit into `max_seconds`.
+    Units: ms for the whole `example_input`.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"latency needs repeats >= 1 and warmup >= 0, got repeats={repeats}, warmup={warmup}")
+    inputs = {name: _to_device_of(model, example_input) for name, model in models.items()}
+    order = list(models)
+    times: dict[str, list[float]] = {name: [] for name in order}
+
+    def rounds(count: int, *, least: int, seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        for turn in range(count):
+            for name in order[::-1] if turn % 2 else order:
+                times[name].append(_time_once(models[name], inputs[name]))
+            if turn + 1 >= least and time.perf_counter() > end:
+                return
+
+    with _evaluating(models.values()), torch.inference_mode():
+        rounds(warmup, least=1, seconds=max_seconds / 4)
+        for values in times.values():
+            values.clear()
+        rounds(repeats, least=3, seconds=max_seconds)
+    return {name: statistics.median(values) * 1000 for name, values in times.items()}
+
+
+def _time_once(model: nn.Module, example_input: Any) -> float:
+    wait = _waiter(model)
+    wait()
+    begin = time.perf_counter()
+    _call(model, example_input)
+    wait()
+    return time.perf_counter() - begin
+
+
+def _waiter(model: nn.Module) -> Callable[[], None]:
+    device = _device(model)
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    if device.type == "mps":
+        return torch.mps.synchronize
+    return lambda: None
+
+
+def _extra_formulas() -> dict[Any, Any]:
+    """Formulas for attention kernels that torch's registry lacks, where this torch has the kernels."""
+    names = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
+    known = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
+    return dict.fromkeys(known, sdpa_flop)
+
+
+@contextmanager
+def _slow_attention() -> Iterator[None]:
+    """Attention as plain matrix products, which the counter sees whatever the heads, masks and device."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _evaluating(models: Any) -> Iterator[None]:
+    """Eval mode for every module inside the block; each module's own mode afterwards."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensor = next(model.parameters(), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _to_device_of(model: nn.Module, example_input: Any) -> Any:
+    device = _device(model)
+    if isinstance(example_input, Tensor):
+        return example_input.to(device)
+    if isinstance(example_input, Mapping):
+        return {name: _to_device_of(model, value) for name, value in example_input.items()}
+    if isinstance(example_input, (tuple, list)):
+        return tuple(_to_device_of(model, value) for value in example_input)
+    return example_input
+
+
+def _call(model: nn.Module, example_input: Any) -> Any:
+    if isinstance(example_input, Mapping):
+        return model(**example_input)
+    return model(*example_input) if isinstance(example_input, tuple) else model(example_input)

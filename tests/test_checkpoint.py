@@ -1,0 +1,325 @@
+"""What is written to the disk comes back equal, and damaged or foreign files end in one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gsprune
+from gsprune import files
+from gsprune.checkpoint import load_masks, load_pruned, save_masks, save_pruned, state_tensors, write_atomic, write_json
+from gsprune.files import plain, read_json
+from gsprune.shrink import Plan, apply_plan, plan_shrink
+from gsprune.structures import find_structures
+
+NOTHING = Plan(kept={}, sizes={}, attributes={})
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8, classes: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, 4, 3, padding=1)
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(torch.relu(self.norm(self.conv1(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def pictures() -> Tensor:
+    return torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def shrunk_net() -> tuple[Net, Plan]:
+    """A trained-looking net whose first convolution keeps channels 1, 2, 5 of 8."""
+    torch.manual_seed(0)
+    model = Net()
+    model(pictures())  # running statistics that are not the initial ones
+    structures = [s for s in find_structures(model, pictures()).structures if s.name == "conv1"]
+    keep = torch.tensor([False, True, True, False, False, True, False, False])
+    plan = plan_shrink(structures, [keep])
+    apply_plan(model, plan)
+    return model.eval(), plan
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model, plan = shrunk_net()
+    save_pruned(tmp_path, model, plan, extra={"accuracy": 0.5})
+    return tmp_path
+
+
+# --- atomic writes -----------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"accuracy": 1})
+    with pytest.raises(KeyboardInterrupt), files.aside(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert read_json(path) == {"accuracy": 1}
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_a_write_is_flushed_before_and_after_its_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    flush, replace = files._flush, os.replace
+    monkeypatch.setattr(files, "_flush", lambda path: (steps.append(f"flush {path.suffix}"), flush(path)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (steps.append("rename"), replace(old, new)))
+    write_atomic(tmp_path / "new" / "a.bin", b"abc")
+    assert (tmp_path / "new" / "a.bin").read_bytes() == b"abc"
+    assert steps == ["flush .tmp", "rename", "flush "]
+
+
+def test_json_is_valid_whatever_the_numbers(tmp_path: Path) -> None:
+    values = {"nan": math.nan, "inf": -math.inf, "tensor": torch.tensor(2), "path": tmp_path, "pair": (1, None)}
+    write_json(tmp_path / "a.json", values)
+    text = (tmp_path / "a.json").read_text()
+    read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert read == {"nan": "NaN", "inf": "-Infinity", "tensor": 2, "path": str(tmp_path), "pair": [1, None]}
+    with pytest.raises(TypeError, match="a set cannot be written as JSON"):
+        plain({1})
+
+
+# --- masks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (8,), (13,), (3, 5), (4, 3, 3, 3), (0, 7)])
+def test_masks_come_back_equal(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    save_masks(tmp_path / "masks" / "a.safetensors", {"w": mask, "all": torch.ones(9, dtype=torch.bool)})
+    back = load_masks(tmp_path / "masks" / "a.safetensors")
+    assert list(back) == ["w", "all"]  # in the order they were given
+    assert back["w"].dtype == torch.bool
+    assert back["w"].shape == mask.shape
+    assert torch.equal(back["w"], mask)
+
+
+def test_masks_of_a_view_and_no_masks_at_all(tmp_path: Path) -> None:
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+    save_masks(tmp_path / "a", {"t": mask.t()})
+    assert load_masks(tmp_path / "a")["t"].tolist() == [[True, True], [False, True], [False, False]]
+    save_masks(tmp_path / "a", {})
+    assert load_masks(tmp_path / "a") == {}
+
+
+def test_a_mask_takes_one_bit_a_weight(tmp_path: Path) -> None:
+    save_masks(tmp_path / "a", {"w": torch.ones(1000, 80, dtype=torch.bool)})
+    assert 10_000 < (tmp_path / "a").stat().st_size < 10_300
+
+
+def test_masks_are_bool(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mask 'w' is torch.float32, but masks are torch.bool"):
+        save_masks(tmp_path / "a", {"w": torch.ones(3)})
+
+
+def damage_cases() -> list[tuple[str, object, str]]:
+    huge = {"w": {"dtype": "U8", "shape": [2**60], "data_offsets": [0, 2**60]}}
+    return [
+        ("empty", lambda data: b"", "is not a safetensors file"),
+        ("text", lambda data: b"a,b,c\n1,2,3\n" * 9, "is not a safetensors file"),
+        ("pickle", lambda data: pickle.dumps({"w": 1}), "is not a safetensors file"),
+        ("half a header", lambda data: data[:40], "is truncated: its header has"),
+        ("no data", lambda data: data[:-1], "is truncated: "),
+        ("more data", lambda data: data + b"\0", "is a damaged safetensors file"),
+        ("huge", lambda data: framed(huge), "is truncated: 11529215"),
+        ("nested", lambda data: framed(None, b"{" + b'"a":[' * 100_000), "its header cannot be read"),
+        ("offsets", lambda data: framed({"w": {"dtype": "U8", "shape": [1], "data_offsets": 3}}), "cannot be read"),
+        ("another format", lambda data: framed({}), "but not of the format 'gsprune-masks'"),
+        ("later version", lambda data: data.replace(b'"version":"1"', b'"version":"9"'), "has format version '9'"),
+        ("shape", lambda data: data.replace(b"[3,5]", b"[3,6]").replace(b"[3, 5]", b"[3, 6]"), "needs 3 bytes"),
+        ("sign", lambda data: data.replace(b"[3, 5]", b"[3,-5]"), "impossible shape"),
+        ("overflow", lambda data: data.replace(b"[3, 5]", b"[9e9] "), "impossible shape"),
+        ("bits", lambda data: data[:-1] + b"\xff", "has bits set beyond its last element"),
+    ]
+
+
+def framed(table: object, text: bytes | None = None) -> bytes:
+    header = json.dumps(table).encode() if text is None else text
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(("name", "change", "sentence"), damage_cases(), ids=lambda value: str(value)[:20])
+def test_damaged_masks_end_in_one_sentence(tmp_path: Path, name: str, change: object, sentence: str) -> None:
+    path = tmp_path / "masks.safetensors"
+    save_masks(path, {"w": torch.ones(3, 5, dtype=torch.bool)})
+    data = change(path.read_bytes())
+    if name in ("shape", "sign", "overflow", "later version"):
+        assert data != path.read_bytes(), "the test's own change did nothing"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_masks(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="masks does not exist"):
+        load_masks(tmp_path / "masks")
+
+
+# --- the smaller model -------------------------------------------------------------------------------------
+
+
+def test_a_shrunk_model_comes_back_equal(saved: Path) -> None:
+    model, _ = shrunk_net()
+    torch.manual_seed(99)
+    back = gsprune.load_pruned(saved, Net().train())
+    assert back.conv1.weight.shape == (3, 1, 3, 3)
+    assert (back.conv1.out_channels, back.norm.num_features, back.conv2.in_channels) == (3, 3, 3)
+    assert not back.training
+    assert torch.equal(back(pictures()), model(pictures()))
+    assert read_json(saved / "pruning.json")["extra"] == {"accuracy": 0.5}
+
+
+def test_an_elementwise_pruned_model_comes_back_equal(tmp_path: Path) -> None:
+    model = Net().eval()
+    with torch.no_grad():
+        model.conv1.weight[::2] = 0
+    save_pruned(tmp_path, model, NOTHING)
+    back = load_pruned(tmp_path, Net())
+    assert torch.equal(back(pictures()), model(pictures()))
+    assert int((back.conv1.weight == 0).sum()) == 4 * 9
+
+
+@pytest.mark.slow
+def test_a_fresh_process_reads_the_same_outputs(saved: Path) -> None:
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); from test_checkpoint import Net, pictures; import gsprune\n"
+        "torch.save(gsprune.load_pruned(sys.argv[2], Net())(pictures()).detach(), sys.argv[2] + '/outputs.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(saved)], check=True)
+    model, _ = shrunk_net()
+    assert torch.equal(torch.load(saved / "outputs.pt", weights_only=True), model(pictures()))
+
+
+def test_nothing_is_unpickled(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("a pickle was read")
+
+    for place, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(place, name, refuse)
+    load_pruned(saved, Net())
+
+
+def test_tied_views_and_compiled_models_are_saved_once_and_come_back(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(6, 4)
+            self.out = nn.Linear(4, 6, bias=False)
+            self.out.weight = self.embed.weight
+            self.register_buffer("part", torch.arange(10.0)[2:5])
+
+    model = Tied()
+    compiled = nn.Module()  # torch.compile wraps a model like this; the real one takes 10 s to import
+    compiled._orig_mod = model
+    tensors, ties = state_tensors(compiled)
+    assert sorted(tensors) == ["embed.weight", "part"]
+    assert ties == {"out.weight": "embed.weight"}
+    save_pruned(tmp_path, model, NOTHING)
+    back = load_pruned(tmp_path, Tied())
+    assert back.out.weight is back.embed.weight
+    assert torch.equal(back.embed.weight, model.embed.weight)
+    assert back.part.tolist() == [2, 3, 4]
+
+
+def test_low_precision_and_channels_last_come_back(tmp_path: Path) -> None:
+    model = Net().to(torch.bfloat16).to(memory_format=torch.channels_last)
+    save_pruned(tmp_path, model, NOTHING)
+    back = load_pruned(tmp_path, Net().to(torch.bfloat16))
+    assert torch.equal(back.conv2.weight, model.conv2.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (lambda: Net(classes=4), r"'head.weight' has shape \[4, 4\] in the model but \[3, 4\] in the file"),
+        (lambda: Net(width=16), r"'conv1.weight' has shape \[16, 1, 3, 3\] .* from one with 8 in dimension 0"),
+        (lambda: nn.Linear(4, 3), "it has no tensor 'conv1.weight'; the nearest is 'weight'"),
+        (lambda: nn.ModuleDict({"conv1": nn.Conv2d(1, 8, 3)}), "it has no tensor 'conv2.weight'"),
+    ],
+)
+def test_another_architecture_is_named_and_left_alone(saved: Path, model: object, sentence: str) -> None:
+    model = model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"the model does not fit the file: .*{sentence}"):
+        load_pruned(saved, model)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.training
+
+
+def test_a_tensor_that_the_file_lacks_is_named(saved: Path) -> None:
+    model = Net()
+    model.extra = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"its tensor 'extra.weight' is not in .*model.safetensors"):
+        load_pruned(saved, model)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda r: r["plan"]["tensors"]["conv1.weight"]["0"].update(kept=[0, 2, 5]),
+            "was edited, or it does not belong",
+        ),
+        (lambda r: r["shapes"].update(head=[1]), "was edited"),
+        (lambda r: r["plan"]["attributes"].update({"conv1.out_channels": 1}), "was edited"),
+        (lambda r: r.update(format="yaml"), "is not the record of a pruned model"),
+        (lambda r: r.update(version=2), "has format version 2, this gsprune reads 1"),
+        (lambda r: r.pop("plan"), "lacks plan"),
+        (lambda r: r.update(ties=["a"]), "'ties' must map names to names"),
+    ],
+)
+def test_an_edited_record_is_refused(saved: Path, change: object, sentence: str) -> None:
+    record = read_json(saved / "pruning.json")
+    change(record)
+    write_json(saved / "pruning.json", record)
+    with pytest.raises(ValueError, match=f"pruning.json.*{sentence}"):
+        load_pruned(saved, Net())
+
+
+def test_an_attribute_that_is_not_a_size_is_refused(tmp_path: Path) -> None:
+    save_pruned(tmp_path, Net(), Plan(kept={}, sizes={}, attributes={"conv1.training": 1}))
+    with pytest.raises(ValueError, match=r"conv1.training should become 1, but here it is True"):
+        load_pruned(tmp_path, Net())
+
+
+def test_files_of_two_runs_are_not_mixed(saved: Path, tmp_path: Path) -> None:
+    save_pruned(tmp_path / "other", Net(), NOTHING)
+    os.replace(tmp_path / "other" / "pruning.json", saved / "pruning.json")
+    with pytest.raises(ValueError, match="does not belong to the model.safetensors beside it"):
+        load_pruned(saved, Net())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff"])
+def test_a_record_that_is_not_json_is_refused(saved: Path, text: str) -> None:
+    (saved / "pruning.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"pruning.json is not valid JSON") as caught:
+        load_pruned(saved, Net())
+    assert len(str(caught.value)) < 400
+
+
+def test_truncated_weights_and_missing_files_are_refused(saved: Path) -> None:
+    data = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"model.safetensors is truncated"):
+        load_pruned(saved, Net())
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors does not exist"):
+        load_pruned(saved, Net())
+    with pytest.raises(ValueError, match=r"pruning.json does not exist"):
+        load_pruned(saved / "nowhere", Net())
