@@ -63,6 +63,7 @@ def select(
 def _select(scores: Sequence[Tensor], k: int, protected: Sequence[Tensor] | None) -> list[Tensor]:
     pool = torch.cat(tuple(scores), dim=1) if len(scores) > 1 else scores[0].clone()
     n = pool.shape[1]
+    k = min(k, n)
     if protected is not None:
         for part, safe in zip(torch.split(pool, [score.shape[1] for score in scores], dim=1), protected, strict=True):
             part.masked_fill_(safe, math.inf)
