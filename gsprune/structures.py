@@ -278,7 +278,8 @@ class _Group:
 def _convert(trace: _Trace) -> tuple[list[Structure], dict[str, str]]:
     structures: list[Structure] = []
     skipped: dict[str, str] = {}
-    groups = [_group(trace, raw) for raw in trace.graph.get_all_groups(root_module_types=[_CONV, nn.Linear])]
+    raws = trace.graph.get_all_groups(root_module_types=[_CONV, nn.Linear])
+    groups = [part for raw in raws for part in _parts(_group(trace, raw))]
     for group in sorted(groups, key=lambda g: trace.rank[g.name(g.producers()[0])]):
         try:
             structures.append(_rename(_structure(group), {s.name for s in structures}))
@@ -297,14 +298,38 @@ def _rename(structure: Structure, taken: set[str]) -> Structure:
 def _group(trace: _Trace, raw: Any) -> _Group:
     def item(entry: Any) -> _Item:
         node = entry.dep.target
-        reads = node.type in (_TYPE.CONV, _TYPE.LINEAR) and not trace.graph.is_out_channel_pruning_fn(
-            entry.dep.handler
-        )
+        reads = node.type in (_TYPE.CONV, _TYPE.LINEAR) and not trace.graph.is_out_channel_pruning_fn(entry.dep.handler)
         # -1 marks a position whose unit torch-pruning lost (repeated key/value heads)
         roots = [-1 if root is None else root for root in entry.root_idxs]
         return _Item(node, reads, torch.tensor(entry.idxs), torch.tensor(roots))
 
     return _Group(trace, len(raw[0].idxs), tuple(item(entry) for entry in raw))
+
+
+def _parts(group: _Group) -> list[_Group]:
+    """Separate units that live in different tensors: x + cat(a, b) couples one half of x to a, the other to b.
+
+    Where the halves come from a split, an uneven cut would move its border: such a group stays whole (and fails).
+    """
+    if any(item.node.type in (_TYPE.SPLIT, _TYPE.SLICE, _TYPE.UNBIND) for item in group.items):
+        return [group]
+    known = [item.roots[item.roots >= 0] for item in group.items if item.node.module in group.trace.names]
+    counts = torch.stack([torch.bincount(roots, minlength=group.units) for roots in known])
+    _, classes = torch.unique(counts, dim=1, return_inverse=True)
+    return [_part(group, classes == c) for c in dict.fromkeys(classes.tolist())]
+
+
+def _part(group: _Group, members: Tensor) -> _Group:
+    """The units of one class, renumbered from 0."""
+    if bool(members.all()):
+        return group
+    number = torch.where(members, members.cumsum(0) - 1, -2)
+    items = []
+    for item in group.items:
+        roots = torch.where(item.roots >= 0, number[item.roots], item.roots)
+        if bool((roots != -2).any()):
+            items.append(replace(item, positions=item.positions[roots != -2], roots=roots[roots != -2]))
+    return replace(group, units=int(members.sum()), items=tuple(items))
 
 
 def _structure(group: _Group) -> Structure:
@@ -539,9 +564,7 @@ def _merge_units(structure: Structure) -> Structure:
 # ---- the proof on the example input: zero columns -> the unit contributes nothing
 
 
-def _separate(
-    twin: nn.Module, args: Example, structures: list[Structure]
-) -> tuple[list[Structure], list[Structure]]:
+def _separate(twin: nn.Module, args: Example, structures: list[Structure]) -> tuple[list[Structure], list[Structure]]:
     """Split into structures whose pruned units are silent and those whose units leak into the output."""
     with torch.no_grad():
         for parameter in twin.parameters():
