@@ -179,7 +179,7 @@ class Trainer:
         Args:
             lr_schedule: stepped once per optimizer step.
             on_epoch: called after every epoch with its number (from 0) and `train/loss`, `train/accuracy`,
-                `val/loss`, `val/accuracy` (when there is a `val_loader`), `lr`, `epoch_seconds`.
+                `val/loss`, `val/accuracy` (when there is a `val_loader`), `lr` (of the next step), `epoch_seconds`.
             on_step: called after every optimizer step with the running `Totals`; reading it is a sync point.
         """
         scaler = torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
@@ -271,9 +271,7 @@ class _Loop:
         self.scaler.update()
 
 
-def warmup_cosine(
-    optimizer: Optimizer, *, total_steps: int, warmup: float = 0.1, final_ratio: float = 0.0
-) -> LambdaLR:
+def warmup_cosine(optimizer: Optimizer, *, total_steps: int, warmup: float = 0.1, final_ratio: float = 0.0) -> LambdaLR:
     """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to `final_ratio`.
 
     With W = round(warmup * total_steps), the factor on the optimizer's learning rate at step t (from 0) is

@@ -1,0 +1,186 @@
+"""What a run shows on the screen: progress while it trains, and the summary at its end.
+
+A bar when stdout is a terminal, one plain line an epoch otherwise. May import rich; knows the trainer's `Totals` and
+the keys of `result.json`, nothing else of this package.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from gsprune.trainer import Totals
+
+READ_EVERY = 0.5  # seconds between two looks at the running loss: each is a sync point
+
+
+class Progress:
+    """Shows nothing (`trainer.progress=none`); the base of what shows something.
+
+    A job calls `phase` once for each phase, `on_step` and `on_epoch` from the trainer, `close` at the end.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        """A job of that many epochs, over its phases."""
+
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int) -> None:
+        """A phase of that many epochs begins."""
+
+    def on_step(self, totals: Totals) -> None:
+        """An optimizer step was made. `totals` runs over the epoch; reading it waits for the device."""
+
+    def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """So many epochs have been trained, over both phases; these are the metrics of the last."""
+
+    def close(self) -> None:
+        """Nothing more will come, also after an error."""
+
+
+class Lines(Progress):
+    """One plain line an epoch, for logs and pipes."""
+
+    def __init__(self, epochs: int) -> None:
+        self._name, self._epochs = "", epochs
+
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int) -> None:
+        self._name = name
+
+    def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        print(f"{self._name:<5}  epoch {epoch:>3}/{self._epochs}  {describe(values)}", flush=True)
+
+
+class Bar(Progress):
+    """A bar for each phase, with loss, accuracy and sparsity."""
+
+    def __init__(self, epochs: int) -> None:
+        self._rich = RichProgress(
+            TextColumn("{task.description:<5}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(file=sys.stdout, highlight=False),
+        )
+        self._task: TaskID | None = None
+        self._read_at, self._sparsity = 0.0, 0.0
+
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int) -> None:
+        if epochs == 0:
+            return
+        self._rich.start()
+        self._task = self._rich.add_task(name, total=epochs * steps_per_epoch, values="")
+
+    def on_step(self, totals: Totals) -> None:
+        assert self._task is not None
+        self._rich.advance(self._task)
+        if time.monotonic() - self._read_at > READ_EVERY:
+            running = {f"train/{name}": value for name, value in totals.read().items()}  # sync point, rarely
+            self._show({**running, "sparsity": self._sparsity})
+            self._read_at = time.monotonic()
+
+    def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        self._sparsity = values.get("sparsity", 0.0)
+        self._show(values)
+
+    def close(self) -> None:
+        self._rich.stop()
+
+    def _show(self, values: Mapping[str, float]) -> None:
+        assert self._task is not None
+        self._rich.update(self._task, values=describe({k: v for k, v in values.items() if k != "epoch_seconds"}))
+
+
+def make_progress(mode: str, *, epochs: int) -> Progress:
+    """The display for `trainer.progress` (auto, bar, lines, none) of a job of `epochs` epochs."""
+    if mode == "auto":
+        mode = "bar" if sys.stdout.isatty() else "lines"
+    displays: Mapping[str, type[Progress]] = {"bar": Bar, "lines": Lines, "none": Progress}
+    return displays[mode](epochs)
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """The metrics of an epoch that fit on a line, in a fixed order.
+
+    >>> describe({"train/loss": 0.25, "train/accuracy": 0.9, "val/accuracy": 0.875, "sparsity": 0.5})
+    'loss 0.2500  accuracy  90.00 %  val  87.50 %  sparsity 50.0 %'
+    """
+    forms = {
+        "train/loss": "loss {:.4f}",
+        "train/accuracy": "accuracy {:7.2%}",
+        "val/accuracy": "val {:7.2%}",
+        "sparsity": "sparsity {:5.1%}",
+        "epoch_seconds": "{:.1f} s",
+    }
+    texts = [form.format(values[name]) for name, form in forms.items() if name in values]
+    return "  ".join(texts).replace("%", " %")
+
+
+# --- summary -----------------------------------------------------------------------------------------------
+
+
+def print_summary(result: Mapping[str, Any], output_dir: Path, *, tracking_uri: str | None) -> None:
+    """The table dense against pruned, where the outputs are, and how to open the MLflow page on them."""
+    Console(file=sys.stdout, highlight=False).print(summary_table(result))
+    if not result["shrunk"] and result["sparsity"] > 0:
+        print("Masked weights are zeros in tensors of the old size: pruner=abs or weighted makes the model smaller.")
+    print(f"Outputs: {output_dir}")  # not through rich: it would break long lines, and commands get copied
+    if tracking_uri is not None:
+        print(f"MLflow:  {ui_command(tracking_uri)}", flush=True)
+
+
+def summary_table(result: Mapping[str, Any]) -> Table:
+    """Rows of (what, dense, pruned, ratio) out of `result.json`; what was not measured is left out."""
+    table = Table("", "dense", "pruned", "dense / pruned")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    change = 100 * (result["accuracy"] - result["baseline_accuracy"])
+    table.add_row(
+        "test accuracy",
+        f"{result['baseline_accuracy']:.2%}".replace("%", " %"),
+        f"{result['accuracy']:.2%}".replace("%", " %"),
+        f"{change:+.2f} points",
+    )
+    table.add_row("sparsity", "0.0 %", f"{result['sparsity']:.1%}".replace("%", " %"), "")
+    for row in _cost_rows(result):
+        table.add_row(*row)
+    return table
+
+
+def _cost_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    parts = [
+        ("parameters", "params", "params_dense", "{:,}"),
+        ("  not zero", "params_nonzero", "params_dense", "{:,}"),
+        ("MACs", "macs", "macs_dense", "{:,}"),
+        ("latency (ms)", "latency_ms", "latency_dense_ms", "{:.2f}"),
+        ("file size (bytes)", "file_bytes", "file_bytes_dense", "{:,}"),
+    ]
+    rows = []
+    for label, key, dense_key, form in parts:
+        now, dense = result[key], result[dense_key]
+        if now is not None and dense is not None:
+            ratio = f"{dense / now:.2f}x" if now else ""
+            rows.append((label, form.format(dense), form.format(now), ratio))
+    return rows
+
+
+def ui_command(tracking_uri: str) -> str:
+    """The one command that opens the MLflow page, for this machine only; a server has a page of its own.
+
+    >>> ui_command("sqlite:////data/mlflow.db")
+    'mlflow ui --backend-store-uri sqlite:////data/mlflow.db --host 127.0.0.1'
+    >>> ui_command("http://tracking.example:5000")
+    'http://tracking.example:5000'
+    """
+    if tracking_uri.startswith(("http://", "https://")):
+        return tracking_uri
+    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)} --host 127.0.0.1"

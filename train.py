@@ -1,0 +1,32 @@
+"""Train a network, prune it, measure both. `python train.py --help` lists the groups.
+
+Hydra's entry point and nothing more: it composes, runs one job, returns what a sweeper optimises. torch is imported
+when a job runs, so that `--help` and shell completion are quick.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | tuple[float, ...]:
+    """One job; returns what a sweeper optimises."""
+    from gsprune.job import objective, run
+
+    try:
+        result = run(cfg, output_dir=HydraConfig.get().runtime.output_dir)
+    except ValueError as error:  # the user's mistake: Hydra shows this class without a traceback
+        raise CompactHydraException(str(error)) from error
+    return objective(result, cfg.objective)
+
+
+if __name__ == "__main__":
+    main()
