@@ -131,6 +131,32 @@ def test_gate_of_a_producer_that_is_also_read_without_a_norm() -> None:
     assert names(find(nets.Dense())["conv2"].gates) == ["conv2.weight", "conv2.bias"]
 
 
+class PreActivation(nn.Module):
+    """A residual stream that only BatchNorms read: scaling it changes nothing, its rows would score zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm1, self.conv1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.norm2, self.conv2 = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.conv1(F.relu(self.norm1(x)))
+        return self.conv2(F.relu(self.norm2(x)))
+
+
+def test_a_stream_that_only_norms_read_is_gated_by_those_norms() -> None:
+    model = nets.settle(PreActivation()).double()
+    x = nets.images().double()
+    stem = find(model, x)["stem"]
+    assert names(stem.gates) == ["norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"]
+    products = _gradients(model, x)
+    columns = _unit_sums(stem.consumers, products)
+    assert torch.allclose(_unit_sums(stem.gates, products), columns, rtol=1e-9)
+    rows = _unit_sums(stem.producers, products)
+    assert float(rows.abs().max()) < 1e-3 * float(columns.abs().max())  # what is left is BatchNorm's eps
+
+
 def _gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     model.train()
     model(x).square().sum().backward()
