@@ -66,9 +66,14 @@ def saved(tmp_path: Path) -> Path:
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     write_json(path, {"accuracy": 1})
-    with pytest.raises(KeyboardInterrupt), files.aside(path) as temporary:
-        temporary.write_bytes(b"half")
-        raise KeyboardInterrupt
+
+    def write_half() -> None:
+        with files.aside(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
     assert read_json(path) == {"accuracy": 1}
     assert os.listdir(tmp_path) == ["result.json"]
 
@@ -121,7 +126,7 @@ def test_a_mask_takes_one_bit_a_weight(tmp_path: Path) -> None:
 
 
 def test_masks_are_bool(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="mask 'w' is torch.float32, but masks are torch.bool"):
+    with pytest.raises(ValueError, match=r"mask 'w' is torch.float32, but masks are torch.bool"):
         save_masks(tmp_path / "a", {"w": torch.ones(3)})
 
 
@@ -197,7 +202,7 @@ def test_an_elementwise_pruned_model_comes_back_equal(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_fresh_process_reads_the_same_outputs(saved: Path) -> None:
     code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); from test_checkpoint import Net, pictures; import gsprune\n"
+        "import gsprune, sys, torch; sys.path.insert(0, sys.argv[1]); from test_checkpoint import Net, pictures\n"
         "torch.save(gsprune.load_pruned(sys.argv[2], Net())(pictures()).detach(), sys.argv[2] + '/outputs.pt')"
     )
     subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(saved)], check=True)
@@ -301,7 +306,7 @@ def test_an_attribute_that_is_not_a_size_is_refused(tmp_path: Path) -> None:
 def test_files_of_two_runs_are_not_mixed(saved: Path, tmp_path: Path) -> None:
     save_pruned(tmp_path / "other", Net(), NOTHING)
     os.replace(tmp_path / "other" / "pruning.json", saved / "pruning.json")
-    with pytest.raises(ValueError, match="does not belong to the model.safetensors beside it"):
+    with pytest.raises(ValueError, match=r"does not belong to the model.safetensors beside it"):
         load_pruned(saved, Net())
 
 

@@ -1,0 +1,578 @@
+"""The record of a run: always on the local disk, and in MLflow too when asked for and reachable.
+
+A fault of tracking never ends a training run and costs it seconds at most. Everything is written to the output
+directory first; after the first call to MLflow that fails or takes too long no further one is made, and what was not
+sent is listed in `unsent.jsonl` for a later upload. Imports the standard library; mlflow only in `start`.
+
+In the output directory:
+
+    metrics.jsonl                  one JSON object a line: {"step": 3, "time": 1753000000.0, "val/loss": 0.1, ...}
+    config.yaml                    the resolved configuration
+    tracking.json                  where the run was sent, under which id, and whether that stopped
+    figures/<key>/0003.png         every picture given to `log_image`
+    unsent.jsonl                   only after a fault: the calls that did not reach MLflow, in order
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import os
+import posixpath
+import queue
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from gsprune.files import plain, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from typing_extensions import Self
+
+__all__ = ["MLflowTracker", "Tracker", "read_metrics"]
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+Event = dict[str, Any]
+log = logging.getLogger(__name__)
+_THREAD = "gsprune-tracking"
+
+
+# --- the local record --------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """Records a run in its output directory and nowhere else (`tracking=none`); the base of every tracker.
+
+    No method raises because something could not be recorded: a disk that is full costs a warning. As a context
+    manager it calls `finish` with "FINISHED", "KILLED" (KeyboardInterrupt) or "FAILED" (any other exception).
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with Tracker(folder.name) as tracker:
+    ...     tracker.start(config={"epochs": 1}, tags={})
+    ...     tracker.log_metrics({"sparsity": 0.5}, step=0)
+    >>> read_metrics(folder.name + "/metrics.jsonl")[0]["sparsity"]
+    0.5
+    """
+
+    run_id: str | None = None
+
+    def __init__(self, output_dir: str | os.PathLike[str], **_: object) -> None:
+        self.output_dir = Path(output_dir).absolute()
+        self._warned = False
+        self._finished = False
+
+    def start(self, *, config: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Begin the record: `config` is the resolved configuration as a plain nested dict."""
+        self._locally(lambda: self.output_dir.mkdir(parents=True, exist_ok=True))
+        self._locally(lambda: _write_yaml(self.output_dir / "config.yaml", config))
+
+    def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        """One line of metrics.jsonl. NaN and infinities are written as strings that `float()` reads."""
+        self._record_metrics(values, step)
+
+    def log_artifact(self, path: str | os.PathLike[str], *, folder: str | None = None) -> None:
+        """Keep a file or folder. One that lies outside the output directory is copied into it, under `folder`."""
+        self._keep(path, folder)
+
+    def log_image(self, array: np.ndarray, *, key: str, step: int) -> None:
+        """Keep a picture (height, width, 3; uint8) as figures/<key>/<step>.png."""
+        self._save_image(array, key, step)
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Add tags to the run; the local record has no use for them."""
+
+    def finish(self, status: Status) -> None:
+        """Close the record. Calls after the first do nothing."""
+        self._finished = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        if kind is None:
+            self.finish("FINISHED")
+        else:
+            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+
+    def _record_metrics(self, values: Mapping[str, float], step: int) -> Event:
+        now, numbers = time.time(), {name: _number(value) for name, value in values.items()}
+        row = {"step": step, "time": round(now, 3), **plain(numbers)}
+        self._locally(lambda: _append(self.output_dir / "metrics.jsonl", row))
+        return {"values": plain(numbers), "step": step, "time_ms": int(now * 1000)}
+
+    def _keep(self, path: str | os.PathLike[str], folder: str | None) -> Path:
+        source = Path(path).absolute()
+        if source.is_relative_to(self.output_dir):
+            return source
+        target = self.output_dir / (folder or "") / source.name
+        copied = self._locally(lambda: _copy(source, target))
+        return target if copied else source
+
+    def _save_image(self, array: np.ndarray, key: str, step: int) -> Path:
+        from PIL import Image
+
+        path = self.output_dir / "figures" / re.sub(r"[^\w.\-]", "_", key) / f"{step:04d}.png"
+        self._locally(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+        self._locally(lambda: Image.fromarray(array).save(path, compress_level=1))  # 5x faster, 10 % larger
+        return path
+
+    def _locally(self, write: Callable[[], object]) -> bool:
+        """Do a local write; a fault (disk full, no right to write) is one warning for the whole run."""
+        try:
+            write()
+        except OSError as error:
+            if not self._warned:
+                log.warning("the record in %s is incomplete, the run goes on: %s", self.output_dir, _brief(error))
+            self._warned = True
+            return False
+        return True
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl, numbers only; a line torn by a crash is left out. No file: no rows."""
+    rows = []
+    lines = Path(path).read_bytes().split(b"\n") if Path(path).is_file() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            rows.append({name: _number(value) for name, value in row.items()})
+        except (ValueError, TypeError, AttributeError):
+            continue
+    return rows
+
+
+def _number(value: Any) -> float:
+    """Numbers of Python, numpy and torch, and the strings for NaN and infinities; integers stay integers."""
+    return value if type(value) is int else float(value)
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one line. A line that an earlier fault left unfinished is closed first, so that it spoils only itself."""
+    line = json.dumps(row, allow_nan=False) + "\n"
+    with path.open("ab+") as file:  # opened each time: 0.1 ms, and nothing to lose in a crash
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copy2(source, target)
+
+
+def _write_yaml(path: Path, config: Mapping[str, Any]) -> None:
+    from omegaconf import OmegaConf
+
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+    path.write_text(_without_passwords(text), encoding="utf-8")
+
+
+def _without_passwords(text: str) -> str:
+    """
+    >>> _without_passwords("http://ann:secret@host:5000")
+    'http://***@host:5000'
+    """
+    return re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)
+
+
+def _brief(error: BaseException) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return _without_passwords(text if len(text) <= 200 else text[:197] + "...")
+
+
+# --- MLflow ------------------------------------------------------------------------------------------------
+
+
+class MLflowTracker(Tracker):
+    """The local record of `Tracker`, and the same in one MLflow run.
+
+    Every call to MLflow has a deadline and stands behind a circuit breaker: after the first that fails or is
+    late, or when slow answers have cost `timeout_s` in all beyond half a second each, one warning says so and MLflow
+    is left alone.
+
+    Args:
+        tracking_uri: MLflow's own; None takes `MLFLOW_TRACKING_URI`, else `sqlite:///<cwd>/mlflow.db`.
+        experiment: created when missing, with an absolute artifact location.
+        artifact_root: a folder or URI where a new experiment keeps its files, in a folder of its name. None:
+            `mlartifacts` beside a local database, the server's choice otherwise (so too for a relative folder).
+        run_name: shown in MLflow; None lets MLflow invent one.
+        parent_run_id: nests this run under that one (a sweep).
+        timeout_s: seconds a server may take for one call (files: and one more for each MB). A local
+            database, which other processes may keep waiting, is given 30 at least.
+
+    `run_id` is None until `start` has reached MLflow.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        *,
+        tracking_uri: str | None = None,
+        experiment: str = "gsprune",
+        artifact_root: str | os.PathLike[str] | None = None,
+        run_name: str | None = None,
+        parent_run_id: str | None = None,
+        timeout_s: float = 5.0,
+        **_: object,
+    ) -> None:
+        super().__init__(output_dir)
+        uri = resolve_tracking_uri(tracking_uri)
+        self.tracking_uri, self.experiment, self.timeout_s = uri, experiment, timeout_s
+        self._store = _Store(uri, experiment, artifact_root, run_name, parent_run_id)
+        local = _database_file(uri) is not None
+        self._limit = max(timeout_s, 30.0) if local else timeout_s
+        self._start_limit = max(timeout_s, 120.0) if local else timeout_s  # other jobs may be creating it first
+        self._caller = _Caller()
+        self._patience = timeout_s  # seconds that slow answers may still cost
+        self._names = _Names()
+        self.stopped: str | None = None  # why MLflow is no longer called
+
+    def start(self, *, config: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        super().start(config=config, tags=tags)
+        params = {self._names[key]: value for key, value in flatten(config).items()}
+        self._connect()
+        self._send("start", params=params, tags=dict(tags), time_ms=int(time.time() * 1000))
+        self.run_id = self._store.run_id
+        if (self.output_dir / "config.yaml").is_file():
+            self._send("artifact", path=str(self.output_dir / "config.yaml"), folder=None)
+        self._note("RUNNING")
+
+    def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        event = self._record_metrics(values, step)
+        named = {self._names[name]: value for name, value in event.pop("values").items()}
+        self._send("metrics", values=named, **event)
+
+    def log_artifact(self, path: str | os.PathLike[str], *, folder: str | None = None) -> None:
+        kept = self._keep(path, folder)
+        self._send("artifact", path=str(kept), folder=folder)
+
+    def log_image(self, array: np.ndarray, *, key: str, step: int) -> None:
+        path, now = self._save_image(array, key, step), int(time.time() * 1000)
+        key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", key)
+        self._send("image", path=str(path), key=key, step=step, time_ms=now)
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        self._send("tags", tags=dict(tags))
+
+    def finish(self, status: Status) -> None:
+        if self._finished:
+            return
+        super().finish(status)
+        self._send("finish", status=status, time_ms=int(time.time() * 1000))
+        self._note(status)
+
+    def _connect(self) -> None:
+        try:
+            _import_client(self.timeout_s)
+        except Exception as error:  # not installed, or broken: the run needs neither
+            self._stop(error)
+
+    def _send(self, kind: str, **event: Any) -> None:
+        """Make one call to MLflow, unless the breaker is open: then list it in unsent.jsonl."""
+        if self.stopped is None:
+            transfer, begin = _megabytes(event.get("path")), time.monotonic()
+            limit = self._start_limit if kind == "start" else self._limit + transfer
+            try:
+                self._caller.call(lambda: getattr(self._store, kind)(**event), limit)
+            except Exception as error:
+                self._stop(error)
+            else:
+                self._lose_patience(kind, time.monotonic() - begin - transfer)
+                return
+        self._locally(lambda: _append(self.output_dir / "unsent.jsonl", {"kind": kind, **event}))
+
+    def _lose_patience(self, kind: str, seconds: float) -> None:
+        if kind == "start" and self._start_limit > self.timeout_s:
+            return
+        self._patience -= max(0.0, seconds - 0.5)
+        if self._patience < 0:
+            self._stop(TimeoutError(f"answers take too long, the last one {seconds:.1f} s"))
+
+    def _stop(self, error: BaseException) -> None:
+        self.stopped = _brief(error)
+        log.warning(
+            "tracking to MLflow at %s stopped (%s); the run goes on, and its record is in %s",
+            _without_passwords(self.tracking_uri),
+            self.stopped,
+            self.output_dir,
+        )
+        self._note("RUNNING")
+
+    def _note(self, status: str) -> None:
+        note = {
+            "tracking_uri": _without_passwords(self.tracking_uri),
+            "experiment": self.experiment,
+            "run_id": self._store.run_id,
+            "status": status,
+            "stopped": self.stopped,
+        }
+        self._locally(lambda: write_json(self.output_dir / "tracking.json", note))
+
+
+class _Caller:
+    """Runs calls one after the other in a thread of their own, so that one which never returns can be left behind.
+
+    The thread is a daemon: it does not keep the interpreter from ending.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def call(self, job: Callable[[], None], seconds: float) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=_THREAD, daemon=True)
+            self._thread.start()
+        answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._jobs.put((job, answer))
+        try:
+            error = answer.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError(f"no answer within {seconds:g} s") from None
+        if error is not None:
+            raise error if isinstance(error, Exception) else RuntimeError(repr(error))
+
+    def _work(self) -> None:
+        while True:
+            job, answer = self._jobs.get()
+            try:
+                job()
+            except BaseException as error:
+                answer.put(error)
+            else:
+                answer.put(None)
+
+
+class _Store:
+    """What a run asks of MLflow, one method for each kind of event; arguments are plain JSON values.
+
+    Uses a client with an explicit run id: mlflow's global active run and tracking URI stay as they are.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        artifact_root: str | os.PathLike[str] | None,
+        run_name: str | None,
+        parent_run_id: str | None,
+    ) -> None:
+        self.run_id: str | None = None
+        self._uri, self._experiment, self._run_name = uri, experiment, run_name
+        self._location = _artifact_location(uri, experiment, artifact_root)
+        self._parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
+        self._client: Any = None
+
+    def start(self, *, params: Mapping[str, str], tags: Mapping[str, str], time_ms: int) -> None:
+        experiment_id = self._open()
+        tags = _fit_tags({**_origin(), **self._parent, **tags})
+        run = self._client.create_run(
+            experiment_id, start_time=time_ms, run_name=self._run_name, tags=dict(islice(tags.items(), 50))
+        )
+        self.run_id = run.info.run_id
+        self.tags(tags=dict(islice(tags.items(), 50, None)))
+        from mlflow.entities import Param
+
+        entries = [Param(key, value[:6000]) for key, value in params.items()]
+        for some in _chunks(entries, 100):
+            self._client.log_batch(self.run_id, params=some)
+
+    def metrics(self, *, values: Mapping[str, float], step: int, time_ms: int) -> None:
+        from mlflow.entities import Metric
+
+        entries = [Metric(name, float(value), time_ms, step) for name, value in values.items()]
+        for some in _chunks(entries, 1000):
+            self._client.log_batch(self.run_id, metrics=some)
+
+    def tags(self, *, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        for some in _chunks([RunTag(key, value) for key, value in _fit_tags(tags).items()], 100):
+            self._client.log_batch(self.run_id, tags=some)
+
+    def artifact(self, *, path: str, folder: str | None) -> None:
+        log_files = self._client.log_artifacts if os.path.isdir(path) else self._client.log_artifact
+        log_files(self.run_id, path, folder)
+
+    def image(self, *, path: str, key: str, step: int, time_ms: int) -> None:
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            self._client.log_image(self.run_id, picture, key=key, step=step, timestamp=time_ms, synchronous=True)
+
+    def finish(self, *, status: str, time_ms: int) -> None:
+        self._client.set_terminated(self.run_id, status, end_time=time_ms)
+
+    def _open(self) -> str:
+        """Connect and return the experiment's id. Under a lock: two processes that create one database break it."""
+        file = _database_file(self._uri)
+        if file is None:
+            return self._find_experiment()
+        from filelock import FileLock
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock", timeout=100):
+            return self._find_experiment()
+
+    def _find_experiment(self) -> str:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        self._client = MlflowClient(tracking_uri=self._uri)
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(self._experiment, self._location))
+            except MlflowException:  # another process was faster
+                found = self._client.get_experiment_by_name(self._experiment)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
+
+
+def _import_client(timeout_s: float) -> None:
+    """Import mlflow with short HTTP time-outs (its own add up to minutes) and without chatter on the console.
+
+    What the user has set in the environment stays. MLflow's usage reports are off unless the user sets
+    MLFLOW_DISABLE_TELEMETRY=false: without a network they would hold up the end of the process.
+    """
+    settings = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_s))),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        logging.getLogger(mlflow.__name__).setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").addFilter(_not_ours)
+
+
+def _not_ours(record: logging.LogRecord) -> bool:
+    """Lets pass what other threads' requests log: a retry of ours is followed by success or by our own warning."""
+    return record.threadName != _THREAD
+
+
+def resolve_tracking_uri(uri: str | None) -> str:
+    """The tracking URI with an absolute path: the current folder may change under a run, its store must not."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    file = _database_file(uri)
+    return uri if file is None else f"sqlite:///{file.as_posix()}"
+
+
+def _database_file(uri: str) -> Path | None:
+    """The file behind a SQLite URI, None for servers and databases elsewhere.
+
+    >>> _database_file("sqlite:////data/mlflow.db").as_posix(), _database_file("http://host:5000")
+    ('/data/mlflow.db', None)
+    """
+    prefix = "sqlite:///"
+    if not uri.startswith(prefix) or uri == prefix or "?" in uri or ":memory:" in uri:
+        return None
+    return Path(uri[len(prefix) :]).absolute()
+
+
+def _artifact_location(uri: str, experiment: str, root: str | os.PathLike[str] | None) -> str | None:
+    file = _database_file(uri)
+    name = re.sub(r"[^\w.\-]", "_", experiment)
+    if isinstance(root, str) and "://" in root:
+        return f"{root.rstrip('/')}/{name}"
+    if file is not None:
+        return (Path(root).absolute() if root else file.parent / "mlartifacts").joinpath(name).as_uri()
+    if root and Path(root).is_absolute():
+        return (Path(root) / name).as_uri()
+    return None  # a folder relative to this process means nothing to a server
+
+
+def _origin() -> dict[str, str]:
+    """What the columns "User" and "Source" of MLflow's table show."""
+    tags = {"mlflow.source.name": sys.argv[0] or "python", "mlflow.source.type": "LOCAL"}
+    try:
+        return {**tags, "mlflow.user": getpass.getuser()}
+    except (OSError, KeyError, ImportError):  # a container's user may have no name
+        return tags
+
+
+def _fit_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {_Names.clean(key): str(value)[:5000] for key, value in tags.items()}
+
+
+def _megabytes(path: str | None) -> float:
+    if path is None or not os.path.exists(path):
+        return 0.0
+    files = [Path(path)] if os.path.isfile(path) else [file for file in Path(path).rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
+    rest = iter(items)
+    while some := list(islice(rest, size)):
+        yield some
+
+
+class _Names:
+    """Names that MLflow accepts, one for each of ours, the same every time, no two alike.
+
+    >>> names = _Names()
+    >>> names["kept/layers[0].heads"], names["kept/layers(0).heads"], names["kept/layers[0].heads"]
+    ('kept/layers_0_.heads', 'kept/layers_0_.heads_2', 'kept/layers_0_.heads')
+    """
+
+    def __init__(self) -> None:
+        self._given: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> str:
+        if name not in self._given:
+            taken, clean, number = set(self._given.values()), self.clean(name), 2
+            choice = clean
+            while choice in taken:
+                choice, number = f"{clean}_{number}", number + 1
+            self._given[name] = choice
+        return self._given[name]
+
+    @staticmethod
+    def clean(name: str) -> str:
+        """Letters, digits and `_ - . / space` stay (MLflow on Windows takes no more); at most 240 characters."""
+        clean = posixpath.normpath(re.sub(r"[^\w.\-/ ]", "_", name)).lstrip("/")
+        while clean.startswith("../"):
+            clean = clean[3:]
+        return clean[:240].rstrip("/") if clean not in ("", ".", "..") else "_"
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested configuration as dotted names and texts; lists of plain values stay one entry.
+
+    >>> flatten({"pruner": {"keep": None, "include": ["*"]}, "stages": [{"epochs": 3}]})
+    {'pruner.keep': 'null', 'pruner.include': '["*"]', 'stages.0.epochs': '3'}
+    """
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
+            flat[name] = _without_passwords(text)
+    return flat

@@ -1,0 +1,460 @@
+"""The local record is always complete; MLflow gets the same when it can, and costs seconds when it cannot."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from gsprune import tracking
+from gsprune.tracking import MLflowTracker, Tracker, _Names, flatten, read_metrics, resolve_tracking_uri
+
+CONFIG = {"pruner": {"target_sparsity": 0.9, "keep": None, "include": ["*"]}, "seed": 1, "note": "x" * 9000}
+PICTURE = np.zeros((6, 8, 3), np.uint8)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def a_run(tracker: Tracker, *, epochs: int = 3) -> None:
+    """Everything a job asks of a tracker."""
+    tracker.start(config=CONFIG, tags={"hydra.overrides": "pruner=abs"})
+    for epoch in range(epochs):
+        tracker.log_metrics({"val/accuracy": 0.5 + epoch / 10, "sparsity/layers[0].weight": 0.1}, step=epoch)
+    tracker.log_image(PICTURE, key="masks", step=2)
+    file = tracker.output_dir / "masks" / "epoch_0002.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"masks")
+    tracker.log_artifact(file, folder="masks")
+    tracker.log_tags({"late": "yes"})
+    tracker.finish("FINISHED")
+
+
+def the_local_record_is_complete(folder: Path, *, epochs: int = 3) -> None:
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(epochs))
+    assert [row["val/accuracy"] for row in rows] == [0.5 + epoch / 10 for epoch in range(epochs)]
+    assert (folder / "figures" / "masks" / "0002.png").is_file()
+    assert (folder / "masks" / "epoch_0002.safetensors").read_bytes() == b"masks"
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == CONFIG
+
+
+# --- the local record --------------------------------------------------------------------------------------
+
+
+def test_importing_this_room_imports_neither_mlflow_nor_torch() -> None:
+    code = "import sys, gsprune.tracking; print([m for m in ('mlflow', 'torch') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+def test_a_run_without_mlflow_leaves_its_record(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "out", experiment="ignored")
+    a_run(tracker)
+    the_local_record_is_complete(tmp_path / "out")
+    assert tracker.run_id is None
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.yaml", "figures", "masks", "metrics.jsonl"]
+
+
+def test_every_line_is_valid_json_and_reads_back(tmp_path: Path) -> None:
+    values = {"nan": math.nan, "up": math.inf, "down": -math.inf, "whole": 25_557_032, "tensor": torch.tensor(0.5)}
+    Tracker(tmp_path).log_metrics({**values, "numpy": np.float32(0.25)}, step=4)
+    (text,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert row == {
+        "step": 4, "time": row["time"], "nan": "NaN", "up": "Infinity", "down": "-Infinity",
+        "whole": 25557032, "tensor": 0.5, "numpy": 0.25,
+    }  # fmt: skip
+    assert abs(row["time"] - time.time()) < 60
+    back = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert math.isnan(back["nan"])
+    assert (back["up"], back["down"], back["whole"]) == (math.inf, -math.inf, 25557032)
+
+
+def test_a_torn_line_spoils_only_itself(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log_metrics({"a": 1}, step=0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "a"')  # killed while writing
+    tracker.log_metrics({"a": 3}, step=2)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 2]
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_files_from_elsewhere_are_copied_and_own_ones_are_not(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "out")
+    (tmp_path / "elsewhere.txt").write_text("hello")
+    tracker.log_artifact(tmp_path / "elsewhere.txt", folder="notes")
+    assert (tmp_path / "out" / "notes" / "elsewhere.txt").read_text() == "hello"
+    tracker.log_artifact(tmp_path / "out" / "notes" / "elsewhere.txt", folder="again")
+    tracker.log_artifact(tmp_path / "out" / "notes")
+    assert os.listdir(tmp_path / "out") == ["notes"]
+
+
+def test_pictures_keep_every_pixel(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (5, 7, 3), np.uint8)
+    Tracker(tmp_path).log_image(picture, key="masks/conv[0]", step=12)
+    saved = np.array(Image.open(tmp_path / "figures" / "masks_conv_0_" / "0012.png"))
+    assert np.array_equal(saved, picture)
+
+
+def test_a_disk_that_is_full_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tracking, "_append", full)
+    tracker = Tracker(tmp_path)
+    tracker.log_metrics({"a": 1}, step=0)
+    tracker.log_metrics({"a": 1}, step=1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "No space left on device" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "FAILED")],
+)
+def test_the_end_of_a_with_block_is_the_status(tmp_path: Path, error: type[BaseException] | None, status: str) -> None:
+    seen: list[str] = []
+
+    class Spy(Tracker):
+        def finish(self, status: str) -> None:
+            seen.append(status)
+
+    def run() -> None:
+        with Spy(tmp_path):
+            if error is not None:
+                raise error
+
+    if error is None:
+        run()
+    else:
+        with pytest.raises(error):
+            run()
+    assert seen == [status]
+
+
+# --- names and texts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("sparsity/a.b", "sparsity/a.b"),
+        ("kept/l[0]@x,y=*", "kept/l_0__x_y__"),
+        ("a:b", "a_b"),
+        ("/a//b/../c/", "a/c"),
+        ("../../etc", "etc"),
+        ("", "_"),
+        ("..", "_"),
+        ("é ü", "é ü"),
+        ("n" * 300, "n" * 240),
+    ],
+)
+def test_names_are_what_mlflow_takes(name: str, clean: str) -> None:
+    assert _Names()[name] == clean
+
+
+def test_names_that_become_alike_stay_apart() -> None:
+    names = _Names()
+    assert [names[name] for name in ("a[0]", "a(0)", "a_0_", "a[0]")] == ["a_0_", "a_0__2", "a_0__3", "a_0_"]
+
+
+def test_config_is_flattened_and_passwords_are_left_out() -> None:
+    config = {"a": {"b": [1, 2], "c": {}, "d": True}, "e": [{"f": 1e-3}], "g": "", "uri": "http://ann:pw@host/x"}
+    assert flatten(config) == {
+        "a.b": "[1, 2]", "a.c": "{}", "a.d": "true", "e.0.f": "0.001", "g": "", "uri": "http://***@host/x",
+    }  # fmt: skip
+
+
+def test_the_default_store_is_a_database_at_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_tracking_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert resolve_tracking_uri("sqlite:///runs/a.db") == f"sqlite:///{tmp_path}/runs/a.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert resolve_tracking_uri(None) == "http://host:5000"
+
+
+@pytest.mark.parametrize(
+    ("uri", "root", "location"),
+    [
+        ("sqlite:////d/m.db", None, "file:///d/mlartifacts/e_x"),
+        ("sqlite:////d/m.db", "/art", "file:///art/e_x"),
+        ("sqlite:////d/m.db", "s3://bucket/", "s3://bucket/e_x"),
+        ("http://h", None, None),
+        ("http://h", "mlartifacts", None),
+        ("http://h", "/mnt/shared", "file:///mnt/shared/e_x"),
+    ],
+)
+def test_artifact_locations_are_absolute(uri: str, root: str | None, location: str | None) -> None:
+    assert tracking._artifact_location(uri, "e/x", root) == location
+
+
+# --- MLflow ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One database for the module: creating it takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store with space')}/mlflow.db"
+
+
+def client_of(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+@pytest.mark.slow
+def test_a_run_is_in_mlflow_as_it_is_on_the_disk(tmp_path: Path, database: str) -> None:
+    tracker = MLflowTracker(
+        tmp_path, tracking_uri=database, experiment="real", run_name="first", parent_run_id="p" * 32
+    )
+    a_run(tracker)
+    the_local_record_is_complete(tmp_path)
+    assert tracker.stopped is None
+    client = client_of(database)
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
+    assert run.data.params == {
+        "pruner.target_sparsity": "0.9", "pruner.keep": "null", "pruner.include": '["*"]',
+        "seed": "1", "note": "x" * 6000,
+    }  # fmt: skip
+    wanted = {"hydra.overrides": "pruner=abs", "late": "yes", "mlflow.parentRunId": "p" * 32}
+    assert wanted.items() <= run.data.tags.items()
+    history = client.get_metric_history(tracker.run_id, "val/accuracy")
+    assert [(m.step, m.value) for m in history] == [(0, 0.5), (1, 0.6), (2, 0.7)]
+    assert run.data.metrics["sparsity/layers_0_.weight"] == 0.1
+    root = Path(tracking._database_file(database).parent) / "mlartifacts" / "real" / tracker.run_id / "artifacts"
+    assert (root / "masks" / "epoch_0002.safetensors").read_bytes() == b"masks"
+    assert yaml.safe_load((root / "config.yaml").read_text()) == CONFIG
+    assert len(list((root / "images").glob("masks+step+2+*.png"))) == 1
+    note = json.loads((tmp_path / "tracking.json").read_text())
+    assert (note["run_id"], note["status"], note["stopped"]) == (tracker.run_id, "FINISHED", None)
+    assert not (tmp_path / "unsent.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_mlflow_takes_odd_values_many_values_and_a_failure(tmp_path: Path, database: str) -> None:
+    tracker = MLflowTracker(tmp_path, tracking_uri=database, experiment="odd")
+    tracker.start(config={f"k{i}": i for i in range(250)} | {"empty": ""}, tags={f"t{i}": "v" for i in range(130)})
+    tracker.log_metrics({"nan": math.nan, "inf": math.inf, **{f"m{i}": i for i in range(1500)}}, step=0)
+    tracker.finish("FAILED")
+    tracker.finish("FINISHED")  # the first counts
+    assert tracker.stopped is None
+    run = client_of(database).get_run(tracker.run_id)
+    assert run.info.status == "FAILED"
+    assert len(run.data.params) == 251
+    assert len(run.data.metrics) == 1502
+    assert math.isnan(run.data.metrics["nan"])
+    assert sum(name.startswith("t") for name in run.data.tags) == 130
+
+
+@pytest.mark.slow
+def test_mlflow_s_own_globals_stay_as_they_were(tmp_path: Path, database: str) -> None:
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    tracker = MLflowTracker(tmp_path, tracking_uri=database)
+    tracker.start(config={}, tags={})
+    assert mlflow.active_run() is None
+    assert mlflow.get_tracking_uri() == before
+    tracker.finish("KILLED")
+
+
+@pytest.mark.slow
+def test_four_processes_may_create_the_database_at_once_and_say_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys; from gsprune.tracking import MLflowTracker; t = MLflowTracker(sys.argv[1]);"
+        "t.start(config={'a': 1}, tags={}); t.log_metrics({'m': 1}, step=0); t.finish('FINISHED');"
+        "assert t.stopped is None"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / f"out{index}")],
+            cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for index in range(4)
+    ]  # fmt: skip
+    outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+    assert outputs == [""] * 4
+    assert [worker.returncode for worker in workers] == [0] * 4
+    client = client_of(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("gsprune")
+    assert experiment.artifact_location == (tmp_path / "mlartifacts" / "gsprune").as_uri()
+    runs = client.search_runs([experiment.experiment_id])
+    assert [run.data.metrics for run in runs] == [{"m": 1.0}] * 4
+
+
+# --- faults ------------------------------------------------------------------------------------------------
+
+
+class FakeStore:
+    """Stands in for MLflow: answers until `dies_at`, then does what `fault` does."""
+
+    run_id: str | None = None
+
+    def __init__(self, dies_at: int, fault: Any) -> None:
+        self.dies_at, self.fault, self.calls = dies_at, fault, []
+
+    def __getattr__(self, kind: str) -> Any:
+        def call(**event: Any) -> None:
+            self.calls.append(kind)
+            if len(self.calls) > self.dies_at:
+                self.fault()
+            self.run_id = "r1"
+
+        return call
+
+
+def refuse() -> None:
+    raise ConnectionError("http://ann:secret@host:5000 refused\nconnection")
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(tracking, "_import_client", lambda timeout_s: None)
+
+    def make(*, dies_at: int, fault: Any, timeout_s: float = 0.3) -> MLflowTracker:
+        tracker = MLflowTracker(tmp_path, tracking_uri="http://ann:secret@host:5000", timeout_s=timeout_s)
+        tracker._store = FakeStore(dies_at, fault)
+        return tracker
+
+    return make
+
+
+KINDS = ["start", "artifact", "metrics", "metrics", "metrics", "image", "artifact", "tags", "finish"]
+
+
+@pytest.mark.parametrize("dies_at", range(9))
+def test_a_server_that_dies_is_left_alone_and_nothing_is_lost(
+    faulty: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, dies_at: int
+) -> None:
+    tracker = faulty(dies_at=dies_at, fault=refuse)
+    a_run(tracker)
+    the_local_record_is_complete(tmp_path)
+    assert tracker._store.calls == KINDS[: dies_at + 1]  # the one that failed was the last
+    unsent = lines(tmp_path / "unsent.jsonl")
+    assert [event["kind"] for event in unsent] == KINDS[dies_at:]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    message = record.getMessage()
+    assert "tracking to MLflow at http://***@host:5000 stopped (ConnectionError: " in message
+    assert str(tmp_path) in message
+    assert "\n" not in message
+    everything = "".join(path.read_text() for path in tmp_path.glob("*.json*")) + message
+    assert "secret" not in everything
+    note = json.loads((tmp_path / "tracking.json").read_text())
+    assert note["stopped"].startswith("ConnectionError")
+    assert note["run_id"] == (None if dies_at == 0 else "r1")
+
+
+def test_unsent_events_hold_all_that_a_later_upload_needs(faulty: Any, tmp_path: Path) -> None:
+    a_run(faulty(dies_at=0, fault=refuse), epochs=1)
+    start, config, metrics, image, masks, tags, finish = lines(tmp_path / "unsent.jsonl")
+    assert start["params"]["pruner.target_sparsity"] == "0.9"
+    assert start["tags"] == {"hydra.overrides": "pruner=abs"}
+    assert metrics["values"] == {"val/accuracy": 0.5, "sparsity/layers_0_.weight": 0.1}
+    assert (metrics["step"], type(metrics["time_ms"])) == (0, int)
+    assert [Path(event["path"]).is_file() for event in (config, image, masks)] == [True] * 3
+    assert masks["folder"] == "masks"
+    assert tags["tags"] == {"late": "yes"}
+    assert finish["status"] == "FINISHED"
+    store = FakeStore(99, None)
+    for event in (start, config, metrics, image, masks, tags, finish):
+        getattr(store, event.pop("kind"))(**event)  # they fit the store's methods as they are
+
+
+def test_a_call_that_never_returns_costs_its_time_limit_once(faulty: Any, tmp_path: Path) -> None:
+    forever = threading.Event()
+    tracker = faulty(dies_at=3, fault=forever.wait)
+    begin = time.monotonic()
+    a_run(tracker)
+    assert time.monotonic() - begin < 2
+    assert tracker.stopped == "TimeoutError: no answer within 0.3 s"
+    the_local_record_is_complete(tmp_path)
+    forever.set()
+
+
+def test_slow_answers_use_up_the_patience(faulty: Any, tmp_path: Path) -> None:
+    tracker = faulty(dies_at=1, fault=lambda: time.sleep(0.62), timeout_s=0.7)
+    tracker._patience = 0.3  # each call costs 0.12 more than it may
+    a_run(tracker)
+    assert tracker._store.calls == KINDS[:4]
+    assert tracker.stopped.startswith("TimeoutError: answers take too long, the last one 0.6 s")
+    assert [event["kind"] for event in lines(tmp_path / "unsent.jsonl")] == KINDS[4:]
+    the_local_record_is_complete(tmp_path)
+
+
+def test_without_mlflow_installed_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    a_run(MLflowTracker(tmp_path, tracking_uri="http://127.0.0.1:1"))
+    the_local_record_is_complete(tmp_path)
+    assert "import of mlflow halted" in caplog.text
+
+
+def test_the_users_own_mlflow_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"MLFLOW_HTTP_REQUEST_TIMEOUT": "77", "MLFLOW_LOGGING_LEVEL": "DEBUG"})
+    monkeypatch.setitem(sys.modules, "mlflow", type(sys)("mlflow"))
+    tracking._import_client(5.0)
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def timed_run(folder: Path, uri: str) -> float:
+    """Seconds that a run's tracking takes in a fresh process without the import of mlflow; its exit included."""
+    code = (
+        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_tracking as t;"
+        "tracker = t.MLflowTracker(sys.argv[2], tracking_uri=sys.argv[3]); tracker._connect();"
+        "begin = time.time(); t.a_run(tracker); assert tracker.stopped, 'it should have stopped'; print(begin)"
+    )
+    arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(folder), uri]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    done = subprocess.run(arguments, text=True, env=environment, capture_output=True, check=True)
+    seconds = time.time() - float(done.stdout)
+    (warning,) = done.stderr.splitlines()  # one line, and nothing from mlflow or its HTTP library
+    assert warning.startswith(f"tracking to MLflow at {uri} stopped (")
+    return seconds
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_costs_seconds(tmp_path: Path, silent_server: str) -> None:
+    seconds = timed_run(tmp_path, silent_server)
+    assert 4 < seconds < 10
+    the_local_record_is_complete(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_costs_less(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert timed_run(tmp_path, f"http://127.0.0.1:{port}") < 5
+    the_local_record_is_complete(tmp_path)
