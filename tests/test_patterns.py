@@ -70,7 +70,11 @@ def test_block_fixes_the_sparsity() -> None:
     ("text", "shape", "sentence"),
     [
         ("3x1", (4, 4), "pattern 3x1 does not divide fc.weight, seen as 4 x 4: take another pattern, or exclude it"),
-        ("1x8", (4, 3, 2, 2), "pattern 1x8 does not divide fc.weight, seen as 4 x 12: take another pattern, or exclude it"),
+        (
+            "1x8",
+            (4, 3, 2, 2),
+            "pattern 1x8 does not divide fc.weight, seen as 4 x 12: take another pattern, or exclude it",
+        ),
         ("2:4", (4, 6), "pattern 2:4 does not divide the 6 inputs of fc.weight: take another pattern, or exclude it"),
     ],
 )

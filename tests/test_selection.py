@@ -95,7 +95,7 @@ def test_masks_only_shrink_when_scores_change(parts: list[list[float]], k: int, 
 @settings(max_examples=100, deadline=None)
 def test_order_of_tensors_does_not_matter_without_ties(parts: list[list[float]], random: object) -> None:
     flat = sorted({value for part in parts for value in part})
-    distinct = [[value for value in flat[i :: len(parts)]] or [2.0 + i] for i in range(len(parts))]
+    distinct = [list(flat[i :: len(parts)]) or [2.0 + i] for i in range(len(parts))]
     order = list(range(len(distinct)))
     random.shuffle(order)  # type: ignore[attr-defined]
     k = sum(map(len, distinct)) // 2
@@ -113,7 +113,9 @@ def test_rows_are_ranked_each_on_its_own(n: int) -> None:
 
 
 def test_large_input_is_exact() -> None:
-    scores = [torch.rand(1, n, generator=torch.Generator().manual_seed(n)).round(decimals=4) for n in (300_000, 700_000)]
+    scores = [
+        torch.rand(1, n, generator=torch.Generator().manual_seed(n)).round(decimals=4) for n in (300_000, 700_000)
+    ]
     keeps = select(scores, 900_000)
     assert gone(keeps) == 900_000
     lowest_kept = min(float(s[k].min()) for s, k in zip(scores, keeps, strict=True))

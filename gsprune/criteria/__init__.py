@@ -6,6 +6,6 @@ One file a family: `elementwise` (single weights), `gates` (units: `Abs`, `Weigh
 from gsprune.criteria.base import Criterion
 from gsprune.criteria.baselines import Magnitude, Random
 from gsprune.criteria.elementwise import Elementwise
-from gsprune.criteria.gates import Abs, Weighted
+from gsprune.criteria.gates import Abs, Gate, Weighted
 
-__all__ = ["Abs", "Criterion", "Elementwise", "Magnitude", "Random", "Weighted"]
+__all__ = ["Abs", "Criterion", "Elementwise", "Gate", "Magnitude", "Random", "Weighted"]
