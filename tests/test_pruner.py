@@ -1,0 +1,642 @@
+"""The pruner's hooks: when scores count, when a mask is due, what stays zero, what is refused; nothing waits."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import nets
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gsprune import NoPruning, Pruner
+from gsprune.criteria import Abs, Criterion, Elementwise, Magnitude, Random, Weighted
+from gsprune.schedules import Cubic, Linear, OneShot
+
+STEPS = 4  # optimizer steps in an epoch of these tests
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def batches(count: int, size: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 6, generator=generator), torch.randint(0, 3, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def train(pruner: Any, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, *, begin: int = 0) -> None:
+    """The documented loop."""
+    pruner.on_train_begin()
+    for epoch in range(begin, epochs):
+        pruner.on_epoch_begin(epoch)
+        for step, (x, y) in enumerate(batches(STEPS, seed=epoch)):
+            pruner.on_step_begin(step)
+            F.cross_entropy(model(x), y).backward()
+            pruner.on_before_optimizer_step()
+            optimizer.step()
+            pruner.on_step_end()
+            optimizer.zero_grad()
+        pruner.on_epoch_end()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+
+
+def fill_gradients(model: nn.Module, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def scores(pruner: Pruner) -> dict[str, Tensor]:
+    return pruner.state_dict()["scores"]
+
+
+# ---- scores
+
+
+def test_accumulating_gradients_equals_the_large_batch() -> None:
+    """4 backward passes of 4 samples with the loss divided by 4, against one of 16."""
+    found = []
+    for parts in (1, 4):
+        model = mlp()
+        pruner = Pruner(model, Elementwise(), target_sparsity=0.5, epochs=3)
+        x, y = batches(1, size=16)[0]
+        for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (F.cross_entropy(model(xs), ys) / parts).backward()
+        pruner.on_before_optimizer_step()
+        found.append(scores(pruner))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=1e-8)
+        assert float(found[0][name].max()) > 0
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("criterion", [Elementwise(), Abs(), Weighted()], ids=lambda c: type(c).__name__)
+def test_a_batch_with_a_bad_gradient_adds_nothing(criterion: Criterion, bad: float) -> None:
+    model = mlp()
+    pruner = Pruner(model, criterion, target_sparsity=0.5, epochs=3, example_input=torch.zeros(2, 6))
+    fill_gradients(model)
+    pruner.on_before_optimizer_step()
+    before = scores(pruner)
+    fill_gradients(model, seed=1)
+    model[0].weight.grad[0, 0] = bad
+    model[2].weight.grad[1, 3] = bad
+    pruner.on_before_optimizer_step()
+    assert all(torch.equal(before[name], after) for name, after in scores(pruner).items())
+    assert pruner.state_dict()["scored"] == 1
+
+
+def test_a_step_the_gradient_scaler_skips_adds_nothing() -> None:
+    """The first scale overflows float16's range: that step's gradients are inf, the optimizer skips, and so do we."""
+    model = mlp()
+    optimizer = sgd(model)
+    pruner = Pruner(model, Elementwise(), target_sparsity=0.5, schedule=Linear(end_epoch=9), steps_per_epoch=STEPS)
+    pruner.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
+    counted = []
+    for x, y in batches(2):
+        scaler.scale(F.cross_entropy(model(x), y) * 4).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        counted.append(pruner.state_dict()["scored"])
+    assert counted == [0, 1]
+
+
+def test_scores_are_taken_before_the_optimizer_step() -> None:
+    """w(t) * g(t), not the ancestor's w(t+1) * g(t)."""
+    model = mlp()
+    pruner, optimizer = Pruner(model, Elementwise(), target_sparsity=0.5, epochs=3), sgd(model)
+    fill_gradients(model)
+    expected = (model[0].weight * model[0].weight.grad).abs().detach()
+    pruner.on_before_optimizer_step()
+    optimizer.step()
+    torch.testing.assert_close(scores(pruner)["0.weight"], expected)
+    assert not torch.allclose(expected, (model[0].weight * model[0].weight.grad).abs())
+
+
+def test_each_batch_counts_once() -> None:
+    model = mlp()
+    pruner = Pruner(model, Elementwise(decay=1.0), target_sparsity=0.5, epochs=3)
+    total = torch.zeros_like(model[0].weight)
+    for seed in range(3):
+        fill_gradients(model, seed)
+        total += (model[0].weight * model[0].weight.grad).abs().detach()
+        pruner.on_before_optimizer_step()
+    torch.testing.assert_close(scores(pruner)["0.weight"], total)
+
+
+def test_scoring_stops_with_the_final_mask() -> None:
+    model = mlp()
+    pruner = Pruner(model, Elementwise(), target_sparsity=0.5, schedule=OneShot())
+    fill_gradients(model)
+    pruner.on_before_optimizer_step()
+    pruner.on_step_begin(1)
+    assert pruner.finished
+    before = scores(pruner)
+    pruner.on_before_optimizer_step()
+    assert all(torch.equal(before[name], after) for name, after in scores(pruner).items())
+
+
+# ---- masks
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, adamw])
+@pytest.mark.parametrize("criterion", [Elementwise(), Abs(), Weighted()], ids=lambda c: type(c).__name__)
+def test_pruned_weights_stay_exactly_zero(
+    criterion: Criterion, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+) -> None:
+    """Momentum and decoupled weight decay revive what is only multiplied by a mask once."""
+    model = mlp()
+    optimizer = make_optimizer(model)
+    pruner = Pruner(
+        model, criterion, target_sparsity=0.5, schedule=Cubic(end_epoch=2), steps_per_epoch=STEPS,
+        example_input=torch.zeros(2, 6), optimizer=optimizer,
+    )  # fmt: skip
+    train(pruner, model, optimizer, 4)
+    assert pruner.sparsity == 0.5
+    dead = model[2].weight if pruner.structured else torch.cat([model[0].weight.flatten(), model[2].weight.flatten()])
+    if pruner.structured:
+        keep = pruner.masks()["0"]
+        assert int(keep.sum()) == 4
+        assert bool((dead[:, ~keep] == 0).all())
+        assert bool((dead[:, keep] != 0).all())
+    else:
+        assert int((dead == 0).sum()) == 36
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, adamw])
+def test_memory_of_pruned_weights_is_zeroed_at_the_update(
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+) -> None:
+    model = mlp()
+    optimizer = make_optimizer(model)
+    pruner = Pruner(
+        model, Elementwise(), target_sparsity=0.5, schedule=OneShot(start_epoch=1), steps_per_epoch=STEPS,
+        optimizer=optimizer,
+    )  # fmt: skip
+    train(pruner, model, optimizer, 1)
+    pruner.on_epoch_begin(1)
+    pruner.on_step_begin(0)
+    gone = ~pruner.masks()["0.weight"]
+    states = [v for v in optimizer.state[model[0].weight].values() if v.shape == gone.shape]
+    assert states
+    for state in states:
+        assert bool((state[gone] == 0).all())
+        assert bool((state[~gone] != 0).any())
+
+
+def test_reached_sparsity_is_the_asked_one_at_every_update() -> None:
+    model = mlp()
+    optimizer, reached = sgd(model), []
+    pruner = Pruner(
+        model, Elementwise(), target_sparsity=0.9, schedule=Cubic(end_epoch=2, update_frequency=0.5),
+        steps_per_epoch=STEPS,
+    )  # fmt: skip
+    record = pruner.on_epoch_end
+    pruner.on_epoch_end = lambda: (reached.append(pruner.sparsity), record())  # type: ignore[method-assign]
+    train(pruner, model, optimizer, 3)
+    total = 6 * 8 + 8 * 3
+    wanted = [0.9 - 0.9 * (1 - t) ** 3 for t in (0.25, 0.75)] + [0.9]
+    assert reached == [math.floor(s * total + 0.5) / total for s in wanted]
+    assert pruner.updates == 4
+
+
+def test_masks_only_grow() -> None:
+    model = mlp()
+    optimizer, seen = sgd(model), []
+    pruner = Pruner(model, Elementwise(), target_sparsity=0.9, schedule=Cubic(end_epoch=4), steps_per_epoch=STEPS)
+    for epoch in range(5):
+        train(pruner, model, optimizer, epoch + 1, begin=epoch)
+        seen.append(torch.cat([mask.flatten() for mask in pruner.masks().values()]))
+    for before, after in itertools.pairwise(seen):
+        assert bool((before | ~after).all())
+    assert int((~seen[-1]).sum()) == math.floor(0.9 * 72 + 0.5)
+
+
+def test_local_scope_reaches_the_sparsity_in_every_tensor_and_global_does_not() -> None:
+    for scope, expected in (("local", {24 / 48, 12 / 24}), ("global", None)):
+        model = mlp()
+        model[0].weight.data.mul_(0.01)
+        pruner = Pruner(model, Magnitude(), target_sparsity=0.5, schedule=OneShot(), scope=scope)  # type: ignore[arg-type]
+        pruner.on_step_begin(0)
+        shares = {value for name, value in pruner.report().items() if name.startswith("sparsity/")}
+        assert pruner.sparsity == 0.5
+        assert shares == (expected or {36 / 48, 0.0})
+
+
+def test_min_kept_saves_a_tensor_from_going_empty() -> None:
+    model = mlp()
+    model[2].weight.data.mul_(1e-6)
+    pruner = Pruner(model, Magnitude(), target_sparsity=0.9, schedule=OneShot(), min_kept=2)
+    pruner.on_step_begin(0)
+    assert int(pruner.masks()["2.weight"].sum()) == 2
+    assert round(pruner.sparsity * 72) == 65
+
+
+def test_per_channel_reaches_the_sparsity_in_every_row() -> None:
+    model = mlp()
+    pruner = Pruner(model, Magnitude(), target_sparsity=0.5, schedule=OneShot(), scope="local", per_channel=True)
+    pruner.on_step_begin(0)
+    assert [mask.sum(1).tolist() for mask in pruner.masks().values()] == [[3] * 8, [4] * 3]
+
+
+def test_two_of_four_on_the_way_and_at_the_end() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    pruner = Pruner(model, Magnitude(), target_sparsity=0.5, pattern="2:4", exclude=["2"], schedule=Linear(end_epoch=3))
+    for epoch, pruned in enumerate((6, 12, 18, 24)):
+        pruner.on_epoch_begin(epoch)
+        pruner.on_step_begin(0)
+        keep = pruner.masks()["0.weight"].reshape(-1, 4)
+        assert int((~keep).sum()) == pruned
+        assert int(keep.sum(1).min()) >= 2
+    assert keep.sum(1).tolist() == [2] * 12
+
+
+@pytest.mark.parametrize("pattern", ["2x2", "4x1"])
+def test_tiles_go_as_a_whole(pattern: str) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, bias=False), nn.Flatten(), nn.Linear(8, 4)).to(
+        memory_format=torch.channels_last
+    )
+    pruner = Pruner(model, Magnitude(), target_sparsity=0.5, pattern=pattern, schedule=OneShot())
+    pruner.on_step_begin(0)
+    rows, cols = map(int, pattern.split("x"))
+    for mask in pruner.masks().values():
+        tiles = mask.flatten(1).reshape(mask.shape[0] // rows, rows, -1, cols)
+        assert bool((tiles.float().mean((1, 3)) % 1 == 0).all())
+    assert pruner.sparsity == 0.5
+    zeros = sum(int((m.weight == 0).sum()) for m in (model[0], model[2]))
+    assert zeros == (144 + 32) // 2
+
+
+def test_channels_last_weights_get_the_masks_of_contiguous_ones() -> None:
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)).to(memory_format=layout)
+        pruner = Pruner(model, Elementwise(), target_sparsity=0.7, schedule=OneShot())
+        for parameter in model.parameters():
+            parameter.grad = torch.linspace(-1, 1, parameter.numel()).reshape(parameter.shape)
+        pruner.on_before_optimizer_step()
+        pruner.on_step_begin(1)
+        found.append(({k: m.clone() for k, m in pruner.masks().items()}, model[0].weight.detach().clone()))
+    assert all(torch.equal(found[0][0][name], mask) for name, mask in found[1][0].items())
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_nothing_is_pruned_before_anything_was_scored() -> None:
+    model = mlp()
+    pruner = Pruner(model, Elementwise(), target_sparsity=0.5, schedule=OneShot(), steps_per_epoch=STEPS)
+    pruner.on_step_begin(0)
+    assert pruner.updates == 0
+    fill_gradients(model)
+    pruner.on_before_optimizer_step()
+    pruner.on_step_begin(1)
+    assert (pruner.updates, pruner.sparsity) == (1, 0.5)
+
+
+def test_a_kept_count_for_each_kind() -> None:
+    torch.manual_seed(0)
+    model = nets.ViT()
+    pruner = Pruner(
+        model, Magnitude(), structured=True, keep={"heads": 3, "neurons": 4, "channels": None}, schedule=OneShot(),
+        example_input=nets.images(2),
+    )  # fmt: skip
+    pruner.on_step_begin(0)
+    kept = {name: value for name, value in pruner.report().items() if name.startswith("kept/")}
+    assert kept == {
+        "kept/blocks.0.attn": 3, "kept/blocks.0.fc1": 4, "kept/blocks.1.attn": 3, "kept/blocks.1.fc1": 4,
+    }  # fmt: skip
+    assert pruner.target_sparsity == pytest.approx((2 * 1 + 2 * 6) / (2 * 4 + 2 * 10))
+
+
+def test_normalize_makes_a_global_ranking_fair() -> None:
+    """One structure's scores are a thousand times the other's: without the norm it keeps everything."""
+    kept = []
+    for normalize in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+        pruner = Pruner(
+            model, Abs(normalize=normalize), target_sparsity=0.5, scope="global", schedule=OneShot(),
+            example_input=torch.zeros(2, 4),
+        )  # fmt: skip
+        fill_gradients(model)
+        model[2].weight.grad *= 1000
+        pruner.on_before_optimizer_step()
+        pruner.on_step_begin(1)
+        kept.append(pruner.report()["kept/0"])
+    assert kept == [5.0, 3.0]  # of 12, 6 go; the other structure keeps its min_kept of 1
+
+
+# ---- the end of training
+
+
+def test_units_are_cut_out_once_and_the_optimizer_follows() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    pruner = Pruner(
+        model, Weighted(), target_sparsity=0.5, schedule=Cubic(end_epoch=1), steps_per_epoch=STEPS,
+        example_input=torch.zeros(2, 6), optimizer=optimizer,
+    )  # fmt: skip
+    train(pruner, model, optimizer, 2)
+    x = batches(1)[0][0]
+    masked = model(x)
+    pruner.on_train_end()
+    pruner.on_train_end()
+    assert (model[0].out_features, model[2].in_features) == (4, 4)
+    torch.testing.assert_close(model(x), masked)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    train(NoPruning(model), model, optimizer, 1)
+
+
+def test_training_that_ends_early_gets_its_final_mask_and_says_so() -> None:
+    model = mlp()
+    pruner = Pruner(model, Elementwise(), target_sparsity=0.5, schedule=Cubic(end_epoch=9), steps_per_epoch=STEPS)
+    train(pruner, model, sgd(model), 2)
+    with pytest.warns(UserWarning, match="training ended at epoch 2, before the schedule did"):
+        pruner.on_train_end()
+    assert pruner.sparsity == 0.5
+
+
+def test_attach_equals_the_hooks() -> None:
+    by_hooks, attached = mlp(), mlp()
+    settings: dict[str, Any] = {
+        "target_sparsity": 0.6, "schedule": Cubic(end_epoch=2, update_frequency=0.5), "steps_per_epoch": STEPS,
+    }  # fmt: skip
+    optimizer = sgd(by_hooks)
+    pruner = Pruner(by_hooks, Elementwise(), optimizer=optimizer, **settings)
+    train(pruner, by_hooks, optimizer, 3)
+    pruner.on_train_end()
+
+    optimizer = sgd(attached)
+    other = Pruner(attached, Elementwise(), **settings)
+    other.attach(optimizer)
+    for epoch in range(3):
+        for x, y in batches(STEPS, seed=epoch):
+            F.cross_entropy(attached(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert other.finish() is attached
+    for a, b in zip(by_hooks.parameters(), attached.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (pruner.updates, pruner.sparsity) == (other.updates, other.sparsity)
+    updates = other.updates
+    optimizer.step()
+    assert other.updates == updates  # the hooks are gone
+
+
+@pytest.mark.parametrize("criterion", [Elementwise(), Weighted()], ids=lambda c: type(c).__name__)
+def test_a_resumed_run_is_bit_identical(criterion: Criterion) -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, Pruner]:
+        model = mlp()
+        optimizer = sgd(model)
+        pruner = Pruner(
+            model, criterion, target_sparsity=0.6, schedule=Cubic(end_epoch=3, update_frequency=0.75),
+            steps_per_epoch=STEPS, example_input=torch.zeros(2, 6), optimizer=optimizer,
+        )  # fmt: skip
+        return model, optimizer, pruner
+
+    model, optimizer, pruner = build()
+    train(pruner, model, optimizer, 2)
+    saved = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), pruner.state_dict()], saved)
+    train(pruner, model, optimizer, 4, begin=2)
+
+    again, optimizer, resumed = build()
+    saved.seek(0)
+    states = torch.load(saved, weights_only=True)
+    for part, state in zip((again, optimizer, resumed), states, strict=True):
+        part.load_state_dict(state)
+    train(resumed, again, optimizer, 4, begin=2)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name, score in scores(pruner).items():
+        assert torch.equal(score, scores(resumed)[name])
+    assert pruner.updates == resumed.updates
+
+
+# ---- nothing waits
+
+
+class NoHostCopies(TorchDispatchMode):
+    """Raises on what makes the host wait for the device, or a shape depend on data."""
+
+    SYNCS = ("_local_scalar_dense", "nonzero", "item", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.SYNCS:
+            raise AssertionError(f"{name} waits for the device")
+        if name in ("_to_copy", "copy_"):
+            source = args[1] if name == "copy_" else args[0]
+            target = args[0].device if name == "copy_" else (kwargs or {}).get("device") or source.device
+            if torch.device(target) != source.device:
+                raise AssertionError(f"{name} from {source.device} to {target}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("criterion", [Elementwise(), Abs(), Weighted()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("make_optimizer", [sgd, adamw])
+def test_a_step_makes_no_host_copy(
+    criterion: Criterion, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+) -> None:
+    model = nets.settle(nets.ResNet())
+    optimizer = make_optimizer(model)
+    pruner = Pruner(
+        model, criterion, target_sparsity=0.5, schedule=Cubic(end_epoch=9), steps_per_epoch=STEPS, optimizer=optimizer,
+        example_input=nets.images(2),
+    )  # fmt: skip
+    model(nets.images()).sum().backward()
+    pruner.on_before_optimizer_step()
+    pruner.on_epoch_begin(2)
+    pruner.on_step_begin(0)  # masks are active from here on
+    assert 0 < pruner.sparsity < 0.5
+    with NoHostCopies():
+        pruner.on_step_begin(1)
+        pruner.on_before_optimizer_step()
+        pruner.on_step_end()
+    with pytest.raises(AssertionError, match="_local_scalar_dense waits for the device"), NoHostCopies():
+        torch.ones(()).item()
+
+
+# ---- refused
+
+
+def build(criterion: Criterion = Elementwise(), model: nn.Module | None = None, **settings: Any) -> Pruner:  # noqa: B008
+    settings.setdefault("epochs", 3)
+    return Pruner(model or mlp(), criterion, **settings)
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+INPUT = torch.zeros(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: build(target_sparsity=1.0), "target_sparsity is 1.0: it must be in [0, 1)"),
+        (
+            lambda: build(include=["0.wieght"]),
+            "include pattern '0.wieght' matches nothing that can be pruned; the nearest name is '0.weight'",
+        ),
+        (
+            lambda: build(exclude=["conv*"]),
+            "exclude pattern 'conv*' matches nothing that can be pruned; the nearest name is '2.weight'",
+        ),
+        (lambda: build(exclude=["*"]), "nothing is left to prune: include is ['*'], exclude is ['*']"),
+        (
+            lambda: build(target_sparsity=0.7, pattern="2:4", include=["2"]),
+            "target_sparsity is 0.7, but the pattern fixes it: it must be 0.5",
+        ),
+        (
+            lambda: build(pattern="5x1"),
+            "pattern 5x1 does not divide 0.weight, seen as 8 x 6: take another pattern, or exclude it",
+        ),
+        (
+            lambda: build(Elementwise(), structured=True, example_input=INPUT),
+            "Elementwise cannot score units: set structured=false or take another criterion",
+        ),
+        (
+            lambda: build(Abs(), structured=False),
+            "Abs cannot score single weights: set structured=true or take another criterion",
+        ),
+        (lambda: build(Abs()), "pruning units needs example_input, a batch to trace the model with"),
+        (
+            lambda: build(Abs(), keep={"heads": 2}, example_input=INPUT),
+            "keep names 'heads', but the model has neurons",
+        ),
+        (
+            lambda: build(Abs(), keep={"neurons": 9}, example_input=INPUT),
+            "keep asks for 9 neurons in 0, which has 8: it must be 1 to 8",
+        ),
+        (
+            lambda: build(keep={"heads": 2}),
+            "keep={'heads': 2} counts units, but Elementwise prunes single weights here",
+        ),
+        (
+            lambda: build(Abs(), keep={"neurons": 2}, scope="global", example_input=INPUT),
+            "keep counts units in each structure, which a global scope does not: set scope to local",
+        ),
+        (lambda: build(scope="everywhere"), 'scope is \'everywhere\': it must be "local" or "global"'),
+        (lambda: build(min_kept=0), "min_kept is 0: it must be 1 or more"),
+        (
+            lambda: build(per_channel=True),
+            "per_channel needs scope local: with one ranking over all, channels do not reach a sparsity",
+        ),
+        (
+            lambda: build(model=tied()),
+            "0.weight and 2.weight are one tensor and would be pruned twice: exclude one of them",
+        ),
+        (
+            lambda: build().attach(sgd(mlp())),
+            "attach needs the pruner's steps_per_epoch, to know how far training is",
+        ),
+        (
+            lambda: build(schedule=Cubic(start_epoch=2, end_epoch=1)),
+            "end_epoch 1 is before start_epoch 2",
+        ),
+    ],
+)
+def test_refused(make: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole sentence is compared
+        make()
+    assert str(error.value) == sentence
+
+
+def test_a_frozen_weight_is_refused_when_it_is_scored() -> None:
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    pruner = build(model=model)
+    F.cross_entropy(model(batches(1)[0][0]), batches(1)[0][1]).backward()
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole sentence is compared
+        pruner.on_before_optimizer_step()
+    assert str(error.value) == "0.weight has no gradient: it is frozen or not used by the loss; exclude it from pruning"
+
+
+def test_a_score_that_overflowed_is_refused_by_name() -> None:
+    model = mlp()
+    pruner = build(Elementwise(decay=1.0), model=model, schedule=OneShot(start_epoch=1))
+    for _ in range(2):
+        fill_gradients(model)
+        model[2].weight.data[0, 0] = 3e38
+        model[2].weight.grad[0, 0] = 1.0
+        pruner.on_before_optimizer_step()
+    pruner.on_epoch_begin(1)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole sentence is compared
+        pruner.on_step_begin(0)
+    assert str(error.value) == ("the score of 2.weight is not finite (inf): its gradients or weights grew too large")
+
+
+def test_a_state_of_other_targets_is_refused() -> None:
+    state = build(include=["0"]).state_dict()
+    with pytest.raises(ValueError, match=r"do not have the same targets: 2\.weight is in one only"):
+        build().load_state_dict(state)
+    state = build().state_dict()
+    state["scores"]["2.weight"] = torch.zeros(3, 7)
+    with pytest.raises(ValueError, match=r"2\.weight has shape 3 x 8, the saved state 3 x 7"):
+        build().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: build(Abs(), pattern="2x2", example_input=INPUT), "pattern and per_channel have no effect on units"),
+        (lambda: build(Abs(normalize=True), example_input=INPUT), "normalize has no effect under scope local"),
+        (lambda: build(schedule=Cubic(end_epoch=9)), "the schedule ends at epoch 9, after the run's 3 epochs"),
+        (lambda: NoPruning(mlp(), target_sparsity=0.5), "target_sparsity=0.5 has no effect: nothing is pruned here"),
+    ],
+)
+def test_a_setting_without_effect_warns(make: Callable[[], object], sentence: str) -> None:
+    with pytest.warns(UserWarning, match=sentence):
+        make()
+
+
+def test_sensible_settings_do_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for criterion in (Elementwise(), Abs(), Weighted(), Magnitude(), Random()):
+            build(criterion, target_sparsity=0.5, example_input=INPUT)
+
+
+def test_no_pruning_leaves_everything_alone() -> None:
+    model, control = mlp(), mlp()
+    train(NoPruning(model), model, sgd(model), 2)
+    optimizer = sgd(control)
+    for epoch in range(2):
+        for x, y in batches(STEPS, seed=epoch):
+            F.cross_entropy(control(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), control.parameters(), strict=True))
+
+
+def test_deep_copies_of_a_pruner_do_not_share_scores() -> None:
+    pruner = build()
+    twin = copy.deepcopy(pruner)
+    fill_gradients(pruner.model)
+    pruner.on_before_optimizer_step()
+    assert float(twin.targets[0].score.max()) == 0.0 < float(pruner.targets[0].score.max())
