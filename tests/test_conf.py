@@ -1,0 +1,231 @@
+"""Every option of every group composes and builds what it says; mistakes are refused with Hydra's own sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import get_method, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from gsprune import schemas
+from gsprune.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+Compose = Callable[..., DictConfig]
+
+
+def options(group: str, base: Path = ROOT / "conf") -> list[str]:
+    return sorted(file.stem for file in (base / group).glob("*.yaml"))
+
+
+PRUNERS = options("pruner", ROOT / "gsprune/conf")
+SCHEDULES = options("pruner/schedule", ROOT / "gsprune/conf")
+GROUPS = ("dataset", "model", "optimizer", "lr_schedule", "trainer", "tracking", "experiment")
+CHOICES = [
+    *((group, option) for group in GROUPS for option in options(group)),
+    *(("pruner", option) for option in PRUNERS),
+    *(("pruner/schedule", option) for option in SCHEDULES),
+]
+
+
+def targets(config: Any) -> list[str]:
+    """All `_target_`s, however deep."""
+    if not isinstance(config, dict):
+        return []
+    return [*([config["_target_"]] if "_target_" in config else []), *(t for v in config.values() for t in targets(v))]
+
+
+def test_nothing_is_missing_from_the_groups() -> None:
+    assert PRUNERS == ["abs", "elementwise", "magnitude", "none", "random", "weighted"]
+    assert SCHEDULES == ["cosine", "cubic", "exponential", "linear", "one_shot"]
+    assert options("model") == [
+        "convnet",
+        "lenet_300_100",
+        "mobilenet_v3_small",
+        "resnet18",
+        "resnet50",
+        "vit_tiny",
+    ]
+    assert options("dataset") == ["cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "mnist", "random"]
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES)
+def test_every_option_composes_and_its_targets_exist(group: str, option: str, compose_config: Compose) -> None:
+    filled = ["dataset.path=pictures", "dataset.num_classes=5"] if option == "imagefolder" else []
+    config = OmegaConf.to_container(compose_config(f"{group}={option}", *filled), resolve=True, throw_on_missing=True)
+    found = targets(config)
+    assert len(found) >= 10
+    for target in found:
+        assert callable(get_method(target)), target
+
+
+def test_the_defaults(compose_config: Compose) -> None:
+    config = compose_config()
+    assert (config.seed, config.objective) == (0, "accuracy")
+    assert config.model._target_ == "gsprune.models.convnet"
+    assert config.dataset.builder._target_ == "gsprune.datasets.digits"
+    assert config.pruner.criterion._target_ == "gsprune.criteria.Weighted"
+    assert config.pruner.schedule._target_ == "gsprune.schedules.Cubic"
+    assert config.tracking._target_ == "gsprune.tracking.MLflowTracker"
+
+
+@pytest.mark.parametrize(
+    ("option", "target", "criterion", "sparsity", "decay"),
+    [
+        ("elementwise", "gsprune.Pruner", "Elementwise", 0.9, 0.9),
+        ("abs", "gsprune.Pruner", "Abs", 0.5, 0.95),
+        ("weighted", "gsprune.Pruner", "Weighted", 0.5, 0.95),
+        ("magnitude", "gsprune.Pruner", "Magnitude", 0.9, None),
+        ("random", "gsprune.Pruner", "Random", 0.9, None),
+        ("none", "gsprune.NoPruning", "Weighted", 0.0, 0.95),
+    ],
+)
+def test_defaults_of_each_pruner(
+    option: str, target: str, criterion: str, sparsity: float, decay: float | None, compose_config: Compose
+) -> None:
+    pruner = compose_config(f"pruner={option}").pruner
+    assert pruner._target_ == target
+    assert pruner.criterion._target_ == f"gsprune.criteria.{criterion}"
+    assert pruner.target_sparsity == sparsity
+    assert pruner.criterion.get("decay") == decay
+
+
+@pytest.mark.parametrize("option", PRUNERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_criterion_and_schedule_are_built(option: str, schedule: str, compose_config: Compose) -> None:
+    config = compose_config(f"pruner={option}", f"pruner/schedule={schedule}")
+    partial = instantiate(config.pruner)
+    name = "".join(word.capitalize() for word in schedule.split("_"))
+    assert type(partial.keywords["schedule"]).__name__ == name
+    assert type(partial.keywords["criterion"]).__name__ == config.pruner.criterion._target_.split(".")[-1]
+    assert partial.keywords["include"] == ["*"]  # plain containers: nothing of OmegaConf in the library
+    assert type(partial.keywords["include"]) is list
+    assert type(partial.keywords["keep"]) is dict
+
+
+def test_every_pruner_has_the_same_keys(compose_config: Compose) -> None:
+    """A sweep over `pruner=none,abs` with any other override has to compose."""
+    keys = {option: set(compose_config(f"pruner={option}").pruner) for option in PRUNERS}
+    assert len({frozenset(names) for names in keys.values()}) == 1
+    assert compose_config("pruner=none", "pruner.target_sparsity=0.5").pruner.target_sparsity == 0.5
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1x1", "4x1", "1x16", "10:20"])
+def test_patterns_arrive_as_text(pattern: str, compose_config: Compose) -> None:
+    """In YAML 1.1, 2:4 without quotes is the number 124 (base 60); on the command line it is not."""
+    assert compose_config(f"pruner.pattern={pattern}").pruner.pattern == pattern
+
+
+@pytest.mark.parametrize(
+    ("override", "keep"),
+    [
+        ("pruner.keep.heads=8", {"channels": None, "neurons": None, "heads": 8}),
+        ("pruner.keep={heads:8,neurons:600}", {"channels": None, "neurons": 600, "heads": 8}),
+        ("pruner.keep=null", None),
+    ],
+)
+def test_counts_to_keep(override: str, keep: dict[str, int | None] | None, compose_config: Compose) -> None:
+    assert compose_config(override).pruner.keep == keep
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("pruner.sparsityy=0.9", "Key 'sparsityy' not in 'PrunerConfig'"),
+        ("pruner.keep.head=8", "Key 'head' not in 'KeepConfig'"),
+        ("pruner.criterion.decayy=0.9", "Key 'decayy' not in 'GateConfig'"),
+        ("pruner.schedule.end=3", "Key 'end' not in 'RampConfig'"),
+        ("trainer.epochs=3", "Key 'epochs' not in 'TrainerConfig'"),
+        ("model.widht=8", "Key 'widht' is not in struct"),
+        ("pruner.target_sparsity=abc", "Value 'abc' of type 'str' could not be converted to Float"),
+        ("pruner.min_kept=1.5", "Value '1.5' of type 'float' could not be converted to Integer"),
+        ("pruner.keep.heads=few", "Value 'few' of type 'str' could not be converted to Integer"),
+        ("pruner.structured=perhaps", "Value 'perhaps' is not a valid bool (type str)"),
+        ("trainer.dense_epochs=abc", "Value 'abc' of type 'str' could not be converted to Integer"),
+    ],
+)
+def test_wrong_keys_and_types_are_refused(override: str, sentence: str, compose_config: Compose) -> None:
+    with pytest.raises(ConfigCompositionException) as caught:
+        compose_config(override)
+    assert sentence in f"{caught.value} {caught.value.__cause__}"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("pruner=weigted", "Could not find 'pruner/weigted'"),
+        ("pruner/schedule=cubik", "Could not find 'pruner/schedule/cubik'"),
+        ("model=convnett", "Could not find 'model/convnett'"),
+    ],
+)
+def test_unknown_options_are_refused_with_the_known_ones(override: str, sentence: str, compose_config: Compose) -> None:
+    with pytest.raises(MissingConfigException) as caught:
+        compose_config(override)
+    assert sentence in str(caught.value)
+    assert "Available options" in str(caught.value)
+
+
+def test_the_trainers_schema_is_the_trainer() -> None:
+    """Names and defaults of the schema, of the YAML file and of the class are the same."""
+    schema = {f.name: f.default for f in dataclasses.fields(schemas.TrainerConfig) if f.name != "_target_"}
+    assert schema == {f.name: f.default for f in dataclasses.fields(Trainer)}
+
+
+def test_the_trainers_file_is_the_schema(compose_config: Compose) -> None:
+    assert compose_config().trainer == OmegaConf.structured(schemas.TrainerConfig)
+
+
+def test_registering_again_changes_nothing(compose_config: Compose) -> None:
+    before = compose_config()
+    schemas.register()
+    assert compose_config() == before
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize(
+    ("dataset", "shape"), [("digits", (1, 8, 8)), ("mnist", (1, 28, 28)), ("cifar100", (3, 32, 32))]
+)
+def test_picture_size_flows_from_data_to_model(
+    model: str, dataset: str, shape: tuple[int, int, int], compose_config: Compose
+) -> None:
+    config = compose_config(f"model={model}", f"dataset={dataset}")
+    config = OmegaConf.to_container(config, resolve=True)["model"]
+    assert (config["in_channels"], config["image_size"], config["image_size"]) == shape
+    assert config.pop("weights") is None  # the job's, not the network's
+    with torch.device("meta"):  # shapes alone: no weights are made
+        network: nn.Module = instantiate(config)
+        out = network.eval()(torch.empty(2, *shape))
+    assert out.shape == (2, 100 if dataset == "cifar100" else 10)
+
+
+def test_changing_the_picture_size_once_is_enough(compose_config: Compose) -> None:
+    config = compose_config("dataset.image_size=16", "dataset.channels=3", "model=vit_tiny")
+    assert (config.model.image_size, config.model.in_channels) == (16, 3)
+
+
+@pytest.mark.slow
+def test_help_lists_the_groups_without_torch() -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['train.py', '--help']\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "finally: print(sorted({'torch', 'mlflow', 'sklearn'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+    for line in (
+        "dataset: cifar10, cifar100, digits, fashion_mnist, imagefolder, mnist, random",
+        "model: convnet, lenet_300_100, mobilenet_v3_small, resnet18, resnet50, vit_tiny",
+        "pruner: abs, elementwise, magnitude, none, random, weighted",
+        "pruner/schedule: cosine, cubic, exponential, linear, one_shot",
+        "tracking: mlflow, none",
+    ):
+        assert line in done.stdout.splitlines()
