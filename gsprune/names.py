@@ -44,16 +44,18 @@ def _check_skipped(kind: str, pattern: str, names: Mapping[str, Iterable[str]], 
     """The error for a pattern that matches nothing on offer; to exclude what is skipped anyway is none."""
     hit = next((name for name in skipped if fnmatchcase(name, pattern)), None)
     if hit is None:
-        raise ValueError(f"{kind} pattern {pattern!r} matches nothing that can be pruned{_nearest(pattern, names)}")
+        raise ValueError(
+            f"{kind} pattern {pattern!r} matches nothing that can be pruned{_nearest(pattern, names, skipped)}"
+        )
     if kind == "include":
-        raise ValueError(f"include pattern {pattern!r} matches nothing that can be pruned: {hit!r}, {skipped[hit]}")
+        raise ValueError(f"include pattern {pattern!r} matches nothing that can be pruned ({hit}: {skipped[hit]})")
 
 
 def _matches(aliases: Iterable[str], patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(alias, pattern) for alias in aliases for pattern in patterns)
 
 
-def _nearest(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
-    aliases = sorted({alias for group in names.values() for alias in group})
+def _nearest(pattern: str, names: Mapping[str, Iterable[str]], skipped: Mapping[str, str]) -> str:
+    aliases = sorted({*skipped, *(alias for group in names.values() for alias in group)})
     near = difflib.get_close_matches(pattern, aliases, n=1, cutoff=0.0)
     return f"; the nearest name is {near[0]!r}" if near else ""

@@ -11,17 +11,17 @@ Legend: u = unit, a position = an index along one dimension of one tensor.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+
+from gsprune.names import choose
 
 Kind = Literal["channels", "neurons", "heads"]
 Example = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
@@ -114,7 +114,10 @@ def find_structures(
         structures, skipped = _convert(trace)
         structures, leaking = _separate(twin, args, structures)
     skipped |= {s.name: "its units reach the output by a path that is not a layer's columns" for s in leaking}
-    return Found(_select(structures, skipped, tuple(include), tuple(exclude)), skipped)
+    offered = {s.name: s for s in structures}
+    names = {name: (name, *s.modules()) for name, s in offered.items()}
+    chosen = choose(names, tuple(include), tuple(exclude), skipped=skipped)
+    return Found(tuple(offered[name] for name in chosen), skipped)
 
 
 def float64_copy(model: nn.Module, example_input: Example) -> tuple[nn.Module, Example]:
@@ -615,38 +618,3 @@ def close(a: Tensor, b: Tensor, *, tolerance: float = 1e-9) -> bool:
     """Whether two tensors differ by at most `tolerance` times the largest entry of `a` (NaN equals NaN)."""
     scale = float(a.abs().max()) if a.numel() else 0.0
     return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)
-
-
-# ---- names
-
-
-def _select(
-    structures: list[Structure],
-    skipped: Mapping[str, str],
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-) -> tuple[Structure, ...]:
-    names = {s.name: (s.name, *s.modules()) for s in structures}
-    known = {name for group in names.values() for name in group} | set(skipped)
-    for pattern in include + exclude:
-        _require_match(pattern, known, skipped if pattern in include else {}, names)
-
-    def matches(structure: Structure, patterns: tuple[str, ...]) -> bool:
-        return any(fnmatchcase(name, p) for name in names[structure.name] for p in patterns)
-
-    return tuple(s for s in structures if matches(s, include) and not matches(s, exclude))
-
-
-def _require_match(
-    pattern: str, known: set[str], skipped: Mapping[str, str], names: Mapping[str, tuple[str, ...]]
-) -> None:
-    """A pattern must match something; one of `include` must match something that can be pruned."""
-    matched = [name for name in sorted(known) if fnmatchcase(name, pattern)]
-    if not matched:
-        nearest = difflib.get_close_matches(pattern, sorted(known), n=1, cutoff=0.0)
-        hint = f", the nearest name is {nearest[0]!r}" if nearest else ""
-        raise ValueError(f"the pattern {pattern!r} matches no structure of the model{hint}")
-    prunable = {name for group in names.values() for name in group}
-    if skipped and not prunable.intersection(matched):
-        why = f"{matched[0]!r} cannot be, {skipped[matched[0]]}"
-        raise ValueError(f"the pattern {pattern!r} matches nothing that can be pruned: {why}")

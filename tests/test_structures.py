@@ -456,11 +456,11 @@ def test_include_and_exclude_match_structures_and_their_producers() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"include": ("conv9",)}, "the pattern 'conv9' matches no structure of the model, the nearest name is 'conv"),
-        ({"exclude": ("stm",)}, "the pattern 'stm' matches no structure of the model, the nearest name is 'stem'"),
+        ({"include": ("conv9",)}, "include pattern 'conv9' matches nothing that can be pruned; the nearest name is 'c"),
+        ({"exclude": ("stm",)}, "exclude pattern 'stm' matches nothing that can be pruned; the nearest name is 'stem'"),
         (
             {"include": ("head",)},
-            "the pattern 'head' matches nothing that can be pruned: 'head' cannot be, it feeds the model's output",
+            "include pattern 'head' matches nothing that can be pruned (head: it feeds the model's output)",
         ),
     ],
 )
@@ -479,7 +479,7 @@ class _Only(nn.Module):
 
 
 def test_nothing_to_prune_at_all() -> None:
-    with pytest.raises(ValueError, match="'fc' cannot be, it feeds the model's output"):
+    with pytest.raises(ValueError, match=r"matches nothing that can be pruned \(fc: it feeds the model's output\)"):
         find_structures(_Only(), torch.zeros(1, 2))
 
 
