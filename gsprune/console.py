@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -65,8 +65,8 @@ class Bar(Progress):
     def __init__(self, epochs: int) -> None:
         self._rich = RichProgress(
             TextColumn("{task.description:<5}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=12),
+            TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[values]}"),
             TimeRemainingColumn(compact=True),
             console=Console(file=sys.stdout, highlight=False),
@@ -97,7 +97,8 @@ class Bar(Progress):
 
     def _show(self, values: Mapping[str, float]) -> None:
         assert self._task is not None
-        self._rich.update(self._task, values=describe({k: v for k, v in values.items() if k != "epoch_seconds"}))
+        shown = {name: values[name] for name in ("train/loss", "train/accuracy", "sparsity")}  # fits 80 columns
+        self._rich.update(self._task, values=describe(shown))
 
 
 def make_progress(mode: str, *, epochs: int) -> Progress:

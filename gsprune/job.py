@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gsprune import figures, metrics
 from gsprune.checkpoint import save_masks, save_pruned, state_tensors
@@ -32,7 +34,7 @@ from gsprune.files import write_json
 from gsprune.pruner import NoPruning
 from gsprune.shrink import Plan, apply_plan, plan_shrink
 from gsprune.tracking import Tracker, read_metrics
-from gsprune.trainer import Hooks, Trainer, make_optimizer, seed_everything
+from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -191,11 +193,12 @@ class _Job:
         self.latency_example = self.trainer.to_device(_first(inputs, self.trainer.latency_batch))
         self._seed(phase=0)  # the model starts the same whatever the data drew
         self.model = self.trainer.place(self._build_model())
+        self._rehearse()
         self._open_tracker()
 
     def dense_phase(self) -> None:
         """Ordinary training, then the dense network's accuracy on the test split, and a copy of it to compare."""
-        self._fit("dense", NoPruning(self.model), epochs=self.trainer.dense_epochs, lr=None)
+        self._fit("dense", epochs=self.trainer.dense_epochs)
         baseline = self.trainer.evaluate(self.model, self.data.test)
         self.result |= {"baseline_accuracy": baseline["accuracy"], "baseline_loss": baseline["loss"]}
         self.dense, self.dense_val = copy.deepcopy(self.model), self.last.get("val/accuracy")
@@ -203,7 +206,8 @@ class _Job:
     def prune_phase(self) -> None:
         """Training with the pruner's hooks; at its end the final mask is set and a structured model is smaller."""
         self._seed(phase=1)  # so that a dense network from a file goes on exactly like one trained here
-        self._fit("prune", None, epochs=self.trainer.prune_epochs, lr=self.trainer.prune_lr)
+        trainer = self.trainer
+        self._fit("prune", epochs=trainer.prune_epochs, lr=trainer.prune_lr, offset=trainer.dense_epochs)
         self._record_masks(self.epochs)
 
     def measure(self) -> None:
@@ -273,6 +277,10 @@ class _Job:
     def epochs(self) -> int:
         return self.trainer.dense_epochs + self.trainer.prune_epochs
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.trainer.steps_per_epoch(self.data.train)
+
     def _seed(self, *, phase: int) -> None:
         """Seed everything for a phase, the order of the training data included."""
         seed_everything(self.cfg.seed + phase, deterministic=self.trainer.deterministic)
@@ -295,23 +303,37 @@ class _Job:
         self.tracker.start(config=_plain(self.cfg), tags=tags)
         self.result["mlflow_run_id"] = self.tracker.run_id
 
-    def _fit(self, name: str, pruner: Hooks | None, *, epochs: int, lr: float | None) -> None:
-        steps = self.trainer.steps_per_epoch(self.data.train)
+    def _rehearse(self) -> None:
+        """Build the second phase once and drop it: a mistake in it must not wait for the first one to end."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come when it is built for good
+            optimizer, _ = self._build_optimizer(self.trainer.prune_epochs, self.trainer.prune_lr)
+            self._build_pruner(optimizer)
+
+    def _build_optimizer(self, epochs: int, lr: float | None) -> tuple[Optimizer, Schedule]:
         optimizer = make_optimizer(build(self.cfg.optimizer), self.model, lr=lr, fused=self.trainer.fused)
-        if pruner is None:
-            pruner = build(self.cfg.pruner)(
-                self.model, optimizer=optimizer, example_input=self.example, steps_per_epoch=steps, epochs=epochs
-            )
-        self.pruner = pruner
-        self.progress.phase(name, epochs=epochs, steps_per_epoch=steps)
-        offset = self.trainer.dense_epochs if name == "prune" else 0
+        return optimizer, build(self.cfg.lr_schedule)(optimizer, total_steps=epochs * self.steps_per_epoch)
+
+    def _build_pruner(self, optimizer: Optimizer) -> Any:
+        return build(self.cfg.pruner)(
+            self.model,
+            optimizer=optimizer,
+            example_input=self.example,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=self.trainer.prune_epochs,
+        )
+
+    def _fit(self, name: str, *, epochs: int, lr: float | None = None, offset: int = 0) -> None:
+        optimizer, lr_schedule = self._build_optimizer(epochs, lr)
+        self.pruner = NoPruning(self.model) if name == "dense" else self._build_pruner(optimizer)
+        self.progress.phase(name, epochs=epochs, steps_per_epoch=self.steps_per_epoch)
         self.trainer.fit(
             self.model,
             self.data.train,
             self.data.val,
             optimizer=optimizer,
-            lr_schedule=build(self.cfg.lr_schedule)(optimizer, total_steps=epochs * steps),
-            pruner=pruner,
+            lr_schedule=lr_schedule,
+            pruner=self.pruner,
             epochs=epochs,
             on_epoch=lambda epoch, values: self._record(epoch + offset + 1, values),
             on_step=self.progress.on_step,

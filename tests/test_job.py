@@ -1,0 +1,530 @@
+"""One job in this process: phases, files, numbers, faults. Tiny networks, nothing tracked unless a test says so."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from gsprune import job as job_module
+from gsprune import load_pruned
+from gsprune.checkpoint import load_masks
+from gsprune.console import Bar, Lines, Progress, make_progress, summary_table
+from gsprune.job import NUMBERS, build, check_objective, config_hash, hydra_tags, load_weights, objective, run
+from gsprune.tracking import Tracker, read_metrics
+from gsprune.trainer import Totals, Trainer
+
+CONF = str(Path(__file__).parents[1] / "conf")
+TINY = (
+    "tracking=none",
+    "model.width=4",
+    "dataset.batch_size=256",
+    "trainer.device=cpu",
+    "trainer.dense_epochs=1",
+    "trainer.prune_epochs=2",
+    "trainer.latency_repeats=3",
+    "trainer.progress=none",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Networks this small gain nothing from more, and waiting threads slow down whatever runs beside the tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def composed(*groups):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose("config", overrides=[*TINY, *groups])
+
+
+def configure(*overrides):
+    """A composition costs 0.2 s, so only the choices of groups (which have no dot) are composed anew."""
+    cfg = composed(*(override for override in overrides if "." not in override.partition("=")[0])).copy()
+    values = [override for override in overrides if "." in override.partition("=")[0]]
+    return OmegaConf.merge(cfg, OmegaConf.from_dotlist(values))
+
+
+def finished(folder, *overrides):
+    with redirect_stdout(io.StringIO()):
+        return run(configure(*overrides), output_dir=folder)
+
+
+@pytest.fixture(scope="module")
+def weighted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weighted")
+    return finished(folder, "pruner=weighted"), folder
+
+
+@pytest.fixture(scope="module")
+def elementwise(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elementwise")
+    return finished(folder, "pruner=elementwise"), folder
+
+
+def rows_of(folder):
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def fresh_model(*overrides):
+    node = configure(*overrides).model.copy()
+    OmegaConf.set_struct(node, False)
+    node.pop("weights")
+    return build(node)
+
+
+# --- what a job leaves -------------------------------------------------------------------------------------
+
+
+def test_result_json_has_the_promised_keys_and_is_what_run_returns(weighted):
+    result, folder = weighted
+    assert json.loads((folder / "result.json").read_text()) == result
+    extra = {"status", "mlflow_run_id", "config_hash", "device", "shrunk"}
+    assert set(result) == {*NUMBERS, *extra}
+    assert result["status"] == "finished"
+    assert result["mlflow_run_id"] is None
+    assert (result["epochs"], result["device"], result["target_sparsity"]) == (3, "cpu", 0.5)
+    assert all(isinstance(result[name], (int, float)) for name in NUMBERS)
+
+
+def test_a_structured_job_ends_with_a_smaller_model(weighted):
+    result, folder = weighted
+    dense = fresh_model()
+    assert result["shrunk"] is True
+    assert result["sparsity"] == 0.5
+    assert result["params_dense"] == sum(p.numel() for p in dense.parameters())
+    assert result["params"] < 0.5 * result["params_dense"]
+    assert result["macs"] < 0.5 * result["macs_dense"]
+    assert result["file_bytes"] < result["file_bytes_dense"]
+    loaded = load_pruned(folder, dense)
+    assert sum(p.numel() for p in loaded.parameters()) == result["params"]
+
+
+def test_the_saved_model_reaches_the_recorded_accuracy(weighted):
+    result, folder = weighted
+    data = build(configure().dataset)
+    again = Trainer(device="cpu").evaluate(load_pruned(folder, fresh_model()), data.test)
+    assert again["accuracy"] == result["accuracy"]
+    assert again["loss"] == pytest.approx(result["loss"], rel=1e-6)
+
+
+def test_files_of_the_output_directory(weighted):
+    folder = weighted[1]
+    names = {"result.json", "metrics.jsonl", "masks.safetensors", "model.safetensors", "pruning.json"}
+    assert names <= {path.name for path in folder.iterdir()}
+    for figure in ("history.png", "sparsity_by_layer.png"):
+        assert (folder / "figures" / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_masks_are_kept_at_every_update_and_at_the_end(elementwise):
+    result, folder = elementwise
+    updates = sorted(path.name for path in (folder / "masks").iterdir())
+    # the first epoch of the phase has no scores; the schedule ends after two thirds of its two epochs
+    assert updates == ["epoch_0003.safetensors"]
+    final = load_masks(folder / "masks.safetensors")
+    last = load_masks(folder / "masks" / updates[-1])
+    assert final.keys() == last.keys()
+    assert all(torch.equal(final[name], last[name]) for name in final)
+    kept = sum(int(mask.sum()) for mask in final.values())
+    total = sum(mask.numel() for mask in final.values())
+    assert 1 - kept / total == pytest.approx(result["sparsity"], abs=1e-12)
+    assert (folder / "figures" / "masks" / "0003.png").is_file()
+
+
+def test_masked_weights_are_zero_in_the_saved_model_and_counted(elementwise):
+    result, folder = elementwise
+    state = load_file(folder / "model.safetensors")
+    masks = load_masks(folder / "masks.safetensors")
+    assert all(state[name][~mask].count_nonzero() == 0 for name, mask in masks.items())
+    nonzero = sum(int(state[name].count_nonzero()) for name, _ in fresh_model().named_parameters())
+    assert result["params_nonzero"] == nonzero
+    assert result["params"] == result["params_dense"]
+    assert result["params_nonzero"] < 0.2 * result["params"]
+    assert (result["shrunk"], result["macs"]) == (False, result["macs_dense"])
+
+
+def test_metrics_of_each_epoch_run_on_over_both_phases(weighted, elementwise):
+    rows = rows_of(weighted[1])
+    assert [row["step"] for row in rows] == [1, 2, 3, 3]
+    common = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "sparsity", "params", "macs"}
+    assert all(common | {"epoch_seconds", "lr"} <= set(row) for row in rows[:3])
+    assert [row["sparsity"] for row in rows[:2]] == [0.0, 0.0]
+    assert rows[2]["sparsity"] == weighted[0]["sparsity"]
+    kept = {name for name in rows[2] if name.startswith("kept/")}
+    assert kept
+    assert {name for name in rows_of(elementwise[1])[2] if name.startswith("sparsity/")}
+    # of a structured pruner: what the network costs if it ended now, before it is cut
+    assert rows[1]["params"] == weighted[0]["params_dense"]
+    assert (rows[2]["params"], rows[2]["macs"]) == (weighted[0]["params"], weighted[0]["macs"])
+
+
+def test_the_last_row_holds_the_final_numbers_and_repeats_none(weighted):
+    result, folder = weighted
+    *_, epoch, final = rows_of(folder)
+    assert final["latency_ms"] == result["latency_ms"]
+    assert final["accuracy"] == result["accuracy"]
+    assert not set(final) & set(epoch) - {"step", "time"}
+
+
+@pytest.mark.slow
+def test_no_pruning_trains_for_the_same_length_and_says_so(tmp_path):
+    result = finished(tmp_path, "pruner=none", "trainer.latency_repeats=0")
+    assert (result["sparsity"], result["updates"], result["epochs"]) == (0.0, 0, 3)
+    assert result["params_nonzero"] <= result["params"] == result["params_dense"]
+    assert (result["latency_ms"], result["latency_dense_ms"]) == (None, None)
+    assert load_masks(tmp_path / "masks.safetensors") == {}
+    assert not (tmp_path / "masks").exists()
+    load_pruned(tmp_path, fresh_model())
+
+
+# --- the two phases ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_same_configuration_gives_the_same_numbers(tmp_path, elementwise):
+    again = finished(tmp_path, "pruner=elementwise")
+    first = elementwise[0]
+    timed = {"seconds", "latency_ms", "latency_dense_ms"}
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in first.items() if k not in timed}
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, elementwise[1]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    other = finished(tmp_path / "other", "pruner=elementwise", "seed=1")
+    assert other["loss"] != first["loss"]
+
+
+@pytest.mark.slow
+def test_a_dense_network_from_a_file_goes_on_exactly_like_one_trained_here(tmp_path, elementwise):
+    finished(tmp_path / "dense", "pruner=none", "trainer.prune_epochs=0")
+    weights = tmp_path / "dense" / "model.safetensors"
+    result = finished(tmp_path, "pruner=elementwise", "trainer.dense_epochs=0", f"model.weights={weights}")
+    whole, folder = elementwise
+    assert result["baseline_loss"] == whole["baseline_loss"]
+    assert (result["loss"], result["accuracy"]) == (whole["loss"], whole["accuracy"])
+    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_the_baseline_is_measured_between_the_phases_and_the_pruner_sees_only_the_second(tmp_path, monkeypatch):
+    events = []
+    fit, evaluate = Trainer.fit, Trainer.evaluate
+
+    def recorded_fit(self, *args, pruner, epochs, optimizer, **kwargs):
+        events.append((type(pruner).__name__, epochs, optimizer.param_groups[0]["initial_lr"]))
+        fit(self, *args, pruner=pruner, epochs=epochs, optimizer=optimizer, **kwargs)
+
+    def recorded_evaluate(self, model, loader):
+        events.append("test" if len(loader.dataset) == 360 else "other")
+        return evaluate(self, model, loader)
+
+    monkeypatch.setattr(Trainer, "fit", recorded_fit)
+    monkeypatch.setattr(Trainer, "evaluate", recorded_evaluate)
+    finished(tmp_path, "pruner=abs", "trainer.prune_lr=0.01", "optimizer.lr=0.2")
+    assert events == [("NoPruning", 1, 0.2), "test", ("Pruner", 2, 0.01), "test"]
+
+
+@pytest.mark.slow
+def test_steps_per_epoch_given_to_the_pruner_are_optimizer_steps(tmp_path, monkeypatch):
+    given = {}
+    real = job_module.build
+
+    def recorded(node, **kwargs):
+        made = real(node, **kwargs)
+        if "criterion" not in node:
+            return made
+        return lambda *args, **settings: (given.update(settings), made(*args, **settings))[1]
+
+    monkeypatch.setattr(job_module, "build", recorded)
+    finished(tmp_path, "dataset.batch_size=128", "trainer.accumulate_steps=4")
+    samples = len(build(configure().dataset).train.dataset)
+    assert given["steps_per_epoch"] == math.ceil(math.ceil(samples / 128) / 4)
+    assert given["epochs"] == 2
+    assert given["example_input"].shape == (1, 1, 8, 8)
+
+
+# --- tracking ----------------------------------------------------------------------------------------------
+
+
+class Recording(Tracker):
+    """A tracker whose calls can be looked at."""
+
+    calls: list
+
+    def __init__(self, output_dir, **kwargs):
+        super().__init__(output_dir, **kwargs)
+        Recording.calls = []
+        self.run_id = "run-7"
+
+    def start(self, *, config, tags):
+        self.calls.append(("start", config, tags))
+
+    def log_artifact(self, path, *, folder=None):
+        assert Path(path).exists()
+        self.calls.append(("artifact", Path(path).name, folder))
+
+    def log_image(self, array, *, key, step):
+        self.calls.append(("image", key, step, array.dtype.name, array.ndim))
+
+    def finish(self, status):
+        self.calls.append(("finish", status))
+
+
+RECORDING = ("tracking=none", f"tracking._target_={__name__}.Recording")
+
+
+def test_tracking_gets_the_resolved_configuration_the_masks_and_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "instantiate", with_recording(job_module.instantiate))
+    result = finished(tmp_path, "pruner=elementwise")
+    assert result["mlflow_run_id"] == "run-7"
+    (_, config, tags), *middle, end = Recording.calls
+    assert config["model"]["in_channels"] == 1
+    assert tags == {"config_hash": result["config_hash"]}
+    assert ("artifact", "epoch_0003.safetensors", "masks") in middle
+    assert ("image", "masks", 3, "uint8", 3) in middle
+    artifacts = {call[1:] for call in middle if call[0] == "artifact"}
+    assert {("result.json", None), ("history.png", "figures"), ("model.safetensors", None)} <= artifacts
+    assert end == ("finish", "FINISHED")
+
+
+def with_recording(instantiate):
+    def patched(node, **kwargs):
+        if node.get("_target_") == "gsprune.tracking.Tracker":
+            return Recording(**{k: v for k, v in kwargs.items() if k == "output_dir"})
+        return instantiate(node, **kwargs)
+
+    return patched
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("first\nlast line"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_a_failure_is_recorded_and_goes_on(tmp_path, monkeypatch, error, status):
+    monkeypatch.setattr(job_module, "instantiate", with_recording(job_module.instantiate))
+
+    def broken(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Trainer, "evaluate", broken)
+    with pytest.raises(type(error)):
+        finished(tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert result["error"] == ("RuntimeError: last line" if status == "FAILED" else "KeyboardInterrupt")
+    assert result["seconds"] > 0
+    assert set(NUMBERS) <= set(result)
+    assert Recording.calls[-1] == ("finish", status)
+
+
+def test_a_mistake_in_the_configuration_is_recorded_and_starts_no_tracking(tmp_path):
+    with pytest.raises(ValueError, match=r"trainer.precision=fp8 is not allowed"):
+        finished(tmp_path, "trainer.precision=fp8")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["status"], result["error"]) == (
+        "failed",
+        "ValueError: trainer.precision=fp8 is not allowed: it must be one of fp32, bf16, fp16",
+    )
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("pruner.min_kept=0",), "min_kept is 0"),
+        (("optimizer.lr=-1.0",), "Invalid learning rate"),
+        (("lr_schedule.warmup=2.0",), "lr_schedule.warmup=2.0 is not allowed"),
+    ],
+)
+def test_a_mistake_in_the_second_phase_does_not_wait_for_the_end_of_the_first(
+    tmp_path, monkeypatch, overrides, message
+):
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(ValueError, match=message):
+        finished(tmp_path, *overrides)
+
+
+def test_outside_of_hydra_there_are_no_hydra_tags():
+    assert hydra_tags() == {}
+
+
+# --- hash, objective, weights ------------------------------------------------------------------------------
+
+
+def test_config_hash_is_of_what_determines_the_result(tmp_path):
+    base = config_hash(configure())
+    assert len(base) == 64
+    same = ("tracking=mlflow", "trainer.progress=lines", "objective=macs", "dataset.num_workers=3")
+    assert [config_hash(configure(override)) for override in same] == [base] * len(same)
+    different = ("seed=1", "pruner=abs", "trainer.dense_epochs=2", "model.width=8", "optimizer.lr=0.1")
+    assert len({base, *(config_hash(configure(override)) for override in different)}) == 6
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"the same")
+    a, b = (config_hash(configure(f"model.weights={tmp_path / name}")) for name in "ab")
+    assert a == b != base
+    (tmp_path / "b").write_bytes(b"another")
+    assert config_hash(configure(f"model.weights={tmp_path / 'b'}")) != a
+
+
+def test_objective_is_one_number_or_several():
+    result = {"accuracy": 0.9, "macs": 12}
+    assert objective(result, "macs") == 12.0
+    assert objective(result, ["accuracy", "macs"]) == (0.9, 12.0)
+
+
+def test_a_wrong_objective_lists_what_there_is():
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        check_objective("acuracy", Trainer(device="cpu"))
+    assert str(error.value) == (
+        "objective=acuracy is not in the result: did you mean accuracy? There are " + ", ".join(NUMBERS)
+    )
+    with pytest.raises(ValueError, match=r"objective=latency_ms is not measured with trainer.latency_repeats=0"):
+        check_objective(["accuracy", "latency_ms"], Trainer(device="cpu", latency_repeats=0))
+    check_objective(["accuracy", "latency_ms"], Trainer(device="cpu"))
+
+
+def test_weights_of_a_file_are_loaded_and_ties_need_one_name(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+    model, path = Tied(), tmp_path / "w.safetensors"
+    save_file({"a.weight": torch.arange(9.0).reshape(3, 3)}, path)
+    load_weights(model, path)
+    assert model.b.weight[2].tolist() == [6, 7, 8]
+    assert model.b.weight is model.a.weight
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"weight": torch.ones(2, 3)}, "the file has no tensor 'bias'"),
+        (
+            {"weight": torch.ones(2, 3), "bias": torch.ones(2), "extra": torch.ones(1)},
+            "the model has no tensor 'extra'",
+        ),
+        (
+            {"weight": torch.ones(3, 3), "bias": torch.ones(2)},
+            "'weight' has shape [3, 3] in the file but [2, 3] in the model",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_name_the_first_tensor(tmp_path, tensors, message):
+    path = tmp_path / "w.safetensors"
+    save_file(tensors, path)
+    model = nn.Linear(3, 2)
+    before = model.weight.clone()
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_weights(model, path)
+    assert str(error.value) == f"model.weights={path} does not fit the model: {message}"
+    assert torch.equal(model.weight, before)
+
+
+def test_weights_from_nowhere_or_of_another_kind(tmp_path):
+    path = tmp_path / "w.pt"
+    with pytest.raises(ValueError, match="does not exist"):
+        load_weights(nn.Linear(1, 1), path)
+    torch.save({}, path)
+    with pytest.raises(ValueError, match=r"w.pt is not a safetensors file"):
+        load_weights(nn.Linear(1, 1), path)
+
+
+# --- the screen --------------------------------------------------------------------------------------------
+
+EPOCH = {"train/loss": 0.5, "train/accuracy": 0.75, "val/accuracy": 1.0, "sparsity": 0.25, "epoch_seconds": 1.25}
+
+
+def test_without_a_terminal_every_epoch_is_one_plain_line(capsys):
+    display = make_progress("auto", epochs=14)
+    assert type(display) is Lines
+    display.phase("dense", epochs=6, steps_per_epoch=3)
+    display.on_epoch(1, EPOCH)
+    display.phase("prune", epochs=8, steps_per_epoch=3)
+    display.on_epoch(7, EPOCH)
+    text = "loss 0.5000  accuracy  75.00 %  val 100.00 %  sparsity 25.0 %  1.2 s\n"
+    assert capsys.readouterr().out == f"dense  epoch   1/14  {text}prune  epoch   7/14  {text}"
+
+
+def test_on_a_terminal_there_is_a_bar_that_looks_at_the_loss_rarely(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    display = make_progress("auto", epochs=1)
+    assert type(display) is Bar
+    reads = []
+    totals = Totals(torch.device("cpu"))
+    monkeypatch.setattr(totals, "read", lambda: (reads.append(1), {"loss": 0.5, "accuracy": 0.75})[1])
+    display.phase("prune", epochs=1, steps_per_epoch=50)
+    for _ in range(50):
+        display.on_step(totals)
+    display.on_epoch(1, EPOCH)
+    display.close()
+    assert len(reads) == 1  # half a second has not passed
+    out = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", capsys.readouterr().out)
+    text = [line for line in out.splitlines() if line][-1]
+    assert text.startswith("prune ━━━━━━━━━━━━ 100% loss 0.5000  accuracy  75.00 %  sparsity 25.0 %")
+    assert len(text) <= 80
+
+
+def test_silence_on_request(capsys):
+    display = make_progress("none", epochs=1)
+    assert type(display) is Progress
+    display.phase("dense", epochs=1, steps_per_epoch=1)
+    display.on_epoch(1, EPOCH)
+    display.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_summary_compares_dense_and_pruned():
+    result = {
+        "accuracy": 0.98,
+        "baseline_accuracy": 0.99,
+        "sparsity": 0.5,
+        "params": 50,
+        "params_dense": 1000,
+        "params_nonzero": 40,
+        "macs": 300,
+        "macs_dense": 600,
+        "latency_ms": None,
+        "latency_dense_ms": None,
+        "file_bytes": 4000,
+        "file_bytes_dense": 8000,
+    }
+    table = summary_table(result)
+    rows = list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
+    assert rows == [
+        ("test accuracy", "99.00 %", "98.00 %", "-1.00 points"),
+        ("sparsity", "0.0 %", "50.0 %", ""),
+        ("parameters", "1,000", "50", "20.00x"),
+        ("  not zero", "1,000", "40", "25.00x"),
+        ("MACs", "600", "300", "2.00x"),
+        ("file size (bytes)", "8,000", "4,000", "2.00x"),
+    ]
+
+
+@pytest.mark.slow
+def test_the_end_names_the_outputs_and_the_one_command(tmp_path, capsys):
+    uri = f"sqlite:///{tmp_path}/my runs/mlflow.db"
+    finished(tmp_path / "plain", "pruner=elementwise")
+    result = json.loads((tmp_path / "plain" / "result.json").read_text())
+    job_module.print_summary(result, tmp_path, tracking_uri=uri)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"MLflow:  mlflow ui --backend-store-uri '{uri}' --host 127.0.0.1"
+    assert lines[-2] == f"Outputs: {tmp_path}"
+    assert lines[-3].startswith("Masked weights are zeros in tensors of the old size")
+    job_module.print_summary(result, tmp_path, tracking_uri=None)
+    assert "mlflow" not in capsys.readouterr().out

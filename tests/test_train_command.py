@@ -1,0 +1,147 @@
+"""`python train.py` as a user types it: what it prints, what it leaves, how a mistake ends. Real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRAIN = str(Path(__file__).parents[1] / "train.py")
+HINT = "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.\n"
+TINY = (
+    "model.width=4",
+    "dataset.batch_size=256",
+    "trainer.device=cpu",
+    "trainer.dense_epochs=1",
+    "trainer.prune_epochs=2",
+    "trainer.latency_repeats=3",
+    "hydra.run.dir=out",
+)
+
+
+def train(folder, *arguments, python=()):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "HYDRA_"))}
+    return subprocess.run(
+        [sys.executable, *python, TRAIN, *arguments],
+        cwd=folder,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_it(tmp_path):
+    done = train(tmp_path, "pruner=elementwise", *TINY)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    starts = ["dense  epoch   1/3", "prune  epoch   2/3", "prune  epoch   3/3"]
+    assert [line[:18] for line in lines[:3]] == starts
+    labels = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    rows = ["test accuracy", "sparsity", "parameters", "not zero", "MACs", "latency (ms)", "file size (bytes)"]
+    assert labels == rows
+    store = f"sqlite:///{tmp_path.resolve()}/mlflow.db"
+    assert lines[-2:] == [
+        f"Outputs: {tmp_path.resolve()}/out",
+        f"MLflow:  mlflow ui --backend-store-uri {store} --host 127.0.0.1",
+    ]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert (tmp_path / "out" / ".hydra" / "config.yaml").is_file()
+    check_mlflow(store, result)
+
+
+def check_mlflow(store, result):
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=store)
+    run = client.get_run(result["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["pruner.criterion._target_"] == "gsprune.criteria.Elementwise"
+    assert run.data.tags["group.pruner"] == "elementwise"
+    assert run.data.tags["hydra.overrides"].startswith("pruner=elementwise model.width=4")
+    assert run.data.metrics["accuracy"] == result["accuracy"]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2, 3]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "sparsity")] == [1, 2, 3]
+    top = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "figures", "images", "masks", "masks.safetensors", "result.json"} <= top
+
+
+@pytest.mark.slow
+def test_a_sweep_returns_the_objective_and_one_bad_job_does_not_stop_the_others(tmp_path):
+    overrides = [text for text in TINY if not text.startswith("hydra")]
+    done = train(tmp_path, "--multirun", "tracking=none", "pruner.min_kept=0,1", "hydra.sweep.dir=sweep", *overrides)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:] == ["min_kept is 0: it must be 1 or more", *HINT.splitlines()]
+    status = [json.loads((tmp_path / "sweep" / job / "result.json").read_text())["status"] for job in "01"]
+    assert status == ["failed", "finished"]
+
+
+MISTAKES = {
+    "trainer.precision=fp8": "trainer.precision=fp8 is not allowed: it must be one of fp32, bf16, fp16",
+    "model.weights=/nowhere.safetensors": "model.weights=/nowhere.safetensors does not exist",
+    "pruner.target_sparsity=1.0": "target_sparsity is 1.0: it must be in [0, 1)",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_ends_as_one_sentence_and_exit_code_1(tmp_path, override):
+    done = train(tmp_path, "tracking=none", "hydra.run.dir=out", override)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    overrides = ["tracking=none", override]
+    assert done.stderr == f"Error executing job with overrides: {overrides}\n{MISTAKES[override]}\n{HINT}"
+
+
+@pytest.mark.slow
+def test_an_unknown_objective_lists_what_there_is(tmp_path):
+    done = train(tmp_path, "tracking=none", "hydra.run.dir=out", "objective=acuracy")
+    assert done.returncode == 1
+    sentence = done.stderr.splitlines()[1]
+    assert sentence.startswith("objective=acuracy is not in the result: did you mean accuracy? There are accuracy, ")
+    assert sentence.endswith("file_bytes_dense, seconds, updates, epochs")
+
+
+@pytest.mark.slow
+def test_the_full_error_is_there_when_asked_for(tmp_path):
+    environment = {**os.environ, "HYDRA_FULL_ERROR": "1"}
+    command = [sys.executable, TRAIN, "tracking=none", "hydra.run.dir=out", "trainer.precision=fp8"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ValueError: trainer.precision=fp8 is not allowed" in done.stderr
+    assert 'gsprune/trainer.py", line' in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", ["pruner=weightd", "pruner.sparsityy=0.9"])
+def test_unknown_names_are_hydras_own_error_without_importing_torch(tmp_path, override):
+    done = train(tmp_path, override, python=("-X", "importtime"))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert override.split("=")[0].split(".")[-1] in done.stderr
+    assert imported(done.stderr).isdisjoint(HEAVY)
+
+
+HEAVY = {"torch", "mlflow", "matplotlib", "sklearn", "torchvision", "rich"}
+
+
+def imported(stderr):
+    lines = [line for line in stderr.splitlines() if line.startswith("import time:")]
+    return {line.split("|")[-1].strip() for line in lines}
+
+
+@pytest.mark.slow
+def test_help_lists_the_groups_and_imports_nothing_heavy(tmp_path):
+    done = train(tmp_path, "--help", python=("-X", "importtime"))
+    assert done.returncode == 0
+    assert "pruner: abs, elementwise, magnitude, none, random, weighted" in done.stdout
+    assert "hydra" in imported(done.stderr)
+    assert imported(done.stderr).isdisjoint(HEAVY)
+    assert list(tmp_path.iterdir()) == []
