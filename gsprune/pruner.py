@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gsprune.blocks import Scratch
 from gsprune.criteria import Criterion
 from gsprune.patterns import Pattern, parse_pattern
 from gsprune.schedules import Cubic, Ramp, Schedule
 from gsprune.selection import pruned_count, select
-from gsprune.targets import Scratch, Target, UnitTarget, Verdict, weight_targets
+from gsprune.targets import Target, UnitTarget, Verdict, weight_targets
 
 if TYPE_CHECKING:
     from gsprune.shrink import Plan

@@ -11,6 +11,7 @@ Legend: u = unit, a position = an index along one dimension of one tensor.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,12 @@ class Member:
     dim: int
     index: Tensor
     size: int
+
+    @functools.cached_property
+    def in_order(self) -> bool:
+        """Whether the units' positions are 0, 1, 2, ... `size` - 1, one unit after the other."""
+        flat = self.index.flatten()
+        return len(flat) == self.size and torch.equal(flat, torch.arange(self.size, device=flat.device))
 
 
 @dataclass(frozen=True, eq=False)

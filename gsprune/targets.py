@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gsprune.blocks import Scratch, blocks
 from gsprune.criteria import Criterion
 from gsprune.names import choose
 from gsprune.patterns import Pattern, Tile
@@ -23,7 +25,6 @@ from gsprune.selection import PRUNED
 if TYPE_CHECKING:
     from gsprune.structures import Member, Structure
 
-BLOCK = 1 << 19  # entries worked on at once on the CPU, so that what one pass wrote is in the cache for the next
 _MAGNITUDE_BITS = 0x7FFFFFFF  # all of a float32 but its sign
 
 
@@ -44,20 +45,6 @@ class Verdict:
         """score <- decay * score + abs(change); overwrites `change` (both float32)."""
         change.view(torch.int32).bitwise_and_(self.bits)
         torch.addcmul(change, score, self.decay, out=score)
-
-
-class Scratch:
-    """One float32 buffer that every pass over the weights uses again: fresh memory costs more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-
-    def like(self, tensor: Tensor) -> Tensor:
-        """An uninitialised tensor of the size and strides of `tensor`, until the next call."""
-        n = tensor.numel()
-        if self._buffer is None or self._buffer.numel() < n or self._buffer.device != tensor.device:
-            self._buffer = torch.empty(max(n, BLOCK if tensor.device.type == "cpu" else 0), device=tensor.device)
-        return self._buffer.as_strided(tensor.size(), tensor.stride())
 
 
 class Target(ABC):
@@ -138,7 +125,7 @@ class WeightTarget(Target):
 
     def accumulate_(self, criterion: Criterion, verdict: Verdict, scratch: Scratch) -> None:
         tensors = (self.weight.detach(), _grad(self.name, self.weight), self.score)
-        for weight, grad, score in _blocks(*tensors):
+        for weight, grad, score in blocks(*tensors):
             change = criterion.weights(weight, grad, name=self.name, out=scratch.like(score))
             verdict.add_(score, change)
 
@@ -169,7 +156,7 @@ class WeightTarget(Target):
         if self.keep is None:
             return
         # bool -> float32 by way of uint8, which has a vectorised conversion: half the time of values.mul_(keep)
-        for value, keep in _blocks(values, self.keep.view(torch.uint8)):
+        for value, keep in blocks(values, self.keep.view(torch.uint8)):
             value.mul_(scratch.like(keep).copy_(keep))
 
 
@@ -180,14 +167,14 @@ class UnitTarget(Target):
         self.name, self.structure = structure.name, structure
         self.tensors = {member.tensor: model.get_parameter(member.tensor) for member in _scored(structure)}
         device = self.tensors[structure.consumers[0].tensor].device
-        self.index = {member: member.index.to(device) for member in structure.consumers}
+        self._here = _moved(structure, device)
         self.gone: dict[Member, Tensor] = {}  # positions of pruned units in each consumer
         self.score = torch.zeros(structure.units, device=device)
         self.total = structure.units
         self._change: Tensor | None = None
 
     def probe(self, criterion: Criterion) -> Tensor:
-        self._change = criterion.units(self.structure, self._read).float()
+        self._change = criterion.units(self._here, self._read).float()
         return self._change.sum()
 
     def accumulate_(self, criterion: Criterion, verdict: Verdict, scratch: Scratch) -> None:
@@ -196,7 +183,7 @@ class UnitTarget(Target):
         self._change = None
 
     def compute_(self, criterion: Criterion) -> None:
-        self.score.copy_(criterion.units(self.structure, lambda name: (self.tensors[name].detach(), None)))
+        self.score.copy_(criterion.units(self._here, lambda name: (self.tensors[name].detach(), None)))
         if self.keep is not None:
             self.score.masked_fill_(~self.keep, PRUNED)
 
@@ -218,7 +205,7 @@ class UnitTarget(Target):
     def _take(self, keep: Tensor) -> None:
         super()._take(keep)
         assert self.keep is not None
-        self.gone = {member: index[~self.keep].flatten() for member, index in self.index.items()}
+        self.gone = {member: member.index[~self.keep].flatten() for member in self._here.consumers}
 
     def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
         return self.tensors[name].detach(), _grad(name, self.tensors[name])
@@ -253,6 +240,15 @@ def _scored(structure: Structure) -> Iterable[Member]:
     yield from structure.consumers
 
 
+def _moved(structure: Structure, device: torch.device) -> Structure:
+    """The structure with its positions on the device of its tensors: looking them up copies nothing."""
+    here = {m: replace(m, index=m.index.to(device)) for m in _scored(structure)}
+    producers, gates, consumers = (
+        tuple(here[m] for m in side) for side in (structure.producers, structure.gates, structure.consumers)
+    )
+    return replace(structure, producers=producers, gates=gates, consumers=consumers)
+
+
 def _grad(name: str, parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         raise ValueError(f"{name} has no gradient: it is frozen or not used by the loss; exclude it from pruning")
@@ -263,13 +259,6 @@ def _state(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     """The optimizer's tensors that have one entry for each of the parameter's."""
     state = optimizer.state.get(parameter, {})
     return [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors in steps along their first axis, small enough for the cache; whole on an accelerator."""
-    first = tensors[0]
-    rows = len(first) if first.device.type != "cpu" else max(1, BLOCK * len(first) // max(1, first.numel()))
-    return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
 def _dims(tensor: Tensor) -> str:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gsprune.blocks import BLOCK, Scratch, dot_along
 from gsprune.criteria import Abs, Criterion, Elementwise, Magnitude, Random, Weighted
-from gsprune.criteria.base import along
 from gsprune.patterns import Tile
 from gsprune.structures import Structure, find_structures
-from gsprune.targets import Scratch, Verdict, WeightTarget
+from gsprune.targets import Verdict, WeightTarget
 
 DOUBLE = torch.float64
 
@@ -74,7 +74,7 @@ def test_naive_row_sums_vanish_with_eps(normed: str) -> None:
         net = conv_net(eps)
         loss_on(images())(net).backward()
         weight = net.get_parameter(f"{normed}.weight")
-        left[eps] = along(weight.detach() * weight.grad, 0).abs().sum()  # type: ignore[operator]
+        left[eps] = dot_along(weight.detach(), weight.grad, 0).abs().sum()  # type: ignore[operator]
     assert float(left[1e-4] / left[1e-3]) == pytest.approx(0.1, rel=0.05)
     assert float(left[1e-5] / left[1e-4]) == pytest.approx(0.1, rel=0.05)
 
@@ -184,10 +184,16 @@ def test_decay_outside_its_range_is_refused(decay: float) -> None:
     assert str(error.value) == f"decay is {decay}: it must be in (0, 1]"
 
 
-def test_along() -> None:
-    values = torch.arange(24.0).reshape(2, 3, 4)
-    assert along(values, 1).tolist() == [60.0, 92.0, 124.0]
-    assert along(torch.tensor([1.0, 2.0]), 0).tolist() == [1.0, 2.0]
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (4, 3, 2, 2), (5, BLOCK // 4), (3, 2, BLOCK // 2)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dot_along_equals_the_plain_sums(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    if len(shape) == 4:
+        a = a.contiguous(memory_format=layout)
+    for dim in range(min(2, len(shape))):
+        others = [axis for axis in range(len(shape)) if axis != dim]
+        plain = (a.double() * b.double()).sum(others) if others else a.double() * b.double()
+        torch.testing.assert_close(dot_along(a, b, dim).double(), plain, rtol=1e-4, atol=1e-3)
 
 
 def test_residual_stream_abs_is_the_gate_on_the_sum() -> None:
@@ -198,7 +204,8 @@ def test_residual_stream_abs_is_the_gate_on_the_sum() -> None:
     stream = structures["stem"]
     assert {member.tensor for member in stream.consumers} == {"conv1.weight", "head.weight"}
     columns = sum(
-        along(model.get_parameter(m.tensor).detach() * model.get_parameter(m.tensor).grad, 1) for m in stream.consumers
+        dot_along(model.get_parameter(m.tensor).detach(), model.get_parameter(m.tensor).grad, 1)
+        for m in stream.consumers
     )
     torch.testing.assert_close(scored(model, Abs(), stream), columns)
     assert not torch.allclose(F.normalize(scored(model, Weighted(), stream), dim=0), torch.zeros(8, dtype=DOUBLE))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+
+from gsprune.blocks import dot_along
 
 if TYPE_CHECKING:
     from gsprune.structures import Member, Structure
@@ -53,22 +56,19 @@ class Criterion:
         return f"{type(self).__name__}({settings})"
 
 
-def unit_sums(members: Sequence[Member], entries: Callable[[str], Tensor]) -> Tensor:
-    """Sum of the entries that belong to each unit, over all members: (units,).
+def unit_sums(members: Sequence[Member], pair: Callable[[str], tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum of a * b over the entries that belong to each unit, in all members: (units,).
 
     Args:
         members: where the units lie in each tensor.
-        entries: tensor name -> one value per entry of that tensor.
+        pair: tensor name -> a, b of that tensor's shape.
     """
-    return torch.stack([_spread(member, along(entries(member.tensor), member.dim)) for member in members]).sum(0)
+    return functools.reduce(torch.add, (_gather(m, dot_along(*pair(m.tensor), m.dim)) for m in members))
 
 
-def along(values: Tensor, dim: int) -> Tensor:
-    """Sum over every axis but `dim`: a vector of that axis' length."""
-    others = [axis for axis in range(values.dim()) if axis != dim]
-    return values.sum(others) if others else values
-
-
-def _spread(member: Member, vector: Tensor) -> Tensor:
+def _gather(member: Member, vector: Tensor) -> Tensor:
     """A vector along the member's axis -> its sum over the positions of each unit."""
+    units, width = member.index.shape
+    if member.in_order:
+        return vector if width == 1 else vector.reshape(units, width).sum(1)
     return vector[member.index].sum(1)

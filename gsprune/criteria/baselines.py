@@ -36,7 +36,7 @@ class Magnitude(Criterion):
         return torch.abs(weight.float(), out=out)
 
     def units(self, structure: Structure, read: Read) -> Tensor:
-        return unit_sums(structure.producers, lambda name: read(name)[0].float().square()).sqrt()
+        return unit_sums(structure.producers, lambda name: (read(name)[0],) * 2).sqrt()
 
 
 class Random(Criterion):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from gsprune.criteria.base import Criterion, Read, unit_sums
@@ -40,6 +39,7 @@ class Abs(Gate):
     Example:
         Two units, read by the columns of one 2 x 2 weight:
 
+        >>> import torch
         >>> from gsprune.structures import Member, Structure
         >>> reader = Member("out.weight", dim=1, index=torch.tensor([[0], [1]]), size=2)
         >>> unit = Structure("hidden", "neurons", 2, (), consumers=(reader,), norms=(), gates=(), attributes={})
@@ -49,7 +49,7 @@ class Abs(Gate):
     """
 
     def units(self, structure: Structure, read: Read) -> Tensor:
-        return unit_sums(structure.consumers, lambda name: _product(read(name)))
+        return unit_sums(structure.consumers, lambda name: _both(read(name)))
 
 
 class Weighted(Gate):
@@ -68,6 +68,7 @@ class Weighted(Gate):
     Example:
         Two units, made by the rows of one 2 x 2 weight and a bias:
 
+        >>> import torch
         >>> from gsprune.structures import Member, Structure
         >>> rows = tuple(Member(name, 0, torch.tensor([[0], [1]]), size=2) for name in ("weight", "bias"))
         >>> unit = Structure("hidden", "neurons", 2, rows, consumers=(), norms=(), gates=rows, attributes={})
@@ -78,10 +79,10 @@ class Weighted(Gate):
     """
 
     def units(self, structure: Structure, read: Read) -> Tensor:
-        return unit_sums(structure.gates, lambda name: _product(read(name)))
+        return unit_sums(structure.gates, lambda name: _both(read(name)))
 
 
-def _product(pair: tuple[Tensor, Tensor | None]) -> Tensor:
+def _both(pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
     weight, grad = pair
     assert grad is not None
-    return torch.mul(weight.to(torch.promote_types(weight.dtype, torch.float32)), grad)
+    return weight, grad
