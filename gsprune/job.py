@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def config_hash(cfg: DictConfig) -> str:
 
 
 def build(node: Any, **arguments: Any) -> Any:
-    """Hydra's `instantiate`, but a ValueError of what is built comes out as itself, not wrapped in Hydra's."""
+    """Hydra's `instantiate`, but what is wrong with the arguments comes out as one sentence in a ValueError."""
     try:
         return instantiate(node, _convert_="all", **arguments)
     except InstantiationException as error:
@@ -131,7 +131,17 @@ def build(node: Any, **arguments: Any) -> Any:
             cause = cause.__cause__
         if isinstance(cause, ValueError):
             raise cause from None
+        if isinstance(cause, TypeError):
+            raise ValueError(f"{node.get('_target_')} cannot be made: {cause}") from error
         raise
+
+
+def complete(group: str, partial: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Call a partial that `build` returned; an argument of a wrong name or type is a mistake in its group."""
+    try:
+        return partial(*arguments, **named)
+    except TypeError as error:
+        raise ValueError(f"{group} cannot be made: {error}") from error
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -175,13 +185,16 @@ class _Job:
     def __init__(self, cfg: DictConfig, output_dir: Path) -> None:
         self.cfg, self.output_dir, self.started = cfg, output_dir, time.perf_counter()
         self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS)}
-        self.result |= {"mlflow_run_id": None, "config_hash": config_hash(cfg), "device": None, "shrunk": False}
+        self.result |= {"mlflow_run_id": None, "config_hash": None, "device": None, "shrunk": False}
         write_json(output_dir / "result.json", self.result)  # a job that gets killed leaves this
 
     # --- the steps ---
 
     def prepare(self) -> None:
         """Settings, data, model, display, tracking; a mistake in the configuration ends here, before any work."""
+        self.result["config_hash"] = config_hash(self.cfg)
+        if type(self.cfg.seed) is not int:
+            raise ValueError(f"seed={self.cfg.seed} is not allowed: it must be a whole number")
         self.trainer = build(self.cfg.trainer)
         check_objective(self.cfg.objective, self.trainer)
         self.progress = make_progress(self.trainer.progress, epochs=self.epochs)
@@ -308,14 +321,23 @@ class _Job:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come when it is built for good
             optimizer, _ = self._build_optimizer(self.trainer.prune_epochs, self.trainer.prune_lr)
-            self._build_pruner(optimizer)
+            pruner = self._build_pruner(optimizer)
+        criterion = getattr(pruner, "criterion", None)
+        if self.trainer.prune_epochs == 0 and criterion is not None and criterion.cumulative:
+            raise ValueError(
+                "trainer.prune_epochs=0 leaves no gradient to score by: it must be 1 or more, "
+                "or pruner=none or magnitude"
+            )
 
     def _build_optimizer(self, epochs: int, lr: float | None) -> tuple[Optimizer, Schedule]:
-        optimizer = make_optimizer(build(self.cfg.optimizer), self.model, lr=lr, fused=self.trainer.fused)
-        return optimizer, build(self.cfg.lr_schedule)(optimizer, total_steps=epochs * self.steps_per_epoch)
+        factory, steps = build(self.cfg.optimizer), epochs * self.steps_per_epoch
+        optimizer = complete("optimizer", make_optimizer, factory, self.model, lr=lr, fused=self.trainer.fused)
+        return optimizer, complete("lr_schedule", build(self.cfg.lr_schedule), optimizer, total_steps=steps)
 
     def _build_pruner(self, optimizer: Optimizer) -> Any:
-        return build(self.cfg.pruner)(
+        return complete(
+            "pruner",
+            build(self.cfg.pruner),
             self.model,
             optimizer=optimizer,
             example_input=self.example,
@@ -378,9 +400,10 @@ def smaller(model: nn.Module, pruner: Any) -> nn.Module:
 
 def check_objective(wanted: str | Sequence[str], trainer: Trainer) -> None:
     """Refuse a wrong name before the training, not after it."""
-    for name in [wanted] if isinstance(wanted, str) else wanted:
+    several = isinstance(wanted, Sequence) and not isinstance(wanted, str)
+    for name in wanted if several else [str(wanted)]:
         if name not in NUMBERS:
-            near = get_close_matches(name, NUMBERS, n=1)
+            near = get_close_matches(str(name), NUMBERS, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"objective={name} is not in the result: {hint}There are {', '.join(NUMBERS)}")
         if name.startswith("latency") and not trainer.latency_repeats:
@@ -398,9 +421,21 @@ def hydra_tags() -> dict[str, str]:
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
+    missing = list(_missing(OmegaConf.to_container(cfg)))
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given: {missing[0]}=...")
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _missing(values: Any, path: str = "") -> Iterator[str]:
+    """Where the configuration has `???`; what only refers to such a place is not named."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _missing(value, f"{path}.{key}" if path else str(key))
+    elif values == "???":
+        yield path
 
 
 def _first(inputs: Any, count: int) -> Any:

@@ -389,7 +389,10 @@ def _lr(optimizer: Optimizer) -> float:
 
 def _unset(factory: Callable[..., Any], name: str) -> bool:
     """Whether `factory` takes the argument and nobody has chosen it yet."""
-    parameter = inspect.signature(factory).parameters.get(name)
+    try:
+        parameter = inspect.signature(factory).parameters.get(name)
+    except ValueError:  # a partial with an argument that does not exist: calling it gives the better message
+        return False
     return parameter is not None and parameter.default is None
 
 

@@ -57,6 +57,7 @@ def configure(*overrides):
     """A composition costs 0.2 s, so only the choices of groups (which have no dot) are composed anew."""
     cfg = composed(*(override for override in overrides if "." not in override.partition("=")[0])).copy()
     values = [override for override in overrides if "." in override.partition("=")[0]]
+    OmegaConf.set_struct(cfg, False)
     return OmegaConf.merge(cfg, OmegaConf.from_dotlist(values))
 
 
@@ -347,14 +348,21 @@ def test_a_mistake_in_the_configuration_is_recorded_and_starts_no_tracking(tmp_p
         (("pruner.min_kept=0",), "min_kept is 0"),
         (("optimizer.lr=-1.0",), "Invalid learning rate"),
         (("lr_schedule.warmup=2.0",), "lr_schedule.warmup=2.0 is not allowed"),
+        (("trainer.prune_epochs=0",), "trainer.prune_epochs=0 leaves no gradient to score by"),
+        (("optimizer.foo=3",), "optimizer cannot be made: SGD.__init__() got an unexpected keyword argument 'foo'"),
+        (("optimizer.lr=high",), "optimizer cannot be made: "),
+        (("lr_schedule.foo=3",), "lr_schedule cannot be made: "),
+        (("dataset.foo=3",), "gsprune.datasets.make_loaders cannot be made: "),
+        (("seed=ten", "dataset.seed=0"), "seed=ten is not allowed: it must be a whole number"),
+        (("dataset=imagefolder",), "dataset.path, dataset.num_classes must be given: dataset.path=..."),
+        (("objective=3",), "objective=3 is not in the result: There are accuracy"),
     ],
 )
-def test_a_mistake_in_the_second_phase_does_not_wait_for_the_end_of_the_first(
-    tmp_path, monkeypatch, overrides, message
-):
+def test_a_mistake_is_one_sentence_before_any_training(tmp_path, monkeypatch, overrides, message):
     monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("it trained"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
         finished(tmp_path, *overrides)
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "failed"
 
 
 def test_outside_of_hydra_there_are_no_hydra_tags():

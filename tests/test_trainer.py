@@ -284,9 +284,7 @@ def test_running_totals_can_be_read_in_the_middle_of_an_epoch():
 
 
 def test_an_empty_loader_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"^the loader gave no batch, so there is no loss or accuracy to report$"
-    ):
+    with pytest.raises(ValueError, match=r"^the loader gave no batch, so there is no loss or accuracy to report$"):
         CPU().evaluate(mlp(), [])
 
 
@@ -439,9 +437,7 @@ def test_a_device_that_is_not_here_lists_those_that_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert find_device("auto") == torch.device("cuda")
     assert find_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(
-        ValueError, match=r"trainer.device=cuda:2 is not allowed: it must be cuda:0 to cuda:1"
-    ):
+    with pytest.raises(ValueError, match=r"trainer.device=cuda:2 is not allowed: it must be cuda:0 to cuda:1"):
         find_device("cuda:2")
 
 
