@@ -25,7 +25,7 @@ def test_other_notations_are_refused(text: object) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole sentence is compared
         parse_pattern(text)  # type: ignore[arg-type]
     assert str(error.value) == (
-        f'pattern is {text!r}: it must be a tile such as "1x1" or "4x1", or a block such as "2:4"'
+        f'pattern is {text!r}: it must be a tile such as "1x1" or "4x1", or a block such as "2:4" (in quotes in YAML)'
     )
 
 
