@@ -206,11 +206,10 @@ def memory(device: torch.device) -> dict[str, float]:
     gradients(model, batch)
     pruner = make_pruner(model, Elementwise(), batch)
     weights = sum(target.total for target in pruner.targets)
-    held = sum(t.nbytes for target in pruner.targets for t in (target.score, target.keep) if t is not None)
-    buffer = pruner._scratch._buffer
+    held = pruner._all.score.nbytes + pruner._all.keep.nbytes
     return {
         "memory/bytes_a_weight": held / weights,
-        "memory/scratch_bytes": 0.0 if buffer is None else float(buffer.nbytes),
+        "memory/scratch_bytes": float(pruner._all.scratch.nbytes),
         "memory/largest_weight_bytes": float(max(4 * target.total for target in pruner.targets)),
     }
 

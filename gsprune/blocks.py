@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 19  # entries worked on at once on the CPU: what one pass wrote is in the cache for the next
+BLOCK = 1 << 20  # entries worked on at once on the CPU: what one pass wrote is in the cache for the next
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -33,12 +33,11 @@ class Scratch:
         """Bytes it holds."""
         return 0 if self._buffer is None else self._buffer.nbytes
 
-    def like(self, tensor: Tensor) -> Tensor:
-        """An uninitialised tensor of the size and strides of `tensor`, valid until the next call."""
-        n = tensor.numel()
-        if self._buffer is None or self._buffer.numel() < n or self._buffer.device != tensor.device:
-            self._buffer = torch.empty(max(n, BLOCK if tensor.device.type == "cpu" else 0), device=tensor.device)
-        return self._buffer.as_strided(tensor.size(), tensor.stride())
+    def take(self, n: int, device: torch.device) -> Tensor:
+        """`n` uninitialised entries, valid until the next call."""
+        if self._buffer is None or self._buffer.numel() < n or self._buffer.device != device:
+            self._buffer = torch.empty(n, device=device)
+        return self._buffer[:n]
 
 
 def dot_along(a: Tensor, b: Tensor, dim: int) -> Tensor:

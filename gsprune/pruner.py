@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gsprune.blocks import Scratch
 from gsprune.criteria import Criterion
 from gsprune.patterns import Pattern, parse_pattern
 from gsprune.schedules import Cubic, Ramp, Schedule
 from gsprune.selection import pruned_count, select
-from gsprune.targets import Target, UnitTarget, Verdict, weight_targets
+from gsprune.targets import Target, Targets, UnitTarget, UnitTargets, Verdict, weight_targets
 
 if TYPE_CHECKING:
     from gsprune.shrink import Plan
@@ -111,13 +110,13 @@ class Pruner:
         _check_settings(self, parsed, counts, per_channel=per_channel)
         schedule = _resolve(schedule or Cubic(), parsed, target_sparsity, epochs, quiet=bool(counts))
         if self.structured:
-            self.targets: Sequence[Target] = self._unit_targets(include, exclude, counts)
+            self._all: Targets = self._unit_targets(include, exclude, counts)
         else:
-            self.targets = weight_targets(model, parsed, include=include, exclude=exclude, per_channel=per_channel)
+            self._all = weight_targets(model, parsed, include=include, exclude=exclude, per_channel=per_channel)
+        self.targets = self._all.targets
         self._schedules = [_schedule_for(target, schedule, counts) for target in self.targets]
         self._applied = [0.0] * len(self.targets)  # sparsity each target's mask was last made for
-        self._scored = torch.zeros((), dtype=torch.int64, device=self.targets[0].score.device)  # batches that counted
-        self._scratch = Scratch()
+        self._scored = torch.zeros((), dtype=torch.int64, device=self._all.score.device)  # batches that counted
         self._handles: list[RemovableHandle] = []
         self.epoch, self.step, self.updates = 0, 0, 0
         self.plan: Plan | None = None
@@ -150,11 +149,9 @@ class Pruner:
         if not self.criterion.cumulative or self.finished:
             return
         with torch.no_grad():
-            finite = torch.stack([target.probe(self.criterion) for target in self.targets]).isfinite().all()
-            verdict = Verdict(finite, self.criterion.decay)
-            for target in self.targets:
-                target.accumulate_(self.criterion, verdict, self._scratch)
-            self._scored += finite
+            verdict = Verdict(self._all.probe(self.criterion), self.criterion.decay)
+            self._all.accumulate_(self.criterion, verdict)
+            self._scored += verdict.finite
 
     def on_step_end(self) -> None:
         """After the optimizer step: what is pruned is zero again."""
@@ -255,13 +252,13 @@ class Pruner:
 
     def masks(self) -> dict[str, Tensor]:
         """bool masks, True = kept: tensor name -> its weight's shape, or structure name -> (units,)."""
-        return {t.name: torch.ones_like(t.score, dtype=torch.bool) if t.keep is None else t.keep for t in self.targets}
+        return {target.name: target.keep for target in self.targets}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit-identically: scores, masks, progress."""
         return {
             "scores": {target.name: target.score.clone() for target in self.targets},
-            "masks": {target.name: target.keep.clone() for target in self.targets if target.keep is not None},
+            "masks": {target.name: target.keep.clone() for target in self.targets},
             "applied": list(self._applied),
             "scored": int(self._scored),
             "epoch": self.epoch,
@@ -280,14 +277,14 @@ class Pruner:
         if odd:
             raise ValueError(f"the saved state and this pruner do not have the same targets: {odd[0]} is in one only")
         for target in self.targets:
-            target.load(scores[target.name], masks.get(target.name))
+            target.load(scores[target.name], masks[target.name])
         self._applied = list(state["applied"])
         self._scored.fill_(state["scored"])
         self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
 
     # ---- inside
 
-    def _unit_targets(self, include: Sequence[str], exclude: Sequence[str], counts: Mapping[str, int]) -> list[Target]:
+    def _unit_targets(self, include: Sequence[str], exclude: Sequence[str], counts: Mapping[str, int]) -> UnitTargets:
         from gsprune.structures import find_structures  # heavy: imports torch-pruning
 
         if self._example_input is None:
@@ -297,7 +294,7 @@ class Pruner:
         for kind in counts:
             if kind not in kinds:
                 raise ValueError(f"keep names {kind!r}, but the model has {', '.join(sorted(kinds)) or 'no units'}")
-        return [UnitTarget(s, self.model) for s in found if not counts or s.kind in counts]
+        return UnitTargets([UnitTarget(s, self.model) for s in found if not counts or s.kind in counts])
 
     def _update(self, wanted: Sequence[float]) -> None:
         """A mask update: the only place that waits for the device."""
@@ -305,17 +302,16 @@ class Pruner:
             return  # nothing was seen yet: the update stays due
         with torch.no_grad():
             if not self.criterion.cumulative:
-                for target in self.targets:
-                    target.compute_(self.criterion)
+                self._all.compute_(self.criterion)
             groups = [_checked(target) for target in self.targets]
             for target, keep in zip(self.targets, self._select(groups, wanted), strict=True):
                 target.set_keep(keep)
+            self._all.settle_()
+            if self.optimizer is not None:
+                self._all.mask_state_(self.optimizer)
         self._applied = list(wanted)
         self.updates += 1
         self._apply_masks()
-        if self.optimizer is not None:
-            for target in self.targets:
-                target.mask_state_(self.optimizer, self._scratch)
 
     def _select(self, groups: Sequence[Tensor], wanted: Sequence[float]) -> list[Tensor]:
         if self.scope == "global":
@@ -336,8 +332,7 @@ class Pruner:
 
     def _apply_masks(self) -> None:
         with torch.no_grad():
-            for target in self.targets:
-                target.apply_(self._scratch)
+            self._all.apply_()
 
     def _shrink(self) -> None:
         from gsprune.shrink import shrink  # heavy: imports torch-pruning

@@ -1,22 +1,23 @@
-"""What is being pruned, behind one interface: one tensor's weights, or one structure's units. Imports torch alone.
+"""What is being pruned, behind one interface: single weights of tensors, or units of structures. Imports torch alone.
 
-A target owns its running score and its mask. It knows nothing of schedules, of other targets or of when a mask is due.
-Legend: r x n = selection groups as `selection.select` ranks them.
+A `Target` is one tensor or one structure, with its score and its mask: what selection looks at. `Targets` are all of them
+together, side by side in one flat score and one flat mask: what a training step works through. Neither knows of
+schedules or of when a mask is due. Legend: r x n = selection groups as `selection.select` ranks them.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gsprune.blocks import Scratch, blocks
+from gsprune.blocks import BLOCK, Scratch
 from gsprune.criteria import Criterion
 from gsprune.names import choose
 from gsprune.patterns import Pattern, Tile
@@ -37,6 +38,7 @@ class Verdict:
 
     def __init__(self, finite: Tensor, decay: float) -> None:
         bits = torch.full_like(finite, _MAGNITUDE_BITS, dtype=torch.int32)
+        self.finite = finite
         self.bits = torch.where(finite, bits, torch.zeros_like(bits))
         factor = torch.full_like(finite, decay, dtype=torch.float32)
         self.decay = torch.where(finite, factor, torch.ones_like(factor))
@@ -48,32 +50,20 @@ class Verdict:
 
 
 class Target(ABC):
-    """One tensor's weights or one structure's units: what can be scored, selected and masked.
+    """One tensor's weights or one structure's units.
 
     Attributes:
         name: of the tensor or structure.
         score: running score S, float32: of the weight's shape, or (units,). -inf where pruned.
-        keep: mask of the same shape, True = kept; None before the first mask.
+        keep: mask of the same shape, True = kept.
         total, pruned: number of weights or units, and how many are pruned.
     """
 
     name: str
     score: Tensor
-    keep: Tensor | None = None
+    keep: Tensor
     total: int
     pruned: int = 0
-
-    @abstractmethod
-    def probe(self, criterion: Criterion) -> Tensor:
-        """A 0-dim tensor that is finite if and only if what this step would add is."""
-
-    @abstractmethod
-    def accumulate_(self, criterion: Criterion, verdict: Verdict, scratch: Scratch) -> None:
-        """Add this step's change to the running score."""
-
-    @abstractmethod
-    def compute_(self, criterion: Criterion) -> None:
-        """Set the score of a criterion that is not cumulative."""
 
     @abstractmethod
     def groups(self) -> Tensor:
@@ -85,29 +75,70 @@ class Target(ABC):
 
     @abstractmethod
     def set_keep(self, keep_rn: Tensor) -> None:
-        """Take over a selection: the mask, and -inf in the score of what it prunes."""
+        """Take over a selection."""
 
-    @abstractmethod
-    def apply_(self, scratch: Scratch) -> None:
-        """Zero the pruned entries of the weights."""
+    def load(self, score: Tensor, keep: Tensor) -> None:
+        """Take over a saved score and mask.
 
-    @abstractmethod
-    def mask_state_(self, optimizer: Optimizer, scratch: Scratch) -> None:
-        """Zero the optimizer's memory (momentum, moments) of the pruned entries."""
-
-    def load(self, score: Tensor, keep: Tensor | None) -> None:
-        """Take over a saved score and mask."""
+        Raises:
+            ValueError: one of them has another shape.
+        """
         for saved in (score, keep):
-            if saved is not None and saved.shape != self.score.shape:
+            if saved.shape != self.score.shape:
                 raise ValueError(f"{self.name} has shape {_dims(self.score)}, the saved state {_dims(saved)}")
         self.score.copy_(score)
-        if keep is not None:
-            self._take(keep.to(self.score.device))
+        self._take(keep)
 
     def _take(self, keep: Tensor) -> None:
-        self.keep = torch.empty_like(self.score, dtype=torch.bool).copy_(keep)
-        self.score.masked_fill_(~self.keep, PRUNED)
+        self.keep.copy_(keep)
         self.pruned = self.total - int(self.keep.sum())
+
+
+class Targets(ABC):
+    """All targets of a pruner, whose scores and masks are views of two flat tensors.
+
+    Attributes:
+        targets: the single ones, in the model's order.
+        score, keep: all scores (float32) and all masks (bool), one after the other.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, targets: Sequence[Target], device: torch.device) -> None:
+        self.targets = targets
+        total = sum(target.total for target in targets)
+        self.score = torch.zeros(total, device=device)
+        self.keep = torch.ones(total, dtype=torch.bool, device=device)
+        self.scratch = Scratch()
+
+    @property
+    def pruned(self) -> bool:
+        """Whether there is anything to mask."""
+        return any(target.pruned for target in self.targets)
+
+    @abstractmethod
+    def probe(self, criterion: Criterion) -> Tensor:
+        """A 0-dim bool on the device: whether what this step would add is finite."""
+
+    @abstractmethod
+    def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
+        """Add this step's changes to the running scores; `probe` came before."""
+
+    @abstractmethod
+    def compute_(self, criterion: Criterion) -> None:
+        """Set the scores of a criterion that is not cumulative."""
+
+    @abstractmethod
+    def settle_(self) -> None:
+        """Write -inf into the scores of what is pruned."""
+
+    @abstractmethod
+    def apply_(self) -> None:
+        """Zero what is pruned."""
+
+    @abstractmethod
+    def mask_state_(self, optimizer: Optimizer) -> None:
+        """Zero the optimizer's memory (momentum, moments) of what is pruned."""
 
 
 class WeightTarget(Target):
@@ -115,24 +146,10 @@ class WeightTarget(Target):
 
     def __init__(self, name: str, weight: nn.Parameter, pattern: Pattern, *, per_channel: bool = False) -> None:
         pattern.check(name, weight.shape)
+        if weight.stride() != torch.empty_like(weight).stride():
+            raise ValueError(f"{name} shares or skips memory (its strides are {weight.stride()}): exclude it")
         self.name, self.weight, self.pattern, self.per_channel = name, weight, pattern, per_channel
-        self.score = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
         self.total = weight.numel()
-
-    def probe(self, criterion: Criterion) -> Tensor:
-        # A sum is the cheapest pass that inf and NaN survive; it overflows only where the gradient is useless anyway.
-        return _grad(self.name, self.weight).sum(dtype=torch.float32)
-
-    def accumulate_(self, criterion: Criterion, verdict: Verdict, scratch: Scratch) -> None:
-        tensors = (self.weight.detach(), _grad(self.name, self.weight), self.score)
-        for weight, grad, score in blocks(*tensors):
-            change = criterion.weights(weight, grad, name=self.name, out=scratch.like(score))
-            verdict.add_(score, change)
-
-    def compute_(self, criterion: Criterion) -> None:
-        self.score.copy_(criterion.weights(self.weight.detach(), None, name=self.name))
-        if self.keep is not None:
-            self.score.masked_fill_(~self.keep, PRUNED)
 
     def groups(self) -> Tensor:
         groups = self.pattern.to_groups(self.score)
@@ -145,47 +162,85 @@ class WeightTarget(Target):
         rows = len(self.weight) // self.pattern.rows if isinstance(self.pattern, Tile) else len(self.weight)
         self._take(self.pattern.to_weights(keep_rn.reshape(rows, -1), self.weight.shape))
 
-    def apply_(self, scratch: Scratch) -> None:
-        self._multiply_(self.weight.detach(), scratch)
+    def grad(self) -> Tensor:
+        """The weight's gradient in the weight's own memory layout."""
+        grad = _grad(self.name, self.weight)
+        return grad if grad.stride() == self.weight.stride() else torch.empty_like(self.weight).copy_(grad)
 
-    def mask_state_(self, optimizer: Optimizer, scratch: Scratch) -> None:
-        for state in _state(optimizer, self.weight):
-            self._multiply_(state, scratch)
 
-    def _multiply_(self, values: Tensor, scratch: Scratch) -> None:
-        if self.keep is None:
-            return
-        # bool -> float32 by way of uint8, which has a vectorised conversion: half the time of values.mul_(keep)
-        for value, keep in blocks(values, self.keep.view(torch.uint8)):
-            value.mul_(scratch.like(keep).copy_(keep))
+class WeightTargets(Targets):
+    """All single weights, worked through in blocks of memory that fit the cache, whatever tensor they belong to."""
+
+    kind = "weights"
+    targets: Sequence[WeightTarget]
+
+    def __init__(self, targets: Sequence[WeightTarget]) -> None:
+        super().__init__(targets, _one_device(target.weight for target in targets))
+        start = 0
+        for target in targets:
+            shape, stride = target.weight.shape, target.weight.stride()
+            target.score = self.score[start : start + target.total].as_strided(shape, stride)
+            target.keep = self.keep[start : start + target.total].as_strided(shape, stride)
+            start += target.total
+        largest = max(target.total for target in targets)
+        self._blocks = _cut([t.total for t in targets], BLOCK if self.score.is_cpu else max(BLOCK, largest))
+
+    def probe(self, criterion: Criterion) -> Tensor:
+        # a sum is the cheapest pass that inf and NaN survive; it overflows only where the gradient is useless anyway
+        sums = [_grad(target.name, target.weight).sum(dtype=torch.float32) for target in self.targets]
+        return torch.stack(sums).isfinite().all()
+
+    def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
+        weights = [_line(target.weight) for target in self.targets]
+        grads = [_line(target.grad()) for target in self.targets]
+        for start, stop, pieces in reversed(self._blocks):  # what was probed last is still in the cache
+            changes = self.scratch.take(stop - start, self.score.device)
+            for i, lo, hi, at in pieces:
+                out = changes[at : at + hi - lo]
+                change = criterion.weights(weights[i][lo:hi], grads[i][lo:hi], name=self.targets[i].name, out=out)
+                if change is not out:
+                    out.copy_(change)
+            verdict.add_(self.score[start:stop], changes)
+
+    def compute_(self, criterion: Criterion) -> None:
+        for target in self.targets:
+            target.score.copy_(criterion.weights(target.weight.detach(), None, name=target.name))
+        self.settle_()
+
+    def settle_(self) -> None:
+        for start, stop, _ in self._blocks:
+            self.score[start:stop].add_(self._mask(start, stop).log_())  # log 1 = 0, log 0 = -inf
+
+    def apply_(self) -> None:
+        weights = [_line(target.weight) for target in self.targets]
+        for start, stop, pieces in self._blocks if self.pruned else ():
+            mask = self._mask(start, stop)
+            for i, lo, hi, at in pieces:
+                weights[i][lo:hi].mul_(mask[at : at + hi - lo])
+
+    def mask_state_(self, optimizer: Optimizer) -> None:
+        for target in self.targets:
+            for state in _state(optimizer, target.weight):
+                state.mul_(target.keep)
+
+    def _mask(self, start: int, stop: int) -> Tensor:
+        """The flat mask as ones and zeros; by way of uint8, whose conversion is vectorised."""
+        return self.scratch.take(stop - start, self.keep.device).copy_(self.keep[start:stop].view(torch.uint8))
 
 
 class UnitTarget(Target):
     """The units of one structure."""
 
     def __init__(self, structure: Structure, model: nn.Module) -> None:
-        self.name, self.structure = structure.name, structure
+        self.name, self.total = structure.name, structure.units
         self.tensors = {member.tensor: model.get_parameter(member.tensor) for member in _scored(structure)}
-        device = self.tensors[structure.consumers[0].tensor].device
-        self._here = _moved(structure, device)
+        self.structure = structure
+        self.placed = _moved(structure, _one_device(self.tensors.values()))
         self._rows: dict[Member, Tensor] = {}  # the mask as one row of each consumer
-        self.score = torch.zeros(structure.units, device=device)
-        self.total = structure.units
-        self._change: Tensor | None = None
 
-    def probe(self, criterion: Criterion) -> Tensor:
-        self._change = criterion.units(self._here, self._read).float()
-        return self._change.sum()
-
-    def accumulate_(self, criterion: Criterion, verdict: Verdict, scratch: Scratch) -> None:
-        assert self._change is not None
-        verdict.add_(self.score, self._change)
-        self._change = None
-
-    def compute_(self, criterion: Criterion) -> None:
-        self.score.copy_(criterion.units(self._here, lambda name: (self.tensors[name].detach(), None)))
-        if self.keep is not None:
-            self.score.masked_fill_(~self.keep, PRUNED)
+    def change(self, criterion: Criterion) -> Tensor:
+        """What the criterion says of this step, (units,)."""
+        return criterion.units(self.placed, self._read)
 
     def groups(self) -> Tensor:
         return self.score.reshape(1, -1)
@@ -193,19 +248,13 @@ class UnitTarget(Target):
     def set_keep(self, keep_rn: Tensor) -> None:
         self._take(keep_rn.reshape(-1))
 
-    def apply_(self, scratch: Scratch) -> None:
-        for member, row in self._rows.items():
-            self.tensors[member.tensor].detach().mul_(row)  # a fifth of the time of filling the pruned columns
-
-    def mask_state_(self, optimizer: Optimizer, scratch: Scratch) -> None:
-        for member, row in self._rows.items():
-            for state in _state(optimizer, self.tensors[member.tensor]):
-                state.mul_(row)
+    def masked(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each consumer, and the row of ones and zeros that its rows have to be multiplied by."""
+        return ((self.tensors[member.tensor], row) for member, row in self._rows.items())
 
     def _take(self, keep: Tensor) -> None:
         super()._take(keep)
-        assert self.keep is not None
-        self._rows = {m: self._row(m, m.index[~self.keep].flatten()) for m in self._here.consumers}
+        self._rows = {m: self._row(m, m.index[~self.keep].flatten()) for m in self.placed.consumers}
 
     def _row(self, member: Member, pruned: Tensor) -> Tensor:
         """Ones, and zeros in the pruned columns: as one row of the tensor, in its memory layout."""
@@ -215,9 +264,51 @@ class UnitTarget(Target):
         return self.tensors[name].detach(), _grad(name, self.tensors[name])
 
 
+class UnitTargets(Targets):
+    """All units of all structures. A structure's mask zeroes the columns that read its pruned units."""
+
+    kind = "units"
+    targets: Sequence[UnitTarget]
+
+    def __init__(self, targets: Sequence[UnitTarget]) -> None:
+        super().__init__(targets, _one_device(t for target in targets for t in target.tensors.values()))
+        start = 0
+        for target in targets:
+            target.score, target.keep = (flat[start : start + target.total] for flat in (self.score, self.keep))
+            start += target.total
+        self._changes = self.score
+
+    def probe(self, criterion: Criterion) -> Tensor:
+        self._changes = torch.cat([target.change(criterion) for target in self.targets]).float()
+        return self._changes.isfinite().all()
+
+    def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
+        verdict.add_(self.score, self._changes)
+
+    def compute_(self, criterion: Criterion) -> None:
+        for target in self.targets:
+            read = target.tensors
+            target.score.copy_(criterion.units(target.placed, lambda name, read=read: (read[name].detach(), None)))
+        self.settle_()
+
+    def settle_(self) -> None:
+        self.score.masked_fill_(~self.keep, PRUNED)
+
+    def apply_(self) -> None:
+        for target in self.targets:
+            for tensor, row in target.masked():
+                tensor.detach().mul_(row)  # a fifth of the time of filling the pruned columns
+
+    def mask_state_(self, optimizer: Optimizer) -> None:
+        for target in self.targets:
+            for tensor, row in target.masked():
+                for state in _state(optimizer, tensor):
+                    state.mul_(row)
+
+
 def weight_targets(
     model: nn.Module, pattern: Pattern, *, include: Sequence[str], exclude: Sequence[str], per_channel: bool
-) -> list[WeightTarget]:
+) -> WeightTargets:
     """A target for every convolution's and linear layer's weight the name patterns choose.
 
     Raises:
@@ -235,7 +326,36 @@ def weight_targets(
         if first != name:
             raise ValueError(f"{first} and {name} are one tensor and would be pruned twice: exclude one of them")
     weights = ((name, named[name]) for name in chosen)
-    return [WeightTarget(name, w, pattern, per_channel=per_channel) for name, w in weights if w is not None]
+    return WeightTargets([WeightTarget(n, w, pattern, per_channel=per_channel) for n, w in weights if w is not None])
+
+
+Piece = tuple[int, int, int, int]  # tensor, its entries from, to, and where they lie in the block
+
+
+def _cut(sizes: Sequence[int], block: int) -> list[tuple[int, int, list[Piece]]]:
+    """Tensors of these sizes, one after the other, cut into blocks: (from, to, pieces) each.
+
+    Example:
+        >>> _cut([3, 4], 5)
+        [(0, 5, [(0, 0, 3, 0), (1, 0, 2, 3)]), (5, 7, [(1, 2, 4, 0)])]
+    """
+    blocks: list[tuple[int, int, list[Piece]]] = []
+    start, pieces, filled = 0, [], 0
+    for i, size in enumerate(sizes):
+        done = 0
+        while done < size:
+            take = min(block - filled, size - done)
+            pieces.append((i, done, done + take, filled))
+            done, filled = done + take, filled + take
+            if filled == block:
+                blocks.append((start, start + filled, pieces))
+                start, pieces, filled = start + filled, [], 0
+    return [*blocks, (start, start + filled, pieces)] if filled else blocks
+
+
+def _line(tensor: Tensor) -> Tensor:
+    """The tensor's memory as one line."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def _scored(structure: Structure) -> Iterable[Member]:
@@ -251,6 +371,13 @@ def _moved(structure: Structure, device: torch.device) -> Structure:
         tuple(here[m] for m in side) for side in (structure.producers, structure.gates, structure.consumers)
     )
     return replace(structure, producers=producers, gates=gates, consumers=consumers)
+
+
+def _one_device(tensors: Iterable[Tensor]) -> torch.device:
+    first, *others = dict.fromkeys(tensor.device for tensor in tensors)
+    if others:
+        raise ValueError(f"what is to be pruned lies on {first} and on {others[0]}: it has to be on one device")
+    return first
 
 
 def _grad(name: str, parameter: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gsprune.blocks import BLOCK, Scratch, dot_along
+from gsprune.blocks import BLOCK, dot_along
 from gsprune.criteria import Abs, Criterion, Elementwise, Magnitude, Random, Weighted
 from gsprune.patterns import Tile
 from gsprune.structures import Structure, find_structures
-from gsprune.targets import Verdict, WeightTarget
+from gsprune.targets import Verdict, WeightTarget, WeightTargets
 
 DOUBLE = torch.float64
 
@@ -118,6 +118,10 @@ def test_abs_of_heads_is_the_gate_of_the_head_and_weighted_its_value_rows() -> N
     torch.testing.assert_close(scored(model, Abs(), heads[0]), gate, rtol=1e-9, atol=1e-14)
 
 
+def one_target(layer: nn.Linear) -> WeightTargets:
+    return WeightTargets([WeightTarget("w", layer.weight, Tile(1, 1))])
+
+
 def test_elementwise_literal() -> None:
     w, g = torch.tensor([[1.0, -2.0], [0.5, 0.0]]), torch.tensor([[-3.0, 1.0], [4.0, 7.0]])
     assert Elementwise().weights(w, g).abs().tolist() == [[3.0, 2.0], [2.0, 0.0]]
@@ -127,17 +131,12 @@ def test_elementwise_literal() -> None:
 def test_running_score_equals_the_slow_version(decay: float) -> None:
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(30, 20, bias=False)
-    target, criterion, scratch, seen = (
-        WeightTarget("w", layer.weight, Tile(1, 1)),
-        Elementwise(decay=decay),
-        Scratch(),
-        [],
-    )
+    targets, criterion, seen = one_target(layer), Elementwise(decay=decay), []
     for _ in range(5):
         layer.weight.grad = torch.randn(20, 30, generator=generator)
         seen.append((layer.weight * layer.weight.grad).detach())
-        target.accumulate_(criterion, Verdict(target.probe(criterion).isfinite(), decay), scratch)
-    torch.testing.assert_close(target.score, reference.accumulate(seen, decay).float())
+        targets.accumulate_(criterion, Verdict(targets.probe(criterion), decay))
+    torch.testing.assert_close(targets.score.reshape(20, 30), reference.accumulate(seen, decay).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -145,12 +144,12 @@ def test_scores_are_float32_whatever_the_weights(dtype: torch.dtype) -> None:
     """1 + 1e-3 steps below bfloat16's resolution must not be lost."""
     layer = nn.Linear(4, 2, bias=False).to(dtype)
     nn.init.ones_(layer.weight)
-    target, criterion, scratch = WeightTarget("w", layer.weight, Tile(1, 1)), Elementwise(decay=1.0), Scratch()
+    targets, criterion = one_target(layer), Elementwise(decay=1.0)
     for size in [1.0, *[1e-3] * 10]:
         layer.weight.grad = torch.full_like(layer.weight, size)
-        target.accumulate_(criterion, Verdict(torch.tensor(True), 1.0), scratch)
-    assert target.score.dtype == torch.float32
-    assert float(target.score[0, 0]) == pytest.approx(1 + 10 * float(torch.tensor(1e-3, dtype=dtype)), rel=1e-6)
+        targets.accumulate_(criterion, Verdict(torch.tensor(True), 1.0))
+    assert targets.score.dtype == torch.float32
+    assert float(targets.score[0]) == pytest.approx(1 + 10 * float(torch.tensor(1e-3, dtype=dtype)), rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
