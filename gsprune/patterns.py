@@ -130,7 +130,8 @@ def parse_pattern(pattern: str | Pattern) -> Pattern:
     found = re.fullmatch(r"([1-9]\d*)([x:])([1-9]\d*)", str(pattern))
     if found is None:
         raise ValueError(
-            f'pattern is {pattern!r}: it must be a tile such as "1x1" or "4x1", or a block such as "2:4" (in quotes in YAML)'
+            f'pattern is {pattern!r}: it must be a tile such as "1x1" or "4x1", or a block such as "2:4" '
+            f"(in quotes in YAML)"
         )
     first, kind, second = int(found[1]), found[2], int(found[3])
     return Tile(first, second) if kind == "x" else Block(first, second)

@@ -1,7 +1,7 @@
 """What is being pruned, behind one interface: single weights of tensors, or units of structures. Imports torch alone.
 
-A `Target` is one tensor or one structure, with its score and its mask: what selection looks at. `Targets` are all of them
-together, side by side in one flat score and one flat mask: what a training step works through. Neither knows of
+A `Target` is one tensor or one structure, with its score and its mask: what selection looks at. `Targets` are all of
+them together, side by side in one flat score and one flat mask: what a training step works through. Neither knows of
 schedules or of when a mask is due. Legend: r x n = selection groups as `selection.select` ranks them.
 """
 
@@ -209,7 +209,8 @@ class WeightTargets(Targets):
 
     def settle_(self) -> None:
         for start, stop, _ in self._blocks:
-            self.score[start:stop].add_(self._mask(start, stop).log_())  # log 1 = 0, log 0 = -inf
+            # 1 / mask - 1 is 0 where kept and inf where pruned; a third of the time of a masked fill
+            self.score[start:stop].sub_(self._mask(start, stop).reciprocal_().sub_(1))
 
     def apply_(self) -> None:
         weights = [_line(target.weight) for target in self.targets]
@@ -252,6 +253,10 @@ class UnitTarget(Target):
         """Each consumer, and the row of ones and zeros that its rows have to be multiplied by."""
         return ((self.tensors[member.tensor], row) for member, row in self._rows.items())
 
+    def read_weights(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A tensor without its gradient, for criteria that need none."""
+        return self.tensors[name].detach(), None
+
     def _take(self, keep: Tensor) -> None:
         super()._take(keep)
         self._rows = {m: self._row(m, m.index[~self.keep].flatten()) for m in self.placed.consumers}
@@ -287,8 +292,7 @@ class UnitTargets(Targets):
 
     def compute_(self, criterion: Criterion) -> None:
         for target in self.targets:
-            read = target.tensors
-            target.score.copy_(criterion.units(target.placed, lambda name, read=read: (read[name].detach(), None)))
+            target.score.copy_(criterion.units(target.placed, target.read_weights))
         self.settle_()
 
     def settle_(self) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gsprune.selection import PRUNED, SHORT, pruned_count, select
+from gsprune.selection import PRUNED, SHORT, STRIDE, pruned_count, select
 
 # few distinct values, so that ties are the rule; what is pruned already among them
 values = st.sampled_from([0.0, 0.0, 1.0, 1.0, 2.0, 3.5, 1e-30, 1e30])
@@ -122,6 +122,28 @@ def test_large_input_is_exact() -> None:
     highest_gone = max(float(s[~k].max()) for s, k in zip(scores, keeps, strict=True))
     assert highest_gone <= lowest_kept
     assert math.isclose(lowest_kept, 0.9, abs_tol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "ties", "half pruned", "stripes"])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.5, 0.501, 0.7, 0.999])
+def test_sampling_is_exact(kind: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the distribution, and also where the sample misleads (stripes as wide as its stride)."""
+    monkeypatch.setattr("gsprune.selection.LARGE", 1000)
+    generator = torch.Generator().manual_seed(0)
+    score = torch.rand(1, 60_000, generator=generator)
+    if kind == "ties":
+        score = (score * 4).floor()
+    elif kind == "half pruned":
+        score[:, torch.randperm(60_000, generator=generator)[:30_000]] = PRUNED
+    elif kind == "stripes":
+        score[:, ::STRIDE] += 5
+    k = pruned_count(share, 60_000)
+    parts = [score[:, :20_000], score[:, 20_000:]]
+    keep = torch.cat(select(parts, k), dim=1)
+    order = torch.sort(score.flip(1), dim=1, stable=True).indices[0]  # of equals the highest index first
+    expected = torch.ones(60_000, dtype=torch.bool)
+    expected[59_999 - order[:k]] = False
+    assert torch.equal(keep[0], expected)
 
 
 def test_inputs_are_left_as_they_are() -> None:
