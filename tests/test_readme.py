@@ -1,0 +1,71 @@
+"""The README's code runs as it stands there, and what it says of the repository is so."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_loop_of_ten_lines_makes_the_model_smaller() -> None:
+    torch.manual_seed(0)
+    (loop,) = [block for block in blocks("python") if "pruner.attach" in block]
+    names: dict[str, object] = {}
+    exec(loop, names)
+    model = names["model"]
+    assert isinstance(model, torch.nn.Sequential)
+    assert [tuple(p.shape) for p in model.parameters()] == [(32, 20), (32,), (2, 32), (2,)]
+
+
+@pytest.mark.slow
+def test_the_criterion_of_your_own_prunes(tmp_path: Path) -> None:
+    """The file and the YAML of the README, beside the application's own configuration."""
+    (code,) = [block for block in blocks("python") if "class Movement" in block]
+    (yaml,) = blocks("yaml")
+    (tmp_path / "my_criteria.py").write_text(code)
+    (tmp_path / "pruner").mkdir()
+    (tmp_path / "pruner" / "movement.yaml").write_text(yaml)
+    overrides = (
+        f"hydra.searchpath=[file://{tmp_path}] pruner=movement pruner.target_sparsity=0.75 model.width=4 tracking=none "
+        f"trainer.dense_epochs=1 trainer.prune_epochs=2 trainer.latency_repeats=0 hydra.run.dir={tmp_path}/out"
+    )
+    run = subprocess.run(
+        [sys.executable, ROOT / "train.py", *overrides.split()],
+        env={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "75.0 %" in run.stdout
+
+
+def test_every_command_line_composes(compose_config: object) -> None:
+    """Every `python train.py ...` of the README, without running it."""
+    commands = re.findall(r"`python train\.py ([^`]+)`", README)
+    assert len(commands) >= 6
+    for command in commands:
+        overrides = re.findall(r'"[^"]*"|\S+', command)
+        plain = [override.strip('"') for override in overrides if not override.startswith("--")]
+        if "--multirun" in command:
+            plain = [override.split(",")[0] for override in plain]
+        compose_config(*plain)  # type: ignore[operator]
+
+
+def test_links_and_pictures_are_there() -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for name in re.findall(r"`((?:gsprune|tests|benchmarks|conf)/[\w./]+)`", README):
+        assert (ROOT / name).exists() or name == "conf/pruner/movement.yaml", name
