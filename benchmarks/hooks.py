@@ -4,7 +4,7 @@
 
 ResNet-50 (25.5 M prunable weights, batch 8 x 3 x 64 x 64) and a BERT-base-sized encoder (12 layers, 12 heads, 3,072
 neurons, batch 8 x 128). The yardstick for the hooks is one plain `copy_` pass over the same weights, or the training
-step itself; for the update it is one full sort.
+step itself; for the update it is one full sort. `hooks` is with active masks, `scores` before the first mask.
 """
 
 from __future__ import annotations
@@ -60,17 +60,13 @@ def encoder() -> nn.Module:
     return nn.Sequential(*(Layer(768, 12, 3072) for _ in range(12)), nn.Linear(768, 2))
 
 
-def training_step(model: nn.Module, batch: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    model(batch).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def make_pruner(model: nn.Module, criterion: Criterion, batch: Tensor) -> Pruner:
-    """A pruner in the middle of its schedule: about half is pruned, scores are still growing."""
-    schedule = Linear(start_epoch=0, end_epoch=2 * EPOCHS, update_frequency=EPOCHS)
+def make_pruner(model: nn.Module, criterion: Criterion, batch: Tensor, *, masked: bool = True) -> Pruner:
+    """A pruner in the middle of its schedule (about half is pruned, scores still grow), or before its first mask."""
+    schedule = Linear(start_epoch=0 if masked else EPOCHS, end_epoch=2 * EPOCHS, update_frequency=EPOCHS)
     pruner = Pruner(model, criterion, target_sparsity=0.9, schedule=schedule, example_input=batch[:2])
     pruner.on_before_optimizer_step()
+    if not masked:
+        return pruner
     pruner.on_epoch_begin(EPOCHS + 1)
     pruner.on_step_begin(0)
     assert 0.2 < pruner.sparsity < 0.7, pruner.sparsity
@@ -118,6 +114,8 @@ def resnet(repeats: int, device: torch.device) -> dict[str, float]:
     for criterion in (Elementwise(), Abs(), Weighted()):
         model = torchvision.models.resnet50(weights=None).to(device)
         gradients(model, batch)
+        unmasked = make_pruner(model, criterion, batch, masked=False)
+        gradients(model, batch)
         pruner = make_pruner(model, criterion, batch)
         weights = [p.detach() for p in model.parameters() if p.dim() > 1]
         copies = [torch.empty_like(w) for w in weights]
@@ -128,9 +126,11 @@ def resnet(repeats: int, device: torch.device) -> dict[str, float]:
             device,
             copy=lambda weights=weights, copies=copies: [c.copy_(w) for c, w in zip(copies, weights, strict=True)],
             hooks=hooks_of_one_step(pruner),
+            scores=hooks_of_one_step(unmasked),
         )
-        times |= {f"resnet50/{name}/copy_ms": measured["copy"], f"resnet50/{name}/hooks_ms": measured["hooks"]}
+        times |= {f"resnet50/{name}/{key}_ms": value for key, value in measured.items()}
         times[f"resnet50/{name}/hooks_to_copy"] = measured["hooks"] / measured["copy"]
+        times[f"resnet50/{name}/scores_to_copy"] = measured["scores"] / measured["copy"]
     return times
 
 
@@ -171,13 +171,7 @@ def bert(repeats: int, device: torch.device) -> dict[str, float]:
         pruner = make_pruner(model, criterion, batch)
         gradients(model, batch)
         name = type(criterion).__name__.lower()
-        hooks = hooks_of_one_step(pruner)
-
-        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            training_step(model, batch, optimizer)
-            gradients(model, batch[:1])  # leaves gradients for the hooks; not in the step's own time
-
-        measured = timed_step(repeats, device, model, optimizer, batch, hooks)
+        measured = timed_step(repeats, device, model, optimizer, batch, hooks_of_one_step(pruner))
         times |= {f"bert_base/{name}/step_ms": measured["step"], f"bert_base/{name}/hooks_ms": measured["hooks"]}
         times[f"bert_base/{name}/hooks_to_step"] = measured["hooks"] / measured["step"]
     return times
