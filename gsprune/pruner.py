@@ -285,7 +285,8 @@ class Pruner:
     # ---- inside
 
     def _unit_targets(self, include: Sequence[str], exclude: Sequence[str], counts: Mapping[str, int]) -> UnitTargets:
-        from gsprune.structures import find_structures  # heavy: imports torch-pruning
+        from gsprune.shrink import check_shrink  # heavy: imports torch-pruning
+        from gsprune.structures import find_structures
 
         if self._example_input is None:
             raise ValueError("pruning units needs example_input, a batch to trace the model with")
@@ -294,7 +295,11 @@ class Pruner:
         for kind in counts:
             if kind not in kinds:
                 raise ValueError(f"keep names {kind!r}, but the model has {', '.join(sorted(kinds)) or 'no units'}")
-        return UnitTargets([UnitTarget(s, self.model) for s in found if not counts or s.kind in counts])
+        chosen = [structure for structure in found if not counts or structure.kind in counts]
+        # a width that is fixed somewhere in the model's code has to come out now, and not after days of training
+        halves = [torch.arange(structure.units) % 2 == 0 for structure in chosen]
+        check_shrink(self.model, chosen, halves, example_input=self._example_input)
+        return UnitTargets([UnitTarget(structure, self.model) for structure in chosen])
 
     def _update(self, wanted: Sequence[float]) -> None:
         """A mask update: the only place that waits for the device."""

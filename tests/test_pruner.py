@@ -377,6 +377,22 @@ def test_training_that_ends_early_gets_its_final_mask_and_says_so() -> None:
     assert pruner.sparsity == 0.5
 
 
+class Fixed(nn.Module):
+    """Its forward pass knows the width: it cannot run smaller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x)).reshape(-1, 8))
+
+
+def test_a_model_that_cannot_shrink_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match=r"the shrunk network does not (run|compute).*exclude 'first'"):
+        Pruner(Fixed(), Weighted(), target_sparsity=0.5, epochs=3, example_input=torch.zeros(2, 6))
+
+
 def test_attach_equals_the_hooks() -> None:
     by_hooks, attached = mlp(), mlp()
     settings: dict[str, Any] = {
