@@ -85,7 +85,7 @@ class Ramp(Schedule):
 
     initial_sparsity: float = 0.0
     end_epoch: float | None = None
-    update_frequency: float = 1.0
+    update_frequency: float = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -57,7 +57,7 @@ class RampConfig(OneShotConfig):
 
     initial_sparsity: float = 0.0
     end_epoch: float | None = None
-    update_frequency: float = 1.0
+    update_frequency: float = 0.25
 
 
 @dataclass
