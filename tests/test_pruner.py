@@ -478,8 +478,8 @@ def test_a_step_makes_no_host_copy(
     model = nets.settle(nets.ResNet())
     optimizer = make_optimizer(model)
     pruner = Pruner(
-        model, criterion, target_sparsity=0.5, schedule=Cubic(end_epoch=9, update_frequency=1), steps_per_epoch=STEPS, optimizer=optimizer,
-        example_input=nets.images(2),
+        model, criterion, target_sparsity=0.5, schedule=Cubic(end_epoch=9, update_frequency=1), steps_per_epoch=STEPS,
+        optimizer=optimizer, example_input=nets.images(2),
     )  # fmt: skip
     model(nets.images()).sum().backward()
     pruner.on_before_optimizer_step()
