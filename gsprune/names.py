@@ -31,6 +31,8 @@ def choose(
         ['conv1.weight']
     """
     for kind, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ValueError(f"{kind} is {patterns!r}: it must be a list of patterns, [{patterns!r}]")
         for pattern in patterns:
             if not any(_matches(aliases, [pattern]) for aliases in names.values()):
                 _check_skipped(kind, pattern, names, skipped or {})
@@ -57,5 +59,7 @@ def _matches(aliases: Iterable[str], patterns: Sequence[str]) -> bool:
 
 def _nearest(pattern: str, names: Mapping[str, Iterable[str]], skipped: Mapping[str, str]) -> str:
     aliases = sorted({*skipped, *(alias for group in names.values() for alias in group)})
-    near = difflib.get_close_matches(pattern, aliases, n=1, cutoff=0.0)
-    return f"; the nearest name is {near[0]!r}" if near else ""
+    near = difflib.get_close_matches(pattern, aliases, n=1, cutoff=0.4)
+    if near:
+        return f"; the nearest name is {near[0]!r}"
+    return f"; there are {', '.join(aliases[:8])}{', ...' if len(aliases) > 8 else ''}" if aliases else ""

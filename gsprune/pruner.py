@@ -108,7 +108,7 @@ class Pruner:
         counts = {kind: count for kind, count in (keep or {}).items() if count is not None}
         parsed = parse_pattern(pattern)
         _check_settings(self, parsed, counts, per_channel=per_channel)
-        schedule = _resolve(schedule or Cubic(), parsed, target_sparsity, epochs, quiet=bool(counts))
+        schedule = _resolve(schedule or Cubic(), parsed, target_sparsity, epochs, counted=bool(counts))
         if self.structured:
             self._all: Targets = self._unit_targets(include, exclude, counts)
         else:
@@ -146,12 +146,7 @@ class Pruner:
         Raises:
             ValueError: a weight to be scored has no gradient.
         """
-        if not self.criterion.cumulative or self.finished:
-            return
-        with torch.no_grad():
-            verdict = Verdict(self._all.probe(self.criterion), self.criterion.decay)
-            self._all.accumulate_(self.criterion, verdict)
-            self._scored += verdict.finite
+        self._score()
 
     def on_step_end(self) -> None:
         """After the optimizer step: what is pruned is zero again."""
@@ -175,7 +170,10 @@ class Pruner:
                 f"training after it",
                 stacklevel=2,
             )
-            self._update([schedule.target_sparsity for schedule in self._schedules])
+            self._update([schedule.final for schedule in self._schedules])
+            if not self.finished:
+                raise ValueError("nothing was pruned: no batch with finite gradients was seen to score it by")
+        self._check_reached()
         if self.structured:
             self._shrink()
 
@@ -184,19 +182,24 @@ class Pruner:
     def attach(self, optimizer: Optimizer) -> None:
         """Let the optimizer's own step call the hooks: `attach`, train as ever, then `finish`.
 
-        A step that a gradient scaler skips is skipped here too. Gradients are seen as the optimizer sees them, so after
-        clipping.
+        A step that a gradient scaler skips adds nothing, also where a fused optimizer unscales and skips by itself.
+        Gradients are seen as the optimizer sees them, so after clipping.
 
         Raises:
-            ValueError: the pruner was not told `steps_per_epoch`, which turns steps into progress.
+            ValueError: the pruner does not know `steps_per_epoch`, which turns steps into progress, or is attached.
         """
+        if self._handles:
+            raise ValueError("the pruner is attached already: finish() it before attaching it again")
         if self.steps_per_epoch is None:
             raise ValueError("attach needs the pruner's steps_per_epoch, to know how far training is")
         self.optimizer = optimizer
         self.on_train_begin()
         self.on_step_begin(self.step)
         self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self.on_before_optimizer_step()),
+            optimizer.register_step_pre_hook(
+                # a fused optimizer is handed scaled gradients, the scale and whether one is inf
+                lambda *_: self._score(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+            ),
             optimizer.register_step_post_hook(lambda *_: self._on_attached_step()),
         ]
 
@@ -234,13 +237,13 @@ class Pruner:
     @property
     def target_sparsity(self) -> float:
         """The share the schedule ends with, over everything targeted."""
-        wanted = (s.target_sparsity * t.total for s, t in zip(self._schedules, self.targets, strict=True))
+        wanted = (s.final * t.total for s, t in zip(self._schedules, self.targets, strict=True))
         return sum(wanted) / sum(target.total for target in self.targets)
 
     @property
     def finished(self) -> bool:
         """Whether the mask is final."""
-        return all(now >= s.target_sparsity for now, s in zip(self._applied, self._schedules, strict=True))
+        return all(now >= s.final for now, s in zip(self._applied, self._schedules, strict=True))
 
     def report(self) -> dict[str, float]:
         """`sparsity` of all, and `sparsity/<tensor>` of each tensor or `kept/<structure>` units of each structure."""
@@ -252,7 +255,7 @@ class Pruner:
 
     def masks(self) -> dict[str, Tensor]:
         """bool masks, True = kept: tensor name -> its weight's shape, or structure name -> (units,)."""
-        return {target.name: target.keep for target in self.targets}
+        return {target.name: target.keep.clone() for target in self.targets}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit-identically: scores, masks, progress."""
@@ -272,10 +275,17 @@ class Pruner:
         Raises:
             ValueError: the state is of other targets; names the first that does not fit.
         """
+        missing = sorted({"scores", "masks", "applied", "scored", "epoch", "step", "updates"} - set(state))
+        if missing:
+            raise ValueError(f"this is not a pruner's state: it has no {missing[0]!r}")
         scores, masks = state["scores"], state["masks"]
-        odd = sorted(set(scores) ^ {target.name for target in self.targets})
-        if odd:
-            raise ValueError(f"the saved state and this pruner do not have the same targets: {odd[0]} is in one only")
+        names = {target.name for target in self.targets}
+        odd = sorted((set(scores) ^ names) | (set(masks) ^ names))
+        if odd or len(state["applied"]) != len(names):
+            name = odd[0] if odd else "one of them"
+            raise ValueError(f"the saved state and this pruner do not have the same targets: {name} is in one only")
+        for target in self.targets:
+            target.check(scores[target.name], masks[target.name])
         for target in self.targets:
             target.load(scores[target.name], masks[target.name])
         self._applied = list(state["applied"])
@@ -283,6 +293,17 @@ class Pruner:
         self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
 
     # ---- inside
+
+    def _score(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        if not self.criterion.cumulative or self.finished:
+            return
+        with torch.no_grad():
+            finite = self._all.probe(self.criterion)
+            if found_inf is not None:
+                finite = finite & (found_inf.reshape(()) == 0)
+            verdict = Verdict(finite, self.criterion.decay, grad_scale)
+            self._all.accumulate_(self.criterion, verdict)
+            self._scored += finite
 
     def _unit_targets(self, include: Sequence[str], exclude: Sequence[str], counts: Mapping[str, int]) -> UnitTargets:
         from gsprune.shrink import check_shrink  # heavy: imports torch-pruning
@@ -334,6 +355,17 @@ class Pruner:
         protected = [target.protected(group) for target, group in zip(targets, groups, strict=True)]
         known = [safe for safe in protected if safe is not None]
         return select(groups, k, protected=known or None, min_kept=self.min_kept)
+
+    def _check_reached(self) -> None:
+        """Warn where `min_kept` (or a pattern) kept more than the target allows."""
+        asked = sum(pruned_count(s.final, t.total) for s, t in zip(self._schedules, self.targets, strict=True))
+        reached, slack = sum(target.pruned for target in self.targets), max(1.0, 0.01 * asked)
+        if reached < asked - slack:
+            warnings.warn(
+                f"the sparsity reached is {self.sparsity:.3f} instead of {self.target_sparsity:.3f}: "
+                f"min_kept={self.min_kept} in each of {len(self.targets)} tensors or structures allows no more",
+                stacklevel=3,
+            )
 
     def _apply_masks(self) -> None:
         with torch.no_grad():
@@ -437,6 +469,8 @@ def _check_settings(pruner: Pruner, pattern: Pattern, counts: Mapping[str, int],
         raise ValueError("keep counts units in each structure, which a global scope does not: set scope to local")
     if per_channel and pruner.scope == "global":
         raise ValueError("per_channel needs scope local: with one ranking over all, channels do not reach a sparsity")
+    if pruner.steps_per_epoch is not None and pruner.steps_per_epoch < 1:
+        raise ValueError(f"steps_per_epoch is {pruner.steps_per_epoch}: it must be 1 or more")
     if units and (per_channel or pattern != parse_pattern("1x1")):
         warnings.warn("pattern and per_channel have no effect on units", stacklevel=3)
     if criterion.normalize and pruner.scope == "local":
@@ -447,7 +481,7 @@ def _check_settings(pruner: Pruner, pattern: Pattern, counts: Mapping[str, int],
 
 
 def _resolve(
-    schedule: Schedule, pattern: Pattern, target: float | None, epochs: float | None, *, quiet: bool
+    schedule: Schedule, pattern: Pattern, target: float | None, epochs: float | None, *, counted: bool
 ) -> Schedule:
     """The schedule with its target and end filled in."""
     fixed = pattern.final_sparsity
@@ -456,12 +490,17 @@ def _resolve(
     final = target if target is not None else fixed
     if final is not None:
         schedule = schedule.retargeted(final)
+    if not counted and schedule.final == 0:
+        warnings.warn("target_sparsity=0 has no effect: nothing will be pruned", stacklevel=3)
     if epochs is None:
         return schedule
     schedule = schedule.resolved(epochs)
     end = schedule.end_epoch if isinstance(schedule, Ramp) else schedule.start_epoch
-    if end is not None and end > epochs and not quiet:
-        warnings.warn(f"the schedule ends at epoch {end:g}, after the run's {epochs:g} epochs", stacklevel=3)
+    if end is not None and end >= epochs > 0:
+        warnings.warn(
+            f"the schedule ends at epoch {end:g} of {epochs:g}: the last of the pruning gets no training after it",
+            stacklevel=3,
+        )
     return schedule
 
 

@@ -21,15 +21,16 @@ class Schedule(ABC):
     """Base of all schedules: 0 before `start_epoch`, `target_sparsity` in the end.
 
     Args:
-        target_sparsity: final share of pruned groups, in [0, 1).
+        target_sparsity: final share of pruned groups, in [0, 1). None: the Pruner's.
         start_epoch: epoch of the first update, >= 0.
     """
 
-    target_sparsity: float = 0.9
+    target_sparsity: float | None = None
     start_epoch: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_sparsity("target_sparsity", self.target_sparsity)
+        if self.target_sparsity is not None:
+            _check_sparsity("target_sparsity", self.target_sparsity)
         if not self.start_epoch >= 0:
             raise ValueError(f"start_epoch is {self.start_epoch}: it must be 0 or more")
 
@@ -45,6 +46,13 @@ class Schedule(ABC):
         """The same schedule on the way to another final sparsity."""
         return replace(self, target_sparsity=target_sparsity)
 
+    @property
+    def final(self) -> float:
+        """`target_sparsity`, or an error where it is still open."""
+        if self.target_sparsity is None:
+            raise ValueError("target_sparsity is not set: give it to the Pruner, or to the schedule")
+        return self.target_sparsity
+
 
 @dataclass(frozen=True)
 class OneShot(Schedule):
@@ -58,7 +66,7 @@ class OneShot(Schedule):
     """
 
     def __call__(self, progress: float) -> float:
-        return self.target_sparsity if progress >= self.start_epoch else 0.0
+        return self.final if progress >= self.start_epoch else 0.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Ramp(Schedule):
     - at and after `end_epoch` (t = 1): `target_sparsity`; the mask is final and the rest of training recovers accuracy.
 
     Args:
-        target_sparsity: final share of pruned groups, in [0, 1).
+        target_sparsity: final share of pruned groups, in [0, 1). None: the Pruner's.
         start_epoch: epoch of the first update, >= 0.
         initial_sparsity: value at `start_epoch`, in [0, target_sparsity].
         end_epoch: epoch of the last update, >= `start_epoch`. None: two thirds of the run, filled in by `resolved`.
@@ -90,7 +98,7 @@ class Ramp(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_sparsity("initial_sparsity", self.initial_sparsity)
-        if self.initial_sparsity > self.target_sparsity:
+        if self.target_sparsity is not None and self.initial_sparsity > self.target_sparsity:
             raise ValueError(
                 f"initial_sparsity {self.initial_sparsity} is above target_sparsity {self.target_sparsity}: "
                 "what is pruned stays pruned"
@@ -107,7 +115,7 @@ class Ramp(Schedule):
         if progress < self.start_epoch:
             return 0.0
         if progress >= end:
-            return self.target_sparsity
+            return self.final
         updates = math.floor((progress - self.start_epoch) / self.update_frequency + _EPS)
         return self.curve(updates * self.update_frequency, end - self.start_epoch)
 
@@ -117,10 +125,6 @@ class Ramp(Schedule):
 
     def resolved(self: AnyRamp, epochs: float) -> AnyRamp:
         return self if self.end_epoch is not None else replace(self, end_epoch=max(self.start_epoch, epochs * 2 / 3))
-
-    def retargeted(self: AnyRamp, target_sparsity: float) -> AnyRamp:
-        initial = min(self.initial_sparsity, target_sparsity)
-        return replace(self, target_sparsity=target_sparsity, initial_sparsity=initial)
 
     def _end(self) -> float:
         if self.end_epoch is None:
@@ -143,7 +147,7 @@ class Cubic(Ramp):
     """
 
     def curve(self, done: float, span: float) -> float:
-        return self.target_sparsity + (self.initial_sparsity - self.target_sparsity) * (1 - done / span) ** 3
+        return self.final + (self.initial_sparsity - self.final) * (1 - done / span) ** 3
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class Cosine(Ramp):
 
     def curve(self, done: float, span: float) -> float:
         wave = (1 + math.cos(math.pi * done / span)) / 2
-        return self.target_sparsity + (self.initial_sparsity - self.target_sparsity) * wave
+        return self.final + (self.initial_sparsity - self.final) * wave
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ class Exponential(Ramp):
 
     def curve(self, done: float, span: float) -> float:
         t = done / span
-        density: float = (1 - self.initial_sparsity) ** (1 - t) * (1 - self.target_sparsity) ** t
+        density: float = (1 - self.initial_sparsity) ** (1 - t) * (1 - self.final) ** t
         return 1 - density
 
 
@@ -195,12 +199,12 @@ class Linear(Ramp):
         if progress < self.start_epoch:
             return 0.0
         if progress > end or end == self.start_epoch:
-            return self.target_sparsity
+            return self.final
         updates = math.floor((progress - self.start_epoch + 1) / self.update_frequency + _EPS)
         return self.curve(updates * self.update_frequency, end - self.start_epoch + 1)
 
     def curve(self, done: float, span: float) -> float:
-        return self.initial_sparsity + (self.target_sparsity - self.initial_sparsity) * done / span
+        return self.initial_sparsity + (self.final - self.initial_sparsity) * done / span
 
 
 def _check_sparsity(name: str, value: float) -> None:

@@ -198,6 +198,8 @@ def _difference(
     twin, args = float64_copy(model, example_input)
     mask_units(twin, structures, keeps)
     masked = outputs(twin, args)
+    if not all(bool(output.isfinite().all()) for output in masked):
+        return "the model's output on the example input is not finite (did training diverge?)"
     apply_plan(twin, plan)
     try:
         shrunk = outputs(twin, args)

@@ -36,7 +36,8 @@ class Verdict:
     would be NaN), and the factor of the running score is 1.
     """
 
-    def __init__(self, finite: Tensor, decay: float) -> None:
+    def __init__(self, finite: Tensor, decay: float, grad_scale: Tensor | None = None) -> None:
+        self.grad_scale = grad_scale
         bits = torch.full_like(finite, _MAGNITUDE_BITS, dtype=torch.int32)
         self.finite = finite
         self.bits = torch.where(finite, bits, torch.zeros_like(bits))
@@ -46,6 +47,8 @@ class Verdict:
     def add_(self, score: Tensor, change: Tensor) -> None:
         """score <- decay * score + abs(change); overwrites `change` (both float32)."""
         change.view(torch.int32).bitwise_and_(self.bits)
+        if self.grad_scale is not None:
+            change.div_(self.grad_scale)
         torch.addcmul(change, score, self.decay, out=score)
 
 
@@ -77,15 +80,14 @@ class Target(ABC):
     def set_keep(self, keep_rn: Tensor) -> None:
         """Take over a selection."""
 
-    def load(self, score: Tensor, keep: Tensor) -> None:
-        """Take over a saved score and mask.
-
-        Raises:
-            ValueError: one of them has another shape.
-        """
+    def check(self, score: Tensor, keep: Tensor) -> None:
+        """Raise a ValueError if a saved score or mask has another shape."""
         for saved in (score, keep):
             if saved.shape != self.score.shape:
                 raise ValueError(f"{self.name} has shape {_dims(self.score)}, the saved state {_dims(saved)}")
+
+    def load(self, score: Tensor, keep: Tensor) -> None:
+        """Take over a saved score and mask of this target's shape."""
         self.score.copy_(score)
         self._take(keep)
 
@@ -162,10 +164,22 @@ class WeightTarget(Target):
         rows = len(self.weight) // self.pattern.rows if isinstance(self.pattern, Tile) else len(self.weight)
         self._take(self.pattern.to_weights(keep_rn.reshape(rows, -1), self.weight.shape))
 
-    def grad(self) -> Tensor:
-        """The weight's gradient in the weight's own memory layout."""
+    def line(self) -> Tensor:
+        """The weight's memory as one line.
+
+        Raises:
+            ValueError: the weight was moved or laid out anew since the pruner was made.
+        """
+        if self.weight.stride() != self.score.stride() or self.weight.device != self.score.device:
+            raise ValueError(
+                f"{self.name} changed its device or memory format: move the model before making the Pruner"
+            )
+        return _line(self.weight)
+
+    def grad_line(self) -> Tensor:
+        """The gradient as one line, in the weight's own memory format."""
         grad = _grad(self.name, self.weight)
-        return grad if grad.stride() == self.weight.stride() else torch.empty_like(self.weight).copy_(grad)
+        return _line(grad if grad.stride() == self.weight.stride() else torch.empty_like(self.weight).copy_(grad))
 
 
 class WeightTargets(Targets):
@@ -191,8 +205,8 @@ class WeightTargets(Targets):
         return torch.stack(sums).isfinite().all()
 
     def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
-        weights = [_line(target.weight) for target in self.targets]
-        grads = [_line(target.grad()) for target in self.targets]
+        weights = [target.line() for target in self.targets]
+        grads = [target.grad_line() for target in self.targets]
         for start, stop, pieces in reversed(self._blocks):  # what was probed last is still in the cache
             changes = self.scratch.take(stop - start, self.score.device)
             for i, lo, hi, at in pieces:
@@ -213,7 +227,7 @@ class WeightTargets(Targets):
             self.score[start:stop].sub_(self._mask(start, stop).reciprocal_().sub_(1))
 
     def apply_(self) -> None:
-        weights = [_line(target.weight) for target in self.targets]
+        weights = [target.line() for target in self.targets] if self.pruned else []
         for start, stop, pieces in self._blocks if self.pruned else ():
             mask = self._mask(start, stop)
             for i, lo, hi, at in pieces:
@@ -324,6 +338,8 @@ def weight_targets(
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module._parameters.get("weight") is not None
     }
     chosen = choose({name: (name, name.removesuffix(".weight")) for name in named}, include, exclude)
+    if per_channel or pattern != Tile(1, 1):
+        _refuse_transposed(model, chosen)
     seen: dict[int, str] = {}
     for name in chosen:
         first = seen.setdefault(id(named[name]), name)
@@ -331,6 +347,13 @@ def weight_targets(
             raise ValueError(f"{first} and {name} are one tensor and would be pruned twice: exclude one of them")
     weights = ((name, named[name]) for name in chosen)
     return WeightTargets([WeightTarget(n, w, pattern, per_channel=per_channel) for n, w in weights if w is not None])
+
+
+def _refuse_transposed(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if getattr(module, "transposed", False):
+            raise ValueError(f"{name} has its inputs as rows (a transposed convolution): it takes pattern 1x1 only")
 
 
 Piece = tuple[int, int, int, int]  # tensor, its entries from, to, and where they lie in the block

@@ -393,6 +393,79 @@ def test_a_model_that_cannot_shrink_is_refused_before_training() -> None:
         Pruner(Fixed(), Weighted(), target_sparsity=0.5, epochs=3, example_input=torch.zeros(2, 6))
 
 
+def test_a_run_without_a_usable_batch_is_an_error_and_not_a_dense_model() -> None:
+    model = mlp()
+    pruner = build(model=model)
+    fill_gradients(model)
+    model[0].weight.grad[0, 0] = math.nan
+    pruner.on_before_optimizer_step()
+    with (
+        pytest.warns(UserWarning, match="training ended"),
+        pytest.raises(ValueError, match="nothing was pruned: no batch with finite gradients was seen"),
+    ):
+        pruner.finish()
+
+
+def test_less_than_the_asked_sparsity_is_told() -> None:
+    pruner = build(Magnitude(), target_sparsity=0.9, scope="local", min_kept=20, schedule=OneShot())
+    pruner.on_step_begin(0)
+    with pytest.warns(UserWarning, match=r"the sparsity reached is 0\.444 instead of 0\.900: min_kept=20"):
+        pruner.on_train_end()
+
+
+def test_a_diverged_model_is_told_so() -> None:
+    model = mlp()
+    pruner = build(Magnitude(), model=model, structured=True, schedule=OneShot(), example_input=INPUT)
+    pruner.on_step_begin(0)
+    model[2].bias.data.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"not finite \(did training diverge\?\)"):
+        pruner.on_train_end()
+
+
+def test_a_model_that_moves_after_the_pruner_was_made_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    pruner = build(Magnitude(), model=model, schedule=OneShot())
+    pruner.on_step_begin(0)
+    model.to(memory_format=torch.channels_last)
+    with pytest.raises(
+        ValueError, match="changed its device or memory format: move the model before making the Pruner"
+    ):
+        pruner.on_step_end()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_fused_optimizer_under_a_gradient_scaler_scores_like_any_other(fused: bool) -> None:
+    """It gets scaled gradients, and skips by itself: scores must not see the scale, nor the batch that was skipped."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=fused)
+    later = Cubic(start_epoch=2, end_epoch=3)
+    pruner = Pruner(
+        model, Elementwise(decay=1.0), target_sparsity=0.5, schedule=later, steps_per_epoch=STEPS
+    )  # fmt: skip
+    pruner.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    (x, y), (bad, _) = batches(2)
+    bad[0, 0] = math.inf
+    expected = torch.zeros(8, 6)
+    for inputs in (x, bad, x):
+        scaler.scale(F.cross_entropy(model(inputs), y)).backward()
+        if inputs is x:
+            expected += (model[0].weight * model[0].weight.grad / scaler.get_scale()).abs().detach()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    torch.testing.assert_close(scores(pruner)["0.weight"], expected)
+    assert pruner.state_dict()["scored"] == 2
+
+
+def test_attaching_twice_is_refused() -> None:
+    model = mlp()
+    pruner = build(model=model, steps_per_epoch=STEPS)
+    pruner.attach(sgd(model))
+    with pytest.raises(ValueError, match="the pruner is attached already"):
+        pruner.attach(sgd(model))
+
+
 def test_attach_equals_the_hooks() -> None:
     by_hooks, attached = mlp(), mlp()
     settings: dict[str, Any] = {
@@ -499,6 +572,7 @@ def test_a_step_makes_no_host_copy(
 
 def build(criterion: Criterion = Elementwise(), model: nn.Module | None = None, **settings: Any) -> Pruner:  # noqa: B008
     settings.setdefault("epochs", 3)
+    settings.setdefault("target_sparsity", None if settings.get("pattern") == "2:4" else 0.5)
     return Pruner(model or mlp(), criterion, **settings)
 
 
@@ -521,7 +595,7 @@ INPUT = torch.zeros(2, 6)
         ),
         (
             lambda: build(exclude=["conv*"]),
-            "exclude pattern 'conv*' matches nothing that can be pruned; the nearest name is '2.weight'",
+            "exclude pattern 'conv*' matches nothing that can be pruned; there are 0, 0.weight, 2, 2.weight",
         ),
         (lambda: build(exclude=["*"]), "nothing is left to prune: include is ['*'], exclude is ['*']"),
         (
@@ -559,6 +633,13 @@ INPUT = torch.zeros(2, 6)
         ),
         (lambda: build(scope="everywhere"), 'scope is \'everywhere\': it must be "local" or "global"'),
         (lambda: build(min_kept=0), "min_kept is 0: it must be 1 or more"),
+        (lambda: build(steps_per_epoch=0), "steps_per_epoch is 0: it must be 1 or more"),
+        (lambda: build(include="0"), "include is '0': it must be a list of patterns, ['0']"),
+        (lambda: Pruner(mlp(), Elementwise()), "target_sparsity is not set: give it to the Pruner, or to the schedule"),
+        (
+            lambda: build(model=nn.Sequential(nn.ConvTranspose2d(4, 4, 2)), pattern="2x1"),
+            "0.weight has its inputs as rows (a transposed convolution): it takes pattern 1x1 only",
+        ),
         (
             lambda: build(per_channel=True),
             "per_channel needs scope local: with one ranking over all, channels do not reach a sparsity",
@@ -613,8 +694,12 @@ def test_a_state_of_other_targets_is_refused() -> None:
         build().load_state_dict(state)
     state = build().state_dict()
     state["scores"]["2.weight"] = torch.zeros(3, 7)
+    pruner = build()
     with pytest.raises(ValueError, match=r"2\.weight has shape 3 x 8, the saved state 3 x 7"):
-        build().load_state_dict(state)
+        pruner.load_state_dict(state)
+    assert float(pruner.targets[0].score.abs().max()) == 0.0  # nothing was taken over
+    with pytest.raises(ValueError, match="this is not a pruner's state: it has no 'applied'"):
+        pruner.load_state_dict({})
 
 
 @pytest.mark.parametrize(
@@ -622,7 +707,11 @@ def test_a_state_of_other_targets_is_refused() -> None:
     [
         (lambda: build(Abs(), pattern="2x2", example_input=INPUT), "pattern and per_channel have no effect on units"),
         (lambda: build(Abs(normalize=True), example_input=INPUT), "normalize has no effect under scope local"),
-        (lambda: build(schedule=Cubic(end_epoch=9)), "the schedule ends at epoch 9, after the run's 3 epochs"),
+        (
+            lambda: build(schedule=Cubic(end_epoch=3)),
+            "the schedule ends at epoch 3 of 3: the last of the pruning gets no training after it",
+        ),
+        (lambda: build(target_sparsity=0.0), "target_sparsity=0 has no effect: nothing will be pruned"),
         (lambda: NoPruning(mlp(), target_sparsity=0.5), "target_sparsity=0.5 has no effect: nothing is pruned here"),
     ],
 )

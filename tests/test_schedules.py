@@ -67,9 +67,13 @@ def test_open_end_takes_two_thirds_of_the_run() -> None:
         schedule(1)
 
 
-def test_retargeted_never_starts_above_its_target() -> None:
-    schedule = Cubic(target_sparsity=0.9, initial_sparsity=0.5, end_epoch=3).retargeted(0.25)
-    assert (schedule.initial_sparsity, schedule.target_sparsity) == (0.25, 0.25)
+def test_open_target_is_the_pruners() -> None:
+    schedule = Cubic(initial_sparsity=0.95, end_epoch=3)
+    assert schedule.retargeted(0.99)(3) == 0.99
+    with pytest.raises(ValueError, match="target_sparsity is not set: give it to the Pruner, or to the schedule"):
+        schedule(1)
+    with pytest.raises(ValueError, match=r"initial_sparsity 0.95 is above target_sparsity 0.5"):
+        schedule.retargeted(0.5)
 
 
 @pytest.mark.parametrize(
