@@ -6,6 +6,8 @@ when a job runs, so that `--help` and shell completion are quick.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import TYPE_CHECKING
 
 import hydra
@@ -21,11 +23,17 @@ def main(cfg: DictConfig) -> float | tuple[float, ...]:
     """One job; returns what a sweeper optimises."""
     from gsprune.job import objective, run
 
+    warnings.showwarning = _on_one_line
     try:
         result = run(cfg, output_dir=HydraConfig.get().runtime.output_dir)
     except ValueError as error:  # the user's mistake: Hydra shows this class without a traceback
         raise CompactHydraException(str(error)) from error
     return objective(result, cfg.objective)
+
+
+def _on_one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """A warning is for the user: what it says, not where in the library it was raised."""
+    print(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from gsprune.tracking import without_passwords
+
 if TYPE_CHECKING:
     from gsprune.trainer import Totals
 
@@ -132,6 +134,8 @@ def describe(values: Mapping[str, float]) -> str:
 def print_summary(result: Mapping[str, Any], output_dir: Path, *, tracking_uri: str | None) -> None:
     """The table dense against pruned, where the outputs are, and how to open the MLflow page on them."""
     Console(file=sys.stdout, highlight=False).print(summary_table(result))
+    for name, reason in (result.get("skipped") or {}).items():
+        print(f"Left whole: {name} ({reason})")
     if not result["shrunk"] and result["sparsity"] > 0:
         print("Masked weights are zeros in tensors of the old size: pruner=abs or weighted makes the model smaller.")
     print(f"Outputs: {output_dir}")  # not through rich: it would break long lines, and commands get copied
@@ -183,5 +187,5 @@ def ui_command(tracking_uri: str) -> str:
     'http://tracking.example:5000'
     """
     if tracking_uri.startswith(("http://", "https://")):
-        return tracking_uri
+        return without_passwords(tracking_uri)
     return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)} --host 127.0.0.1"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,14 +24,14 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsprune import figures, metrics
 from gsprune.checkpoint import save_masks, save_pruned, state_tensors
 from gsprune.console import Progress, make_progress, print_summary
-from gsprune.files import write_json
+from gsprune.files import write_atomic, write_json
 from gsprune.pruner import NoPruning
 from gsprune.shrink import Plan, apply_plan, plan_shrink
 from gsprune.tracking import Tracker, read_metrics
@@ -207,6 +208,8 @@ class _Job:
         self._seed(phase=0)  # the model starts the same whatever the data drew
         self.model = self.trainer.place(self._build_model())
         self._rehearse()
+        for old in ("masks", "figures"):  # of an earlier job in the same directory
+            shutil.rmtree(self.output_dir / old, ignore_errors=True)
         self._open_tracker()
 
     def dense_phase(self) -> None:
@@ -215,6 +218,8 @@ class _Job:
         baseline = self.trainer.evaluate(self.model, self.data.test)
         self.result |= {"baseline_accuracy": baseline["accuracy"], "baseline_loss": baseline["loss"]}
         self.dense, self.dense_val = copy.deepcopy(self.model), self.last.get("val/accuracy")
+        path = self.output_dir / "checkpoint" / "dense.safetensors"  # what `model.weights` takes
+        write_atomic(path, save(state_tensors(self.model)[0]))
 
     def prune_phase(self) -> None:
         """Training with the pruner's hooks; at its end the final mask is set and a structured model is smaller."""
@@ -235,6 +240,7 @@ class _Job:
             "updates": self.pruner.updates,
             "epochs": self.epochs,
             "shrunk": self.pruner.plan is not None,
+            "skipped": dict(self.pruner.skipped),
             "params_nonzero": sum(int(p.count_nonzero()) for p in self.model.parameters()),
         }
         for suffix, model in (("", self.model), ("_dense", self.dense)):
@@ -248,10 +254,7 @@ class _Job:
 
     def write_files(self) -> None:
         """Masks, model and figures; `result.json` and `metrics.jsonl` are written elsewhere."""
-        masks = self.pruner.masks()
-        save_masks(self.output_dir / "masks.safetensors", masks)
-        plan = self.pruner.plan or Plan(kept={}, sizes={}, attributes={})
-        save_pruned(self.output_dir, self.model, plan, extra={"config_hash": self.result["config_hash"]})
+        masks = self._save_model()
         folder = self.output_dir / "figures"
         figures.save_layer_sparsity(folder / "sparsity_by_layer.png", masks)
         rows = read_metrics(self.output_dir / "metrics.jsonl")
@@ -279,6 +282,8 @@ class _Job:
             if hasattr(self, "progress"):
                 self.progress.close()
             self._write_result("failed")
+            if self.result["baseline_accuracy"] is not None:  # what was trained is not thrown away
+                self._save_model()
             if hasattr(self, "tracker"):
                 self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         except Exception:
@@ -293,6 +298,13 @@ class _Job:
     @property
     def steps_per_epoch(self) -> int:
         return self.trainer.steps_per_epoch(self.data.train)
+
+    def _save_model(self) -> Mapping[str, Tensor]:
+        masks: Mapping[str, Tensor] = self.pruner.masks()
+        save_masks(self.output_dir / "masks.safetensors", masks)
+        plan = self.pruner.plan or Plan(kept={}, sizes={}, attributes={})
+        save_pruned(self.output_dir, self.model, plan, extra={"config_hash": self.result["config_hash"]})
+        return masks
 
     def _seed(self, *, phase: int) -> None:
         """Seed everything for a phase, the order of the training data included."""

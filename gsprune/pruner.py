@@ -105,6 +105,7 @@ class Pruner:
         self.scope = scope or ("local" if self.structured else "global")
         self.min_kept, self.steps_per_epoch = min_kept, steps_per_epoch
         self._example_input = example_input
+        self.skipped: Mapping[str, str] = {}  # structures that cannot be pruned -> why
         counts = {kind: count for kind, count in (keep or {}).items() if count is not None}
         parsed = parse_pattern(pattern)
         _check_settings(self, parsed, counts, per_channel=per_channel)
@@ -311,7 +312,8 @@ class Pruner:
 
         if self._example_input is None:
             raise ValueError("pruning units needs example_input, a batch to trace the model with")
-        found = find_structures(self.model, self._example_input, include=include, exclude=exclude).structures
+        offered = find_structures(self.model, self._example_input, include=include, exclude=exclude)
+        found, self.skipped = offered.structures, offered.skipped
         kinds = {structure.kind for structure in found}
         for kind in counts:
             if kind not in kinds:
@@ -401,6 +403,7 @@ class NoPruning:
     target_sparsity = 0.0
     updates = 0
     plan = None
+    skipped: Mapping[str, str] = {}
 
     def __init__(self, model: nn.Module, *, target_sparsity: float | None = None, **_: Any) -> None:
         if target_sparsity:

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from gsprune.files import plain, write_json
+from gsprune.files import plain, write_atomic, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +74,8 @@ class Tracker:
     def start(self, *, config: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Begin the record: `config` is the resolved configuration as a plain nested dict."""
         self._locally(lambda: self.output_dir.mkdir(parents=True, exist_ok=True))
+        for old in ("metrics.jsonl", "unsent.jsonl"):  # of an earlier run into the same directory
+            self._locally(lambda old=old: (self.output_dir / old).unlink(missing_ok=True))  # type: ignore[misc]
         self._locally(lambda: _write_yaml(self.output_dir / "config.yaml", config))
 
     def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
@@ -178,12 +180,12 @@ def _write_yaml(path: Path, config: Mapping[str, Any]) -> None:
     from omegaconf import OmegaConf
 
     text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
-    path.write_text(_without_passwords(text), encoding="utf-8")
+    write_atomic(path, without_passwords(text).encode())
 
 
-def _without_passwords(text: str) -> str:
+def without_passwords(text: str) -> str:
     """
-    >>> _without_passwords("http://ann:secret@host:5000")
+    >>> without_passwords("http://ann:secret@host:5000")
     'http://***@host:5000'
     """
     return re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)
@@ -191,7 +193,7 @@ def _without_passwords(text: str) -> str:
 
 def _brief(error: BaseException) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return _without_passwords(text if len(text) <= 200 else text[:197] + "...")
+    return without_passwords(text if len(text) <= 200 else text[:197] + "...")
 
 
 # --- MLflow ------------------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ class MLflowTracker(Tracker):
         self._limit = max(timeout_s, 30.0) if local else timeout_s
         self._start_limit = max(timeout_s, 120.0) if local else timeout_s  # other jobs may be creating it first
         self._caller = _Caller()
-        self._patience = timeout_s  # seconds that slow answers may still cost
+        self._patience = self._limit  # seconds that slow answers may still cost
         self._names = _Names()
         self.stopped: str | None = None  # why MLflow is no longer called
 
@@ -306,7 +308,7 @@ class MLflowTracker(Tracker):
         self.stopped = _brief(error)
         log.warning(
             "tracking to MLflow at %s stopped (%s); the run goes on, and its record is in %s",
-            _without_passwords(self.tracking_uri),
+            without_passwords(self.tracking_uri),
             self.stopped,
             self.output_dir,
         )
@@ -314,7 +316,7 @@ class MLflowTracker(Tracker):
 
     def _note(self, status: str) -> None:
         note = {
-            "tracking_uri": _without_passwords(self.tracking_uri),
+            "tracking_uri": without_passwords(self.tracking_uri),
             "experiment": self.experiment,
             "run_id": self._store.run_id,
             "status": status,
@@ -574,5 +576,5 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             flat.update(flatten(value, f"{name}."))
         else:
             text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
-            flat[name] = _without_passwords(text)
+            flat[name] = without_passwords(text)
     return flat

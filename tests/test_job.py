@@ -95,7 +95,7 @@ def fresh_model(*overrides):
 def test_result_json_has_the_promised_keys_and_is_what_run_returns(weighted):
     result, folder = weighted
     assert json.loads((folder / "result.json").read_text()) == result
-    extra = {"status", "mlflow_run_id", "config_hash", "device", "shrunk"}
+    extra = {"status", "mlflow_run_id", "config_hash", "device", "shrunk", "skipped"}
     assert set(result) == {*NUMBERS, *extra}
     assert result["status"] == "finished"
     assert result["mlflow_run_id"] is None
@@ -135,8 +135,7 @@ def test_files_of_the_output_directory(weighted):
 def test_masks_are_kept_at_every_update_and_at_the_end(elementwise):
     result, folder = elementwise
     updates = sorted(path.name for path in (folder / "masks").iterdir())
-    # the first epoch of the phase has no scores; the schedule ends after two thirds of its two epochs
-    assert updates == ["epoch_0003.safetensors"]
+    assert updates == ["epoch_0002.safetensors", "epoch_0003.safetensors"]  # the two epochs of the second phase
     final = load_masks(folder / "masks.safetensors")
     last = load_masks(folder / "masks" / updates[-1])
     assert final.keys() == last.keys()
@@ -145,6 +144,13 @@ def test_masks_are_kept_at_every_update_and_at_the_end(elementwise):
     total = sum(mask.numel() for mask in final.values())
     assert 1 - kept / total == pytest.approx(result["sparsity"], abs=1e-12)
     assert (folder / "figures" / "masks" / "0003.png").is_file()
+
+
+def test_the_dense_network_of_between_the_phases_can_be_started_from(weighted):
+    result, folder = weighted
+    model = fresh_model()
+    load_weights(model, folder / "checkpoint" / "dense.safetensors")
+    assert sum(p.numel() for p in model.parameters()) == result["params_dense"]
 
 
 def test_masked_weights_are_zero_in_the_saved_model_and_counted(elementwise):
@@ -164,13 +170,13 @@ def test_metrics_of_each_epoch_run_on_over_both_phases(weighted, elementwise):
     assert [row["step"] for row in rows] == [1, 2, 3, 3]
     common = {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "sparsity", "params", "macs"}
     assert all(common | {"epoch_seconds", "lr"} <= set(row) for row in rows[:3])
-    assert [row["sparsity"] for row in rows[:2]] == [0.0, 0.0]
+    assert rows[0]["sparsity"] == 0.0 < rows[1]["sparsity"] <= rows[2]["sparsity"] == 0.5
     assert rows[2]["sparsity"] == weighted[0]["sparsity"]
     kept = {name for name in rows[2] if name.startswith("kept/")}
     assert kept
     assert {name for name in rows_of(elementwise[1])[2] if name.startswith("sparsity/")}
     # of a structured pruner: what the network costs if it ended now, before it is cut
-    assert rows[1]["params"] == weighted[0]["params_dense"]
+    assert rows[0]["params"] == weighted[0]["params_dense"] > rows[1]["params"]
     assert (rows[2]["params"], rows[2]["macs"]) == (weighted[0]["params"], weighted[0]["macs"])
 
 
