@@ -11,7 +11,6 @@ Legend: u = unit, a position = an index along one dimension of one tensor.
 from __future__ import annotations
 
 import copy
-import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,19 +47,21 @@ class Member:
     """One dimension of one tensor that a structure cuts.
 
     `index` is int64 (units, width) on the CPU: row u lists unit u's positions along `dim` (0 rows, 1 columns)
-    of `tensor`, a name in `model.state_dict()`; `size` is the dense length of that dimension.
+    of `tensor`, a name in `model.state_dict()`; `size` is the dense length of that dimension. `in_order`: whether the
+    positions are 0, 1, 2, ... `size` - 1, one unit after the other.
     """
 
     tensor: str
     dim: int
     index: Tensor
     size: int
+    in_order: bool | None = None
 
-    @functools.cached_property
-    def in_order(self) -> bool:
-        """Whether the units' positions are 0, 1, 2, ... `size` - 1, one unit after the other."""
-        flat = self.index.flatten()
-        return len(flat) == self.size and torch.equal(flat, torch.arange(self.size, device=flat.device))
+    def __post_init__(self) -> None:
+        if self.in_order is None:  # read off once, on the CPU: a copy on another device takes it over
+            flat = self.index.flatten()
+            ordered = len(flat) == self.size and torch.equal(flat, torch.arange(self.size))
+            object.__setattr__(self, "in_order", ordered)
 
 
 @dataclass(frozen=True, eq=False)
