@@ -323,7 +323,8 @@ class _Job:
         return model
 
     def _open_tracker(self) -> None:
-        self.tracker = build(self.cfg.tracking, output_dir=str(self.output_dir))
+        name = self.cfg.tracking.get("run_name") or run_name(self.cfg)
+        self.tracker = build(self.cfg.tracking, output_dir=str(self.output_dir), run_name=name)
         tags = {"config_hash": self.result["config_hash"], **hydra_tags()}
         self.tracker.start(config=_plain(self.cfg), tags=tags)
         self.result["mlflow_run_id"] = self.tracker.run_id
@@ -430,6 +431,16 @@ def hydra_tags() -> dict[str, str]:
     choices = {f"group.{name}": str(option) for name, option in hydra.runtime.choices.items()}
     ours = {name: option for name, option in choices.items() if not name.startswith("group.hydra/")}
     return {"hydra.overrides": " ".join(hydra.overrides.task), **ours}
+
+
+def run_name(cfg: DictConfig) -> str | None:
+    """What a person calls this job in a list of runs: "weighted 0.5, convnet, digits, seed 0"; None outside Hydra."""
+    if not HydraConfig.initialized():
+        return None
+    chosen = HydraConfig.get().runtime.choices
+    share = cfg.pruner.get("target_sparsity")
+    pruner = f"{chosen['pruner']} {share:g}" if share else chosen["pruner"]
+    return f"{pruner}, {chosen['model']}, {chosen['dataset']}, seed {cfg.seed}"
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

@@ -542,3 +542,7 @@ def test_the_end_names_the_outputs_and_the_one_command(tmp_path, capsys):
     assert lines[-3].startswith("Masked weights are zeros in tensors of the old size")
     job_module.print_summary(result, tmp_path, tracking_uri=None)
     assert "mlflow" not in capsys.readouterr().out
+
+
+def test_a_job_outside_hydra_has_no_name_of_its_own():
+    assert job_module.run_name(configure()) is None
