@@ -48,9 +48,9 @@ def dot_along(a: Tensor, b: Tensor, dim: int) -> Tensor:
         >>> dot_along(a, a, 0).tolist(), dot_along(a, a, 1).tolist()
         ([5.0, 25.0], [10.0, 20.0])
     """
+    if a.dim() == 1:  # a BatchNorm's pair: a hundred of them in a step, so no call too many
+        return a * b if a.dtype.itemsize >= 4 else a.float() * b
     wide = torch.promote_types(a.dtype, torch.float32)
-    if a.dim() == 1:
-        return a.to(wide) * b
     if dim == 0:
         return torch.cat([(x.to(wide) * y).flatten(1).sum(1) for x, y in blocks(a, b)])
     # over the first axis first: that sum runs over whole rows, and what is left is small

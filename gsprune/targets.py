@@ -280,7 +280,7 @@ class UnitTarget(Target):
         return torch.ones_like(self.tensors[member.tensor].detach()[:1]).index_fill_(member.dim, pruned, 0)
 
     def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
-        return self.tensors[name].detach(), _grad(name, self.tensors[name])
+        return self.tensors[name], _grad(name, self.tensors[name])  # not detached: hooks run under no_grad
 
 
 class UnitTargets(Targets):
