@@ -1,11 +1,14 @@
 """`Pruner`: the hooks a training loop calls, and when a mask is due. The rooms below do scores, selection and masks.
 
-May import every room of the core (criteria, schedules, patterns, selection, targets, structures, shrink), and torch.
+May import every room of the core (criteria, schedules, patterns, selection, targets, structures, shrink), and torch;
+checkpoint only where scores come from a file.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from gsprune.shrink import Plan
 
 Scope = Literal["local", "global"]
+Scores = Mapping[str, Tensor] | str | os.PathLike[str]  # as `Pruner.scores` gives them, or a file of them
 
 
 class Pruner:
@@ -65,6 +69,9 @@ class Pruner:
         optimizer: its memory of pruned weights is zeroed, and it follows the model when that shrinks.
         steps_per_epoch: optimizer steps in an epoch; without it masks are updated between epochs only.
         epochs: length of the run, of which a schedule without `end_epoch` takes two thirds.
+        scores: what the running score starts from instead of zero, as `scores()` of another pruner gave it, or the
+            path of a file that `gsprune.checkpoint.save_scores` wrote: the first mask update then waits for no batch.
+            Without effect on a criterion that accumulates nothing. A loaded state replaces it.
 
     Raises:
         ValueError: a setting out of its range, or one that contradicts another or the model.
@@ -99,6 +106,7 @@ class Pruner:
         optimizer: Optimizer | None = None,
         steps_per_epoch: int | None = None,
         epochs: float | None = None,
+        scores: Scores | None = None,
     ) -> None:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.structured = not criterion.scores_weights if structured is None else structured
@@ -121,6 +129,8 @@ class Pruner:
         self._handles: list[RemovableHandle] = []
         self.epoch, self.step, self.updates = 0, 0, 0
         self.plan: Plan | None = None
+        if scores is not None:
+            self._start_from(scores)
 
     # ---- hooks, in the order a loop calls them
 
@@ -258,6 +268,24 @@ class Pruner:
         """bool masks, True = kept: tensor name -> its weight's shape, or structure name -> (units,)."""
         return {target.name: target.keep.clone() for target in self.targets}
 
+    def scores(self) -> dict[str, Tensor]:
+        """The running score, float32 and 0 or more, with the names and shapes of `masks`; what is pruned has 0."""
+        return {target.name: target.score.masked_fill(~target.keep, 0.0) for target in self.targets}
+
+    def load_scores(self, scores: Scores) -> None:
+        """Put saved scores in the place of the running score; masks stay. The next mask update waits for no batch.
+
+        Scores that are 0 everywhere come from no batch that counted, and count as none.
+
+        Args:
+            scores: of a pruner with the same targets, or the path of a file of them.
+
+        Raises:
+            ValueError: the scores are of other targets, or no scores; names the first tensor that does not fit.
+                The pruner stays as it was.
+        """
+        self._start_from(scores)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit-identically: scores, masks, progress."""
         return {
@@ -305,6 +333,25 @@ class Pruner:
             verdict = Verdict(finite, self.criterion.decay, grad_scale)
             self._all.accumulate_(self.criterion, verdict)
             self._scored += finite
+
+    def _start_from(self, scores: Scores) -> None:
+        name = type(self.criterion).__name__
+        if not self.criterion.cumulative:
+            warnings.warn(f"scores have no effect: {name} computes its own when a mask is due", stacklevel=3)
+            return
+        where, source = "the scores", name
+        if isinstance(scores, str | os.PathLike):
+            from gsprune.checkpoint import load_scores
+
+            where, (scores, source, _) = f"the scores of {os.fspath(scores)}", load_scores(scores)
+        _check_scores(self.targets, scores, where)
+        if source != name:
+            warnings.warn(f"{where} are of {source}, but {name} goes on from them here", stacklevel=3)
+        with torch.no_grad():
+            for target in self.targets:
+                target.score.copy_(scores[target.name])
+            self._scored.fill_(int(self._all.score.any()))
+            self._all.settle_()
 
     def _unit_targets(self, include: Sequence[str], exclude: Sequence[str], counts: Mapping[str, int]) -> UnitTargets:
         from gsprune.shrink import check_shrink  # heavy: imports torch-pruning
@@ -405,9 +452,13 @@ class NoPruning:
     plan = None
     skipped: Mapping[str, str] = {}
 
-    def __init__(self, model: nn.Module, *, target_sparsity: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, model: nn.Module, *, target_sparsity: float | None = None, scores: Scores | None = None, **_: Any
+    ) -> None:
         if target_sparsity:
             warnings.warn(f"target_sparsity={target_sparsity} has no effect: nothing is pruned here", stacklevel=2)
+        if scores is not None:
+            warnings.warn("scores have no effect: nothing is pruned here", stacklevel=2)
         self.model = model
 
     def on_train_begin(self) -> None:
@@ -445,6 +496,13 @@ class NoPruning:
     def masks(self) -> dict[str, Tensor]:
         """No masks."""
         return {}
+
+    def scores(self) -> dict[str, Tensor]:
+        """No scores."""
+        return {}
+
+    def load_scores(self, scores: Scores) -> None:
+        """Nothing."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -519,6 +577,36 @@ def _schedule_for(target: Target, schedule: Schedule, counts: Mapping[str, int])
             f"it must be 1 to {target.total}"
         )
     return schedule.retargeted(1 - kept / target.total)
+
+
+def _check_scores(targets: Sequence[Target], scores: object, where: str) -> None:
+    """Raise a ValueError that names the first tensor or structure, in the model's order, that the scores do not fit."""
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"scores is a {type(scores).__name__}: it must map names to tensors, or be the path of a file")
+    for target in targets:
+        if target.name not in scores:
+            near = difflib.get_close_matches(target.name, map(str, scores), n=1)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(f"{where} do not fit: they have none of {target.name!r}, which is pruned here{hint}")
+        if fault := _score_fault(target, scores[target.name]):
+            raise ValueError(f"{where} do not fit: {target.name!r} {fault}")
+    extra = next((name for name in scores if name not in {target.name for target in targets}), None)
+    if extra is not None:
+        raise ValueError(f"{where} do not fit: they have one of {extra!r}, which is not pruned here")
+
+
+def _score_fault(target: Target, score: object) -> str | None:
+    if not isinstance(score, Tensor):
+        return f"is a {type(score).__name__}, but scores are tensors"
+    if score.shape != target.score.shape:
+        return f"has shape {list(target.score.shape)} here but {list(score.shape)} in the scores"
+    if score.dtype != torch.float32:
+        return f"is {score.dtype}, but scores are torch.float32"
+    if not bool(score.isfinite().all()):
+        return "holds a value that is not finite"
+    if bool((score < 0).any()):
+        return "holds a negative value"
+    return None
 
 
 def _checked(target: Target) -> Tensor:

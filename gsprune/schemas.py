@@ -41,6 +41,7 @@ class PrunerConfig:
     min_kept: int = 1
     include: list[str] = field(default_factory=lambda: ["*"])
     exclude: list[str] = field(default_factory=list)
+    scores: str | None = None
 
 
 @dataclass
@@ -111,6 +112,8 @@ class TrainerConfig:
     progress: str = "auto"
     latency_repeats: int = 30
     latency_batch: int = 1
+    dense_cache: bool = True
+    dense_scores: bool = False
 
 
 SCHEMAS: dict[str, type] = {

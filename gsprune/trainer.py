@@ -1,4 +1,4 @@
-"""The training loop: `Trainer.fit` and `Trainer.evaluate`, learning-rate schedules, optimizers, seeds.
+"""The training loop: `Trainer.fit`, `score` and `evaluate`, learning-rate schedules, optimizers, seeds.
 
 The only caller of the pruner's hooks in this repository. There is one loop and it has no feature branches:
 what pruning needs comes in through the hooks (`Hooks`), what a screen or a log needs through two callbacks.
@@ -98,7 +98,7 @@ StepCallback = Callable[[Totals], None]
 
 @dataclass(frozen=True)
 class Trainer:
-    """Settings of training, and the two verbs that use them: `fit` and `evaluate`.
+    """Settings of training, and the verbs that use them: `fit`, `score` and `evaluate`.
 
     Args:
         dense_epochs, prune_epochs: length of a job's two phases (read by `gsprune.job`).
@@ -115,6 +115,8 @@ class Trainer:
         deterministic: ask also CUDA for the same numbers twice (slower). On CPU they are the same anyway.
         progress, latency_repeats, latency_batch: read by `gsprune.job`: how to show progress, and on how many
             repeats and samples to measure latency (0 repeats: not at all).
+        dense_cache, dense_scores: read by `gsprune.job`: jobs of a sweep that share their dense phase train it once;
+            the dense network is scored before pruning begins, so that the first mask does not rest on a few batches.
 
     Raises:
         ValueError: one sentence for each setting outside its range, and for a device that is not here.
@@ -134,6 +136,8 @@ class Trainer:
     progress: str = "auto"
     latency_repeats: int = 30
     latency_batch: int = 1
+    dense_cache: bool = True
+    dense_scores: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dense_epochs", "prune_epochs", "latency_repeats"):
@@ -182,22 +186,46 @@ class Trainer:
                 `val/loss`, `val/accuracy` (when there is a `val_loader`), `lr` (of the next step), `epoch_seconds`.
             on_step: called after every optimizer step with the running `Totals`; reading it is a sync point.
         """
-        scaler = torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
-        forward = torch.compile(model) if self.compile else model
-        loop = _Loop(self, forward, optimizer, lr_schedule, pruner, scaler, on_step)
+        loop = self._loop(model, optimizer, pruner)
         model.train()
         pruner.on_train_begin()
         with _first_skipped_step_is_fine():
             for epoch in range(epochs):
                 start = time.perf_counter()
                 pruner.on_epoch_begin(epoch)
-                values = _named("train", loop.train_epoch(train_loader))
+                values = _named("train", loop.train_epoch(train_loader, lr_schedule, on_step))
                 pruner.on_epoch_end()
                 if val_loader is not None:
-                    values |= _named("val", self._evaluate(model, forward, val_loader))
+                    values |= _named("val", self._evaluate(model, loop.forward, val_loader))
                 values |= {"lr": _lr(optimizer), "epoch_seconds": time.perf_counter() - start}
                 on_epoch(epoch, values)
         pruner.on_train_end()
+
+    def score(
+        self, model: nn.Module, loader: Loader, *, optimizer: Optimizer, pruner: Hooks, steps: int | None = None
+    ) -> int:
+        """Let the pruner score a network as it is: steps of training without the update of the weights.
+
+        Forward and backward run as in `fit`, and of the hooks `on_before_optimizer_step` alone is called. Afterwards
+        parameters, buffers (BatchNorm's statistics) and modes are as they were, and gradients are None; the loader
+        and dropout have drawn random numbers.
+
+        Args:
+            optimizer: of the model's parameters; it makes no step and keeps its state.
+            steps: optimizer steps to score, at most one pass over the loader; None: all of it. A pruner's
+                `criterion.horizon` says how many matter.
+
+        Returns:
+            How many steps there were.
+        """
+        _check(steps is None or steps >= 0, "steps", steps, "0 or more, or None")
+        with _as_it_was(model):
+            model.train()
+            return self._loop(model, optimizer, pruner).score(loader, steps)
+
+    def _loop(self, model: nn.Module, optimizer: Optimizer, pruner: Hooks) -> _Loop:
+        scaler = torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
+        return _Loop(self, torch.compile(model) if self.compile else model, optimizer, pruner, scaler)
 
     def evaluate(self, model: nn.Module, loader: Loader) -> dict[str, float]:
         """Mean `loss` and `accuracy` (0 to 1) over all samples of `loader`; the model is left as it was."""
@@ -205,7 +233,8 @@ class Trainer:
 
     def _evaluate(self, model: nn.Module, forward: Callable[..., Tensor], loader: Loader) -> dict[str, float]:
         totals = Totals(self.torch_device)
-        with _eval_mode(model), torch.no_grad():
+        with _kept_modes(model), torch.no_grad():
+            model.eval()
             for batch in loader:
                 totals.add(*self.loss_sum(forward, batch))
         return totals.read()  # sync point, once
@@ -231,29 +260,39 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _Loop:
-    """One `fit`: the trainer's settings and what it works on."""
+    """One `fit` or `score`: the trainer's settings and what it works on."""
 
     trainer: Trainer
     forward: Callable[..., Tensor]
     optimizer: Optimizer
-    lr_schedule: Schedule
     pruner: Hooks
     scaler: torch.amp.GradScaler
-    on_step: StepCallback
 
-    def train_epoch(self, loader: Loader) -> dict[str, float]:
+    def train_epoch(self, loader: Loader, lr_schedule: Schedule, on_step: StepCallback) -> dict[str, float]:
         totals = Totals(self.trainer.torch_device)
         for step, group in enumerate(_groups(loader, self.trainer.accumulate_steps)):
             self.pruner.on_step_begin(step)
-            self._accumulate(group, totals)
-            self.scaler.unscale_(self.optimizer)
-            self.pruner.on_before_optimizer_step()
+            self._show_gradients(group, totals)
             self._update()
             self.pruner.on_step_end()
             self.optimizer.zero_grad(set_to_none=True)
-            self.lr_schedule.step()
-            self.on_step(totals)
+            lr_schedule.step()
+            on_step(totals)
         return totals.read()  # sync point, once an epoch
+
+    def score(self, loader: Loader, steps: int | None) -> int:
+        totals, done = Totals(self.trainer.torch_device), 0
+        for group in itertools.islice(_groups(loader, self.trainer.accumulate_steps), steps):
+            self._show_gradients(group, totals)
+            self.scaler.update()  # a scale too large for this network shrinks here as it does in training
+            self.optimizer.zero_grad(set_to_none=True)
+            done += 1
+        return done
+
+    def _show_gradients(self, group: Sequence[Batch], totals: Totals) -> None:
+        self._accumulate(group, totals)
+        self.scaler.unscale_(self.optimizer)
+        self.pruner.on_before_optimizer_step()
 
     def _accumulate(self, group: Sequence[Batch], totals: Totals) -> None:
         samples = sum(len(labels) for _, labels in group)
@@ -360,15 +399,30 @@ def _groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to each module's own mode (a frozen BatchNorm stays frozen)."""
+def _kept_modes(model: nn.Module) -> Iterator[None]:
+    """Back to each module's own mode at the end (a frozen BatchNorm stays frozen)."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Steps without an update leave no trace: neither in gradients nor in buffers nor in modes."""
+    buffers = [(part, name, b) for part in model.modules() for name, b in part._buffers.items() if b is not None]
+    values = [buffer.clone() for _, _, buffer in buffers]
+    model.zero_grad(set_to_none=True)
+    try:
+        with _kept_modes(model):
+            yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        for (module, name, buffer), value in zip(buffers, values, strict=True):
+            module._buffers[name] = buffer  # a forward pass may also have put another tensor in its place
+            buffer.detach().copy_(value)
 
 
 @contextlib.contextmanager

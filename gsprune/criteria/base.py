@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -42,6 +43,26 @@ class Criterion:
         if not 0 < decay <= 1:
             raise ValueError(f"decay is {decay}: it must be in (0, 1]")
         self.decay = decay
+
+    @property
+    def horizon(self) -> int | None:
+        """Steps that make up 99 % of a running score: what lies further back counts for less than 1 %.
+
+        With equal changes, the newest n steps hold the share 1 - d^n of the score, so n = ceil(ln 0.01 / ln d).
+
+        Returns:
+            n; None for d = 1, where every step counts for ever; 0 for a criterion that accumulates nothing.
+
+        Example:
+            >>> from gsprune.criteria import Elementwise, Magnitude
+            >>> [Elementwise(decay=d).horizon for d in (0.1, 0.9, 0.95, 1.0)], Magnitude().horizon
+            ([2, 44, 90, None], 0)
+        """
+        if not self.cumulative:
+            return 0
+        if self.decay == 1:
+            return None
+        return math.ceil(math.log(0.01) / math.log(self.decay) - 1e-9)  # d = 0.1 is 2, whatever the last bit says
 
     def weights(self, weight: Tensor, grad: Tensor | None, *, name: str = "", out: Tensor | None = None) -> Tensor:
         """Signed change (or score) of each weight of the tensor `name`; written to `out`, float32, if there is one."""
