@@ -1,7 +1,6 @@
 """Pictures of a run: its masks, the sparsity of its layers, its history.
 
-Nothing here touches pyplot's global state: figures are objects on an Agg canvas, so they need no display and may be
-drawn in any thread. Imports torch and numpy; matplotlib (0.3 s) only inside the functions.
+Imports torch, numpy and drawing.py; matplotlib (0.3 s) only inside the functions.
 """
 
 from __future__ import annotations
@@ -17,19 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gsprune.files import aside
+from gsprune.drawing import (
+    DPI,
+    FAINT,
+    INK,
+    KEPT,
+    PRUNED,
+    SPARSITY,
+    elide,
+    hexcode,
+    new_figure,
+    percent,
+    pixels_of,
+    quiet,
+    save,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["mask_image", "save_history", "save_layer_sparsity"]
 
 # Axis legend: h, w = pixels of a picture; r, c = rows and columns of a mask
-PRUNED = (232, 236, 241)  # light
-KEPT = (16, 60, 112)  # dark: more kept is always darker, also in grey print
-INK, FAINT, SPARSITY = "#1f2430", "#6b7280", "#d9622b"
-DPI = 100
 _GAP, _TITLE, _MARGIN, _HEAD = 20, 40, 16, 54  # pixels
 _MAX_CELL = 24
 _MAX_PANELS = 120
@@ -51,8 +59,8 @@ class _Panel:
     def caption(self) -> str:
         size = " \u00d7 ".join(str(length) for length in self.shape)
         if len(self.shape) == 1:
-            return f"{self.kept:,} of {size} kept ({_percent(self.kept / max(self.total, 1))})"
-        return f"{size}, {_percent(self.kept / max(self.total, 1))} kept"
+            return f"{self.kept:,} of {size} kept ({percent(self.kept / max(self.total, 1))})"
+        return f"{size}, {percent(self.kept / max(self.total, 1))} kept"
 
 
 def mask_image(masks: Mapping[str, Tensor]) -> np.ndarray:
@@ -137,23 +145,23 @@ def _label(
     height, width = canvas.shape[:2]
     kept, total = sum(panel.kept for panel in panels), sum(panel.total for panel in panels)
     _draw_key(canvas)
-    figure = _figure(width / DPI, height / DPI)
+    figure = new_figure(width / DPI, height / DPI)
 
     def write(left: float, top: float, text: str, **style: Any) -> None:
         figure.text(left / width, 1 - top / height, text, va="top", **style)
 
     noun = "mask" if len(panels) == 1 else "masks"
     more = f" (and {hidden} more, not shown)" if hidden else ""
-    head = f"{len(panels)} {noun}{more}: {kept:,} of {total:,} kept, {_percent(1 - kept / max(total, 1))} pruned"
+    head = f"{len(panels)} {noun}{more}: {kept:,} of {total:,} kept, {percent(1 - kept / max(total, 1))} pruned"
     write(_MARGIN, 14, head, fontsize=12, color=INK, weight="bold")
     write(width - _MARGIN - 222, 8, "share kept", fontsize=9, color=FAINT, ha="right")
     for share in (0, 0.25, 0.5, 1):
         write(_key_left(width) + 200 * share, 25, f"{100 * share:g} %", fontsize=8, color=FAINT, ha="center")
     for panel, (top, left) in zip(panels, places, strict=True):
-        write(left, top, _elide(panel.name, box_w // 8), fontsize=10.5, color=INK)
+        write(left, top, elide(panel.name, box_w // 8), fontsize=10.5, color=INK)
         caption = panel.caption + (", averaged" if panel.pooled else "")
         write(left, top + 19, caption, fontsize=9, color=FAINT)
-    labelled: np.ndarray = np.minimum(canvas, _pixels(figure))  # text stands on white; 20x faster than `figimage`
+    labelled: np.ndarray = np.minimum(canvas, pixels_of(figure))  # text stands on white; 20x faster than `figimage`
     return labelled
 
 
@@ -176,21 +184,21 @@ def save_layer_sparsity(path: str | os.PathLike[str], masks: Mapping[str, Tensor
     pruned = [mask.numel() - int(mask.sum()) for mask in masks.values()]
     shares = [100 * part / max(total, 1) for part, total in zip(pruned, totals, strict=True)]
     overall = 100 * sum(pruned) / max(sum(totals), 1)
-    figure = _figure(9, 1.5 + 0.27 * max(len(names), 1))
+    figure = new_figure(9, 1.5 + 0.27 * max(len(names), 1))
     axes = figure.add_subplot()
     axes.barh(range(len(names)), shares, color=SPARSITY, height=0.72)
     for row, (share, part, total) in enumerate(zip(shares, pruned, totals, strict=True)):
-        text = f"{_percent(share / 100)}  ({part:,} of {total:,})"
+        text = f"{percent(share / 100)}  ({part:,} of {total:,})"
         axes.text(102, row, text, va="center", fontsize=8, color=INK)
     axes.axvline(overall, color=INK, linewidth=1.2, linestyle="--")
-    axes.set_title(f"Pruned: {_percent(overall / 100)} of all (dashed)", fontsize=11, loc="left", color=INK)
-    axes.set_yticks(range(len(names)), [_elide(name, 44) for name in names], fontsize=8.5)
+    axes.set_title(f"Pruned: {percent(overall / 100)} of all (dashed)", fontsize=11, loc="left", color=INK)
+    axes.set_yticks(range(len(names)), [elide(name, 44) for name in names], fontsize=8.5)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 142)  # the counts stand right of 100 %
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("share pruned (%)")
-    _quiet(axes, grid="x")
-    _save(figure, path)
+    quiet(axes, grid="x")
+    save(figure, path)
 
 
 # --- history -----------------------------------------------------------------------------------------------
@@ -208,7 +216,7 @@ def save_history(
     "sparsity", accuracies as fractions. What is missing is left out. `baseline` (the dense model's) is a dashed line.
     """
     rows = list(rows)
-    figure = _figure(11, 5)
+    figure = new_figure(11, 5)
     grid = figure.add_gridspec(2, 2, height_ratios=(3, 2), width_ratios=(1.1, 1))
     over_epochs, below, against = (
         figure.add_subplot(grid[0, 0]),
@@ -216,17 +224,17 @@ def save_history(
         figure.add_subplot(grid[:, 1]),
     )
     below.sharex(over_epochs)
-    for name, colour, label in (("train/accuracy", "#94a3b8", "train"), ("val/accuracy", _hex(KEPT), "validation")):
+    for name, colour, label in (("train/accuracy", "#94a3b8", "train"), ("val/accuracy", hexcode(KEPT), "validation")):
         _line(over_epochs, *_series(rows, "step", name), color=colour, label=label)
     _line(below, *_series(rows, "step", "sparsity"), color=SPARSITY, label="sparsity")
     x, y = _from_first_change(*_series(rows, "sparsity", "val/accuracy"))
-    _line(against, x, y, color=_hex(KEPT), label="validation")
+    _line(against, x, y, color=hexcode(KEPT), label="validation")
     _mark_end(against, x, y)
     if baseline is not None:
         for axes in (over_epochs, against):
             axes.axhline(100 * baseline, color=FAINT, linestyle="--", linewidth=1, label="dense")
     _dress(over_epochs, below, against)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _series(rows: Sequence[Mapping[str, float]], across: str, up: str) -> tuple[list[float], list[float]]:
@@ -267,65 +275,9 @@ def _dress(over_epochs: Axes, below: Axes, against: Axes) -> None:
     against.set_xlabel("sparsity (%)")
     against.margins(x=0.1, y=0.2)
     for axes in (over_epochs, below, against):
-        _quiet(axes, grid="both")
+        quiet(axes, grid="both")
         if not axes.lines:
             axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color=FAINT)
     for axes in (over_epochs, against):
         if axes.lines:
             axes.legend(fontsize=8.5, frameon=False, loc="best")
-
-
-# --- common ------------------------------------------------------------------------------------------------
-
-
-def _figure(width_in: float, height_in: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_in, height_in), dpi=DPI, layout=None, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _pixels(figure: Figure) -> np.ndarray:
-    canvas: Any = figure.canvas
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3]
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    figure.set_layout_engine("constrained")
-    with aside(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-
-
-def _quiet(axes: Axes, *, grid: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="#e5e7eb", linewidth=0.8)  # type: ignore[arg-type,unused-ignore]
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8.5, colors=INK)
-
-
-def _percent(share: float) -> str:
-    """One decimal, but never "100.0 %" or "0.0 %" for what is only nearly so."""
-    text = f"{100 * share:.1f}"
-    if text == "100.0" and share < 1:
-        text = ">99.9"
-    if text == "0.0" and share > 0:
-        text = "<0.1"
-    return f"{text} %"
-
-
-def _elide(name: str, length: int) -> str:
-    """
-    >>> _elide("encoder.layers.11.attention.output.dense.weight", 24)
-    'encoder.lay…dense.weight'
-    """
-    if len(name) <= length:
-        return name
-    tail = length // 2
-    return f"{name[: length - tail - 1]}…{name[-tail:]}"
-
-
-def _hex(rgb: tuple[int, int, int]) -> str:
-    return "#" + "".join(f"{part:02x}" for part in rgb)

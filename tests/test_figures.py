@@ -11,9 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gsprune.figures import KEPT, PRUNED, SPARSITY, _elide, _fit, _percent, mask_image
-
-from gsprune.figures import save_history, save_layer_sparsity  # isort: skip
+from gsprune.drawing import KEPT, PRUNED, SPARSITY, elide, percent, plain_label
+from gsprune.figures import _fit, mask_image, save_history, save_layer_sparsity
 
 
 def colours(picture: np.ndarray) -> set[tuple[int, ...]]:
@@ -102,14 +101,14 @@ def test_history_draws_what_there_is(tmp_path: Path) -> None:
 
 
 def test_percentages_do_not_round_to_all_or_nothing() -> None:
-    assert [_percent(share) for share in (0, 0.0001, 0.5, 0.9999, 1)] == [
+    assert [percent(share) for share in (0, 0.0001, 0.5, 0.9999, 1)] == [
         "0.0 %", "<0.1 %", "50.0 %", ">99.9 %", "100.0 %",
     ]  # fmt: skip
 
 
 def test_long_names_lose_their_middle() -> None:
-    assert _elide("abcdefghij", 7) == "abc…hij"
-    assert _elide("abc", 7) == "abc"
+    assert elide("abcdefghij", 7) == "abc…hij"
+    assert elide("abc", 7) == "abc"
 
 
 @pytest.mark.slow
@@ -119,3 +118,8 @@ def test_drawing_never_imports_pyplot() -> None:
         "f.mask_image({'a': torch.ones(3, 3, dtype=torch.bool)}); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_strangers_name_is_drawn_as_it_is() -> None:
+    assert plain_label("a $x^$\nb\ud800", 20) == r"a \$x^\$ b "
+    assert plain_label("abcdefghij", 7) == "abc…hij"

@@ -1,0 +1,96 @@
+"""What all pictures have in common: colours, figures without pyplot, and how names and shares are written.
+
+Nothing here touches pyplot's global state: figures are objects on an Agg canvas, so they need no display and may be
+drawn in any thread. Imports numpy; matplotlib (0.3 s) only inside the functions.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gsprune.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PRUNED = (232, 236, 241)  # light
+KEPT = (16, 60, 112)  # dark: more kept is always darker, also in grey print
+INK, FAINT, SPARSITY = "#1f2430", "#6b7280", "#d9622b"
+DPI = 100
+
+
+def new_figure(width_in: float, height_in: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_in, height_in), dpi=DPI, layout=None, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def pixels_of(figure: Figure) -> np.ndarray:
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file, its parts laid out so that no label is cut off."""
+    figure.set_layout_engine("constrained")
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks: boxes, no noise
+        figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    write_atomic(path, png(figure))
+
+
+def quiet(axes: Axes, *, grid: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#e5e7eb", linewidth=0.8)  # type: ignore[arg-type,unused-ignore]
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8.5, colors=INK)
+
+
+def percent(share: float) -> str:
+    """One decimal, but never "100.0 %" or "0.0 %" for what is only nearly so."""
+    text = f"{100 * share:.1f}"
+    if text == "100.0" and share < 1:
+        text = ">99.9"
+    if text == "0.0" and share > 0:
+        text = "<0.1"
+    return f"{text} %"
+
+
+def elide(name: str, length: int) -> str:
+    """
+    >>> elide("encoder.layers.11.attention.output.dense.weight", 24)
+    'encoder.lay…dense.weight'
+    """
+    if len(name) <= length:
+        return name
+    tail = length // 2
+    return f"{name[: length - tail - 1]}…{name[-tail:]}"
+
+
+def plain_label(text: str, length: int) -> str:
+    """A stranger's text as matplotlib can draw it: no mathematics between dollars, nothing unprintable, no end.
+
+    >>> plain_label("cost $x^$\\n", 20)
+    'cost \\\\$x^\\\\$ '
+    """
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return elide(printable, length).replace("$", r"\$")
+
+
+def hexcode(rgb: tuple[int, int, int]) -> str:
+    return "#" + "".join(f"{part:02x}" for part in rgb)
