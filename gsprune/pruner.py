@@ -590,7 +590,8 @@ def _check_scores(targets: Sequence[Target], scores: object, where: str) -> None
             raise ValueError(f"{where} do not fit: they have none of {target.name!r}, which is pruned here{hint}")
         if fault := _score_fault(target, scores[target.name]):
             raise ValueError(f"{where} do not fit: {target.name!r} {fault}")
-    extra = next((name for name in scores if name not in {target.name for target in targets}), None)
+    names = {target.name for target in targets}
+    extra = next((name for name in scores if name not in names), None)
     if extra is not None:
         raise ValueError(f"{where} do not fit: they have one of {extra!r}, which is not pruned here")
 

@@ -412,8 +412,8 @@ def _kept_modes(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Steps without an update leave no trace: neither in gradients nor in buffers nor in modes."""
-    buffers = [(part, name, b) for part in model.modules() for name, b in part._buffers.items() if b is not None]
-    values = [buffer.clone() for _, _, buffer in buffers]
+    buffers = [(part, name, buffer) for part in model.modules() for name, buffer in part._buffers.items()]
+    values = [None if buffer is None else buffer.clone() for _, _, buffer in buffers]
     model.zero_grad(set_to_none=True)
     try:
         with _kept_modes(model):
@@ -422,7 +422,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
         for (module, name, buffer), value in zip(buffers, values, strict=True):
             module._buffers[name] = buffer  # a forward pass may also have put another tensor in its place
-            buffer.detach().copy_(value)
+            if buffer is not None and value is not None:
+                buffer.detach().copy_(value)
 
 
 @contextlib.contextmanager

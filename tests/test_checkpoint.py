@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,18 @@ from torch import Tensor, nn
 
 import gsprune
 from gsprune import files
-from gsprune.checkpoint import load_masks, load_pruned, save_masks, save_pruned, state_tensors, write_atomic, write_json
+from gsprune.checkpoint import (
+    SavedScores,
+    load_masks,
+    load_pruned,
+    load_scores,
+    save_masks,
+    save_pruned,
+    save_scores,
+    state_tensors,
+    write_atomic,
+    write_json,
+)
 from gsprune.files import plain, read_json
 from gsprune.shrink import Plan, apply_plan, plan_shrink
 from gsprune.structures import find_structures
@@ -173,6 +185,109 @@ def test_damaged_masks_end_in_one_sentence(tmp_path: Path, name: str, change: ob
 def test_a_missing_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="masks does not exist"):
         load_masks(tmp_path / "masks")
+
+
+# --- scores ------------------------------------------------------------------------------------------------
+
+
+def save_some(path: Path) -> bytes:
+    save_scores(path, {"w": torch.arange(6.0).reshape(2, 3), "a": torch.ones(2)}, criterion="Weighted", steps=90)
+    return path.read_bytes()
+
+
+def test_scores_come_back_equal_with_where_they_are_from(tmp_path: Path) -> None:
+    grid = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    flat = torch.arange(10.0)
+    given = {"conv": grid, "part": flat[2:5], "same": flat[2:5], "none": torch.zeros(0, 3)}
+    save_scores(tmp_path / "new" / "scores.safetensors", given, criterion="Elementwise", steps=0)
+    back = load_scores(tmp_path / "new" / "scores.safetensors")
+    assert isinstance(back, SavedScores)
+    assert (back.criterion, back.steps, set(back.scores)) == ("Elementwise", 0, set(given))
+    assert all(torch.equal(back.scores[name], score) for name, score in given.items())
+    assert {score.dtype for score in back.scores.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("scores", "criterion", "steps", "sentence"),
+    [
+        ([1.0, math.inf], "Abs", 1, "score 'w' holds a value that is negative or not finite"),
+        ([1.0, math.nan], "Abs", 1, "score 'w' holds a value that is negative or not finite"),
+        ([1.0, -0.5], "Abs", 1, "score 'w' holds a value that is negative or not finite"),
+        ([1, 2], "Abs", 1, "score 'w' is torch.int64, but scores are torch.float32"),
+        ([1.0], "Abs(decay=1)", 1, "the scores to be saved: the criterion is 'Abs(decay=1)': it must be the name of a"),
+        ([1.0], "Abs", -1, "the scores to be saved: the number of steps is '-1': it must be 0 or more"),
+    ],
+)
+def test_scores_that_cannot_be_are_not_saved(
+    tmp_path: Path, scores: list[float], criterion: str, steps: int, sentence: str
+) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the sentence is compared
+        save_scores(tmp_path / "a", {"w": torch.tensor(scores)}, criterion=criterion, steps=steps)
+    assert str(caught.value).startswith(sentence)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda data: b"", "is not a safetensors file"),
+        (lambda data: pickle.dumps({"w": 1}), "is not a safetensors file"),
+        (lambda data: data[:40], "is truncated: its header has"),
+        (lambda data: data[:-1], "is truncated: "),
+        (lambda data: data + b"\0", "is a damaged safetensors file"),
+        (lambda data: data.replace(b"gsprune-scores", b"gsprune-masks!"), "but not of the format 'gsprune-scores'"),
+        (lambda data: data.replace(b'"version":"1"', b'"version":"9"'), "has format version '9', this gsprune reads 1"),
+        (lambda data: data.replace(b'"F32"', b'"I32"'), "score 'a' is I32, but scores are F32"),
+        (
+            lambda data: data.replace(b"Weighted", b"Wei(hted"),
+            "the criterion is 'Wei(hted': it must be the name of a c",
+        ),
+        (lambda data: data.replace(b'"criterion"', b'"Criterion"'), "the criterion is '': it must be the name of a cl"),
+        (lambda data: data.replace(b'"90"', b'"-9"'), "the number of steps is '-9': it must be 0 or more"),
+        (lambda data: framed(EMPTY | {"w": entry([2**62, 0])}), r"score 'w' .* impossible shape|damaged"),
+        (lambda data: framed(EMPTY | {"w": entry([0, 2**62, 2**62])}), r"score 'w' .* impossible shape|damaged"),
+        (lambda data: framed(EMPTY | {"w": {**entry([2**50]), "data_offsets": [0, 2**52]}}), "is truncated: 45035996"),
+    ],
+)
+def test_damaged_scores_end_in_one_sentence(tmp_path: Path, change: Callable[[bytes], bytes], sentence: str) -> None:
+    path = tmp_path / "scores.safetensors"
+    data = save_some(path)
+    assert change(data) != data, "the test's own change did nothing"
+    path.write_bytes(change(data))
+    with pytest.raises(ValueError, match=sentence.replace("(", r"\(")) as caught:
+        load_scores(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+EMPTY = {"__metadata__": {"format": "gsprune-scores", "version": "1", "criterion": "Abs", "steps": "1"}}
+
+
+def entry(shape: list[int]) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+
+
+def test_any_changed_byte_gives_scores_or_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    data = save_some(path)
+    header = 8 + int.from_bytes(data[:8], "little")
+    refused = 0
+    for place in range(header):
+        for value in b'\0"9{\xff':
+            path.write_bytes(data[:place] + bytes([value]) + data[place + 1 :])
+            try:
+                load_scores(path)
+            except ValueError as error:
+                refused += "\n" not in str(error)
+    assert 4 * header < refused < 5 * header
+
+
+def test_masks_are_no_scores_and_a_missing_file_says_so(tmp_path: Path) -> None:
+    save_masks(tmp_path / "masks", {"w": torch.ones(9, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"masks is a safetensors file, but not of the format 'gsprune-scores'$"):
+        load_scores(tmp_path / "masks")
+    with pytest.raises(ValueError, match=r"nowhere does not exist$"):
+        load_scores(tmp_path / "nowhere")
 
 
 # --- the smaller model -------------------------------------------------------------------------------------

@@ -176,6 +176,20 @@ def test_random_is_the_same_again_and_differs_by_name_and_seed() -> None:
     assert 0 <= float(first.min()) <= float(first.max()) < 1
 
 
+@pytest.mark.parametrize("decay", [0.1, 0.5, 0.9, 0.95, 0.999])
+def test_the_horizon_is_the_fewest_steps_that_make_up_99_percent_of_a_score(decay: float) -> None:
+    whole = 1 / (1 - decay)
+    last = Elementwise(decay=decay).horizon
+    assert last is not None
+    share = [sum(decay**i for i in range(n)) / whole for n in (last - 1, last)]
+    assert share[0] < 0.99 <= share[1] + 1e-12
+
+
+def test_horizons_at_the_edges() -> None:
+    assert (Abs(decay=1.0).horizon, Magnitude().horizon, Random().horizon) == (None, 0, 0)
+    assert (Elementwise(decay=1e-9).horizon, Weighted().horizon) == (1, 90)
+
+
 @pytest.mark.parametrize("decay", [0.0, -0.5, 1.1, math.nan])
 def test_decay_outside_its_range_is_refused(decay: float) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole sentence is compared

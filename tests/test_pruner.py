@@ -8,6 +8,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import nets
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsprune import NoPruning, Pruner
+from gsprune.checkpoint import load_scores, save_scores
 from gsprune.criteria import Abs, Criterion, Elementwise, Magnitude, Random, Weighted
 from gsprune.schedules import Cubic, Linear, OneShot
 
@@ -523,6 +525,189 @@ def test_a_resumed_run_is_bit_identical(criterion: Criterion) -> None:
     assert pruner.updates == resumed.updates
 
 
+# ---- scores from elsewhere
+
+
+CRITERIA = [Elementwise(), Abs(), Weighted()]
+
+
+def seen(model: nn.Module, pruner: Pruner, steps: int = 3) -> dict[str, Tensor]:
+    for seed in range(steps):
+        fill_gradients(model, seed)
+        pruner.on_before_optimizer_step()
+    return pruner.scores()
+
+
+def ramp(*shape: int) -> Tensor:
+    """0, 1, 2, ... in an order that is not the memory's."""
+    count = math.prod(shape)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(1)).float().reshape(shape)
+
+
+def test_the_first_update_prunes_exactly_the_lowest_loaded_scores() -> None:
+    given = {"0.weight": ramp(8, 6), "2.weight": ramp(3, 8) + 0.5}
+    pruner = build(schedule=OneShot(), scores=given)
+    pruner.on_step_begin(0)  # no batch was seen
+    assert (pruner.updates, pruner.sparsity) == (1, 0.5)
+    everything = torch.cat([score.flatten() for score in given.values()])
+    cut = everything.sort().values[36]
+    for name, mask in pruner.masks().items():
+        assert torch.equal(mask, given[name] >= cut)
+    given["0.weight"].zero_()
+    assert float(pruner.scores()["0.weight"].max()) == 47.0  # what was given stays the caller's
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda c: type(c).__name__)
+def test_a_pruner_goes_on_from_scores_as_the_one_that_gathered_them(criterion: Criterion, tmp_path: Path) -> None:
+    model = mlp()
+    first = build(criterion, model=model, example_input=INPUT, schedule=OneShot(start_epoch=1))
+    gathered = seen(model, first)
+    path = tmp_path / "scores.safetensors"
+    save_scores(path, gathered, criterion=type(criterion).__name__, steps=3)
+    others = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scores in (gathered, path, str(path)):
+            others.append(build(criterion, example_input=INPUT, schedule=OneShot(start_epoch=1), scores=scores))
+    for pruner in (first, *others):
+        fill_gradients(pruner.model, seed=9)
+        pruner.on_before_optimizer_step()
+        pruner.on_epoch_begin(1)
+        pruner.on_step_begin(0)
+        assert all(torch.equal(score, first.scores()[name]) for name, score in pruner.scores().items())
+        assert all(torch.equal(mask, first.masks()[name]) for name, mask in pruner.masks().items())
+
+
+def test_scores_are_finite_also_where_something_is_pruned() -> None:
+    model = mlp()
+    pruner = build(model=model, schedule=OneShot())
+    before = seen(model, pruner)
+    pruner.on_step_begin(1)
+    for name, score in pruner.scores().items():
+        assert torch.equal(score, before[name] * pruner.masks()[name])
+    pruner.scores()["0.weight"].fill_(7.0)
+    assert float(pruner.scores()["0.weight"].max()) < 7.0  # a copy
+
+
+def test_loaded_scores_do_not_bring_back_what_is_pruned() -> None:
+    model = mlp()
+    pruner = build(model=model, target_sparsity=0.75, schedule=Linear(end_epoch=2))
+    seen(model, pruner)
+    pruner.on_epoch_begin(1)
+    pruner.on_step_begin(0)
+    gone = torch.cat([~mask.flatten() for mask in pruner.masks().values()])
+    assert 0 < int(gone.sum()) < 54
+    high = {name: torch.where(mask, 1.0, 100.0) for name, mask in pruner.masks().items()}
+    pruner.load_scores(high)
+    assert {float(score.max()) for score in pruner.scores().values()} == {1.0}
+    pruner.on_epoch_begin(3)
+    pruner.on_step_begin(0)
+    after = torch.cat([~mask.flatten() for mask in pruner.masks().values()])
+    assert int(after.sum()) == 54
+    assert bool((after | ~gone).all())
+
+
+def test_scores_that_are_zero_everywhere_count_as_no_batch() -> None:
+    pruner = build(schedule=OneShot(), scores=build().scores())
+    pruner.on_step_begin(0)
+    assert pruner.updates == 0
+    fill_gradients(pruner.model)
+    pruner.on_before_optimizer_step()
+    pruner.on_step_begin(1)
+    assert pruner.updates == 1
+
+
+def test_a_loaded_state_replaces_the_scores_it_was_built_with() -> None:
+    model = mlp()
+    earlier = build(model=model, schedule=OneShot(start_epoch=1))
+    resumed = build(schedule=OneShot(start_epoch=1), scores={"0.weight": ramp(8, 6), "2.weight": ramp(3, 8)})
+    resumed.load_state_dict(earlier.state_dict())
+    assert resumed.state_dict()["scored"] == 0
+    resumed.on_epoch_begin(1)
+    resumed.on_step_begin(0)
+    assert resumed.updates == 0  # as that one it has seen no batch
+    seen(model, earlier)
+    resumed.load_state_dict(earlier.state_dict())
+    assert all(torch.equal(score, earlier.scores()[name]) for name, score in resumed.scores().items())
+
+
+def test_channels_last_takes_the_scores_of_a_contiguous_network(tmp_path: Path) -> None:
+    found = []
+    given = {"0.weight": ramp(4, 3, 3, 3)}
+    save_scores(tmp_path / "scores", given, criterion="Elementwise", steps=1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=layout)
+        pruner = build(model=model, schedule=OneShot(), scores=tmp_path / "scores")
+        assert torch.equal(pruner.scores()["0.weight"], given["0.weight"])
+        pruner.on_step_begin(0)
+        found.append(pruner.masks()["0.weight"])
+        save_scores(tmp_path / "again", pruner.scores(), criterion="Elementwise", steps=1)
+        assert torch.equal(load_scores(tmp_path / "again").scores["0.weight"], given["0.weight"] * found[-1])
+    assert torch.equal(*found)
+    assert torch.equal(found[0], given["0.weight"] >= 54)
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """Scores that fit `mlp`, with some tensors replaced, added or (None) left out."""
+    given = {"0.weight": ramp(8, 6), "2.weight": ramp(3, 8)}
+    given |= {name.replace("_", "."): value for name, value in changes.items()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            changed(**{"0_weight": None}),
+            "they have none of '0.weight', which is pruned here; the nearest is '2.weight'",
+        ),
+        (changed(**{"2_weight": ramp(3, 7)}), "'2.weight' has shape [3, 8] here but [3, 7] in the scores"),
+        (
+            changed(**{"0_weight": ramp(16, 6), "2_weight": ramp(3, 16)}),
+            "'0.weight' has shape [8, 6] here but [16, 6] in the scores",
+        ),
+        (changed(head=ramp(3)), "they have one of 'head', which is not pruned here"),
+        (changed(**{"0_weight": ramp(8, 6).double()}), "'0.weight' is torch.float64, but scores are torch.float32"),
+        (changed(**{"2_weight": ramp(3, 8) - 1}), "'2.weight' holds a negative value"),
+        (changed(**{"2_weight": ramp(3, 8) / 0}), "'2.weight' holds a value that is not finite"),
+        (changed(**{"0_weight": [1.0]}), "'0.weight' is a list, but scores are tensors"),
+        ({}, "they have none of '0.weight', which is pruned here"),
+    ],
+)
+def test_scores_of_something_else_are_refused_and_change_nothing(given: dict[str, Any], sentence: str) -> None:
+    model = mlp()
+    pruner = build(model=model)
+    before = seen(model, pruner)
+    for refused in (lambda: pruner.load_scores(given), lambda: build(scores=given)):
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole sentence is compared
+            refused()
+        assert str(error.value) == f"the scores do not fit: {sentence}"
+    assert all(torch.equal(score, before[name]) for name, score in pruner.scores().items())
+    assert pruner.state_dict()["scored"] == 3
+
+
+def test_scores_of_a_file_are_refused_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    save_scores(path, {"0": ramp(9)}, criterion="Abs", steps=1)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole sentence is compared
+        build(Abs(), example_input=INPUT, scores=str(path))
+    assert str(error.value) == f"the scores of {path} do not fit: '0' has shape [8] here but [9] in the scores"
+    with pytest.raises(ValueError, match="scores is a float: it must map names to tensors, or be the path of a file"):
+        build(scores=0.5)
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        build(scores=tmp_path / "nowhere")
+
+
+def test_scores_of_another_criterion_are_taken_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    save_scores(path, {"0": ramp(8)}, criterion="Weighted", steps=1)
+    with pytest.warns(UserWarning, match="goes on from them here") as caught:
+        pruner = build(Abs(), example_input=INPUT, scores=path)
+    assert [str(w.message) for w in caught] == [f"the scores of {path} are of Weighted, but Abs goes on from them here"]
+    assert caught[0].filename == __file__
+    assert torch.equal(pruner.scores()["0"], ramp(8))
+
+
 # ---- nothing waits
 
 
@@ -713,6 +898,12 @@ def test_a_state_of_other_targets_is_refused() -> None:
         ),
         (lambda: build(target_sparsity=0.0), "target_sparsity=0 has no effect: nothing will be pruned"),
         (lambda: NoPruning(mlp(), target_sparsity=0.5), "target_sparsity=0.5 has no effect: nothing is pruned here"),
+        (lambda: NoPruning(mlp(), scores="nowhere"), "scores have no effect: nothing is pruned here"),
+        (
+            lambda: build(Magnitude(), scores="nowhere"),
+            "scores have no effect: Magnitude computes its own when a mask is due",
+        ),
+        (lambda: build(Random()).load_scores({}), "scores have no effect: Random computes its own when a mask is due"),
     ],
 )
 def test_a_setting_without_effect_warns(make: Callable[[], object], sentence: str) -> None:

@@ -6,10 +6,13 @@ import math
 from functools import partial
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gsprune import Pruner
+from gsprune.criteria import Elementwise
 from gsprune.trainer import (
     Totals,
     Trainer,
@@ -226,6 +229,133 @@ def test_fp16_skips_a_step_whose_gradient_is_not_finite(recwarn):
     assert not torch.equal(seen[1], start)
     assert torch.isfinite(seen[1]).all()
     assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
+# --- scoring -----------------------------------------------------------------------------------------------
+
+
+class Noted(Recorder):
+    """Also notes the mode of the model."""
+
+    def on_before_optimizer_step(self):
+        super().on_before_optimizer_step()
+        self.calls[-1] += f" training={self.model.training}"
+
+
+def net_with_buffers():
+    """BatchNorm's statistics, one BatchNorm that is frozen, and buffers that the forward pass replaces and makes."""
+
+    class Counted(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.register_buffer("seen", torch.zeros(1), persistent=False)
+            self.register_buffer("last", None)
+
+        def forward(self, x):
+            self.seen, self.last = self.seen + len(x), x.detach()
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Counted(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model(torch.randn(6, 5))
+    model[0].last = None
+    model[3].eval()
+    return model
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.8])
+def test_scores_of_a_pass_are_the_slow_sum_over_its_groups(decay):
+    data = batches(4, 4, 4, 2)
+    model = mlp()
+    pruner = Pruner(model, Elementwise(decay=decay), target_sparsity=0.5, epochs=3)
+    trainer = CPU(accumulate_steps=2, clip_norm=1e-3)
+    assert trainer.score(model, data, optimizer=torch.optim.SGD(model.parameters()), pruner=pruner) == 2
+    changes = []
+    for group in (data[:2], data[2:]):
+        plain = mlp().double()
+        inputs, labels = joined(group)
+        F.cross_entropy(plain(inputs.double()), labels).backward()
+        changes.append((plain[0].weight * plain[0].weight.grad).detach())
+    expected = reference.accumulate(changes, decay).float()
+    torch.testing.assert_close(pruner.scores()["0.weight"], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_scoring_pass_leaves_the_network_bit_for_bit_as_it_was(precision):
+    model = net_with_buffers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    fit(CPU(), model, batches(4, 4), optimizer=optimizer)
+    model(batches(4)[0][0]).sum().backward()  # gradients that somebody left: not of this pass
+    model[0].last = None
+    model[3].eval()
+    state = {name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    places = [b.data_ptr() for b in model.buffers()]
+    memory = [optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    pruner = Noted(model)
+    assert CPU(precision=precision).score(model, batches(4, 4), optimizer=optimizer, pruner=pruner) == 2
+    assert pruner.calls == ["before_optimizer_step training=True"] * 2
+    after = dict([*model.named_parameters(), *model.named_buffers()])
+    assert list(after) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in after.items())
+    assert [b.data_ptr() for b in model.buffers()] == places
+    assert [part.training for part in model] == [True, True, True, False, True]
+    assert all(p.grad is None for p in model.parameters())
+    kept = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(kept, memory, strict=True))
+
+
+def test_a_scoring_pass_shows_the_gradients_that_training_without_a_learning_rate_shows():
+    data = batches(4, 4, 3)
+    model, trained = net_with_buffers(), net_with_buffers()
+    pruner, expected = Recorder(model), Recorder(trained)
+    model(data[0][0]).sum().backward()
+    CPU().score(model, data, optimizer=torch.optim.SGD(model.parameters()), pruner=pruner)
+    fit(CPU(), trained, data, pruner=expected, lr=0.0)
+    torch.testing.assert_close(pruner.gradients, expected.gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("steps", "done"), [(None, 3), (0, 0), (2, 2), (3, 3), (99, 3)])
+def test_a_scoring_pass_stops_after_its_steps_or_with_the_loader(steps, done):
+    class Counted(list):
+        taken = 0
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                self.taken += 1
+                yield batch
+
+    model, data, pruner = mlp(), Counted(batches(4, 4, 4, 4, 4)), Recorder()
+    optimizer = torch.optim.SGD(model.parameters())
+    assert CPU(accumulate_steps=2).score(model, data, optimizer=optimizer, pruner=pruner, steps=steps) == done
+    assert pruner.calls == ["before_optimizer_step"] * done
+    assert data.taken == min(2 * done, 5)
+
+
+def test_a_scale_too_large_for_fp16_shrinks_during_the_pass(monkeypatch):
+    make = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda *a, **kw: make(*a, **kw, init_scale=2.0**40, backoff_factor=2.0**-30)
+    )
+    model = mlp()
+    pruner = Pruner(model, Elementwise(), target_sparsity=0.5, epochs=3)
+    optimizer = torch.optim.SGD(model.parameters())
+    assert CPU(precision="fp16").score(model, batches(4, 4, 4), optimizer=optimizer, pruner=pruner) == 3
+    assert pruner.state_dict()["scored"] == 2
+    assert 0 < float(pruner.scores()["0.weight"].max()) < 10
+
+
+def test_a_scoring_pass_that_fails_also_leaves_the_network_as_it_was():
+    model = net_with_buffers()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    wrong = [*batches(4), (torch.zeros(4, 7), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        CPU().score(model, wrong, optimizer=torch.optim.SGD(model.parameters()), pruner=Recorder())
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert model[0].last is None
+    assert [part.training for part in model] == [True, True, True, False, True]
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match=r"^steps=-1 is not allowed: it must be 0 or more, or None$"):
+        CPU().score(model, wrong, optimizer=torch.optim.SGD(model.parameters()), pruner=Recorder(), steps=-1)
 
 
 # --- averages ----------------------------------------------------------------------------------------------
