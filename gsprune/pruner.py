@@ -324,8 +324,8 @@ class Pruner:
     # ---- inside
 
     def _score(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        if not self.criterion.cumulative or self.finished:
-            return
+        if not self.criterion.cumulative or (self.finished and self.updates):
+            return  # with a target of 0 there is no update, but scores there are: another pruner may start from them
         with torch.no_grad():
             finite = self._all.probe(self.criterion)
             if found_inf is not None:

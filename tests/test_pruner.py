@@ -607,6 +607,18 @@ def test_loaded_scores_do_not_bring_back_what_is_pruned() -> None:
     assert bool((after | ~gone).all())
 
 
+def test_scores_do_not_depend_on_the_target() -> None:
+    """A sweep takes them once for all its targets, and 0 may be among them."""
+    found = []
+    for target in (0.0, 0.5):
+        model = mlp()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a target of 0 has no effect
+            found.append(seen(model, build(model=model, target_sparsity=target)))
+    assert all(torch.equal(score, found[1][name]) for name, score in found[0].items())
+    assert float(found[0]["0.weight"].min()) > 0
+
+
 def test_scores_that_are_zero_everywhere_count_as_no_batch() -> None:
     pruner = build(schedule=OneShot(), scores=build().scores())
     pruner.on_step_begin(0)
