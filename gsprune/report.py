@@ -1,0 +1,540 @@
+"""The report of a sweep: `report.html`, `summary.csv` and `pareto.png` in its directory.
+
+    python -m gsprune.report multirun/<date>/<time>
+
+works at any time, also while the sweep runs: it reads what the jobs have left so far (results.py), groups it into
+variants (variants.py), draws (sweep_figures.py), and writes. The page is one file that loads nothing else. Imports
+matplotlib and jinja2 inside the functions, torch only to read masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import io
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from gsprune.drawing import percent
+from gsprune.files import read_json, write_atomic
+from gsprune.results import RESULT, JobResult, Results, natural, read_results
+from gsprune.sweep_figures import STYLES, Line, Mark, Panel, draw_heatmap, draw_panels
+from gsprune.variants import Point, Stat, dense_levels, once_each, pareto_front, points, stat, swept, variants
+
+__all__ = ["Report", "build_report", "main"]
+
+FILES = ("report.html", "summary.csv", "pareto.png")
+PARTS = {
+    "start": "start: data, model, rehearsal",
+    "train": "training, dense and pruned",
+    "measure": "measuring: test split, MACs, latency",
+    "files": "files and figures",
+    "tracking": "tracking",
+}
+_MAX_BEST = 8  # wanted sparsities with a line at the top of the page
+_MAX_GROUPS = 12  # wanted sparsities with a heading of their own in the table; more go by tens
+_MAX_RUNS, _MAX_LAYERS, _MAX_HEATMAPS = 20, 60, 4
+_MAX_PRINTED = 20
+
+
+@dataclass
+class Report:
+    """What was written, and from what."""
+
+    directory: Path
+    results: Results
+    usable: int  # finished jobs with an accuracy, each configuration once
+    left_out: Mapping[str, str]  # folder -> why
+    paths: list[Path] = field(default_factory=list)
+
+
+def build_report(directory: str | Path) -> Report:
+    """Write report.html, summary.csv and pareto.png into the sweep directory, each whole or not at all.
+
+    Raises:
+        ValueError: the directory does not exist, or holds no job whose result can be read.
+    """
+    sweep = _Sweep.read(Path(directory))
+    report = Report(sweep.directory, sweep.results, len(sweep.usable), sweep.left_out)
+    picture = draw_panels(sweep.panels())
+    contents = (sweep.page(picture).encode("utf-8", "replace"), sweep.table().encode("utf-8", "replace"), picture)
+    for name, content in zip(FILES, contents, strict=True):
+        write_atomic(sweep.directory / name, content)
+        report.paths.append(sweep.directory / name)
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m gsprune.report`: 0 when there was a finished job to report, else 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gsprune.report",
+        description="Write report.html, summary.csv and pareto.png of a Hydra sweep, also while it still runs.",
+    )
+    parser.add_argument("directory", help="the directory of the sweep, such as multirun/2026-01-31/12-00-00")
+    try:
+        report = build_report(parser.parse_args(arguments).directory)
+    except (ValueError, OSError) as error:
+        _say(f"Error: {error}", file=sys.stderr)
+        return 1
+    for path in report.paths:
+        _say(f"Wrote {path}")
+    for index, (folder, reason) in enumerate(report.left_out.items()):
+        if index == _MAX_PRINTED:
+            _say(f"Skipped {len(report.left_out) - index} more, see the page")
+            break
+        _say(f"Skipped {folder}: {reason}")
+    if not report.usable:
+        _say(f"Error: no job in {report.directory} has finished with an accuracy", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _say(text: str, file: Any = None) -> None:
+    stream = file or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(_clean(text, 1000).encode(encoding, "replace").decode(encoding), file=stream)
+
+
+# --- the sweep ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sweep:
+    """All that the three files are made from."""
+
+    directory: Path
+    results: Results
+    record: Mapping[str, Any]  # sweep.json, of any content
+    jobs: list[JobResult]  # each configuration once
+    left_out: dict[str, str]
+    axes: dict[str, list[str]]
+    variants: dict[str, str]
+    points: list[Point]
+    fronts: dict[str, set[tuple[str, float | None]]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> _Sweep:
+        results = read_results(directory)
+        if not results.jobs:
+            some = "".join(f"; {name}: {reason}" for name, reason in list(results.skipped.items())[:3])
+            raise ValueError(f"{directory} holds no job with a {RESULT} that can be read{some}")
+        jobs, equal = once_each(results.jobs)
+        axes = swept(jobs)
+        names = variants(jobs, axes)
+        found = points([job for job in jobs if _usable(job)], names)
+        left_out = {**results.skipped, **equal}
+        left_out = {name: left_out[name] for name in sorted(left_out, key=natural)}
+        sweep = cls(directory, results, _read_record(directory), jobs, left_out, axes, names, found)
+        sweep.fronts = {name: _front(found, measure) for name, measure in MEASURES.items()}
+        return sweep
+
+    @property
+    def usable(self) -> list[JobResult]:
+        return [job for job in self.jobs if _usable(job)]
+
+    def panels(self) -> list[Panel]:
+        dense = {f"{d.label}: {100 * d.accuracy:.2f} %": 100 * d.accuracy for d in self.dense}
+        styles = _styles(self.points, self.fronts["sparsity"])
+        panels: list[Panel] = []
+        for name, (title, across) in TITLES.items():
+            lines = _lines(self.points, MEASURES[name], self.fronts[name], styles)
+            if lines or not panels:
+                panels.append(Panel(title, across, lines, dense, empty=self._empty))
+        return panels
+
+    @property
+    def dense(self) -> list[Any]:
+        return list(dense_levels(self.usable, self.axes))
+
+    @property
+    def _empty(self) -> str:
+        return "no finished job says its sparsity" if self.points else "no job has finished yet"
+
+    # --- summary.csv ---
+
+    def table(self) -> str:
+        """One row a job: folder, status, variant, overrides, every number of its result, error (RFC 4180)."""
+        numbers = dict.fromkeys(name for job in self.results.jobs for name in _numbers(job.result))
+        axes = [axis for axis in self.axes if axis not in numbers]
+        buffer = io.StringIO()
+        writer = csv.writer(buffer)
+        head = ["folder", "status", "variant", *axes, *numbers, "config_hash", "mlflow_run_id", "error"]
+        writer.writerow([_cell(name) for name in head])
+        for job in self.results.jobs:
+            found = _numbers(job.result)
+            row: list[object] = [job.name, job.status, self.variants.get(job.name, "")]
+            row += [job.overrides.get(axis, "") for axis in axes]
+            row += [found.get(name, job.overrides.get(name, "") if name in self.axes else "") for name in numbers]
+            row += [job.text(name) or "" for name in ("config_hash", "mlflow_run_id", "error")]
+            writer.writerow([_cell(value) for value in row])
+        return buffer.getvalue()
+
+    # --- report.html ---
+
+    def page(self, picture: bytes) -> str:
+        import jinja2
+
+        loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+        environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+        return environment.get_template("report.html").render(
+            title=_clean(str(self.directory), 200),
+            made=_now(),
+            facts=self._facts(),
+            counts=self._counts(),
+            best=self._best(),
+            picture=_data_uri(picture),
+            panels=[panel.title for panel in self.panels()],
+            mixed=len({point.shrunk for point in self.points}) == 2,
+            groups=_groups(self.points, self.fronts),
+            single=any(point.accuracy.count == 1 for point in self.points),
+            failed=[_row(job, _error(job)) for job in self.jobs if _error(job) is not None],
+            unfinished=[_row(job, "") for job in self.jobs if job.status == "running"],
+            left_out=[(_clean(name, 200), _clean(reason, 400)) for name, reason in self.left_out.items()],
+            heatmaps=_heatmaps(self.points, self.fronts["sparsity"]),
+            times=_times(self.usable),
+            dense=_dense_cache(self.usable),
+        )
+
+    def _facts(self) -> list[tuple[str, str]]:
+        found = [(label, self._told(key)) for label, key in (("command", "command"), ("status", "status"))]
+        found += [("started", _when(self.record.get("started"))), ("ended", _when(self.record.get("ended")))]
+        return [(label, text) for label, text in found if text] + self._axes()
+
+    def _told(self, key: str) -> str:
+        value = self.record.get(key)
+        return _clean(value, 2000) if isinstance(value, str) else ""
+
+    def _axes(self) -> list[tuple[str, str]]:
+        told = self.record.get("axes")
+        listed = {k: v for k, v in told.items() if isinstance(v, list)} if isinstance(told, dict) else {}
+        axes = {**self.axes, **listed}
+        return [(f"swept: {_clean(key, 80)}", _values(values)) for key, values in axes.items() if len(values) > 1]
+
+    def _counts(self) -> list[tuple[int, str, str]]:
+        failed = sum(_error(job) is not None for job in self.jobs)
+        running = sum(job.status == "running" for job in self.jobs)
+        return [
+            (len(self.usable), "finished", "table"),
+            (failed, "failed", "failed"),
+            (running, "unfinished (running or killed)", "unfinished"),
+            (len(self.left_out), "left out, with reasons", "skipped"),
+        ]
+
+    def _best(self) -> list[dict[str, str]]:
+        """The most accurate variant at each wanted sparsity, if these are few."""
+        first: dict[float | None, Point] = {}
+        for point in self.points:
+            first.setdefault(point.target, point)
+        if len(first) > _MAX_BEST:
+            return []
+        return [{"target": _target_text(target), **_point_row(point, self.fronts)} for target, point in first.items()]
+
+
+def _usable(job: JobResult) -> bool:
+    return job.status == "finished" and job.number("accuracy") is not None
+
+
+def _error(job: JobResult) -> str | None:
+    """Why a job counts as failed; None when it does not."""
+    if job.status == "failed":
+        return job.text("error") or "no error was written"
+    if job.status == "finished" and not _usable(job):
+        return "it has finished, but its accuracy is not a finite number"
+    return None
+
+
+def _read_record(directory: Path) -> Mapping[str, Any]:
+    try:
+        record = read_json(directory / "sweep.json")
+    except (ValueError, OSError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+# --- accuracy against ... ----------------------------------------------------------------------------------
+
+# Name -> what a point has saved, in per cent; None keeps it out of the picture.
+MEASURES: Mapping[str, Callable[[Point], float | None]] = {
+    "sparsity": lambda point: 100 * point.sparsity.mean if point.sparsity else None,
+    "MACs": lambda point: _saved(point, "macs", "macs_dense"),
+    "latency": lambda point: _saved(point, "latency_ms", "latency_dense_ms"),
+}
+TITLES = {
+    "sparsity": ("Accuracy against sparsity", "sparsity reached (%)"),
+    "MACs": ("Accuracy against multiplications saved", "MACs saved (% of the dense network's)"),
+    "latency": ("Accuracy against time saved", "latency saved (% of the dense network's)"),
+}
+
+
+def _saved(point: Point, name: str, dense: str) -> float | None:
+    """Only of networks that became smaller: masked ones run all their zeros."""
+    left = point.share_left(name, dense) if point.shrunk else None
+    return None if left is None else 100 * (1 - left)
+
+
+def _front(found: Sequence[Point], measure: Callable[[Point], float | None]) -> set[tuple[str, float | None]]:
+    placed = [(point, across) for point in found if (across := measure(point)) is not None]
+    on_front = pareto_front([(across, point.accuracy.mean) for point, across in placed])
+    return {(point.variant, point.target) for (point, _), yes in zip(placed, on_front, strict=True) if yes}
+
+
+def _styles(found: Sequence[Point], front: set[tuple[str, float | None]]) -> dict[str, int]:
+    """A style for each variant; of too many, for those with most points on the front, then the most accurate."""
+
+    def merit(variant: str) -> tuple[int, float]:
+        own = [point for point in found if point.variant == variant]
+        mean = sum(point.accuracy.mean for point in own) / len(own)
+        return -sum((point.variant, point.target) in front for point in own), -mean
+
+    chosen = sorted(dict.fromkeys(point.variant for point in found), key=merit)[: len(STYLES)]
+    return {variant: index for index, variant in enumerate(sorted(chosen, key=natural))}
+
+
+def _lines(
+    found: Sequence[Point],
+    measure: Callable[[Point], float | None],
+    front: set[tuple[str, float | None]],
+    styles: Mapping[str, int],
+) -> list[Line]:
+    marks: dict[str, list[Mark]] = {}
+    for point in found:
+        across = measure(point)
+        if across is not None:
+            spread = None if point.accuracy.spread is None else 100 * point.accuracy.spread
+            best = (point.variant, point.target) in front
+            marks.setdefault(point.variant, []).append(Mark(across, 100 * point.accuracy.mean, spread, best))
+    return [Line(variant, styles.get(variant), own) for variant, own in marks.items()]
+
+
+# --- the page's parts --------------------------------------------------------------------------------------
+
+
+def _groups(found: Sequence[Point], fronts: Mapping[str, set[tuple[str, float | None]]]) -> list[dict[str, Any]]:
+    """The table's rows under a heading for each wanted sparsity, the most accurate first."""
+    many = len({point.target for point in found}) > _MAX_GROUPS
+    groups: dict[str, list[Point]] = {}
+    for point in found:
+        groups.setdefault(_band(point.target) if many else _target_text(point.target), []).append(point)
+    return [
+        {
+            "title": title,
+            "rows": [_point_row(p, fronts) for p in sorted(group, key=lambda p: -p.accuracy.mean)],
+        }
+        for title, group in groups.items()
+    ]
+
+
+def _target_text(target: float | None) -> str:
+    return "sparsity unknown" if target is None else f"{round(100 * target, 4):g} % sparsity"
+
+
+def _band(target: float | None) -> str:
+    """
+    >>> _band(0.57), _band(1.0)
+    ('50 to 60 % sparsity', '90 to 100 % sparsity')
+    """
+    if target is None:
+        return _target_text(target)
+    low = 10 * min(int(10 * target + 1e-9), 9)
+    return f"{low} to {low + 10} % sparsity"
+
+
+def _point_row(point: Point, fronts: Mapping[str, set[tuple[str, float | None]]]) -> dict[str, str]:
+    size = point.mean("file_bytes")
+    nonzero = point.share_left("params_nonzero", "params_dense")
+    return {
+        "variant": _clean(point.variant, 160),
+        "n": str(point.accuracy.count),
+        "accuracy": _plus_minus(point.accuracy, "{:.2f}", 100) + " %",
+        "delta": "" if point.delta is None else _plus_minus(point.delta, "{:+.2f}", 100),
+        "worse": "yes" if point.delta is not None and point.delta.mean < 0 else "",
+        "sparsity": "" if point.sparsity is None else percent(point.sparsity.mean),
+        "params": _times_text(point.times_less("params", "params_dense")),
+        "nonzero": "" if nonzero is None else percent(nonzero),
+        "macs": _times_text(point.times_less("macs", "macs_dense")),
+        "latency": _times_text(point.times_less("latency_ms", "latency_dense_ms")),
+        "size": "" if size is None else _bytes(size),
+        "front": ", ".join(name for name, front in fronts.items() if (point.variant, point.target) in front),
+        "best": _clean(point.best.name, 80),
+    }
+
+
+def _plus_minus(found: Stat, form: str, factor: float) -> str:
+    text = form.format(factor * found.mean)
+    return text if found.spread is None else f"{text} ± {factor * found.spread:.2f}"
+
+
+def _times_text(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}\u00d7" if ratio < 100 else f"{ratio:.0f}\u00d7"
+
+
+def _bytes(size: float) -> str:
+    """
+    >>> _bytes(378072), _bytes(40_000_000)
+    ('378 kB', '40.0 MB')
+    """
+    return f"{size / 1000:.0f} kB" if size < 1_000_000 else f"{size / 1_000_000:.1f} MB"
+
+
+def _row(job: JobResult, error: str | None) -> dict[str, str]:
+    overrides = " ".join(f"{key}={value}" for key, value in job.overrides.items())
+    return {"name": _clean(job.name, 200), "overrides": _clean(overrides, 400), "error": _clean(error or "", 600)}
+
+
+def _times(jobs: Sequence[JobResult]) -> dict[str, Any] | None:
+    """Mean seconds a job for each part, and what is not training; None when no job has recorded it."""
+    timed = [job for job in jobs if job.numbers("timings")]
+    names = dict.fromkeys([*PARTS, *(name for job in timed for name in job.numbers("timings"))])
+    means = {name: found.mean for name in names if (found := stat(job.number("timings", name) for job in timed))}
+    total = sum(means.values())
+    if not 0 < total < 1e12:
+        return None
+    parts = [
+        {"name": _clean(PARTS.get(name, name), 80), "seconds": f"{mean:.2f}", "share": f"{100 * mean / total:.0f}"}
+        for name, mean in means.items()
+        if mean >= 0
+    ]
+    beyond = f"{total - means['train']:.2f}" if "train" in means else ""
+    return {"parts": parts, "jobs": len(timed), "total": f"{total:.2f}", "beyond": beyond}
+
+
+def _dense_cache(jobs: Sequence[JobResult]) -> dict[str, Any] | None:
+    """How many dense networks were trained, how many jobs took one from the cache, and the seconds that saved."""
+    source = {job.name: job.text("dense", "source") for job in jobs}
+    taken = [job for job in jobs if source[job.name] == "cache"]
+    trained = sum(told == "trained" for told in source.values())
+    if not taken and not trained:
+        return None
+    pairs = [(job.number("dense", "train_seconds"), job.number("dense", "seconds")) for job in taken]
+    saved = sum(train - cost for train, cost in pairs if train is not None and cost is not None)
+    return {"trained": trained, "taken": len(taken), "saved": _duration(saved)}
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(42.4), _duration(150), _duration(9000)
+    ('42.4 s', '2.5 min', '2.5 h')
+    """
+    if abs(seconds) < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if abs(seconds) < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# --- sparsity by layer -------------------------------------------------------------------------------------
+
+
+def _heatmaps(found: Sequence[Point], front: set[tuple[str, float | None]]) -> list[dict[str, Any]]:
+    """A picture for each family of runs with about the same layers; a run is the best one of its point."""
+    shares: dict[tuple[str, float | None], dict[str, float]] = {}
+    for point in sorted(found, key=lambda p: ((p.variant, p.target) not in front, -p.accuracy.mean)):
+        layers = _layer_shares(point.best) if len(shares) < _MAX_RUNS else {}
+        if layers:
+            shares[point.variant, point.target] = layers
+    families: list[dict[str, dict[str, float]]] = []
+    for point in found:
+        layers = shares.get((point.variant, point.target), {})
+        if layers:
+            label = f"{_target_text(point.target).split(' sparsity')[0]}, {point.variant} (job {point.best.name})"
+            _family(families, layers)[label] = layers
+    more = len(found) - len(shares) if len(shares) == _MAX_RUNS else 0
+    return [{**_heatmap(family), "more": more} for family in families[:_MAX_HEATMAPS]]
+
+
+def _family(families: list[dict[str, dict[str, float]]], layers: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The first family that shares at least half of its layers with these, or a new one."""
+    for family in families:
+        others = next(iter(family.values()))
+        if 2 * len(others.keys() & layers.keys()) >= len(others.keys() | layers.keys()):
+            return family
+    families.append({})
+    return families[-1]
+
+
+def _heatmap(family: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    layers = list(dict.fromkeys(name for shares in family.values() for name in shares))
+    hidden = len(layers) - _MAX_LAYERS
+    if hidden > 0:
+        layers = [*layers[: _MAX_LAYERS // 2], "…", *layers[-(_MAX_LAYERS // 2) :]]
+    rows = [[shares.get(layer) for layer in layers] for shares in family.values()]
+    return {"picture": _data_uri(draw_heatmap(list(family), layers, rows)), "hidden": max(hidden, 0)}
+
+
+def _layer_shares(job: JobResult) -> dict[str, float]:
+    """Tensor or structure -> share pruned, from the job's masks; empty when there are none that can be read."""
+    path = job.folder / "masks.safetensors"
+    if not path.is_file():
+        return {}
+    from gsprune.checkpoint import load_masks
+
+    try:
+        masks = load_masks(path)
+    except (ValueError, OSError):
+        return {}
+    return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in masks.items() if mask.numel()}
+
+
+# --- text --------------------------------------------------------------------------------------------------
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """Every finite number of a result, of objects in it as "timings.train"; whole numbers stay whole."""
+    found: dict[str, float] = {}
+    for name, value in result.items():
+        inner = {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+        for key, part in inner.items():
+            if isinstance(part, (int, float)) and not isinstance(part, bool) and abs(part) < 1e300:
+                found[key] = part
+    return found
+
+
+def _cell(value: object) -> object:
+    """A cell of the table: numbers as they are; text never as something that a spreadsheet would calculate.
+
+    >>> [_cell(value) for value in (-0.5, "-0.5", "=1+1", "abs", "@x")]
+    [-0.5, '-0.5', "'=1+1", 'abs', "'@x"]
+    """
+    if not isinstance(value, str):
+        return value
+    text = _clean(value, 2000)
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+    return text
+
+
+def _clean(text: str, length: int) -> str:
+    """A stranger's text on one line, printable, and not longer than `length`."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text[: length + 1])
+    return shown if len(shown) <= length else f"{shown[: length - 1]}…"
+
+
+def _values(values: Sequence[object]) -> str:
+    shown = [_clean(str(value), 60) or "(not set)" for value in values[:16]]
+    more = f", … ({len(values)} values)" if len(values) > 16 else ""
+    return ", ".join(shown) + more
+
+
+def _when(value: object) -> str:
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        return ""
+    return moment.strftime("%Y-%m-%d %H:%M:%S %Z").strip() if moment else ""
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _data_uri(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
