@@ -238,7 +238,8 @@ def make_loader(
         train: shuffle (and augment) by a generator of its own, seeded with `seed`. The last batch may be short; it is
             dropped only where it would be a single sample, which BatchNorm cannot normalise.
         device: where batches go next. For CUDA, memory is pinned and `num_workers` processes read ahead; pictures in
-            memory never need them.
+            memory never need them. They start anew each epoch, with seeds drawn from the loader's generator, so that an
+            epoch depends on that generator alone and not on how many came before it.
 
     Raises:
         ValueError: `batch_size` below 1 or `num_workers` below 0.
@@ -257,7 +258,6 @@ def make_loader(
         drop_last=train and samples > batch_size > 1 and samples % batch_size == 1,
         collate_fn=collate,
         num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=on_cuda,
         generator=generator,
     )

@@ -6,15 +6,15 @@ every other room, and hydra and omegaconf to build things from the configuration
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import hashlib
-import json
 import logging
 import os
+import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,20 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch import __version__ as torch_version
 from torch.optim import Optimizer
 
 from gsprune import figures, metrics
-from gsprune.checkpoint import save_masks, save_pruned, state_tensors
+from gsprune.checkpoint import save_masks, save_pruned, save_scores, state_tensors
 from gsprune.console import Progress, make_progress, print_summary
+from gsprune.dense_cache import DenseCache, DenseRecord
 from gsprune.files import write_atomic, write_json
+from gsprune.identity import config_hash, dense_key, plain_config, scores_key, scores_path
 from gsprune.pruner import NoPruning
+from gsprune.results import read_results
 from gsprune.shrink import Plan, apply_plan, plan_shrink
-from gsprune.tracking import Tracker, read_metrics
+from gsprune.sweep import Sweep, current_sweep, set_aside, without_sweep_settings
+from gsprune.tracking import Tracker, download_artifact, read_metrics
 from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
 
 log = logging.getLogger(__name__)
@@ -61,28 +66,31 @@ NUMBERS = (
     "updates",
     "epochs",
 )
-# What changes no number of a result, and so is left out of its config_hash.
-NOT_HASHED = (
-    "hydra",
-    "tracking",
-    "objective",
-    "trainer.progress",
-    "dataset.root",
-    "dataset.num_workers",
-    "dataset.device",
-)
+# Seconds of a job, by what they went to.
+PARTS = ("start", "train", "measure", "files", "tracking")
+SCORES = "checkpoint/scores.safetensors"  # what the pruner of a job began with
 
 
 def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Run the job that `cfg` describes; return what it also writes to `result.json`.
 
-    On any exception `result.json` says `failed` with the error's last line, tracking is told, and the
-    exception goes on.
+    In a sweep a job that has finished before, in this folder or another, is not done again: its result is returned.
+    On any exception `result.json` says `failed` with the error's last line, tracking is told, and the exception
+    goes on.
 
     Raises:
         ValueError: a mistake in the configuration, in one sentence.
     """
-    job = _Job(cfg, Path(output_dir).absolute())
+    folder, sweep = Path(output_dir).absolute(), current_sweep()
+    if sweep is None:
+        return _run(cfg, folder, None)
+    with sweep.held(f"job {sweep.name_of(folder)}", waiting_for="that runs this job"):
+        found = _finished_before(cfg, folder, sweep)
+        return _run(cfg, folder, sweep) if found is None else found
+
+
+def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
+    job = _Job(cfg, folder, sweep)
     try:
         job.prepare()
         job.dense_phase()
@@ -95,6 +103,25 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
         raise
 
 
+def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, Any] | None:
+    """The result of an equal job of this sweep; if there is none, the folder is cleared for the one to come."""
+    try:
+        mine = config_hash(cfg)
+    except ValueError:
+        return None  # the job itself will say what is wrong
+    job = sweep.finished(mine)
+    if job is None or job.folder != folder:
+        for other in read_results(folder).with_status("finished"):
+            log.info("the result of another job in %s is kept in %s", folder, set_aside(folder, other))
+    if job is None:
+        return None
+    log.info("not done again: %s has finished with the same configuration", job.folder)
+    if job.folder != folder:
+        same_as = sweep.name_of(job.folder)
+        write_json(folder / "result.json", {"status": "skipped", "same_as": same_as, "config_hash": mine})
+    return dict(job.result)
+
+
 def objective(result: Mapping[str, Any], wanted: str | Sequence[str]) -> float | tuple[float, ...]:
     """The number (or numbers) of the result that a sweep optimises.
 
@@ -104,22 +131,6 @@ def objective(result: Mapping[str, Any], wanted: str | Sequence[str]) -> float |
     if isinstance(wanted, str):
         return float(result[wanted])
     return tuple(float(result[name]) for name in wanted)
-
-
-def config_hash(cfg: DictConfig) -> str:
-    """sha256 of everything in the configuration that determines the result: the seed too, but no output path,
-    nothing of tracking, and of `model.weights` the content instead of the path.
-
-    Two jobs with the same hash give the same result on the same kind of machine.
-    """
-    config = _plain(cfg)
-    for path in NOT_HASHED:
-        group, _, key = path.rpartition(".")
-        (config.get(group) or {} if group else config).pop(key, None)
-    weights = (config.get("model") or {}).get("weights")
-    if weights and Path(weights).is_file():
-        config["model"]["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def build(node: Any, **arguments: Any) -> Any:
@@ -180,13 +191,17 @@ class _Job:
     pruner: Any
     dense: nn.Module
     last: Mapping[str, float] = {}
+    cache: DenseCache | None = None
     cost: tuple[int, int] = (0, 0)  # parameters and MACs of the network as pruned so far
     costed = recorded = 0  # mask updates that `cost` and the mask files have seen
 
-    def __init__(self, cfg: DictConfig, output_dir: Path) -> None:
-        self.cfg, self.output_dir, self.started = cfg, output_dir, time.perf_counter()
+    def __init__(self, cfg: DictConfig, output_dir: Path, sweep: Sweep | None) -> None:
+        self.cfg, self.output_dir, self.sweep = copy.deepcopy(cfg), output_dir, sweep
+        self.watch = metrics.Stopwatch(*PARTS)
+        self.rows: list[Mapping[str, float]] = []  # the metrics of each epoch
         self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS)}
-        self.result |= {"mlflow_run_id": None, "config_hash": None, "device": None, "shrunk": False}
+        self.result |= {"mlflow_run_id": None, "config_hash": None, "device": None, "shrunk": False, "dense": None}
+        self.result |= {"name": run_name(cfg), "seed": cfg.get("seed"), **hydra_choices()}
         write_json(output_dir / "result.json", self.result)  # a job that gets killed leaves this
 
     # --- the steps ---
@@ -198,6 +213,7 @@ class _Job:
             raise ValueError(f"seed={self.cfg.seed} is not allowed: it must be a whole number")
         self.trainer = build(self.cfg.trainer)
         check_objective(self.cfg.objective, self.trainer)
+        self._fetch_scores()
         self.progress = make_progress(self.trainer.progress, epochs=self.epochs)
         self.result["device"] = str(self.trainer.torch_device)
         self._seed(phase=0)
@@ -210,26 +226,82 @@ class _Job:
         self._rehearse()
         for old in ("masks", "figures"):  # of an earlier job in the same directory
             shutil.rmtree(self.output_dir / old, ignore_errors=True)
-        self._open_tracker()
+        with self.watch.part("tracking"):
+            self._open_tracker()
 
     def dense_phase(self) -> None:
-        """Ordinary training, then the dense network's accuracy on the test split, and a copy of it to compare."""
-        self._fit("dense", epochs=self.trainer.dense_epochs)
-        baseline = self.trainer.evaluate(self.model, self.data.test)
-        self.result |= {"baseline_accuracy": baseline["accuracy"], "baseline_loss": baseline["loss"]}
-        self.dense, self.dense_val = copy.deepcopy(self.model), self.last.get("val/accuracy")
-        path = self.output_dir / "checkpoint" / "dense.safetensors"  # what `model.weights` takes
-        write_atomic(path, save(state_tensors(self.model)[0]))
+        """Ordinary training, and the dense network's accuracy on the test split; a copy of it is kept to compare.
+
+        Jobs of a sweep that want the same network train it once.
+        """
+        began, cache = time.perf_counter(), self._dense_cache()
+        with cache.held() if cache else contextlib.nullcontext():
+            record = self._from_cache(cache) if cache else None
+            source = "trained" if record is None else "cache"
+            if record is None:
+                record = self._train_dense()
+                if cache:
+                    cache.store(state_tensors(self.model)[0], record)
+        if source == "cache":
+            self._replay(record)
+        if cache:
+            self._note_dense(record, key=cache.key, source=source, seconds=time.perf_counter() - began)
+        self.result |= {f"baseline_{name}": value for name, value in record.baseline.items()}
+        self.dense, self.dense_val, self.cache = copy.deepcopy(self.model), self.last.get("val/accuracy"), cache
+        with self.watch.part("files"):  # what `model.weights` takes
+            write_atomic(self.output_dir / "checkpoint" / "dense.safetensors", save(state_tensors(self.model)[0]))
 
     def prune_phase(self) -> None:
         """Training with the pruner's hooks; at its end the final mask is set and a structured model is smaller."""
-        self._seed(phase=1)  # so that a dense network from a file goes on exactly like one trained here
         trainer = self.trainer
-        self._fit("prune", epochs=trainer.prune_epochs, lr=trainer.prune_lr, offset=trainer.dense_epochs)
+        optimizer, lr_schedule = self._build_optimizer(trainer.prune_epochs, trainer.prune_lr)
+        self.pruner = self._build_pruner(optimizer)
+        self._start_scores(optimizer)
+        self._seed(phase=1)  # so that a dense network from a file goes on exactly like one trained here
+        self._fit("prune", optimizer, lr_schedule, epochs=trainer.prune_epochs, offset=trainer.dense_epochs)
         self._record_masks(self.epochs)
 
     def measure(self) -> None:
         """Both networks on the test split, and what they cost; latencies are taken in turns."""
+        with self.watch.part("measure"):
+            self._measure()
+
+    def write_files(self) -> None:
+        """Masks, model and figures; `result.json` and `metrics.jsonl` are written elsewhere."""
+        with self.watch.part("files"):
+            masks = self._save_model()
+            folder = self.output_dir / "figures"
+            figures.save_layer_sparsity(folder / "sparsity_by_layer.png", masks)
+            rows = read_metrics(self.output_dir / "metrics.jsonl")
+            figures.save_history(folder / "history.png", rows, baseline=self.dense_val)
+
+    def finish(self) -> dict[str, Any]:
+        self._write_result("finished")
+        with self.watch.part("tracking"):
+            self._send_files()
+        self._write_result("finished")  # again, with the seconds that tracking took
+        self.progress.close()
+        print_summary(self.result, self.output_dir, tracking_uri=getattr(self.tracker, "tracking_uri", None))
+        return self.result
+
+    def fail(self, error: BaseException) -> None:
+        """Leave the record closed; what goes wrong here must not hide the error itself."""
+        lines = str(error).strip().splitlines()
+        self.result["error"] = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+        try:
+            if hasattr(self, "progress"):
+                self.progress.close()
+            self._write_result("failed")
+            if self.result["baseline_accuracy"] is not None:  # what was trained is not thrown away
+                self._save_model()
+            if hasattr(self, "tracker"):
+                self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        except Exception:
+            log.exception("the failure could not be recorded in %s", self.output_dir)
+
+    # --- their parts ---
+
+    def _measure(self) -> None:
         test = self.trainer.evaluate(self.model, self.data.test)
         self.result |= {
             "accuracy": test["accuracy"],
@@ -251,45 +323,6 @@ class _Job:
             models = {"latency_dense_ms": self.dense, "latency_ms": self.model}
             repeats = self.trainer.latency_repeats
             self.result |= metrics.latency_ms(models, self.latency_example, repeats=repeats)
-
-    def write_files(self) -> None:
-        """Masks, model and figures; `result.json` and `metrics.jsonl` are written elsewhere."""
-        masks = self._save_model()
-        folder = self.output_dir / "figures"
-        figures.save_layer_sparsity(folder / "sparsity_by_layer.png", masks)
-        rows = read_metrics(self.output_dir / "metrics.jsonl")
-        figures.save_history(folder / "history.png", rows, baseline=self.dense_val)
-
-    def finish(self) -> dict[str, Any]:
-        self._write_result("finished")
-        known = {**dict.fromkeys(NUMBERS), **self.last}  # a number that the last epoch has logged is not repeated
-        final = {name: self.result[name] for name in NUMBERS if self.result[name] != known[name]}
-        self.tracker.log_metrics(final, step=self.result["epochs"])
-        for name in ("result.json", "masks.safetensors", "model.safetensors", "pruning.json"):
-            self.tracker.log_artifact(self.output_dir / name)
-        for path in sorted((self.output_dir / "figures").glob("*.png")):
-            self.tracker.log_artifact(path, folder="figures")
-        self.tracker.finish("FINISHED")
-        self.progress.close()
-        print_summary(self.result, self.output_dir, tracking_uri=getattr(self.tracker, "tracking_uri", None))
-        return self.result
-
-    def fail(self, error: BaseException) -> None:
-        """Leave the record closed; what goes wrong here must not hide the error itself."""
-        lines = str(error).strip().splitlines()
-        self.result["error"] = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-        try:
-            if hasattr(self, "progress"):
-                self.progress.close()
-            self._write_result("failed")
-            if self.result["baseline_accuracy"] is not None:  # what was trained is not thrown away
-                self._save_model()
-            if hasattr(self, "tracker"):
-                self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        except Exception:
-            log.exception("the failure could not be recorded in %s", self.output_dir)
-
-    # --- their parts ---
 
     @property
     def epochs(self) -> int:
@@ -324,9 +357,10 @@ class _Job:
 
     def _open_tracker(self) -> None:
         name = self.cfg.tracking.get("run_name") or run_name(self.cfg)
-        self.tracker = build(self.cfg.tracking, output_dir=str(self.output_dir), run_name=name)
+        parent = {"parent_run_id": self.sweep.parent_run_id} if self.sweep else {}
+        self.tracker = build(self.cfg.tracking, output_dir=str(self.output_dir), run_name=name, **parent)
         tags = {"config_hash": self.result["config_hash"], **hydra_tags()}
-        self.tracker.start(config=_plain(self.cfg), tags=tags)
+        self.tracker.start(config=plain_config(self.cfg), tags=tags)
         self.result["mlflow_run_id"] = self.tracker.run_id
 
     def _rehearse(self) -> None:
@@ -358,30 +392,142 @@ class _Job:
             epochs=self.trainer.prune_epochs,
         )
 
-    def _fit(self, name: str, *, epochs: int, lr: float | None = None, offset: int = 0) -> None:
-        optimizer, lr_schedule = self._build_optimizer(epochs, lr)
-        self.pruner = NoPruning(self.model) if name == "dense" else self._build_pruner(optimizer)
+    def _send_files(self) -> None:
+        known = {**dict.fromkeys(NUMBERS), **self.last}  # a number that the last epoch has logged is not repeated
+        final = {name: self.result[name] for name in NUMBERS if self.result[name] != known[name]}
+        self.tracker.log_metrics(final, step=self.result["epochs"])
+        for name in ("result.json", "masks.safetensors", "model.safetensors", "pruning.json"):
+            self.tracker.log_artifact(self.output_dir / name)
+        for path in sorted((self.output_dir / "figures").glob("*.png")):
+            self.tracker.log_artifact(path, folder="figures")
+        self.tracker.finish("FINISHED")
+
+    def _dense_cache(self) -> DenseCache | None:
+        """Where this job's dense network is kept for others; None outside a sweep, or if nothing is to be trained."""
+        if self.sweep is None or not self.trainer.dense_cache or self.trainer.dense_epochs == 0:
+            return None
+        key = dense_key(self.cfg, torch=torch_version, device=self.trainer.torch_device.type)
+        return DenseCache(self.sweep, key)
+
+    def _from_cache(self, cache: DenseCache) -> DenseRecord | None:
+        """The record of a network that another job has trained, with its weights in the model; None: none usable."""
+        record = cache.find()
+        if record is None:
+            return None
+        try:
+            load_weights(self.model, cache.weights)
+        except ValueError as error:
+            log.warning("the dense network is trained again: %s", error)
+            return None
+        log.info("the dense network is that of job %s, trained there in %.1f s", record.job, record.train_seconds)
+        return record
+
+    def _train_dense(self) -> DenseRecord:
+        began, trainer = time.perf_counter(), self.trainer
+        self._seed(phase=0)  # whatever the second phase's rehearsal has drawn
+        self.pruner = NoPruning(self.model)
+        self._fit("dense", *self._build_optimizer(trainer.dense_epochs, None), epochs=trainer.dense_epochs)
+        with self.watch.part("measure"):
+            baseline = trainer.evaluate(self.model, self.data.test)
+        job = self.sweep.name_of(self.output_dir) if self.sweep else ""
+        return DenseRecord(baseline, self.rows, self.tracker.run_id, job, time.perf_counter() - began)
+
+    def _replay(self, record: DenseRecord) -> None:
+        """The epochs of a dense network from the cache, as if they had been trained here."""
+        for trained, row in enumerate(record.epochs, 1):
+            self.last = row
+            with self.watch.part("tracking"):
+                self.tracker.log_metrics(row, step=trained)
+        self.cost = int(self.last["params"]), int(self.last["macs"])
+
+    def _note_dense(self, record: DenseRecord, *, key: str, source: str, seconds: float) -> None:
+        origin = {"key": key, "source": source, "run_id": record.run_id, "job": record.job}
+        self.result["dense"] = {**origin, "train_seconds": record.train_seconds, "seconds": seconds}
+        noted = {f"dense.{name}": value for name, value in origin.items() if value is not None}
+        with self.watch.part("tracking"):
+            self.tracker.log_params(noted)
+            self.tracker.log_tags(noted)
+
+    def _fetch_scores(self) -> None:
+        """Make `pruner.scores` the path of a file, whatever it names."""
+        given = self.cfg.pruner.get("scores")
+        if given is None:
+            return
+        path = scores_path(given)
+        if not path.exists() and re.fullmatch("[0-9a-f]{32}", given):
+            path = download_artifact(self.cfg.tracking.get("tracking_uri"), given, SCORES, self.output_dir)
+        if not path.is_file():
+            raise ValueError(
+                f"pruner.scores={given} is neither a file of scores, nor the output directory of a run that has "
+                f"{SCORES}, nor the id of an MLflow run"
+            )
+        self.cfg.pruner.scores = str(path)
+
+    def _start_scores(self, optimizer: Optimizer) -> None:
+        """What the pruner begins with: given scores, or those of the dense network, which a sweep takes once."""
+        criterion = getattr(self.pruner, "criterion", None)
+        given = self.cfg.pruner.get("scores")
+        wanted = self.trainer.dense_scores and self.trainer.prune_epochs > 0
+        if criterion is None or not criterion.cumulative or not (given or wanted):
+            return
+        if not given:
+            self._score_dense(optimizer)
+        with self.watch.part("files"):
+            self._save_scores(self.output_dir / SCORES)
+        with self.watch.part("tracking"):
+            self.tracker.log_artifact(self.output_dir / SCORES, folder="checkpoint")
+
+    def _score_dense(self, optimizer: Optimizer) -> None:
+        cache, key = self.cache, scores_key(self.cfg)
+        with cache.held(key) if cache else contextlib.nullcontext():
+            if cache and cache.scores(key).is_file():
+                try:
+                    return self.pruner.load_scores(cache.scores(key))  # type: ignore[no-any-return]
+                except ValueError as error:
+                    log.warning("the dense network is scored again: %s", error)
+            self._seed(phase=2)
+            with self.watch.part("train"):
+                self.trainer.score(
+                    self.model, self.data.train, optimizer=optimizer, pruner=self.pruner, steps=self._score_steps
+                )
+            if cache:
+                self._save_scores(cache.scores(key))
+
+    @property
+    def _score_steps(self) -> int:
+        """As many as a running score remembers, one epoch at most."""
+        return min(self.steps_per_epoch, self.pruner.criterion.horizon or self.steps_per_epoch)
+
+    def _save_scores(self, path: Path) -> None:
+        criterion = type(self.pruner.criterion).__name__
+        save_scores(path, self.pruner.scores(), criterion=criterion, steps=self._score_steps)
+
+    def _fit(self, name: str, optimizer: Optimizer, lr_schedule: Schedule, *, epochs: int, offset: int = 0) -> None:
         self.progress.phase(name, epochs=epochs, steps_per_epoch=self.steps_per_epoch)
-        self.trainer.fit(
-            self.model,
-            self.data.train,
-            self.data.val,
-            optimizer=optimizer,
-            lr_schedule=lr_schedule,
-            pruner=self.pruner,
-            epochs=epochs,
-            on_epoch=lambda epoch, values: self._record(epoch + offset + 1, values),
-            on_step=self.progress.on_step,
-        )
+        with self.watch.part("train"):
+            self.trainer.fit(
+                self.model,
+                self.data.train,
+                self.data.val,
+                optimizer=optimizer,
+                lr_schedule=lr_schedule,
+                pruner=self.pruner,
+                epochs=epochs,
+                on_epoch=lambda epoch, values: self._record(epoch + offset + 1, values),
+                on_step=self.progress.on_step,
+            )
 
     def _record(self, trained: int, values: dict[str, float]) -> None:
         """Metrics after so many epochs, counted over both phases, and the masks if they changed."""
         values |= self.pruner.report()
         if trained == 1 or self.costed != self.pruner.updates:
-            twin, self.costed = smaller(self.model, self.pruner), self.pruner.updates
-            self.cost = metrics.count_parameters(twin), metrics.count_macs(twin, self.example)
+            with self.watch.part("measure"):
+                twin, self.costed = smaller(self.model, self.pruner), self.pruner.updates
+                self.cost = metrics.count_parameters(twin), metrics.count_macs(twin, self.example)
         self.last = {**values, "params": self.cost[0], "macs": self.cost[1]}
-        self.tracker.log_metrics(self.last, step=trained)
+        self.rows.append(self.last)
+        with self.watch.part("tracking"):
+            self.tracker.log_metrics(self.last, step=trained)
         self._record_masks(trained)
         self.progress.on_epoch(trained, self.last)
 
@@ -391,13 +537,17 @@ class _Job:
             return
         self.recorded, masks = self.pruner.updates, self.pruner.masks()
         path = self.output_dir / "masks" / f"epoch_{trained:04d}.safetensors"
-        save_masks(path, masks)
-        self.tracker.log_artifact(path, folder="masks")
-        self.tracker.log_image(figures.mask_image(masks), key="masks", step=trained)
+        with self.watch.part("files"):
+            save_masks(path, masks)
+            picture = figures.mask_image(masks)
+        with self.watch.part("tracking"):
+            self.tracker.log_artifact(path, folder="masks")
+            self.tracker.log_image(picture, key="masks", step=trained)
 
     def _write_result(self, status: str) -> None:
         self.result["status"] = status
-        self.result["seconds"] = time.perf_counter() - self.started
+        self.result["timings"] = self.watch.read()
+        self.result["seconds"] = sum(self.result["timings"].values())
         write_json(self.output_dir / "result.json", self.result)
 
 
@@ -423,14 +573,22 @@ def check_objective(wanted: str | Sequence[str], trainer: Trainer) -> None:
             raise ValueError(f"objective={name} is not measured with trainer.latency_repeats=0")
 
 
-def hydra_tags() -> dict[str, str]:
-    """Hydra's overrides and the option chosen in each group, when this runs inside a Hydra job."""
+def hydra_choices() -> dict[str, Any]:
+    """The job's `overrides` and the option chosen in each group (`choices`); empty outside Hydra."""
     if not HydraConfig.initialized():
-        return {}
+        return {"overrides": [], "choices": {}}
     hydra = HydraConfig.get()
-    choices = {f"group.{name}": str(option) for name, option in hydra.runtime.choices.items()}
-    ours = {name: option for name, option in choices.items() if not name.startswith("group.hydra/")}
-    return {"hydra.overrides": " ".join(hydra.overrides.task), **ours}
+    ours = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
+    return {"overrides": without_sweep_settings(hydra.overrides.task), "choices": ours}
+
+
+def hydra_tags() -> dict[str, str]:
+    """The same as tags of an MLflow run."""
+    chosen = hydra_choices()
+    if not chosen["choices"]:
+        return {}
+    groups = {f"group.{name}": choice for name, choice in chosen["choices"].items()}
+    return {"hydra.overrides": " ".join(chosen["overrides"]), **groups}
 
 
 def run_name(cfg: DictConfig) -> str | None:
@@ -441,24 +599,6 @@ def run_name(cfg: DictConfig) -> str | None:
     share = cfg.pruner.get("target_sparsity")
     pruner = f"{chosen['pruner']} {share:g}" if share else chosen["pruner"]
     return f"{pruner}, {chosen['model']}, {chosen['dataset']}, seed {cfg.seed}"
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    missing = list(_missing(OmegaConf.to_container(cfg)))
-    if missing:
-        raise ValueError(f"{', '.join(missing)} must be given: {missing[0]}=...")
-    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _missing(values: Any, path: str = "") -> Iterator[str]:
-    """Where the configuration has `???`; what only refers to such a place is not named."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _missing(value, f"{path}.{key}" if path else str(key))
-    elif values == "???":
-        yield path
 
 
 def _first(inputs: Any, count: int) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
-__all__ = ["count_macs", "count_parameters", "file_bytes", "fraction_pruned", "latency_ms"]
+__all__ = ["Stopwatch", "count_macs", "count_parameters", "file_bytes", "fraction_pruned", "latency_ms"]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -175,3 +175,37 @@ def _call(model: nn.Module, example_input: Any) -> Any:
     if isinstance(example_input, Mapping):
         return model(**example_input)
     return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+
+
+class Stopwatch:
+    """Seconds of wall-clock time by part; a part inside another takes its time out of the outer one.
+
+    >>> watch = Stopwatch("start", "train")
+    >>> with watch.part("train"):
+    ...     pass
+    >>> list(watch.read()), watch.read()["start"] > 0
+    (['start', 'train'], True)
+    """
+
+    def __init__(self, first: str, *others: str) -> None:
+        """The watch runs from now on, for `first` while nothing else is open."""
+        self._seconds = dict.fromkeys((first, *others), 0.0)
+        self._open, self._since = first, time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        outer = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def read(self) -> dict[str, float]:
+        self._switch(self._open)
+        return dict(self._seconds)
+
+    def _switch(self, name: str) -> str:
+        before, now = self._open, time.perf_counter()
+        self._seconds[before] += now - self._since
+        self._open, self._since = name, now
+        return before

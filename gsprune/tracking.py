@@ -26,7 +26,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +92,12 @@ class Tracker:
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Add tags to the run; the local record has no use for them."""
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        """Add parameters that were not known at the start; the local record has no use for them."""
+
+    def close_children(self, *, except_for: Sequence[str]) -> None:
+        """End the runs nested under this one that are still open, but for those; the local record has none."""
 
     def finish(self, status: Status) -> None:
         """Close the record. Calls after the first do nothing."""
@@ -213,6 +219,7 @@ class MLflowTracker(Tracker):
             `mlartifacts` beside a local database, the server's choice otherwise (so too for a relative folder).
         run_name: shown in MLflow; None lets MLflow invent one.
         parent_run_id: nests this run under that one (a sweep).
+        run_id: goes on with that run, which may have ended, if it is still there.
         timeout_s: seconds a server may take for one call (files: and one more for each MB). A local
             database, which other processes may keep waiting, is given 30 at least.
 
@@ -228,13 +235,14 @@ class MLflowTracker(Tracker):
         artifact_root: str | os.PathLike[str] | None = None,
         run_name: str | None = None,
         parent_run_id: str | None = None,
+        run_id: str | None = None,
         timeout_s: float = 5.0,
         **_: object,
     ) -> None:
         super().__init__(output_dir)
         uri = resolve_tracking_uri(tracking_uri)
         self.tracking_uri, self.experiment, self.timeout_s = uri, experiment, timeout_s
-        self._store = _Store(uri, experiment, artifact_root, run_name, parent_run_id)
+        self._store = _Store(uri, experiment, artifact_root, run_name, parent_run_id, run_id)
         local = _database_file(uri) is not None
         self._limit = max(timeout_s, 30.0) if local else timeout_s
         self._start_limit = max(timeout_s, 120.0) if local else timeout_s  # other jobs may be creating it first
@@ -270,6 +278,12 @@ class MLflowTracker(Tracker):
     def log_tags(self, tags: Mapping[str, str]) -> None:
         self._send("tags", tags=dict(tags))
 
+    def log_params(self, params: Mapping[str, str]) -> None:
+        self._send("params", params={self._names[key]: value for key, value in params.items()})
+
+    def close_children(self, *, except_for: Sequence[str]) -> None:
+        self._send("children", except_for=list(except_for), time_ms=int(time.time() * 1000))
+
     def finish(self, status: Status) -> None:
         if self._finished:
             return
@@ -295,7 +309,8 @@ class MLflowTracker(Tracker):
             else:
                 self._lose_patience(kind, time.monotonic() - begin - transfer)
                 return
-        self._locally(lambda: _append(self.output_dir / "unsent.jsonl", {"kind": kind, **event}))
+        if kind != "children":  # which runs are open is true of now only
+            self._locally(lambda: _append(self.output_dir / "unsent.jsonl", {"kind": kind, **event}))
 
     def _lose_patience(self, kind: str, seconds: float) -> None:
         if kind == "start" and self._start_limit > self.timeout_s:
@@ -372,8 +387,10 @@ class _Store:
         artifact_root: str | os.PathLike[str] | None,
         run_name: str | None,
         parent_run_id: str | None,
+        run_id: str | None,
     ) -> None:
         self.run_id: str | None = None
+        self._continued = run_id
         self._uri, self._experiment, self._run_name = uri, experiment, run_name
         self._location = _artifact_location(uri, experiment, artifact_root)
         self._parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
@@ -381,12 +398,17 @@ class _Store:
 
     def start(self, *, params: Mapping[str, str], tags: Mapping[str, str], time_ms: int) -> None:
         experiment_id = self._open()
+        if self._reopen():
+            return self.tags(tags=tags)
         tags = _fit_tags({**_origin(), **self._parent, **tags})
         run = self._client.create_run(
             experiment_id, start_time=time_ms, run_name=self._run_name, tags=dict(islice(tags.items(), 50))
         )
         self.run_id = run.info.run_id
         self.tags(tags=dict(islice(tags.items(), 50, None)))
+        self.params(params=params)
+
+    def params(self, *, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
         entries = [Param(key, value[:6000]) for key, value in params.items()]
@@ -416,8 +438,30 @@ class _Store:
         with Image.open(path) as picture:
             self._client.log_image(self.run_id, picture, key=key, step=step, timestamp=time_ms, synchronous=True)
 
+    def children(self, *, except_for: Sequence[str], time_ms: int) -> None:
+        """MLflow cannot know that a process was killed: its run stays RUNNING until someone ends it."""
+        experiment_id = self._client.get_run(self.run_id).info.experiment_id
+        open_ones = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.status = 'RUNNING'"
+        for run in self._client.search_runs([experiment_id], open_ones, max_results=5000):
+            if run.info.run_id not in except_for:
+                self._client.set_terminated(run.info.run_id, "KILLED", end_time=time_ms)
+
     def finish(self, *, status: str, time_ms: int) -> None:
         self._client.set_terminated(self.run_id, status, end_time=time_ms)
+
+    def _reopen(self) -> bool:
+        """Go on with the run of that id; False when there is none, or it was deleted."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self._client.get_run(self._continued) if self._continued else None
+        except MlflowException:
+            return False
+        if found is None or found.info.lifecycle_stage != "active":
+            return False
+        self.run_id = self._continued
+        self._client.update_run(self.run_id, status="RUNNING")
+        return True
 
     def _open(self) -> str:
         """Connect and return the experiment's id. Under a lock: two processes that create one database break it."""
@@ -578,3 +622,21 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
             flat[name] = without_passwords(text)
     return flat
+
+
+def download_artifact(tracking_uri: str | None, run_id: str, name: str, folder: str | os.PathLike[str]) -> Path:
+    """Fetch a file of another run into `folder`.
+
+    Raises:
+        ValueError: MLflow cannot be reached, or has no such run or file.
+    """
+    uri = resolve_tracking_uri(tracking_uri)
+    try:
+        _import_client(timeout_s=30)
+        from mlflow import MlflowClient
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return Path(MlflowClient(tracking_uri=uri).download_artifacts(run_id, name, str(folder)))
+    except Exception as error:
+        where = without_passwords(uri)
+        raise ValueError(f"the run {run_id} at {where} has no {name} to start from ({_brief(error)})") from None

@@ -158,7 +158,7 @@ def test_workers_and_pinning_are_for_cuda(monkeypatch: pytest.MonkeyPatch) -> No
     on_cuda = make_loader(plain, device="cuda:0", **settings)
     in_memory = make_loader(numbered(4), device="cuda", **settings)
     assert (on_cpu.num_workers, on_cpu.pin_memory) == (0, False)
-    assert (on_cuda.num_workers, on_cuda.pin_memory, on_cuda.persistent_workers) == (1, True, True)
+    assert (on_cuda.num_workers, on_cuda.pin_memory, on_cuda.persistent_workers) == (1, True, False)
     assert (in_memory.num_workers, in_memory.pin_memory) == (0, True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert make_loader(plain, device="auto", **settings).pin_memory

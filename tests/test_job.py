@@ -21,7 +21,8 @@ from gsprune import job as job_module
 from gsprune import load_pruned
 from gsprune.checkpoint import load_masks
 from gsprune.console import Bar, Lines, Progress, make_progress, summary_table
-from gsprune.job import NUMBERS, build, check_objective, config_hash, hydra_tags, load_weights, objective, run
+from gsprune.identity import config_hash
+from gsprune.job import NUMBERS, build, check_objective, hydra_tags, load_weights, objective, run
 from gsprune.tracking import Tracker, read_metrics
 from gsprune.trainer import Totals, Trainer
 
@@ -96,10 +97,13 @@ def test_result_json_has_the_promised_keys_and_is_what_run_returns(weighted):
     result, folder = weighted
     assert json.loads((folder / "result.json").read_text()) == result
     extra = {"status", "mlflow_run_id", "config_hash", "device", "shrunk", "skipped"}
+    extra |= {"name", "seed", "overrides", "choices", "timings", "dense"}
     assert set(result) == {*NUMBERS, *extra}
     assert result["status"] == "finished"
     assert result["mlflow_run_id"] is None
     assert (result["epochs"], result["device"], result["target_sparsity"]) == (3, "cpu", 0.5)
+    assert list(result["timings"]) == ["start", "train", "measure", "files", "tracking"]
+    assert sum(result["timings"].values()) == pytest.approx(result["seconds"])
     assert all(isinstance(result[name], (int, float)) for name in NUMBERS)
 
 
@@ -206,7 +210,7 @@ def test_no_pruning_trains_for_the_same_length_and_says_so(tmp_path):
 def test_the_same_configuration_gives_the_same_numbers(tmp_path, elementwise):
     again = finished(tmp_path, "pruner=elementwise")
     first = elementwise[0]
-    timed = {"seconds", "latency_ms", "latency_dense_ms"}
+    timed = {"seconds", "timings", "latency_ms", "latency_dense_ms"}
     assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in first.items() if k not in timed}
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, elementwise[1]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

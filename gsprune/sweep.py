@@ -1,0 +1,418 @@
+"""A sweep as one story: a parent run in MLflow, a report, and jobs that are not done twice.
+
+`SweepCallback` runs in the process that starts the sweep; `current_sweep` is what a job asks, wherever it runs. Nothing
+is passed in memory between them: the parent writes `sweep.json` into the sweep's directory before the first job, jobs
+leave `result.json`, and the parent reads the directory. Hydra imports this file in every application that has the
+callback, so it imports hydra and filelock alone; tracking and report (mlflow, matplotlib) only when a sweep needs them.
+
+In the directory of a sweep:
+
+    sweep.json                             the command, its axes, the parent run
+    report.html summary.csv pareto.png     the report (`python -m gsprune.report` makes it again)
+    0/ 1/ ...                              the jobs
+    dense_cache/                           dense networks that several jobs start from
+    .gsprune/                              the local record of the parent run, and locks
+"""
+
+from __future__ import annotations
+
+import atexit
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from gsprune.files import read_json, write_json
+from gsprune.results import JobResult, Results, read_results
+
+if TYPE_CHECKING:
+    from gsprune.tracking import Status, Tracker
+
+__all__ = ["Sweep", "SweepCallback", "current_sweep", "parent_run_id"]
+
+RECORD = "sweep.json"
+_RUN_STATUS: Mapping[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+log = logging.getLogger(__name__)
+
+
+# --- what a job asks ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The directory of a sweep, as any process sees it."""
+
+    directory: Path
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What `sweep.json` holds; empty when there is none or it is damaged."""
+        with suppress(ValueError):
+            record = read_json(self.directory / RECORD)
+            return record if isinstance(record, dict) else {}
+        return {}
+
+    @property
+    def parent_run_id(self) -> str | None:
+        """The MLflow run that the jobs belong under; None when the sweep is not tracked."""
+        found = self.record.get("parent_run_id")
+        return found if isinstance(found, str) else None
+
+    def finished(self, config_hash: str) -> JobResult | None:
+        """The job with that configuration, if it has finished."""
+        done = read_results(self.directory).with_status("finished")
+        return next((job for job in done if job.config_hash == config_hash), None)
+
+    def lock(self, name: str) -> FileLock:
+        """A lock between processes for a thing of this sweep; the system frees it when its holder dies."""
+        path = self.directory / ".gsprune" / "locks" / re.sub(r"[^\w.\-]", "_", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
+
+    @contextmanager
+    def held(self, name: str, *, waiting_for: str) -> Iterator[None]:
+        """Hold a lock, and say so if another process has to be waited for."""
+        lock = self.lock(name)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("waiting for another process %s", waiting_for)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def name_of(self, folder: Path) -> str:
+        """A job's folder as it is called in the sweep: "3" or "seed=0/3".
+
+        >>> Sweep(Path("/sweeps/a")).name_of(Path("/sweeps/a/seed=0/3"))
+        'seed=0/3'
+        """
+        return folder.relative_to(self.directory).as_posix()
+
+    def is_running(self, job: JobResult) -> bool:
+        """Whether a process has the job's lock, so that "running" is true of it and not left by one that was killed."""
+        lock = self.lock(f"job {job.name}")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+
+def current_sweep() -> Sweep | None:
+    """The sweep that this process's Hydra job belongs to; None outside of one.
+
+    >>> current_sweep() is None
+    True
+    """
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return None
+    depth = len(Path(str(hydra.sweep.subdir)).parts)
+    folder = Path(hydra.runtime.output_dir)  # absolute and right under every launcher, unlike the working directory
+    return Sweep(folder.parents[depth - 1] if depth else folder)
+
+
+def parent_run_id() -> str | None:
+    """The MLflow run of this process's sweep, for jobs that do their own tracking.
+
+    Example: `mlflow.start_run(parent_run_id=gsprune.sweep.parent_run_id())`.
+
+    >>> parent_run_id() is None
+    True
+    """
+    sweep = current_sweep()
+    return sweep.parent_run_id if sweep is not None else None
+
+
+def set_aside(folder: Path, job: JobResult) -> Path:
+    """Move what another job has left in `folder` beside it, where it still counts; Hydra's own files stay.
+
+    A sweep that was extended numbers its jobs anew, and what has finished must not be written over.
+    """
+    assert job.config_hash is not None
+    beside = folder.with_name(f"{folder.name}-{job.config_hash[:8]}")
+    beside.mkdir(exist_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):  # what makes it count, last
+        if path.name != ".hydra" and path.suffix != ".log":
+            os.replace(path, beside / path.name)
+    return beside
+
+
+# --- the process that starts the sweep ---------------------------------------------------------------------
+
+
+class SweepCallback(Callback):
+    """Hydra's callback `hydra/callbacks=gsprune`: one parent run a sweep, closed whatever happens, and the report.
+
+    Args:
+        resume: continue the newest sweep of the same command instead of starting a new directory. A sweep in a fixed
+            `hydra.sweep.dir` is continued in any case.
+        report: write `report.html`, `summary.csv` and `pareto.png` at the end.
+        tracking_uri, experiment: for applications without a `tracking` group.
+
+    A fault of tracking or of the report never ends the sweep.
+    """
+
+    def __init__(
+        self,
+        *,
+        resume: bool = False,
+        report: bool = True,
+        tracking_uri: str | None = None,
+        experiment: str | None = None,
+    ) -> None:
+        self.resume, self.report = resume, report
+        self.tracking_uri, self.experiment = tracking_uri, experiment
+        self._open: _OpenSweep | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Launchers send callbacks to their workers, where there is no sweep to close."""
+        return {**self.__dict__, "_open": None}
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Before the first job: find or make the directory, the parent run, and the database behind it."""
+        identity = _identity(config)
+        if self.resume:
+            _continue_in(config, _find(config, identity))
+        sweep = Sweep(Path(str(config.hydra.sweep.dir)).absolute())
+        self._open = _OpenSweep(sweep, report=self.report)
+        try:
+            self._open.begin(config, identity, lambda **kwargs: self._make_tracker(config, **kwargs))
+        except Timeout:
+            print(f"another process sweeps in {sweep.directory}: wait for it, or choose another hydra.sweep.dir")
+            raise SystemExit(1) from None  # Hydra would turn an ordinary exception into a warning, and sweep
+        atexit.register(self._open.close, "failed")  # on_multirun_end is not called when a job has failed
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """After the last job, when all went well."""
+        assert self._open is not None
+        self._open.close("finished")
+        atexit.unregister(self._open.close)
+
+    def _make_tracker(self, config: DictConfig, **kwargs: Any) -> Tracker:
+        from gsprune.tracking import MLflowTracker
+
+        node = config.get("tracking")
+        if OmegaConf.is_config(node) and "_target_" in node:
+            from hydra.utils import instantiate
+
+            tracker: Tracker = instantiate(node, **kwargs)
+            return tracker
+        experiment = self.experiment or str(config.hydra.job.name)
+        return MLflowTracker(tracking_uri=self.tracking_uri, experiment=experiment, **kwargs)
+
+
+class _OpenSweep:
+    """A sweep between its start and its end, in the process that started it."""
+
+    def __init__(self, sweep: Sweep, *, report: bool) -> None:
+        self.sweep, self.report = sweep, report
+        self._lock, self._process = sweep.lock("sweep"), os.getpid()
+        self._tracker: Tracker | None = None
+        self._closed = False
+
+    def begin(self, config: DictConfig, identity: str, make_tracker: Any) -> None:
+        """
+        Raises:
+            Timeout: another process has this sweep open.
+        """
+        self._closed = True  # until it is begun there is nothing to close
+        self._lock.acquire(timeout=0)
+        self._closed = False
+        before, axes = self.sweep.record, _axes(config)
+        command = shlex.join(["python", *sys.argv])
+        self._record = {
+            "command": command,
+            "overrides": without_sweep_settings(config.hydra.overrides.task),
+            "axes": axes,
+            "identity": identity,
+            "status": "running",
+            "started": before.get("started") or _now(),
+            "ended": None,
+        }
+        if before:
+            self._say_what_is_there()
+        self._tracker = tracker = make_tracker(
+            output_dir=str(self.sweep.directory / ".gsprune"),
+            run_name=_title(axes),
+            run_id=self.sweep.parent_run_id,
+        )
+        tags = {"sweep.directory": str(self.sweep.directory), "mlflow.note.content": f"`{command}`"}
+        tracker.start(
+            config={"command": command, "axes": {key: ",".join(values) for key, values in axes.items()}}, tags=tags
+        )
+        self._close_killed(read_results(self.sweep.directory))
+        self._record |= {
+            "parent_run_id": tracker.run_id,
+            "tracking_uri": getattr(tracker, "tracking_uri", None),
+            "experiment": getattr(tracker, "experiment", None),
+        }
+        self._write()
+
+    def close(self, status: str) -> None:
+        """Report, close the parent run, free the directory. Calls after the first do nothing."""
+        if self._closed or os.getpid() != self._process:
+            return
+        self._closed = True
+        try:
+            results = read_results(self.sweep.directory)
+            if status != "finished" and not results.with_status("failed"):
+                status = "interrupted"
+            self._record |= {"status": status, "ended": _now()}
+            self._write()
+            reports = self._write_report() if self.report else []
+            if self._tracker is not None:
+                self._finish_run(self._tracker, results, reports)
+        except Exception:
+            log.exception("the sweep in %s could not be closed", self.sweep.directory)
+        finally:
+            self._lock.release()
+
+    def _write_report(self) -> list[Path]:
+        from gsprune.report import build_report
+
+        try:
+            return list(build_report(self.sweep.directory))
+        except ValueError as error:
+            log.warning("no report of the sweep: %s", error)
+        except Exception:  # a fault of ours must not cost the parent run its end
+            log.exception("no report of the sweep in %s", self.sweep.directory)
+        return []
+
+    def _finish_run(self, tracker: Tracker, results: Results, reports: list[Path]) -> None:
+        self._close_killed(results)
+        tracker.log_metrics({f"jobs_{name}": len(results.with_status(name)) for name in ("finished", "failed")}, step=0)
+        for path in reports:
+            tracker.log_artifact(path)
+        tracker.finish(_RUN_STATUS[str(self._record["status"])])
+
+    def _close_killed(self, results: Results) -> None:
+        """End the MLflow runs of jobs that no process works on."""
+        assert self._tracker is not None
+        running = [job for job in results.jobs if job.status == "running" and self.sweep.is_running(job)]
+        self._tracker.close_children(except_for=[run for job in running if (run := _run_of(job))])
+
+    def _say_what_is_there(self) -> None:
+        done = len(read_results(self.sweep.directory).with_status("finished"))
+        log.info("continuing the sweep in %s: %d of its jobs have finished", self.sweep.directory, done)
+
+    def _write(self) -> None:
+        write_json(self.sweep.directory / RECORD, self._record)
+
+
+def _run_of(job: JobResult) -> str | None:
+    with suppress(ValueError):
+        found = read_json(job.folder / "tracking.json")
+        if isinstance(found, dict) and isinstance(found.get("run_id"), str):
+            return str(found["run_id"])
+    return None
+
+
+# --- resuming ----------------------------------------------------------------------------------------------
+
+
+def without_sweep_settings(overrides: Iterable[str]) -> list[str]:
+    """
+    >>> without_sweep_settings(["pruner=abs", "sweep.resume=true"])
+    ['pruner=abs']
+    """
+    return [str(override) for override in overrides if not re.match(r"\+*sweep\.", str(override))]
+
+
+def _identity(config: DictConfig) -> str:
+    """The same for the same command: application, configuration and overrides in any order, `sweep.resume` apart."""
+    params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}))
+    what = [
+        str(config.hydra.job.name),
+        str(config.hydra.job.config_name),
+        sorted(without_sweep_settings(config.hydra.overrides.task)),
+        params,
+    ]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _find(config: DictConfig, identity: str) -> Path | None:
+    """The newest sweep of the same command where this configuration would put one, with any time in the path."""
+    sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    assert isinstance(sweep, dict)
+    sweeps = [Sweep(Path(path).parent) for path in glob.glob(f"{_as_glob(str(sweep['dir']))}/{RECORD}")]
+    same = [sweep for sweep in sweeps if sweep.record.get("identity") == identity]
+    newest = max(same, key=lambda sweep: (str(sweep.record.get("started")), str(sweep.directory)), default=None)
+    return newest.directory if newest is not None else None
+
+
+def _as_glob(template: str) -> str:
+    """
+    >>> _as_glob("multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}")
+    'multirun/*/*'
+    """
+    while (shorter := re.sub(r"\$\{[^{}]*\}", "*", template)) != template:
+        template = shorter
+    return template
+
+
+def _continue_in(config: DictConfig, directory: Path | None) -> None:
+    """Point the sweep, and the configuration that every job composes anew, to that directory."""
+    if directory is None:
+        log.info("no earlier sweep of this command was found: starting one")
+        return
+    with read_write(config), open_dict(config):
+        config.hydra.sweep.dir = str(directory)
+        quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+    HydraConfig.instance().set_config(config)
+
+
+# --- what a sweep is called --------------------------------------------------------------------------------
+
+
+def _axes(config: DictConfig) -> dict[str, list[str]]:
+    """The swept keys and their values, as the command or `hydra.sweeper.params` gives them."""
+    params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
+    assert isinstance(params, dict)
+    lines = [
+        *(f"{key!s}={value}" for key, value in params.items()),
+        *without_sweep_settings(config.hydra.overrides.task),
+    ]
+    axes = {}
+    for override in OverridesParser.create().parse_overrides(lines):
+        if override.is_sweep_override():
+            sampled = override.is_discrete_sweep()
+            values = list(override.sweep_string_iterator()) if sampled else [override.get_value_string()]
+            axes[override.get_key_element().lstrip("+")] = [str(value) for value in values]
+    return axes
+
+
+def _title(axes: Mapping[str, list[str]]) -> str:
+    """
+    >>> _title({"pruner": ["abs", "weighted"], "pruner.target_sparsity": ["0.5"], "seed": ["0", "1"]})
+    'sweep of pruner, target_sparsity, seed'
+    """
+    return f"sweep of {', '.join(key.rpartition('.')[2] for key in axes)}" if axes else "sweep"
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
