@@ -82,6 +82,7 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
         ValueError: a mistake in the configuration, in one sentence.
     """
     folder, sweep = Path(output_dir).absolute(), current_sweep()
+    folder.mkdir(parents=True, exist_ok=True)
     if sweep is None:
         return _run(cfg, folder, None)
     with sweep.held(f"job {sweep.name_of(folder)}", waiting_for="that runs this job"):

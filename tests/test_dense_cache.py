@@ -1,0 +1,304 @@
+"""Jobs of one sweep in this process: the dense network trained once, scored once, and jobs not done twice."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from gsprune import job as job_module
+from gsprune.checkpoint import load_masks, load_scores, save_scores
+from gsprune.identity import config_hash, dense_key, scores_key
+from gsprune.job import run
+from gsprune.sweep import Sweep
+from gsprune.tracking import read_metrics
+from gsprune.trainer import Trainer
+
+CONF = str(Path(__file__).parents[1] / "conf")
+TINY = (
+    "tracking=none",
+    "model.width=4",
+    "dataset.batch_size=256",
+    "trainer.device=cpu",
+    "trainer.dense_epochs=2",
+    "trainer.prune_epochs=2",
+    "trainer.latency_repeats=0",
+    "trainer.progress=none",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def composed(*groups):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return compose("config", overrides=[*TINY, *groups])
+
+
+def configure(*overrides):
+    cfg = composed(*(override for override in overrides if "." not in override.partition("=")[0])).copy()
+    values = [override for override in overrides if "." in override.partition("=")[0]]
+    OmegaConf.set_struct(cfg, False)
+    return OmegaConf.merge(cfg, OmegaConf.from_dotlist(values))
+
+
+class InSweep:
+    """Runs jobs as if a launcher had put them into one sweep directory."""
+
+    def __init__(self, directory, monkeypatch):
+        self.sweep = Sweep(directory)
+        self.trained = []  # epochs of every call to `fit`, by which one sees what was trained
+        self.scored = 0
+        monkeypatch.setattr(job_module, "current_sweep", lambda: self.sweep)
+        fit, score = Trainer.fit, Trainer.score
+
+        def counted_fit(trainer, *args, **kwargs):
+            self.trained.append(type(kwargs["pruner"]).__name__)
+            return fit(trainer, *args, **kwargs)
+
+        def counted_score(trainer, *args, **kwargs):
+            self.scored += 1
+            return score(trainer, *args, **kwargs)
+
+        monkeypatch.setattr(Trainer, "fit", counted_fit)
+        monkeypatch.setattr(Trainer, "score", counted_score)
+
+    def run(self, name, *overrides):
+        with redirect_stdout(io.StringIO()):
+            return run(configure(*overrides), output_dir=self.sweep.directory / name)
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    return InSweep(tmp_path / "sweep", monkeypatch)
+
+
+TIMED = {"seconds", "timings", "dense"}
+
+
+def untimed(result):
+    return {name: value for name, value in result.items() if name not in TIMED}
+
+
+def rows(folder):
+    return [
+        {k: v for k, v in row.items() if k not in ("time", "epoch_seconds", "seconds")}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+# --- the dense network -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_results_are_the_same_with_and_without_the_cache(sweep):
+    """Three jobs that share a dense network, and each of them again with the cache turned off."""
+    jobs = [("pruner=elementwise",), ("pruner=weighted",), ("pruner=elementwise", "pruner.target_sparsity=0.5")]
+    for number, overrides in enumerate(jobs):
+        sweep.run(str(number), *overrides, "trainer.dense_scores=true")
+    assert sweep.trained == ["NoPruning", "Pruner", "Pruner", "Pruner"]
+    assert sweep.scored == 2  # once for each criterion
+    alone = InSweepWithout(sweep)
+    for number, overrides in enumerate(jobs):
+        alone.run(str(number), *overrides, "trainer.dense_scores=true", "trainer.dense_cache=false")
+        with_cache, without = sweep.sweep.directory / str(number), alone.directory / str(number)
+        ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (with_cache, without))
+        assert untimed(ours) == untimed(theirs)
+        assert rows(with_cache) == rows(without)
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (with_cache, without))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class InSweepWithout:
+    """The same jobs in another directory."""
+
+    def __init__(self, other):
+        self.other, self.directory = other, other.sweep.directory.with_name("alone")
+
+    def run(self, name, *overrides):
+        self.other.sweep = Sweep(self.directory)
+        try:
+            return self.other.run(name, *overrides)
+        finally:
+            self.other.sweep = Sweep(self.directory.with_name("sweep"))
+
+
+@pytest.mark.slow
+def test_a_job_says_where_its_dense_network_is_from(sweep):
+    first = sweep.run("0", "pruner=none")
+    second = sweep.run("1", "pruner=weighted")
+    assert (first["dense"]["source"], second["dense"]["source"]) == ("trained", "cache")
+    assert first["dense"]["key"] == second["dense"]["key"]
+    assert second["dense"]["job"] == "0"
+    assert second["dense"]["train_seconds"] == first["dense"]["train_seconds"] > 0
+    assert second["dense"]["seconds"] < first["dense"]["seconds"]
+    dense = [load_file(sweep.sweep.directory / name / "checkpoint" / "dense.safetensors") for name in "01"]
+    assert all(torch.equal(dense[0][name], dense[1][name]) for name in dense[0])
+
+
+@pytest.mark.slow
+def test_a_damaged_entry_is_made_again(sweep, caplog):
+    sweep.run("0", "pruner=none")
+    (folder,) = (sweep.sweep.directory / "dense_cache").iterdir()
+    (folder / "dense.safetensors").write_bytes((folder / "dense.safetensors").read_bytes()[:-9])
+    sweep.run("1", "pruner=none", "trainer.prune_epochs=1")
+    assert sweep.trained.count("NoPruning") == 4  # two dense phases and two plain second ones
+    assert "the dense network is trained again: " in caplog.text
+    (folder / "dense.json").write_text('{"key": 3')
+    sweep.run("2", "pruner=none", "trainer.prune_epochs=3")
+    assert sweep.trained.count("NoPruning") == 6
+    assert sweep.run("3", "pruner=none", "trainer.prune_epochs=4")["dense"]["job"] == "2"
+
+
+def test_the_dense_key_is_of_what_the_dense_network_depends_on():
+    base = dense_key(configure())
+    same = [
+        "pruner=abs",
+        "pruner.target_sparsity=0.9",
+        "trainer.prune_epochs=9",
+        "trainer.latency_repeats=3",
+        "objective=loss",
+        "tracking=mlflow",
+        "trainer.dense_scores=true",
+        "pruner/schedule=one_shot",
+    ]
+    assert [dense_key(configure(override)) for override in same] == [base] * len(same)
+    other = [
+        "seed=1",
+        "model.width=5",
+        "optimizer.lr=0.1",
+        "trainer.dense_epochs=3",
+        "dataset.batch_size=64",
+        "lr_schedule=constant",
+        "trainer.precision=bf16",
+        "optimizer=adamw",
+    ]
+    assert len({base, *(dense_key(configure(override)) for override in other)}) == 9
+    assert dense_key(configure(), device="cuda") != dense_key(configure(), device="cpu")
+
+
+def test_the_scores_key_is_of_the_criterion_and_not_of_how_much_is_pruned():
+    base = scores_key(configure("pruner=elementwise"))
+    same = ["pruner.target_sparsity=0.5", "pruner.scope=local", "pruner.schedule.start_epoch=1"]
+    assert [scores_key(configure("pruner=elementwise", override)) for override in same] == [base] * len(same)
+    assert scores_key(configure("pruner=elementwise", "pruner.criterion.decay=0.5")) != base
+    assert scores_key(configure("pruner=weighted")) != base
+
+
+# --- scores of another run ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_scores_of_another(sweep):
+    """One-shot at the very start: what is pruned is decided by the given scores alone."""
+    first = sweep.sweep.directory / "0"
+    one_shot = ("pruner=weighted", "pruner/schedule=one_shot")
+    sweep.run("0", *one_shot, "trainer.dense_scores=true")
+    given = load_scores(first / "checkpoint" / "scores.safetensors")
+    assert (given.criterion, given.steps) == ("Weighted", 5)  # an epoch of 1,257 pictures
+    upside_down = {name: score.max() - score for name, score in given.scores.items()}
+    file = sweep.sweep.directory.parent / "scores.safetensors"
+    save_scores(file, upside_down, criterion="Weighted", steps=5)
+    sweep.run("1", *one_shot, f"pruner.scores={first}")
+    sweep.run("2", *one_shot, f"pruner.scores={file}")
+    masks = [load_masks(sweep.sweep.directory / name / "masks.safetensors") for name in "012"]
+    for name, score in given.scores.items():
+        best = torch.zeros(len(score), dtype=torch.bool).index_fill(0, score.topk(len(score) // 2).indices, True)
+        assert torch.equal(masks[0][name], best)
+        assert torch.equal(masks[1][name], best)
+        assert torch.equal(masks[2][name], ~best)
+
+
+def test_scores_that_do_not_fit_or_are_nowhere_are_one_sentence_before_any_training(tmp_path, sweep):
+    save_scores(tmp_path / "s", {"blocks.0": torch.ones(3)}, criterion="Weighted", steps=1)
+    with pytest.raises(ValueError, match=r"do not fit: they have none of '\S+', which is pruned here"):
+        sweep.run("0", f"pruner.scores={tmp_path / 's'}")
+    sentence = (
+        f"pruner.scores={tmp_path / 'nothing'} is neither a file of scores, nor the output directory of a run that has "
+        f"checkpoint/scores.safetensors, nor the id of an MLflow run"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        sweep.run("1", f"pruner.scores={tmp_path / 'nothing'}")
+    with pytest.raises(ValueError, match="is neither a file of scores"):
+        sweep.run("2", f"pruner.scores={tmp_path}")
+    save_file({"w": torch.ones(2)}, tmp_path / "w")
+    with pytest.raises(ValueError, match="not of the format 'gsprune-scores'"):
+        sweep.run("3", f"pruner.scores={tmp_path / 'w'}")
+    assert sweep.trained == []
+
+
+def test_the_configuration_s_hash_follows_the_content_of_given_scores(tmp_path):
+    for name, value in (("a", 1.0), ("c", 2.0)):
+        save_scores(tmp_path / name, {"w": torch.tensor([value])}, criterion="Weighted", steps=1)
+    (tmp_path / "b").write_bytes((tmp_path / "a").read_bytes())
+    a, b, c = (config_hash(configure(f"pruner.scores={tmp_path / name}")) for name in "abc")
+    assert a == b != c
+
+
+# --- jobs that have finished -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_finished_job_is_not_done_again_wherever_its_number_has_gone(sweep):
+    folder = sweep.sweep.directory
+    first = sweep.run("0", "pruner=none")
+    trained = len(sweep.trained)
+    assert sweep.run("0", "pruner=none") == first
+    assert sweep.run("7", "pruner=none", "objective=loss") == first
+    assert len(sweep.trained) == trained
+    assert json.loads((folder / "7" / "result.json").read_text()) == {
+        "status": "skipped",
+        "same_as": "0",
+        "config_hash": first["config_hash"],
+    }
+    second = sweep.run("0", "pruner=none", "seed=1")  # an extended sweep numbers its jobs anew
+    beside = folder / f"0-{first['config_hash'][:8]}"
+    assert json.loads((beside / "result.json").read_text()) == json.loads(json.dumps(first))
+    assert json.loads((folder / "0" / "result.json").read_text())["config_hash"] == second["config_hash"]
+    assert sweep.run("5", "pruner=none") == first
+
+
+@pytest.mark.slow
+def test_failed_and_killed_jobs_are_done_again(sweep):
+    folder = sweep.sweep.directory
+    finished = sweep.run("0", "pruner=none", "trainer.dense_epochs=1", "trainer.prune_epochs=0")
+    for status in ("running", "failed"):
+        (folder / "0" / "result.json").write_text(json.dumps({**finished, "status": status}))
+        before = len(sweep.trained)
+        again = sweep.run("0", "pruner=none", "trainer.dense_epochs=1", "trainer.prune_epochs=0")
+        assert len(sweep.trained) > before
+        assert again["accuracy"] == finished["accuracy"]
+    (folder / "0" / "result.json").write_text('{"status": "fini')
+    assert sweep.run("0", "pruner=none", "trainer.dense_epochs=1", "trainer.prune_epochs=0")["status"] == "finished"
+
+
+def test_running_is_told_from_killed_by_the_lock(tmp_path):
+    sweep = Sweep(tmp_path)
+    (tmp_path / "a" / "0").mkdir(parents=True)
+    (tmp_path / "a" / "0" / "result.json").write_text('{"status": "running"}')
+    from gsprune.results import read_results
+
+    (job,) = read_results(tmp_path).jobs
+    assert not sweep.is_running(job)
+    with sweep.held("job a/0", waiting_for="-"):
+        assert sweep.is_running(job)
+        assert FileLock(sweep.lock("job a/0").lock_file).lock_file  # the file is under .gsprune, out of sight
+    assert not sweep.is_running(job)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["a"]
