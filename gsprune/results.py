@@ -142,14 +142,14 @@ def read_overrides(texts: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
-    """A sort key that counts: 2 comes before 10.
+def natural(name: str) -> tuple[tuple[bool, float, str], ...]:
+    """A sort key that counts: 2 comes before 10, and 0.03 before 0.1.
 
-    >>> sorted(["10", "2", "a/10", "a/9", "1-b"], key=natural)
-    ['1-b', '2', '10', 'a/9', 'a/10']
+    >>> sorted(["10", "2", "a/10", "a/9", "1-b", "lr=0.1", "lr=0.03"], key=natural)
+    ['1-b', '2', '10', 'a/9', 'a/10', 'lr=0.03', 'lr=0.1']
     """
-    parts = re.split(r"(\d+)", name)
-    return tuple((not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts if part)
+    parts = re.split(r"([0-9]+(?:[.][0-9]+)?)", name)
+    return tuple((index % 2 == 0, float(part) if index % 2 else 0.0, part) for index, part in enumerate(parts) if part)
 
 
 def _walk(results: Results, folder: Path, *, depth: int) -> bool:

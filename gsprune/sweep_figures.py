@@ -47,11 +47,15 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """A variant. `style` is an index into STYLES, the same in every panel; None draws it grey, without a name."""
+    """A variant. `style` is an index into STYLES, the same in every panel; None draws it grey, without a name.
+
+    Its marks are joined by a line, unless they are many or `joined` is False: a cloud of variants.
+    """
 
     label: str
     style: int | None
     marks: Sequence[Mark]
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def _named(panels: Sequence[Panel]) -> dict[int, str]:
 
 def _key_columns(named: Mapping[int, str]) -> int:
     longest = max((min(len(label), 60) for label in named.values()), default=0)
-    return 4 if longest <= 20 else 3 if longest <= 30 else 2
+    return 5 if longest <= 14 else 4 if longest <= 20 else 3 if longest <= 30 else 2
 
 
 def _draw_panel(axes: Axes, panel: Panel, *, styles: int) -> None:
@@ -101,8 +105,9 @@ def _draw_panel(axes: Axes, panel: Panel, *, styles: int) -> None:
     axes.set_xlabel(panel.across, color=INK)
     axes.set_ylabel("test accuracy (%)", color=INK)
     quiet(axes, grid="both")
-    for line in panel.lines:
-        _draw_line(axes, line, shift=_shift(line.style, styles))
+    grey = [mark for line in panel.lines if line.style is None for mark in line.marks]
+    for line in [Line("", None, grey), *(line for line in panel.lines if line.style is not None)]:
+        _draw_line(axes, line, shift=_shift(line, styles))
     for level in panel.dense.values():
         axes.axhline(level, color=FAINT, linestyle=(0, (5, 3)), linewidth=1.3, zorder=1.5)
     marks = [mark for line in panel.lines for mark in line.marks]
@@ -115,29 +120,35 @@ def _draw_panel(axes: Axes, panel: Panel, *, styles: int) -> None:
         axes.text(0.5, 0.5, panel.empty, transform=axes.transAxes, ha="center", color=FAINT)
 
 
-def _shift(style: int | None, styles: int) -> float:
+def _shift(line: Line, styles: int) -> float:
     """Points to the right: equal results of two variants stand side by side instead of hiding each other."""
-    return 0.0 if style is None else min(5.0, 20 / styles) * (style - (styles - 1) / 2)
+    style = line.style
+    return 0.0 if style is None or not line.joined else min(5.0, 20 / styles) * (style - (styles - 1) / 2)
 
 
 def _draw_line(axes: Axes, line: Line, *, shift: float) -> None:
     marks = sorted(line.marks, key=lambda mark: (mark.x, -mark.y))
-    x, y = [mark.x for mark in marks], [mark.y for mark in marks]
     colour, marker = (OTHERS, ".") if line.style is None else STYLES[line.style]
     place: dict[str, Any] = {"transform": _moved(axes, shift), "color": colour}
-    joined = len(marks) <= _MAX_JOINED
-    if joined and line.style is not None:
-        axes.plot(x, y, linewidth=1.4, alpha=0.75, zorder=2, **place)
-    for mark in marks if joined else ():
-        if mark.spread:
-            low, high = mark.y - mark.spread, mark.y + mark.spread
-            axes.plot([mark.x] * 2, [low, high], linewidth=1.2, marker="_", markersize=7, zorder=2.5, **place)
-    edge = {"markeredgecolor": "white", "markeredgewidth": 0.8} if joined else {"alpha": 0.7}
-    axes.plot(x, y, linestyle="none", marker=marker, markersize=7.5 if joined else 5, zorder=3, **edge, **place)
-    for mark in marks:
-        if mark.front:
-            ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.4}
-            axes.plot([mark.x], [mark.y], marker="o", markersize=13, zorder=4, **place, **ring)
+    joined = line.joined and line.style is not None and len(marks) <= _MAX_JOINED
+    if joined:
+        axes.plot([mark.x for mark in marks], [mark.y for mark in marks], linewidth=1.4, alpha=0.75, zorder=2, **place)
+        _draw_spreads(axes, [mark for mark in marks if mark.spread], place)
+    edge = {"markeredgecolor": "white", "markeredgewidth": 0.8} if joined else {"alpha": 0.8}
+    _dots(axes, marks, marker=marker, markersize=7.5 if joined else 5, zorder=3, **edge, **place)
+    ring = {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.4}
+    _dots(axes, [mark for mark in marks if mark.front], marker="o", markersize=13, zorder=4, **ring, **place)
+
+
+def _dots(axes: Axes, marks: Sequence[Mark], **style: Any) -> None:
+    axes.plot([mark.x for mark in marks], [mark.y for mark in marks], linestyle="none", **style)
+
+
+def _draw_spreads(axes: Axes, marks: Sequence[Mark], place: Mapping[str, Any]) -> None:
+    x = [mark.x for mark in marks]
+    low, high = ([mark.y + sign * (mark.spread or 0) for mark in marks] for sign in (-1, 1))
+    axes.vlines(x, low, high, linewidth=1.2, zorder=2.5, **place)
+    axes.plot(x + x, low + high, marker="_", markersize=7, linestyle="none", zorder=2.5, **place)
 
 
 def _moved(axes: Axes, points: float) -> Any:
@@ -158,22 +169,23 @@ def _draw_front(axes: Axes, front: Sequence[Mark]) -> None:
 def _limits(axes: Axes, panel: Panel, marks: Sequence[Mark]) -> None:
     x = [mark.x for mark in marks]
     y = [mark.y + sign * (mark.spread or 0) for mark in marks for sign in (-1, 1)] + list(panel.dense.values())
-    axes.set_xlim(*_range(x, least=10, pad=0.08, top=102.5))
-    axes.set_ylim(*_range(y, least=1, pad=0.12, top=None))
+    axes.set_xlim(*_range(x, least=10, pad=0.08))
+    axes.set_ylim(*_range(y, least=1, pad=0.12))
 
 
-def _range(values: Sequence[float], *, least: float, pad: float, top: float | None) -> tuple[float, float]:
-    """
-    >>> _range([50.0, 100.0], least=10, pad=0.08, top=102.5)
-    (46.0, 102.5)
-    >>> _range([99.0], least=1, pad=0.0, top=None)
-    (98.5, 99.5)
+def _range(values: Sequence[float], *, least: float, pad: float) -> tuple[float, float]:
+    """The limits of an axis, with room to see the points: at least so wide, and hardly beyond 100 %.
+
+    >>> _range([50.0, 100.0], least=10, pad=0.08)
+    (46.0, 102.0)
+    >>> _range([98.0], least=1, pad=0.0)
+    (97.5, 98.5)
     """
     low, high = min(values), max(values)
     if high - low < least:
         low, high = (low + high - least) / 2, (low + high + least) / 2
     room = pad * (high - low)
-    return low - room, high + room if top is None else min(high + room, top)
+    return low - room, min(high + room, 100 + room / 2)
 
 
 def _draw_key(figure: Figure, panels: Sequence[Panel], named: Mapping[int, str], columns: int) -> None:
@@ -218,7 +230,7 @@ def draw_heatmap(rows: Sequence[str], columns: Sequence[str], shares: Sequence[S
     texts = len(columns) <= _MAX_CELLS_WITH_TEXT
     longest = max((min(len(row), 48) for row in rows), default=0)
     width = 0.085 * longest + 1.6 + max(len(columns) * (0.52 if texts else 0.21), 2.5)
-    figure = new_figure(width, 0.9 + 0.3 * len(rows) + 0.055 * max((min(len(c), 34) for c in columns), default=0))
+    figure = new_figure(width, 0.6 + 0.28 * len(rows) + 0.055 * max((min(len(c), 34) for c in columns), default=0))
     axes = figure.add_subplot()
     colours = LinearSegmentedColormap.from_list("pruned", ["#fff7ec", "#fdbb84", "#d7301f", "#5b0a0a"])
     colours.set_bad("white")

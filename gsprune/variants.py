@@ -68,6 +68,10 @@ class Point:
         return stat(_share(job) for job in self.jobs)
 
     @property
+    def pruner(self) -> str:
+        return _pruner(self.jobs[0]) or "all jobs"
+
+    @property
     def shrunk(self) -> bool:
         """The pruned network is really smaller, not full of zeros."""
         return any(job.result.get("shrunk") is True for job in self.jobs)
@@ -119,7 +123,11 @@ def once_each(jobs: Sequence[JobResult]) -> tuple[list[JobResult], dict[str, str
 
 
 def swept(jobs: Sequence[JobResult]) -> dict[str, list[str]]:
-    """The overrides that differ between jobs, key -> values in natural order; one that a job lacks is ""."""
+    """The overrides that differ between jobs, key -> values in natural order; one that a job lacks is "".
+
+    A job that does not tell its overrides is left out of the comparison.
+    """
+    jobs = [job for job in jobs if job.overrides]
     keys = dict.fromkeys(key for job in jobs for key in job.overrides)
     values = {key: {job.overrides.get(key, "") for job in jobs} for key in keys}
     return {key: sorted(found, key=natural) for key, found in values.items() if len(found) > 1}
