@@ -233,7 +233,7 @@ def draw_heatmap(rows: Sequence[str], columns: Sequence[str], shares: Sequence[S
     figure = new_figure(width, 0.6 + 0.28 * len(rows) + 0.055 * max((min(len(c), 34) for c in columns), default=0))
     axes = figure.add_subplot()
     colours = LinearSegmentedColormap.from_list("pruned", ["#fff7ec", "#fdbb84", "#d7301f", "#5b0a0a"])
-    colours.set_bad("white")
+    colours = colours.with_extremes(bad="white")
     cells = [[math.nan if share is None else 100 * share for share in row] for row in shares]
     image = axes.imshow(cells, aspect="auto", cmap=colours, vmin=0, vmax=100, interpolation="nearest")
     axes.set_xticks(range(len(columns)), [plain_label(name, 34) for name in columns])

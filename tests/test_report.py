@@ -1,0 +1,310 @@
+"""The report: what stands in its three files, that it loads nothing and runs nothing, and how the command ends."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gsprune.checkpoint import save_masks
+from gsprune.report import build_report, main
+
+DENSE = {"params_dense": 1000, "macs_dense": 5000, "latency_dense_ms": 2.0, "file_bytes_dense": 4000}
+
+
+def job(folder: Path, *overrides: str, **result: object) -> Path:
+    folder.mkdir(parents=True)
+    full = {"status": "finished", "accuracy": 0.9, "baseline_accuracy": 0.95, "overrides": list(overrides), **result}
+    (folder / "result.json").write_text(json.dumps(full))
+    return folder
+
+
+def sweep(root: Path) -> Path:
+    """Two pruners at two sparsities with two seeds: accuracies 90 to 97 %."""
+    accuracy = iter((0.95, 0.97, 0.91, 0.93, 0.94, 0.94, 0.90, 0.92))
+    index = 0
+    for pruner in ("elementwise", "abs"):
+        for target in (0.5, 0.8):
+            for seed in (0, 1):
+                left = 1 - target if pruner == "abs" else 1
+                numbers = {"target_sparsity": target, "sparsity": target, "accuracy": next(accuracy)}
+                size = {"params": round(1000 * left), "macs": round(5000 * left), "latency_ms": 2 * left, **DENSE}
+                more = {"shrunk": pruner == "abs", "params_nonzero": round(1000 * (1 - target)), "file_bytes": 4000}
+                words = (f"pruner={pruner}", f"pruner.target_sparsity={target}", f"seed={seed}")
+                folder = job(root / str(index), *words, config_hash=f"hash{index}", **numbers, **size, **more)
+                masks = {"a.weight": torch.arange(10) >= 10 * target, "b.weight": torch.ones(4, dtype=torch.bool)}
+                save_masks(folder / "masks.safetensors", masks)
+                index += 1
+    return root
+
+
+def cells(page: str) -> list[list[str]]:
+    """The rows of all tables, as text; the multiplication sign as an x."""
+    rows = re.findall(r"<tr.*?</tr>", page.replace("\u00d7", "x"), re.S)
+    plain = [[re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[dh].*?</t[dh]>", row)] for row in rows]
+    return [[unescape(cell).strip() for cell in row] for row in plain]
+
+
+def read_page(root: Path) -> str:
+    return (root / "report.html").read_text(encoding="utf-8")
+
+
+def read_table(root: Path) -> list[dict[str, str]]:
+    with (root / "summary.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class Parser(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_three_files_with_the_values_of_the_sweep(tmp_path: Path) -> None:
+    report = build_report(sweep(tmp_path))
+    assert report.paths == [tmp_path / name for name in ("report.html", "summary.csv", "pareto.png")]
+    assert (report.usable, report.left_out) == (8, {})
+    rows = cells(read_page(tmp_path))
+    table = rows[rows.index(["50 % sparsity"]) :][:6]
+    assert [[*row[:6], *row[-1:]] for row in table] == [
+        ["50 % sparsity", "50 % sparsity"],
+        ["elementwise", "2", "96.00 ± 1.41 %", "+1.00 ± 1.41", "50.0 %", "1.00x", "sparsity"],
+        ["abs", "2", "94.00 ± 0.00 %", "-1.00 ± 0.00", "50.0 %", "2.00x", "MACs, latency"],
+        ["80 % sparsity", "80 % sparsity"],
+        ["elementwise", "2", "92.00 ± 1.41 %", "-3.00 ± 1.41", "80.0 %", "1.00x", "sparsity"],
+        ["abs", "2", "91.00 ± 1.41 %", "-4.00 ± 1.41", "80.0 %", "5.00x", "MACs, latency"],
+    ]
+    assert table[5][5:10] == ["5.00x", "20.0 %", "5.00x", "5.00x", "4 kB"]
+    assert Image.open(tmp_path / "pareto.png").size[0] == 1430
+
+
+def test_the_best_at_each_sparsity_come_first(tmp_path: Path) -> None:
+    build_report(sweep(tmp_path))
+    assert cells(read_page(tmp_path))[1:5] == [
+        ["50 % sparsity", "elementwise", "96.00 ± 1.41 %", "+1.00 ± 1.41", "50.0 %", "1.00x", "1.00x"],
+        ["", "abs best that shrinks the network", "94.00 ± 0.00 %", "-1.00 ± 0.00", "50.0 %", "2.00x", "2.00x"],
+        ["80 % sparsity", "elementwise", "92.00 ± 1.41 %", "-3.00 ± 1.41", "20.0 %", "1.00x", "1.00x"],
+        ["", "abs best that shrinks the network", "91.00 ± 1.41 %", "-4.00 ± 1.41", "20.0 %", "5.00x", "5.00x"],
+    ]
+
+
+def test_summary_has_a_row_a_job_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    root = sweep(tmp_path)
+    job(root / "8", "pruner=abs", "seed=-1", "+note==1+1", accuracy=None, status="failed", error="@SUM(A1)", loss=-0.25)
+    build_report(root)
+    rows = read_table(root)
+    assert [row["folder"] for row in rows] == list("012345678")
+    assert rows[3] | {"error": ""} == {
+        "folder": "3", "status": "finished", "variant": "elementwise",
+        "pruner": "elementwise", "pruner.target_sparsity": "0.8", "seed": "1", "note": "",
+        "accuracy": "0.93", "baseline_accuracy": "0.95", "target_sparsity": "0.8", "sparsity": "0.8",
+        "params": "1000", "macs": "5000", "latency_ms": "2", "params_dense": "1000", "macs_dense": "5000",
+        "latency_dense_ms": "2.0", "file_bytes_dense": "4000", "params_nonzero": "200", "file_bytes": "4000",
+        "loss": "", "config_hash": "hash3", "mlflow_run_id": "", "error": "",
+    }  # fmt: skip
+    assert {name: rows[8][name] for name in ("seed", "note", "error", "loss", "accuracy")} == {
+        "seed": "-1", "note": "'=1+1", "error": "'@SUM(A1)", "loss": "-0.25", "accuracy": "",
+    }  # fmt: skip
+    assert (root / "summary.csv").read_bytes().count(b"\r\n") == 10
+
+
+def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    root = sweep(tmp_path)
+    evil = "<script>alert(1)</script><img src=https://x.example/a.png onerror=alert(2)>\"'{{ 7*7 }}"
+    job(root / "8", f"pruner={evil}", "seed=0", status="failed", accuracy=None, error=evil)
+    job(root / "9", f"pruner={evil}", "seed=0", target_sparsity=0.5)
+    (root / "<b>bold").mkdir()
+    (root / "sweep.json").write_text(json.dumps({"command": evil, "status": evil, "axes": {evil: [evil, 1]}}))
+    build_report(root)
+    page = read_page(root)
+    parser = Parser()
+    parser.feed(page)
+    assert not {tag for tag, _ in parser.tags} & {"script", "link", "iframe", "object", "embed", "base", "b>bold"}
+    for tag, attributes in parser.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "srcset", "action"):
+            target = attributes.get(name) or ""
+            assert target.startswith(("data:image/png;base64,", "#")) or not target, (tag, target)
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "7*7" in page
+
+
+def test_failed_and_unfinished_jobs_are_listed_with_what_they_say(tmp_path: Path) -> None:
+    job(tmp_path / "0", "pruner=abs", "seed=0", target_sparsity=0.5)
+    job(tmp_path / "1", "pruner=abs", "seed=1", status="failed", accuracy=None, error="ValueError: too wide")
+    job(tmp_path / "2", "pruner=abs", "seed=2", status="failed", accuracy=None, error=["odd"])
+    job(tmp_path / "3", "pruner=abs", "seed=3", status="running", accuracy=None)
+    job(tmp_path / "4", "pruner=abs", "seed=4", accuracy="NaN")
+    report = build_report(tmp_path)
+    page = read_page(tmp_path)
+    assert cells(page)[-6:] == [
+        ["job", "overrides", "error, last line"],
+        ["1", "pruner=abs seed=1", "ValueError: too wide"],
+        ["2", "pruner=abs seed=2", "no error was written"],
+        ["4", "pruner=abs seed=4", "it has finished, but its accuracy is not a finite number"],
+        ["job", "overrides"],
+        ["3", "pruner=abs seed=3"],
+    ]
+    assert report.usable == 1
+    assert re.findall(r"<li.*?><b>(\d+)</b>", page) == ["1", "3", "1", "0"]
+
+
+def test_the_command_says_what_it_skipped_and_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job(tmp_path / "0", target_sparsity=0.5)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "result.json").write_text('{"status"')
+    (tmp_path / "notes").mkdir()
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        *(f"Wrote {tmp_path / name}" for name in ("report.html", "summary.csv", "pareto.png")),
+        "Skipped 1: its result.json is not valid JSON: half written, or of another program",
+        "Skipped notes: it is not a job: it has no result.json and no .hydra",
+    ]
+    assert "it is not a job" in read_page(tmp_path)
+
+
+def test_without_a_finished_job_the_command_ends_badly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job(tmp_path / "0", status="failed", accuracy=None, error="RuntimeError: no")
+    assert main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"Error: no job in {tmp_path} has finished with an accuracy\n"
+    assert "RuntimeError: no" in read_page(tmp_path)  # the page is there all the same
+
+
+def test_a_directory_without_jobs_is_one_sentence_and_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    assert main([str(tmp_path)]) == 1
+    reason = "photos: it is not a job: it has no result.json and no .hydra"
+    assert capsys.readouterr().err == f"Error: {tmp_path} holds no job with a result.json that can be read; {reason}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    assert main([str(tmp_path / "nowhere")]) == 1
+    assert "nowhere is not a directory" in capsys.readouterr().err
+
+
+def test_another_apps_smallest_result_is_enough(tmp_path: Path) -> None:
+    for index in range(2):
+        (tmp_path / str(index)).mkdir()
+        (tmp_path / str(index) / "result.json").write_text('{"status": "finished", "accuracy": 0.75}')
+    assert build_report(tmp_path).usable == 2
+    assert ["as configured", "2", "75.00 ± 0.00 %", *[""] * 8] in cells(read_page(tmp_path))
+
+
+def test_values_of_odd_types_never_stop_it(tmp_path: Path) -> None:
+    odd: list[Any] = [[1], {"a": 1}, "text", None, True, -5, 10**400, 1e308, "NaN"]
+    fields = ("sparsity", "target_sparsity", "baseline_accuracy", "params", "macs", "timings", "dense", "shrunk")
+    for index, value in enumerate(odd):
+        more = {"overrides": value, "choices": value, "error": value, "config_hash": value, "params_dense": value}
+        (tmp_path / str(index)).mkdir()
+        result = {"status": "finished", "accuracy": 0.5, **dict.fromkeys(fields, value), **more}
+        (tmp_path / str(index) / "result.json").write_text(json.dumps(result))
+        (tmp_path / str(index) / "masks.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    for record in ("[]", "{", '{"axes": [], "command": 3, "started": "soon"}', '{"axes": {"a": 1, "b": [[], {}]}}'):
+        (tmp_path / "sweep.json").write_text(record)
+        assert build_report(tmp_path).usable == len(odd)
+
+
+def test_names_that_break_drawing_or_encoding_do_not(tmp_path: Path) -> None:
+    job(tmp_path / "0", "pruner=$x^$", target_sparsity=0.5, sparsity=0.5)
+    job(tmp_path / "1", "pruner=_\ud800\u6f22\x00\n", target_sparsity=0.5, sparsity=0.5, error="\ud800")
+    job(tmp_path / "2", "pruner=" + "long" * 500, target_sparsity=0.5, sparsity=0.5)
+    assert build_report(tmp_path).usable == 3
+
+
+def test_head_tells_command_times_and_axes(tmp_path: Path) -> None:
+    record = {
+        "command": "python train.py --multirun seed=0,1",
+        "status": "running",
+        "axes": {"seed": ["0", "1"], "model": ["vit"]},
+        "started": "2026-11-23T02:00:00+00:00",
+        "ended": None,
+    }
+    job(tmp_path / "0", "seed=0", "model=vit", target_sparsity=0.5)
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    build_report(tmp_path)
+    facts = re.findall(r"<dt>(.*?)</dt><dd.*?>(.*?)</dd>", read_page(tmp_path))
+    assert facts == [
+        ("command", "python train.py --multirun seed=0,1"),
+        ("status", "running"),
+        ("started", "2026-11-23 02:00:00 UTC"),
+        ("set in every job", "seed=0 model=vit"),
+        ("swept: seed", "0, 1"),
+    ]
+
+
+def test_where_the_time_goes_and_what_the_cache_saved(tmp_path: Path) -> None:
+    for index, source in enumerate(("trained", "cache", "cache")):
+        timings = {"train": 6.0 + index, "start": 1.0, "files": 1.0, "odd": "x"}
+        dense = {"source": source, "train_seconds": 30, "seconds": 30 if source == "trained" else 1}
+        job(tmp_path / str(index), f"seed={index}", target_sparsity=0.5, timings=timings, dense=dense)
+    build_report(tmp_path)
+    page = read_page(tmp_path)
+    rows = cells(page)
+    assert rows[rows.index(["part of a job", "seconds, mean", "share"]) + 1 :] == [
+        ["start: data, model, rehearsal", "1.00", "11 %"],
+        ["training, dense and pruned", "7.00", "78 %"],
+        ["files and figures", "1.00", "11 %"],
+    ]
+    assert "A job takes 9.00 s on average, 2.00 s of it beyond training (3 finished jobs)." in page
+    assert "1 dense network trained, 2 jobs started from the cache, which saved 58.0 s." in page
+
+
+def test_layers_are_shown_apart_for_families_of_different_layers(tmp_path: Path) -> None:
+    root = sweep(tmp_path)
+    other = job(root / "8", "pruner=weighted", "seed=0", target_sparsity=0.5)
+    save_masks(other / "masks.safetensors", {f"layer{i}": torch.ones(3, dtype=torch.bool) for i in range(90)})
+    build_report(root)
+    page = read_page(root)
+    assert page.count('class="map"') == 2
+    assert "30 layers in the middle are not shown" in page
+
+
+def test_many_sparsities_go_by_tens(tmp_path: Path) -> None:
+    for index in range(15):
+        job(tmp_path / str(index), f"lr={index}", target_sparsity=0.3 + index / 50, sparsity=0.3 + index / 50)
+    build_report(tmp_path)
+    headings = [row[0] for row in cells(read_page(tmp_path)) if len(row) == 1]
+    assert headings == ["30 to 40 % sparsity", "40 to 50 % sparsity", "50 to 60 % sparsity"]
+
+
+def test_equal_jobs_are_counted_once_and_said(tmp_path: Path) -> None:
+    for index in range(3):
+        job(tmp_path / str(index), "seed=0", config_hash="same", target_sparsity=0.5)
+    report = build_report(tmp_path)
+    assert report.usable == 1
+    assert report.left_out == dict.fromkeys("12", "an equal job (the same config_hash) has finished in 0")
+
+
+def test_it_is_rebuilt_over_itself_with_the_same_picture(tmp_path: Path) -> None:
+    root = sweep(tmp_path)
+    build_report(root)
+    first = np.array(Image.open(root / "pareto.png"))
+    build_report(root)
+    assert (np.array(Image.open(root / "pareto.png")) == first).all()
+    assert sorted(path.name for path in root.iterdir() if path.is_file()) == [
+        "pareto.png", "report.html", "summary.csv",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_runs_as_a_module_without_masks_and_torch(tmp_path: Path) -> None:
+    job(tmp_path / "0", target_sparsity=0.5, sparsity=0.5)
+    code = "import sys; from gsprune.report import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    command = [sys.executable, "-m", "gsprune.report", str(tmp_path)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stderr == ""
