@@ -38,7 +38,7 @@ from gsprune.identity import config_hash, dense_key, plain_config, scores_key, s
 from gsprune.pruner import NoPruning
 from gsprune.results import read_results
 from gsprune.shrink import Plan, apply_plan, plan_shrink
-from gsprune.sweep import Sweep, current_sweep, set_aside, without_sweep_settings
+from gsprune.sweep import Sweep, current_sweep, last_line, set_aside, without_sweep_settings
 from gsprune.tracking import Tracker, download_artifact, read_metrics
 from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
 
@@ -287,8 +287,7 @@ class _Job:
 
     def fail(self, error: BaseException) -> None:
         """Leave the record closed; what goes wrong here must not hide the error itself."""
-        lines = str(error).strip().splitlines()
-        self.result["error"] = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+        self.result["error"] = last_line(error)
         try:
             if hasattr(self, "progress"):
                 self.progress.close()

@@ -113,7 +113,7 @@ class TrainerConfig:
     latency_repeats: int = 30
     latency_batch: int = 1
     dense_cache: bool = True
-    dense_scores: bool = False
+    dense_scores: bool = True
 
 
 SCHEMAS: dict[str, type] = {

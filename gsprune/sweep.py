@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -147,6 +148,15 @@ def parent_run_id() -> str | None:
     return sweep.parent_run_id if sweep is not None else None
 
 
+def last_line(error: BaseException) -> str:
+    """
+    >>> last_line(RuntimeError("a long story\\nits end")), last_line(KeyboardInterrupt())
+    ('RuntimeError: its end', 'KeyboardInterrupt')
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
 def set_aside(folder: Path, job: JobResult) -> Path:
     """Move what another job has left in `folder` beside it, where it still counts; Hydra's own files stay.
 
@@ -205,6 +215,15 @@ class SweepCallback(Callback):
             print(f"another process sweeps in {sweep.directory}: wait for it, or choose another hydra.sweep.dir")
             raise SystemExit(1) from None  # Hydra would turn an ordinary exception into a warning, and sweep
         atexit.register(self._open.close, "failed")  # on_multirun_end is not called when a job has failed
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """In the worker: a job that failed before it could say so itself (or that never does) is put on record."""
+        path = Path(config.hydra.runtime.output_dir) / "result.json"
+        if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED or path.exists():
+            return
+        error = job_return._return_value  # `return_value` would raise it
+        overrides = without_sweep_settings(config.hydra.overrides.task)
+        write_json(path, {"status": "failed", "error": last_line(error), "overrides": overrides})
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """After the last job, when all went well."""
@@ -295,7 +314,9 @@ class _OpenSweep:
         from gsprune.report import build_report
 
         try:
-            return list(build_report(self.sweep.directory))
+            report = build_report(self.sweep.directory)
+            log.info("report of %d finished jobs: %s", report.usable, report.directory / "report.html")
+            return report.paths
         except ValueError as error:
             log.warning("no report of the sweep: %s", error)
         except Exception:  # a fault of ours must not cost the parent run its end

@@ -137,7 +137,7 @@ class Trainer:
     latency_repeats: int = 30
     latency_batch: int = 1
     dense_cache: bool = True
-    dense_scores: bool = False
+    dense_scores: bool = True
 
     def __post_init__(self) -> None:
         for name in ("dense_epochs", "prune_epochs", "latency_repeats"):

@@ -176,7 +176,7 @@ def test_the_dense_key_is_of_what_the_dense_network_depends_on():
         "trainer.latency_repeats=3",
         "objective=loss",
         "tracking=mlflow",
-        "trainer.dense_scores=true",
+        "trainer.dense_scores=false",
         "pruner/schedule=one_shot",
     ]
     assert [dense_key(configure(override)) for override in same] == [base] * len(same)

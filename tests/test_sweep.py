@@ -1,0 +1,215 @@
+"""The sweep's callback and its directory: parent run, failures, kills, resuming. Whole sweeps run as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from gsprune import sweep as room
+from gsprune.sweep import Sweep, SweepCallback
+
+ROOT = Path(__file__).parents[1]
+# Another Hydra application: it knows nothing of the sweep but the name of the callback.
+APP = """
+import json
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+from gsprune.sweep import parent_run_id
+
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(cfg):
+    if cfg.x == 3:
+        raise RuntimeError("three is too much")
+    result = {"status": "finished", "accuracy": cfg.x / 10, "sparsity": 0.5, "parent": parent_run_id()}
+    Path(HydraConfig.get().runtime.output_dir, "result.json").write_text(json.dumps(result))
+
+
+main()
+"""
+
+
+def process(arguments: list[str], folder: Path, **kwargs: Any) -> subprocess.Popen[str]:
+    env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, *arguments], cwd=folder, env=env, text=True, **pipes, **kwargs)
+
+
+def finish(started: subprocess.Popen[str]) -> tuple[int, str]:
+    output = started.communicate(timeout=300)[0]
+    return started.returncode, output
+
+
+def runs_of(folder: Path) -> list[dict[str, Any]]:
+    """The runs in the folder's database, oldest first, with their parent."""
+    query = (
+        "select r.run_uuid, r.name, r.status, t.value from runs r left join tags t on t.run_uuid = r.run_uuid "
+        "and t.key = 'mlflow.parentRunId' order by r.start_time"
+    )
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        rows = database.execute(query).fetchall()
+    return [dict(zip(("id", "name", "status", "parent"), row, strict=True)) for row in rows]
+
+
+def composed(*overrides: str) -> Any:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides), return_hydra_config=True)
+
+
+# --- whole sweeps ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_failed_job_leaves_a_closed_parent_and_a_report_in_any_application(tmp_path: Path) -> None:
+    """Hydra does not call on_multirun_end when a job has failed."""
+    (tmp_path / "app.py").write_text(APP)
+    code, output = finish(
+        process(["app.py", "--multirun", "+x=1,3,2", "hydra/callbacks=gsprune", "hydra.sweep.dir=s"], tmp_path)
+    )
+    assert code == 1
+    assert "RuntimeError: three is too much" in output
+    record = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert (record["status"], record["axes"]) == ("failed", {"x": ["1", "3", "2"]})
+    assert record["command"] == "python app.py --multirun +x=1,3,2 hydra/callbacks=gsprune hydra.sweep.dir=s"
+    (parent,) = runs_of(tmp_path)
+    assert (parent["name"], parent["status"]) == ("sweep of x", "FAILED")
+    for name in ("0", "2"):
+        result = json.loads((tmp_path / "s" / name / "result.json").read_text())
+        assert result["parent"] == record["parent_run_id"] == parent["id"]
+    failed = json.loads((tmp_path / "s" / "1" / "result.json").read_text())
+    assert failed == {"status": "failed", "error": "RuntimeError: three is too much", "overrides": ["+x=3"]}
+    for name in ("report.html", "summary.csv", "pareto.png"):
+        assert (tmp_path / "s" / name).stat().st_size > 0
+    artifacts = {path.name for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file()}
+    assert {"report.html", "summary.csv", "pareto.png"} <= artifacts
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    """SIGKILL in the second of four jobs; the same command again with sweep.resume=true."""
+    command = [
+        str(ROOT / "train.py"),
+        "--multirun",
+        *("pruner=none,weighted", "seed=0,1", "trainer.dense_epochs=1", "trainer.prune_epochs=1", "model.width=4"),
+        *("trainer.latency_repeats=0", "trainer.progress=none", "dataset.batch_size=256"),
+    ]
+    first = process(command, tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("multirun/*/*/1/tracking.json")):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    (folder,) = tmp_path.glob("multirun/*/*")
+    assert json.loads((folder / "sweep.json").read_text())["status"] == "running"
+    finished = (folder / "0" / "result.json").read_bytes()
+    assert [run["status"] for run in runs_of(tmp_path)] == ["RUNNING", "FINISHED", "RUNNING"]
+
+    code, output = finish(process([*command, "sweep.resume=true"], tmp_path))
+    assert code == 0, output
+    assert list(tmp_path.glob("multirun/*/*")) == [folder]
+    assert "1 of its jobs have finished" in output
+    assert (folder / "0" / "result.json").read_bytes() == finished
+    results = [json.loads((folder / name / "result.json").read_text()) for name in "0123"]
+    assert [result["status"] for result in results] == ["finished"] * 4
+    parent, *jobs = runs_of(tmp_path)
+    assert (parent["parent"], parent["status"]) == (None, "FINISHED")
+    assert {job["parent"] for job in jobs} == {parent["id"]}
+    assert sorted(job["status"] for job in jobs) == ["FINISHED"] * 4 + ["KILLED"]
+    assert {result["mlflow_run_id"] for result in results} < {job["id"] for job in jobs}
+    assert json.loads((folder / "sweep.json").read_text())["status"] == "finished"
+    assert len((folder / "summary.csv").read_text().splitlines()) == 5
+
+
+def test_a_directory_takes_one_sweep_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    with Sweep(tmp_path / "s").held("sweep", waiting_for="-"):
+        code, output = finish(
+            process(["app.py", "--multirun", "+x=1", "hydra/callbacks=gsprune", "hydra.sweep.dir=s"], tmp_path)
+        )
+    assert code == 1
+    sentence = f"another process sweeps in {tmp_path}/s: wait for it, or choose another hydra.sweep.dir\n"
+    assert output.endswith(sentence)
+    assert not (tmp_path / "s" / "0").exists()
+
+
+# --- its parts ---------------------------------------------------------------------------------------------
+
+
+def test_the_callback_is_on_by_default_and_travels_to_workers() -> None:
+    config = composed("sweep.resume=true")
+    assert config.hydra.callbacks.gsprune._target_ == "gsprune.sweep.SweepCallback"
+    assert config.hydra.callbacks.gsprune.resume is True
+    callback = SweepCallback(resume=True)
+    callback._open = object()  # type: ignore[assignment]
+    there = pickle.loads(pickle.dumps(callback))
+    assert (there.resume, there._open) == (True, None)
+
+
+def test_axes_are_those_of_the_command_and_of_the_sweeper() -> None:
+    config = composed()
+    config.hydra.sweeper.params = {"seed": "range(0,3)", "pruner": "abs,weighted"}
+    config.hydra.overrides.task = ["+model.width=4,8", "pruner=abs,none", "trainer.prune_epochs=3", "sweep.resume=true"]
+    assert room._axes(config) == {"seed": ["0", "1", "2"], "pruner": ["abs", "none"], "model.width": ["4", "8"]}
+
+
+def test_the_same_command_is_known_again_and_others_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = composed("seed=1", "pruner=abs")
+    mine = room._identity(config)
+    assert room._identity(composed("pruner=abs", "sweep.resume=true", "seed=1")) == mine
+    others = [room._identity(composed(*overrides)) for overrides in ((), ("seed=1",), ("seed=2", "pruner=abs"))]
+    assert mine not in others
+    assert room._find(config, mine) is None
+    for day, started, identity in (
+        ("a/1", "2026-01-01", mine),
+        ("a/2", "2026-01-03", mine),
+        ("b/1", "2026-02-01", "-"),
+    ):
+        (tmp_path / "multirun" / day).mkdir(parents=True)
+        (tmp_path / "multirun" / day / "sweep.json").write_text(json.dumps({"identity": identity, "started": started}))
+    (tmp_path / "multirun" / "c" / "1").mkdir(parents=True)
+    (tmp_path / "multirun" / "c" / "1" / "sweep.json").write_text("{")
+    assert room._find(config, mine) == Path("multirun/a/2")
+
+
+def test_resuming_points_every_job_to_the_directory(tmp_path: Path) -> None:
+    config = composed("seed=1")
+    room._continue_in(config, tmp_path / "it's here")
+    assert config.hydra.sweep.dir == str(tmp_path / "it's here")
+    again = composed(*config.hydra.overrides.hydra, *config.hydra.overrides.task)  # what Hydra does for every job
+    assert again.hydra.sweep.dir == str(tmp_path / "it's here")
+
+
+@pytest.mark.parametrize("subdir", ["3", "seed=0/3", "."])
+def test_a_job_finds_its_sweep_from_its_own_folder(
+    subdir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed("hydra.mode=MULTIRUN", f"hydra.sweep.subdir='{subdir}'")
+    OmegaConf.set_readonly(config, False)
+    config.hydra.runtime.output_dir = str((tmp_path / subdir).absolute())
+    monkeypatch.setattr(room.HydraConfig, "initialized", staticmethod(lambda: True))
+    monkeypatch.setattr(room.HydraConfig, "get", staticmethod(lambda: config.hydra))
+    sweep = room.current_sweep()
+    assert sweep == Sweep(tmp_path)
+    assert room.parent_run_id() is None
+    (tmp_path / "sweep.json").write_text('{"parent_run_id": "abc"}')
+    assert room.parent_run_id() == "abc"
+    config.hydra.mode = "RUN"
+    assert room.current_sweep() is None
