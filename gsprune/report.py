@@ -188,7 +188,7 @@ class _Sweep:
         loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
         environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
         return environment.get_template("report.html").render(
-            title=_clean(str(self.directory), 200),
+            title=_clean("/".join(self.directory.resolve().parts[-2:]), 200),
             made=_now(),
             facts=self._facts(),
             counts=self._counts(),
@@ -207,7 +207,8 @@ class _Sweep:
         )
 
     def _facts(self) -> list[tuple[str, str]]:
-        found = [(label, self._told(key)) for label, key in (("command", "command"), ("status", "status"))]
+        found = [("directory", _clean(str(self.directory.resolve()), 400))]
+        found += [("command", self._told("command")), ("status", self._told("status"))]
         found += [("started", _when(self.record.get("started"))), ("ended", _when(self.record.get("ended")))]
         common = {
             k: v for k, v in self.jobs[0].overrides.items() if all(job.overrides.get(k) == v for job in self.jobs)
