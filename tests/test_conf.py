@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.types import RunMode
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from gsprune import schemas
+from gsprune.job import NUMBERS
 from gsprune.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +33,7 @@ def options(group: str, base: Path = ROOT / "conf") -> list[str]:
 
 PRUNERS = options("pruner", ROOT / "gsprune/conf")
 SCHEDULES = options("pruner/schedule", ROOT / "gsprune/conf")
-GROUPS = ("dataset", "model", "optimizer", "lr_schedule", "trainer", "tracking", "experiment")
+GROUPS = ("dataset", "model", "optimizer", "lr_schedule", "trainer", "tracking")
 CHOICES = [
     *((group, option) for group in GROUPS for option in options(group)),
     *(("pruner", option) for option in PRUNERS),
@@ -66,6 +70,134 @@ def test_every_option_composes_and_its_targets_exist(group: str, option: str, co
     assert len(found) >= 10
     for target in found:
         assert callable(get_method(target)), target
+
+
+EXPERIMENTS = ("cifar10_resnet18_weighted", "digits_sweep", "imagenet_resnet50_elementwise", "smoke")
+
+
+def test_every_experiment_begins_with_what_it_takes_and_gives() -> None:
+    assert options("experiment") == list(EXPERIMENTS)
+    for name in EXPERIMENTS:
+        package, *comment = (ROOT / f"conf/experiment/{name}.yaml").read_text().partition("\ndefaults:")[0].splitlines()
+        assert package == "# @package _global_"
+        assert all(line.startswith("# ") for line in comment)
+        text = " ".join(line.removeprefix("# ") for line in comment)
+        assert " Takes: " in text
+        assert " Gives: " in text
+
+
+@pytest.mark.parametrize(
+    ("experiment", "model", "dataset", "criterion", "sparsity", "epochs"),
+    [
+        ("cifar10_resnet18_weighted", "resnet18", "cifar10", "Weighted", 0.5, (60, 60)),
+        ("digits_sweep", "convnet", "digits", "Weighted", 0.5, (6, 8)),
+        ("imagenet_resnet50_elementwise", "resnet50", "imagefolder", "Elementwise", 0.9, (90, 30)),
+        ("smoke", "convnet", "digits", "Weighted", 0.5, (1, 1)),
+    ],
+)
+def test_every_experiment_composes_and_builds(
+    experiment: str,
+    model: str,
+    dataset: str,
+    criterion: str,
+    sparsity: float,
+    epochs: tuple[int, int],
+    compose_config: Compose,
+) -> None:
+    filled = ["dataset.path=pictures"] if dataset == "imagefolder" else []
+    config = compose_config(f"+experiment={experiment}", *filled)
+    assert config.dataset.builder._target_ == f"gsprune.datasets.{dataset}"
+    assert config.model._target_ == f"gsprune.models.{model}"
+    assert config.pruner.criterion._target_ == f"gsprune.criteria.{criterion}"
+    assert config.pruner.target_sparsity == sparsity
+    assert (config.trainer.dense_epochs, config.trainer.prune_epochs) == epochs
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    for target in targets(plain):
+        assert callable(get_method(target)), target
+    assert isinstance(instantiate(config.trainer), Trainer)
+    weight = nn.Parameter(torch.zeros(2, 2))
+    optimizer = instantiate(config.optimizer)([weight])
+    assert optimizer.defaults["lr"] == config.optimizer.lr
+    schedule = instantiate(config.lr_schedule)(optimizer, total_steps=100)
+    assert 0 < schedule.get_last_lr()[0] < config.optimizer.lr  # warming up
+    assert type(instantiate(config.pruner).keywords["criterion"]).__name__ == criterion
+
+
+def test_an_experiment_gives_way_to_the_command_line(compose_config: Compose) -> None:
+    config = compose_config(
+        "+experiment=cifar10_resnet18_weighted", "model=resnet50", "optimizer.lr=0.05", "pruner=abs"
+    )
+    assert config.model._target_ == "gsprune.models.resnet50"
+    assert (config.optimizer.lr, config.optimizer.momentum) == (0.05, 0.9)
+    assert config.pruner.criterion._target_ == "gsprune.criteria.Abs"
+
+
+def with_hydra(*overrides: str) -> DictConfig:
+    """As `compose_config`, inside of it, with Hydra's own settings."""
+    return compose("config", overrides=list(overrides), return_hydra_config=True)
+
+
+def test_the_digits_sweep_is_27_jobs(compose_config: Compose) -> None:
+    hydra = with_hydra("+experiment=digits_sweep").hydra
+    assert hydra.mode == RunMode.MULTIRUN
+    lines = [f"{key}={value}" for key, value in hydra.sweeper.params.items()]
+    axes = [list(axis.sweep_string_iterator()) for axis in OverridesParser.create().parse_overrides(lines)]
+    assert axes == [["elementwise", "abs", "weighted"], ["0.5", "0.7", "0.9"], ["0", "1", "2"]]
+
+
+def test_every_sweep_has_a_parent_run_and_a_report(compose_config: Compose) -> None:
+    callback = with_hydra().hydra.callbacks.gsprune
+    assert type(instantiate(callback)).__name__ == "SweepCallback"
+
+
+def test_no_preset_is_without_a_test() -> None:
+    assert options("hydra/launcher") == ["ray_cluster", "slurm"]
+    assert options("hydra/sweeper") == ["pareto", "pareto_macs"]
+
+
+def test_the_slurm_preset_is_what_sbatch_gets(compose_config: Compose) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    config = with_hydra("hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=600")
+    found = config.hydra.launcher
+    assert found._target_ == "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+    resources = ("partition", "timeout_min", "nodes", "gpus_per_node", "cpus_per_task", "mem_gb", "array_parallelism")
+    assert [found[name] for name in resources] == ["gpu", 600, 1, 1, 8, 32, 16]
+
+
+def test_the_ray_preset_joins_a_cluster(compose_config: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = with_hydra("hydra/launcher=ray_cluster", "hydra.launcher.ray.remote.num_gpus=0").hydra.launcher
+    assert found._target_ == "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
+    assert OmegaConf.to_container(found.ray, resolve=True) == {
+        "init": {
+            "address": "auto",
+            "object_store_memory": None,
+            "runtime_env": {"env_vars": {"MLFLOW_TRACKING_URI": "http://tracking:5000", "OMP_NUM_THREADS": "3"}},
+        },
+        "remote": {"num_cpus": 4, "num_gpus": 0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("preset", "objective", "directions", "pruners"),
+    [
+        ("pareto", "[val_accuracy,sparsity]", ["maximize", "maximize"], "choice(elementwise,abs,weighted)"),
+        ("pareto_macs", "[val_accuracy,macs]", ["maximize", "minimize"], "choice(abs,weighted)"),
+    ],
+)
+@pytest.mark.parametrize("sampler", ["tpe", "nsgaii"])
+def test_a_search_has_one_direction_for_each_number(
+    preset: str, objective: str, directions: list[str], pruners: str, sampler: str, compose_config: Compose
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    found = with_hydra(f"hydra/sweeper={preset}", f"hydra/sweeper/sampler={sampler}").hydra.sweeper
+    assert (found.params.objective, found.params.pruner) == (objective, pruners)
+    assert list(found.direction) == directions
+    assert set(objective.strip("[]").split(",")) <= set(NUMBERS)
+    assert (found.max_failure_rate, found.sampler.seed) == (1.0, 0)
+    assert found.sampler._target_.lower().endswith(f"{sampler}sampler")
 
 
 def test_the_defaults(compose_config: Compose) -> None:
