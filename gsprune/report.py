@@ -25,6 +25,7 @@ from gsprune.drawing import percent
 from gsprune.files import read_json, write_atomic
 from gsprune.results import RESULT, JobResult, Results, natural, read_results
 from gsprune.sweep_figures import STYLES, Line, Mark, Panel, draw_heatmap, draw_panels
+from gsprune.tracking import without_passwords
 from gsprune.variants import Point, Stat, dense_levels, once_each, pareto_front, points, stat, swept, variants
 
 __all__ = ["Report", "build_report", "main"]
@@ -143,7 +144,7 @@ class _Sweep:
         return [job for job in self.jobs if _usable(job)]
 
     def panels(self) -> list[Panel]:
-        dense = {f"{d.label}: {100 * d.accuracy:.2f} %": 100 * d.accuracy for d in self.dense}
+        dense = {f"{d.label}: {100 * d.accuracy:.2f} %": 100 * d.accuracy for d in dense_levels(self.usable, self.axes)}
         styles = _styles(self.points, self.fronts["sparsity"])
         panels: list[Panel] = []
         for name, (title, across) in TITLES.items():
@@ -151,10 +152,6 @@ class _Sweep:
             if lines or not panels:
                 panels.append(Panel(title, across, lines, dense, empty=self._empty))
         return panels
-
-    @property
-    def dense(self) -> list[Any]:
-        return list(dense_levels(self.usable, self.axes))
 
     @property
     def _empty(self) -> str:
@@ -542,7 +539,12 @@ def _cell(value: object) -> object:
 
 
 def _clean(text: str, length: int) -> str:
-    """A stranger's text on one line, printable, and not longer than `length`."""
+    """A stranger's text on one line, printable, not longer than `length`, and without passwords in its addresses.
+
+    >>> _clean("tracking.tracking_uri=http://ann:secret@host:5000\\n", 60)
+    'tracking.tracking_uri=http://***@host:5000 '
+    """
+    text = without_passwords(text[: length + 1000])
     shown = "".join(letter if letter.isprintable() else " " for letter in text[: length + 1])
     return shown if len(shown) <= length else f"{shown[: length - 1]}…"
 
