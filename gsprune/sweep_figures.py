@@ -232,8 +232,8 @@ def draw_heatmap(rows: Sequence[str], columns: Sequence[str], shares: Sequence[S
     width = 0.085 * longest + 1.6 + max(len(columns) * (0.52 if texts else 0.21), 2.5)
     figure = new_figure(width, 0.6 + 0.28 * len(rows) + 0.055 * max((min(len(c), 34) for c in columns), default=0))
     axes = figure.add_subplot()
-    colours = LinearSegmentedColormap.from_list("pruned", ["#fff7ec", "#fdbb84", "#d7301f", "#5b0a0a"])
-    colours = colours.with_extremes(bad="white")
+    scale = LinearSegmentedColormap.from_list("pruned", ["#fff7ec", "#fdbb84", "#d7301f", "#5b0a0a"])
+    colours = scale.with_extremes(bad="white")
     cells = [[math.nan if share is None else 100 * share for share in row] for row in shares]
     image = axes.imshow(cells, aspect="auto", cmap=colours, vmin=0, vmax=100, interpolation="nearest")
     axes.set_xticks(range(len(columns)), [plain_label(name, 34) for name in columns])
