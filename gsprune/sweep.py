@@ -89,13 +89,18 @@ class Sweep:
 
     @contextmanager
     def held(self, name: str, *, waiting_for: str) -> Iterator[None]:
-        """Hold a lock, and say so if another process has to be waited for."""
-        lock = self.lock(name)
+        """Hold a lock, and say so if another process has to be waited for. On a file system without locks: go on."""
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("waiting for another process %s", waiting_for)
-            lock.acquire()
+            lock = self.lock(name)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                log.info("waiting for another process %s", waiting_for)
+                lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            log.warning("%s cannot be locked (%s): do not start the same sweep twice at once", self.directory, error)
+            yield
+            return
         try:
             yield
         finally:
