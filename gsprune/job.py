@@ -110,9 +110,11 @@ def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, A
         mine = config_hash(cfg)
     except ValueError:  # the job itself will say what is wrong
         mine = None
-    job = sweep.finished(mine) if mine else None
+    here = read_results(folder).with_status("finished")
+    job = next((job for job in here if mine and job.config_hash == mine), None)
+    job = job or (sweep.finished(mine) if mine else None)
     if job is None or job.folder != folder:
-        for other in read_results(folder).with_status("finished"):
+        for other in here:
             log.info("the result of another job in %s is kept in %s", folder, set_aside(folder, other))
     if job is None:
         return None
@@ -455,7 +457,7 @@ class _Job:
             return
         path = scores_path(given)
         if not path.exists() and re.fullmatch("[0-9a-f]{32}", given):
-            path = download_artifact(self.cfg.tracking.get("tracking_uri"), given, SCORES, self.output_dir)
+            path = download_artifact(self.cfg.tracking.get("tracking_uri"), given, SCORES, self.output_dir / "checkpoint")
         if not path.is_file():
             raise ValueError(
                 f"pruner.scores={given} is neither a file of scores, nor the output directory of a run that has "

@@ -269,6 +269,51 @@ def test_mlflow_takes_odd_values_many_values_and_a_failure(tmp_path: Path, datab
 
 
 @pytest.mark.slow
+def test_a_parent_goes_on_later_and_ends_children_that_were_killed(tmp_path: Path, database: str) -> None:
+    options = {"tracking_uri": database, "experiment": "sweep"}
+    parent = MLflowTracker(tmp_path / "parent", **options)
+    parent.start(config={"axes": "seed"}, tags={})
+    nested = {name: MLflowTracker(tmp_path / name, parent_run_id=parent.run_id, **options) for name in "abc"}
+    for tracker in nested.values():
+        tracker.start(config={}, tags={})
+    nested["a"].log_params({"dense.key": "k"})
+    nested["a"].finish("FINISHED")
+    again = MLflowTracker(tmp_path / "again", run_id=parent.run_id, **options)
+    again.start(config={"axes": "pruner"}, tags={"mlflow.note.content": "later"})
+    assert again.run_id == parent.run_id
+    again.close_children(except_for=[str(nested["c"].run_id)])
+    client = client_of(database)
+    found = {name: client.get_run(tracker.run_id) for name, tracker in nested.items()}
+    assert {name: run.info.status for name, run in found.items()} == {"a": "FINISHED", "b": "KILLED", "c": "RUNNING"}
+    assert found["a"].data.params == {"dense.key": "k"}
+    opened = client.get_run(parent.run_id)
+    assert (opened.info.status, opened.data.params) == ("RUNNING", {"axes": "seed"})  # parameters cannot change
+    assert opened.data.tags["mlflow.note.content"] == "later"
+    again.finish("FINISHED")
+    assert client.get_run(parent.run_id).info.status == "FINISHED"
+    client.delete_run(parent.run_id)
+    other = MLflowTracker(tmp_path / "other", run_id=parent.run_id, **options)
+    other.start(config={}, tags={})
+    assert other.run_id not in (None, parent.run_id)
+    assert other.stopped is None
+
+
+@pytest.mark.slow
+def test_a_file_of_another_run_is_fetched_or_said_to_be_missing(tmp_path: Path, database: str) -> None:
+    tracker = MLflowTracker(tmp_path / "run", tracking_uri=database)
+    tracker.start(config={}, tags={})
+    (tmp_path / "run" / "s.bin").write_bytes(b"scores")
+    tracker.log_artifact(tmp_path / "run" / "s.bin", folder="checkpoint")
+    run_id = str(tracker.run_id)
+    path = tracking.download_artifact(database, run_id, "checkpoint/s.bin", tmp_path / "here")
+    assert (path, path.read_bytes()) == (tmp_path / "here" / "s.bin", b"scores")
+    with pytest.raises(ValueError, match=f"^the run {run_id} at .* has no t.bin to start from "):
+        tracking.download_artifact(database, run_id, "t.bin", tmp_path / "here")
+    with pytest.raises(ValueError, match=f"^the run {'0' * 32} at .* has no s.bin to start from "):
+        tracking.download_artifact(database, "0" * 32, "s.bin", tmp_path / "here")
+
+
+@pytest.mark.slow
 def test_mlflow_s_own_globals_stay_as_they_were(tmp_path: Path, database: str) -> None:
     import mlflow
 
