@@ -167,14 +167,13 @@ def test_the_slurm_preset_is_what_sbatch_gets(compose_config: Compose) -> None:
 def test_the_ray_preset_joins_a_cluster(compose_config: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     found = with_hydra("hydra/launcher=ray_cluster", "hydra.launcher.ray.remote.num_gpus=0").hydra.launcher
     assert found._target_ == "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
     assert OmegaConf.to_container(found.ray, resolve=True) == {
         "init": {
             "address": "auto",
             "object_store_memory": None,
-            "runtime_env": {"env_vars": {"MLFLOW_TRACKING_URI": "http://tracking:5000", "OMP_NUM_THREADS": "3"}},
+            "runtime_env": {"env_vars": {"MLFLOW_TRACKING_URI": "http://tracking:5000"}},
         },
         "remote": {"num_cpus": 4, "num_gpus": 0},
     }
@@ -196,7 +195,7 @@ def test_a_search_has_one_direction_for_each_number(
     assert (found.params.objective, found.params.pruner) == (objective, pruners)
     assert list(found.direction) == directions
     assert set(objective.strip("[]").split(",")) <= set(NUMBERS)
-    assert (found.max_failure_rate, found.sampler.seed) == (1.0, 0)
+    assert (found.max_failure_rate, found.sampler.seed) == (1.0, None)  # a study that goes on would repeat itself
     assert found.sampler._target_.lower().endswith(f"{sampler}sampler")
 
 
