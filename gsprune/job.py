@@ -457,7 +457,9 @@ class _Job:
             return
         path = scores_path(given)
         if not path.exists() and re.fullmatch("[0-9a-f]{32}", given):
-            path = download_artifact(self.cfg.tracking.get("tracking_uri"), given, SCORES, self.output_dir / "checkpoint")
+            path = download_artifact(
+                self.cfg.tracking.get("tracking_uri"), given, SCORES, self.output_dir / "checkpoint"
+            )
         if not path.is_file():
             raise ValueError(
                 f"pruner.scores={given} is neither a file of scores, nor the output directory of a run that has "

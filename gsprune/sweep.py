@@ -210,9 +210,8 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Before the first job: find or make the directory, the parent run, and the database behind it."""
         identity = _identity(config)
-        if self.resume:
-            _continue_in(config, _find(config, identity))
-        sweep = Sweep(Path(str(config.hydra.sweep.dir)).absolute())
+        sweep = Sweep((self._earlier(config, identity) or Path(str(config.hydra.sweep.dir))).absolute())
+        _settle(config, sweep.directory)
         self._open = _OpenSweep(sweep, report=self.report)
         try:
             self._open.begin(config, identity, lambda **kwargs: self._make_tracker(config, **kwargs))
@@ -235,6 +234,12 @@ class SweepCallback(Callback):
         assert self._open is not None
         self._open.close("finished")
         atexit.unregister(self._open.close)
+
+    def _earlier(self, config: DictConfig, identity: str) -> Path | None:
+        found = _find(config, identity) if self.resume else None
+        if self.resume and found is None:
+            log.info("no earlier sweep of this command was found: starting one")
+        return found
 
     def _make_tracker(self, config: DictConfig, **kwargs: Any) -> Tracker:
         from gsprune.tracking import MLflowTracker
@@ -400,11 +405,11 @@ def _as_glob(template: str) -> str:
     return template
 
 
-def _continue_in(config: DictConfig, directory: Path | None) -> None:
-    """Point the sweep, and the configuration that every job composes anew, to that directory."""
-    if directory is None:
-        log.info("no earlier sweep of this command was found: starting one")
-        return
+def _settle(config: DictConfig, directory: Path) -> None:
+    """Fix the sweep's directory, absolute, in the configuration that the launcher has and in that of every job.
+
+    Hydra composes each job's anew, from the overrides, and a worker's working directory may be another.
+    """
     with read_write(config), open_dict(config):
         config.hydra.sweep.dir = str(directory)
         quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
@@ -423,12 +428,14 @@ def _axes(config: DictConfig) -> dict[str, list[str]]:
         *(f"{key!s}={value}" for key, value in params.items()),
         *without_sweep_settings(config.hydra.overrides.task),
     ]
-    axes = {}
+    axes: dict[str, list[str]] = {}
     for override in OverridesParser.create().parse_overrides(lines):
+        key = override.get_key_element().lstrip("+")
+        axes.pop(key, None)  # the command's word on a key replaces the configuration's
         if override.is_sweep_override():
-            sampled = override.is_discrete_sweep()
-            values = list(override.sweep_string_iterator()) if sampled else [override.get_value_string()]
-            axes[override.get_key_element().lstrip("+")] = [str(value) for value in values]
+            listed = override.is_discrete_sweep()
+            values = override.sweep_string_iterator() if listed else [override.get_value_string()]
+            axes[key] = [str(value) for value in values]
     return axes
 
 

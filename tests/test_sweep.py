@@ -83,6 +83,7 @@ def test_a_failed_job_leaves_a_closed_parent_and_a_report_in_any_application(tmp
     )
     assert code == 1
     assert "RuntimeError: three is too much" in output
+    assert not list(tmp_path.glob("[0-9]*"))
     record = json.loads((tmp_path / "s" / "sweep.json").read_text())
     assert (record["status"], record["axes"]) == ("failed", {"x": ["1", "3", "2"]})
     assert record["command"] == "python app.py --multirun +x=1,3,2 hydra/callbacks=gsprune hydra.sweep.dir=s"
@@ -167,6 +168,8 @@ def test_axes_are_those_of_the_command_and_of_the_sweeper() -> None:
     config.hydra.sweeper.params = {"seed": "range(0,3)", "pruner": "abs,weighted"}
     config.hydra.overrides.task = ["+model.width=4,8", "pruner=abs,none", "trainer.prune_epochs=3", "sweep.resume=true"]
     assert room._axes(config) == {"seed": ["0", "1", "2"], "pruner": ["abs", "none"], "model.width": ["4", "8"]}
+    config.hydra.overrides.task = ["seed=1"]
+    assert room._axes(config) == {"pruner": ["abs", "weighted"]}
 
 
 def test_the_same_command_is_known_again_and_others_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +194,7 @@ def test_the_same_command_is_known_again_and_others_are_not(tmp_path: Path, monk
 
 def test_resuming_points_every_job_to_the_directory(tmp_path: Path) -> None:
     config = composed("seed=1")
-    room._continue_in(config, tmp_path / "it's here")
+    room._settle(config, tmp_path / "it's here")
     assert config.hydra.sweep.dir == str(tmp_path / "it's here")
     again = composed(*config.hydra.overrides.hydra, *config.hydra.overrides.task)  # what Hydra does for every job
     assert again.hydra.sweep.dir == str(tmp_path / "it's here")
