@@ -186,6 +186,11 @@ def save_layer_sparsity(path: str | os.PathLike[str], masks: Mapping[str, Tensor
     overall = 100 * sum(pruned) / max(sum(totals), 1)
     figure = new_figure(9, 1.5 + 0.27 * max(len(names), 1))
     axes = figure.add_subplot()
+    longest = max((len(name) for name in names), default=0)
+    height = figure.get_figheight()
+    figure.subplots_adjust(
+        left=(0.3 + 0.07 * min(longest, 44)) / 9, right=0.99, top=1 - 0.45 / height, bottom=0.6 / height
+    )
     axes.barh(range(len(names)), shares, color=SPARSITY, height=0.72)
     for row, (share, part, total) in enumerate(zip(shares, pruned, totals, strict=True)):
         text = f"{percent(share / 100)}  ({part:,} of {total:,})"
@@ -217,7 +222,8 @@ def save_history(
     """
     rows = list(rows)
     figure = new_figure(11, 5)
-    grid = figure.add_gridspec(2, 2, height_ratios=(3, 2), width_ratios=(1.1, 1))
+    grid = figure.add_gridspec(2, 2, height_ratios=(3, 2), width_ratios=(1.1, 1), hspace=0.17, wspace=0.1)
+    figure.subplots_adjust(left=0.035, right=0.985, top=0.94, bottom=0.095)
     over_epochs, below, against = (
         figure.add_subplot(grid[0, 0]),
         figure.add_subplot(grid[1, 0]),
