@@ -41,7 +41,7 @@ def pixels_of(figure: Figure) -> np.ndarray:
 
 
 def png(figure: Figure, *, layout: Literal["constrained", "none"] = "constrained") -> bytes:
-    """The figure as a PNG file, its parts laid out so that no label is cut off; "none": as they are, in half the time."""
+    """The figure as a PNG file, laid out so that no label is cut off; "none": as it is, in half the time."""
     figure.set_layout_engine(layout)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
