@@ -226,7 +226,7 @@ def _is_share(value: object) -> bool:
 
 def _hydra_overrides(folder: Path) -> list[str]:
     """The list in `.hydra/overrides.yaml`; empty when there is none that can be read."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     path = folder / ".hydra" / "overrides.yaml"
     try:
