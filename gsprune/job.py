@@ -276,6 +276,7 @@ class _Job:
             folder = self.output_dir / "figures"
             figures.save_layer_sparsity(folder / "sparsity_by_layer.png", masks)
             rows = read_metrics(self.output_dir / "metrics.jsonl")
+            figures.save_masks(folder / "masks.png", masks)
             figures.save_history(folder / "history.png", rows, baseline=self.dense_val)
 
     def finish(self) -> dict[str, Any]:
@@ -363,6 +364,8 @@ class _Job:
         self.tracker = build(self.cfg.tracking, output_dir=str(self.output_dir), run_name=name, **parent)
         tags = {"config_hash": self.result["config_hash"], **hydra_tags()}
         self.tracker.start(config=plain_config(self.cfg), tags=tags)
+        # The name of the option is what a person compares by; in the configuration it is spread over many values.
+        self.tracker.log_params({key: value for key, value in self.result["choices"].items() if key in self.cfg})
         self.result["mlflow_run_id"] = self.tracker.run_id
 
     def _rehearse(self) -> None:
@@ -596,13 +599,13 @@ def hydra_tags() -> dict[str, str]:
 
 
 def run_name(cfg: DictConfig) -> str | None:
-    """What a person calls this job in a list of runs: "weighted 0.5, convnet, digits, seed 0"; None outside Hydra."""
+    """What a person calls this job in a list of runs: "weighted 0.5, seed 0, convnet, digits"; None outside Hydra."""
     if not HydraConfig.initialized():
         return None
     chosen = HydraConfig.get().runtime.choices
     share = cfg.pruner.get("target_sparsity")
     pruner = f"{chosen['pruner']} {share:g}" if share else chosen["pruner"]
-    return f"{pruner}, {chosen['model']}, {chosen['dataset']}, seed {cfg.seed}"
+    return f"{pruner}, seed {cfg.seed}, {chosen['model']}, {chosen['dataset']}"  # a table cuts the end off
 
 
 def _first(inputs: Any, count: int) -> Any:

@@ -249,7 +249,7 @@ class Pruner:
     def target_sparsity(self) -> float:
         """The share the schedule ends with, over everything targeted."""
         wanted = (s.final * t.total for s, t in zip(self._schedules, self.targets, strict=True))
-        return sum(wanted) / sum(target.total for target in self.targets)
+        return round(sum(wanted) / sum(target.total for target in self.targets), 12)  # 0.7, not 0.7000000000000001
 
     @property
     def finished(self) -> bool:

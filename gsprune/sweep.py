@@ -335,10 +335,17 @@ class _OpenSweep:
 
     def _finish_run(self, tracker: Tracker, results: Results, reports: list[Path]) -> None:
         self._close_killed(results)
-        tracker.log_metrics({f"jobs_{name}": len(results.with_status(name)) for name in ("finished", "failed")}, step=0)
+        tracker.log_metrics({f"jobs/{name}": len(results.with_status(name)) for name in ("finished", "failed")}, step=0)
         for path in reports:
             tracker.log_artifact(path)
+        tracker.log_tags({"mlflow.note.content": self._description(results)})
         tracker.finish(_RUN_STATUS[str(self._record["status"])])
+
+    def _description(self, results: Results) -> str:
+        """What the parent's page says of it, in its first three lines."""
+        done, failed = (len(results.with_status(name)) for name in ("finished", "failed"))
+        where = "report.html is among the artifacts" if self.report else "no report was wanted"
+        return f"{done} jobs finished, {failed} failed; {where}.\n\n`{self._record['command']}`"
 
     def _close_killed(self, results: Results) -> None:
         """End the MLflow runs of jobs that no process works on."""

@@ -33,6 +33,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from gsprune.files import plain, write_atomic, write_json
+from gsprune.views import experiment_tags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -482,7 +483,8 @@ class _Store:
         found = self._client.get_experiment_by_name(self._experiment)
         if found is None:
             try:
-                return str(self._client.create_experiment(self._experiment, self._location))
+                tags = experiment_tags(time_ms=int(time.time() * 1000))
+                return str(self._client.create_experiment(self._experiment, self._location, tags=tags))
             except MlflowException:  # another process was faster
                 found = self._client.get_experiment_by_name(self._experiment)
                 if found is None:

@@ -1,0 +1,32 @@
+"""What an experiment's run table shows first: tags that MLflow accepts, naming what jobs really log."""
+
+from __future__ import annotations
+
+import json
+
+from gsprune.job import NUMBERS
+from gsprune.views import BEST, SWEEPS, experiment_tags
+
+
+def test_each_view_is_a_tag_that_fits_and_holds_its_state_in_both_forms() -> None:
+    tags = experiment_tags(time_ms=7)
+    for key in (BEST, SWEEPS):
+        text = tags[f"mlflow.sharedViewState.{key}"]
+        assert len(text) < 5000  # MLflow's limit for a tag
+        view = json.loads(text)
+        assert (view["createdAt"], view["updatedAt"]) == (7, 7)
+        state = json.loads(view["state"])
+        assert state == {name: value for name, value in view.items() if name in state}
+        assert state["columnOrder"][1:] == state["selectedColumns"]
+
+
+def test_the_columns_are_numbers_of_a_result_and_choices_of_a_job() -> None:
+    (view,) = (json.loads(tag) for name, tag in experiment_tags(time_ms=0).items() if name.endswith(BEST))
+    columns = [column.split("`")[1] for column in view["selectedColumns"]]
+    assert columns[:2] == ["pruner", "seed"]
+    assert set(columns[2:]) <= set(NUMBERS)
+    parallel, scatter, masks = view["compareRunCharts"]
+    assert parallel["selectedParams"] == ["pruner", "seed"]
+    assert set(parallel["selectedMetrics"]) <= set(NUMBERS)
+    assert (scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("sparsity", "accuracy")
+    assert masks["imageKeys"] == ["masks"]
