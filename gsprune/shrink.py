@@ -2,7 +2,7 @@
 
 Two steps: `plan_shrink` says which positions of which tensors stay, `apply_plan` cuts them out in place.
 `shrink` does both, after comparing the masked and the shrunk network in float64 on copies.
-May import: torch, gsprune.structures.
+May import: torch, gsprune.attention, gsprune.structures.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gsprune.attention import close_nested_path, narrow, why_not_narrow
 from gsprune.structures import Example, Structure, close, float64_copy, outputs, refuse_wrapped
 
 Cuts = Mapping[int, Tensor]  # dimension -> kept positions
@@ -148,6 +149,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = No
         resize(module)
     for name, value in plan.attributes.items():
         setattr(*_home(model, name), value)
+    close_nested_path(model)
     if optimizer is not None:
         _move_state(optimizer, replaced)
 
@@ -337,10 +339,14 @@ _RESIZE: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
     (nn.Linear, _resize_linear),
     (nn.modules.batchnorm._BatchNorm, _resize_batchnorm),
     (nn.PReLU, _resize_prelu),
+    (nn.MultiheadAttention, narrow),
 )
 
 
 def _resizer(module: nn.Module) -> Callable[[Any], None]:
+    reason = why_not_narrow(module) if isinstance(module, nn.MultiheadAttention) else None
+    if reason is not None:
+        raise ValueError(f"the pruning plan cuts an attention that cannot be shrunk: {reason}")
     for cls, resize in _RESIZE:
         if isinstance(module, cls):
             return resize

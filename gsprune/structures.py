@@ -3,7 +3,9 @@
 Coupled tensors come from torch-pruning's dependency graph (one traced forward pass on a float64 copy). Each
 of its groups becomes a `Structure`, or a line that says why it cannot be pruned. Scores, masks and cutting
 are not here.
-May import: torch, torch_pruning. Used by criteria, pruner and shrink.
+Attentions that the graph cannot follow (nn.MultiheadAttention, rotary positions, grouped queries) are read off
+the calls of one forward pass instead, and are one opaque step to the graph.
+May import: torch, torch_pruning, gsprune.attention, gsprune.names. Used by criteria, pruner and shrink.
 
 Legend: u = unit, a position = an index along one dimension of one tensor.
 """
@@ -12,15 +14,18 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from gsprune.attention import why_not_narrow
 from gsprune.names import choose
 
 Kind = Literal["channels", "neurons", "heads"]
@@ -29,6 +34,7 @@ Example = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 _TYPE = tp.ops.OPTYPE
 _CONV = nn.modules.conv._ConvNd
 _HEAD_NAMES = ("num_heads", "num_attention_heads", "n_heads", "heads", "nhead", "n_head")
+_GROUP_NAMES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
 _WIDTH_NAMES = ("all_head_size", "inner_dim", "attn_dim", "attention_dim")
 _VALUE_NAMES = ("v", "value", "v_proj", "value_proj", "to_v", "v_lin", "wv", "w_v")
 _MIXING = {
@@ -37,7 +43,7 @@ _MIXING = {
     _TYPE.IN: "it passes an InstanceNorm, which is not supported",
     _TYPE.EMBED: "it is coupled to an embedding",
     _TYPE.PARAMETER: "it is combined with a bare parameter (an embedding or a scale)",
-    _TYPE.MHA: "it is coupled to nn.MultiheadAttention, which is not supported",
+    _TYPE.MHA: "it passes an nn.MultiheadAttention, whose outer width stays",
     _TYPE.LSTM: "it is coupled to an LSTM",
 }
 
@@ -69,7 +75,7 @@ class Structure:
     """Units that live in the same tensors; removing unit u removes its positions from every member.
 
     name        module name of the first producer in module order; for heads that of the attention module
-    units       how many there are
+    units       how many there are; of grouped-query attention a unit is a key/value head with its query heads
     producers   weights and biases whose rows compute the unit (depthwise convolutions and gates included)
     consumers   weights whose columns read it: with these at zero the unit contributes exactly nothing
     norms       per-channel tensors on the way that are cut along: BatchNorm's four, PReLU's slopes
@@ -109,7 +115,8 @@ def find_structures(
     name of any module that produces it. `model` is not touched: all work happens on a float64 copy in
     evaluation mode (measured: ResNet-50 at 224x224, 1.7 s on 2 cores; the copy takes 8 bytes a parameter).
 
-    Raises ValueError when the model cannot be traced, or a pattern matches nothing.
+    Raises ValueError when the model cannot be traced, calls other modules for other inputs, is quantised or on
+    another device than the example, or when a pattern matches nothing.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> found = find_structures(net, torch.zeros(1, 4))
@@ -118,7 +125,9 @@ def find_structures(
     """
     twin, args = float64_copy(model, example_input)
     with _same_randomness(twin), torch.enable_grad():
-        trace = _trace(twin, args)
+        observed = _observe(twin, args)
+        _check_static(observed, args)
+        trace = _trace(observed, args)
         structures, skipped = _convert(trace)
         structures, leaking = _separate(twin, args, structures)
     skipped |= {s.name: "its units reach the output by a path that is not a layer's columns" for s in leaking}
@@ -129,8 +138,14 @@ def find_structures(
 
 
 def float64_copy(model: nn.Module, example_input: Example) -> tuple[nn.Module, Example]:
-    """An evaluation-mode float64 copy of model and input (on the CPU for MPS, which has no float64)."""
+    """An evaluation-mode float64 copy of model and input (on the CPU for MPS, which has no float64).
+
+    Where parts run in training only (auxiliary heads), the modules around them are left in training mode, those
+    without children (BatchNorm, Dropout) never. Attention kernels without float64 give way to fused ones that have it.
+    """
     refuse_wrapped(model)
+    _refuse_quantised(model)
+    _check_device(model, example_input)
     mps = any(p.device.type == "mps" for p in model.parameters())
     twin = copy.deepcopy(model).to(device="cpu" if mps else None, dtype=torch.float64).eval()
     for parameter in twin.parameters():
@@ -142,7 +157,73 @@ def float64_copy(model: nn.Module, example_input: Example) -> tuple[nn.Module, E
         value = value.detach().cpu() if mps else value.detach()
         return value.double() if value.is_floating_point() else value
 
-    return twin, _map_example(convert, example_input)
+    if "flash" in _attention_kernel(twin) or "flex" in _attention_kernel(twin):
+        _set_attention_kernel(twin, "sdpa")
+    args = _map_example(convert, example_input)
+    _wake(twin, args)
+    return twin, args
+
+
+def _attention_kernel(model: nn.Module) -> str:
+    """The name of transformers' attention function; "" for other models."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "")
+
+
+def _set_attention_kernel(model: nn.Module, name: str) -> None:
+    model.set_attn_implementation(name)  # type: ignore[operator]
+
+
+def _wake(twin: nn.Module, args: Example) -> None:
+    """Find parts that no evaluation runs; switch to training what has children, if that runs some of them."""
+    mine = [m for m in twin.modules() if any(p is not None for p in m._parameters.values())]
+    called = _called(twin, args)
+    if called is None or all(m in called for m in mine):
+        return
+    inner = [m for m in twin.modules() if any(True for _ in m.children()) and not isinstance(m, nn.MultiheadAttention)]
+    for module in inner:
+        module.training = True
+    awake = _called(twin, args)
+    if awake is None or not any(m in awake and m not in called for m in mine):
+        twin.eval()
+
+
+def _called(twin: nn.Module, args: Example) -> Counter[nn.Module] | None:
+    """How often each module is called; None where the model does not run."""
+    calls: Counter[nn.Module] = Counter()
+    with _counted(twin, calls):
+        try:
+            outputs(twin, args)
+        except Exception:
+            return None
+    return calls
+
+
+@contextmanager
+def _counted(model: nn.Module, calls: Counter[nn.Module]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_hook(lambda m, *_: calls.update([m])).remove)
+        yield
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        packed = isinstance(module, nn.Linear | _CONV) and weight is not None and not weight.is_floating_point()
+        homes = [type(module).__module__, type(weight.data).__module__ if weight is not None else ""]
+        if packed or any(part in home for home in homes for part in (".quantized", "bitsandbytes", "torchao")):
+            raise ValueError(f"{name!r} is a quantised {type(module).__name__}: prune first, quantise afterwards")
+
+
+def _check_device(model: nn.Module, example_input: Example) -> None:
+    """Models spread over several devices move their inputs themselves."""
+    homes = {p.device for p in model.parameters()}
+    given: list[Tensor] = []
+    _map_example(lambda v: given.append(v) if isinstance(v, Tensor) and v.dim() else None, example_input)
+    for tensor in given if len(homes) == 1 else ():
+        if tensor.device not in homes:
+            home = next(iter(homes))
+            raise ValueError(f"the model is on {home} and the example input on {tensor.device}: move one of them")
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -161,10 +242,23 @@ def call(model: nn.Module, example_input: Example) -> Any:
 
 
 def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
-    """The floating-point outputs, without gradients; the example is cloned, the model may write into it."""
-    with torch.no_grad(), _same_randomness(model):
+    """The floating-point outputs, without gradients; the example is cloned, the model may write into it.
+
+    Encoders of PyTorch run as they do in training: their fast path puts zeros at padded positions, the other does not.
+    """
+    with torch.no_grad(), _same_randomness(model), _no_fast_path():
         args = _map_example(lambda v: v.clone() if isinstance(v, Tensor) else v, example_input)
         return list(tensors_in(call(model, args)))
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
@@ -203,6 +297,137 @@ def _map_example(function: Any, example_input: Example) -> Example:
 
 
 @dataclass(frozen=True, eq=False)
+class _Attention:
+    """One call of scaled_dot_product_attention and the linear layers around it."""
+
+    producers: tuple[str, ...]  # names of the query, key and value layers, as far as each is a single one
+    consumer: str | None
+    head_dims: tuple[int, int]  # of query and key, of value
+    is_plain: bool  # the dependency graph can follow it: the heads go straight from the layers into the call
+
+
+@dataclass(frozen=True, eq=False)
+class _Observed:
+    """What one forward pass shows without the dependency graph."""
+
+    model: nn.Module
+    names: Mapping[nn.Module, str]
+    calls: Counter[nn.Module]
+    attentions: tuple[_Attention, ...]
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps the ends of every attention call: (query, key, value) nodes, output node, head widths, head counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[list[Any], Any, tuple[int, int], tuple[int, int]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
+            q, k, v = (named[name] for name in ("query", "key", "value"))
+            ends = [t.grad_fn for t in (q, k, v)]
+            self.seen.append((ends, out.grad_fn, (q.shape[-1], v.shape[-1]), (q.shape[-3], k.shape[-3])))
+        return out
+
+
+def _observe(model: nn.Module, args: Example) -> _Observed:
+    """One forward pass with gradients, every attention through scaled_dot_product_attention where the model can."""
+    names = {module: name for name, module in model.named_modules()}
+    calls: Counter[nn.Module] = Counter()
+    made: dict[Any, str] = {}  # the node of a linear layer's output -> its name
+    read: list[tuple[str, Any]] = []  # a linear layer and the node of its input
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        made[output.grad_fn] = names[module]
+        read.append((names[module], inputs[0].grad_fn if inputs else None))
+
+    with ExitStack() as stack:
+        if _attention_kernel(model) == "eager":
+            stack.callback(_set_attention_kernel, model, "eager")
+            with suppress(ValueError, ImportError):  # a model without it
+                _set_attention_kernel(model, "sdpa")
+        stack.enter_context(_counted(model, calls))
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                stack.callback(module.register_forward_hook(note).remove)
+        try:
+            with _Watch() as watch:
+                call(model, _map_example(_grown, args))
+        except Exception as error:
+            raise _untraced(model, error) from error
+    return _Observed(model, names, calls, tuple(_attentions(watch, made, read)))
+
+
+def _grown(value: Any) -> Any:
+    """A copy with a history of its own, so that inputs can be told from constants."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.clone().requires_grad_().clone()
+
+
+def _untraced(model: nn.Module, error: Exception) -> ValueError:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{type(model).__name__} cannot be traced on the example input: {line}")
+
+
+def _attentions(watch: _Watch, made: Mapping[Any, str], read: Sequence[tuple[str, Any]]) -> Iterator[_Attention]:
+    ends = {out for _, out, _, _ in watch.seen}
+    readers: dict[Any, list[str]] = {}
+    for name, node in read:
+        found, _ = _walk_back(node, {*made, *ends})
+        if found and found <= ends and len(found) == 1:
+            readers.setdefault(next(iter(found)), []).append(name)
+    for inputs, out, head_dims, (heads, groups) in watch.seen:
+        walks = [_walk_back(node, set(made)) for node in inputs]
+        producers = tuple(made[next(iter(found))] for found, _ in walks if len(found) == 1)
+        is_plain = heads == groups and not any(_is_cut(op) for _, ops in walks for op in ops)
+        yield _Attention(producers, next(iter(readers.get(out, [None])), None), head_dims, is_plain)
+
+
+def _is_cut(op: str) -> bool:
+    """Whether an operation takes tensors apart or puts them together, as rotary positions and repeated keys do."""
+    return any(part in op for part in ("Cat", "Stack", "Slice", "Split", "Complex", "Repeat", "Expand"))
+
+
+def _walk_back(start: Any, stops: set[Any]) -> tuple[set[Any], set[str]]:
+    """The nodes of `stops` met first on the ways back from a node, and the names of the operations between."""
+    found: set[Any] = set()
+    ops: set[str] = set()
+    stack, seen = [start], {None}
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in stops:
+            found.add(node)
+        else:
+            ops.add(node.name())
+            stack.extend(parent for parent, _ in node.next_functions)
+    return found, ops
+
+
+def _check_static(observed: _Observed, args: Example) -> None:
+    """Raise for a model that calls modules on another input that it does not call on the example: they are not seen."""
+
+    def other(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        return -1.5 * value if value.is_floating_point() else value.flip(-1)
+
+    calls = _called(observed.model, _map_example(other, args)) or ()
+    for module in calls:
+        if module not in observed.calls:
+            model, name = type(observed.model).__name__, observed.names[module]
+            raise ValueError(
+                f"{model} cannot be traced: {name!r} is called for some inputs only (dynamic control flow)"
+            )
+
+
+@dataclass(frozen=True, eq=False)
 class _Trace:
     model: nn.Module
     graph: Any
@@ -212,39 +437,83 @@ class _Trace:
     inputs: frozenset[Any]  # grad_fns of the model's inputs
     outputs: frozenset[Any]  # grad_fns of the model's outputs
     owners: Counter[int]  # id(parameter) -> how many modules hold it
+    attentions: Mapping[str, _Attention | None]  # module name of every opaque attention; None: nn.MultiheadAttention
 
 
-def _trace(model: nn.Module, args: Example) -> _Trace:
-    calls: Counter[nn.Module] = Counter()
+class _Opaque(torch.autograd.Function):
+    """One node in the place of all that a module does."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *inputs: Tensor) -> Tensor:
+        return value.clone()
+
+
+@contextmanager
+def _opaque(module: nn.Module, reason: str) -> Iterator[None]:
+    """Inside the block the module's output depends on its inputs by a single node, which knows why it ends groups."""
+    forward: Callable[..., Any] = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # inside another opaque module
+            return forward(*args, **kwargs)
+        with torch.no_grad():
+            result = forward(*args, **kwargs)
+        inputs = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
+        first, *rest = result if isinstance(result, tuple) else (result,)
+        value = _Opaque.apply(first, *inputs)
+        if value.grad_fn is not None:
+            value.grad_fn.reason = reason
+        return (value, *rest) if isinstance(result, tuple) else value
+
+    module.forward = run
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _trace(observed: _Observed, args: Example) -> _Trace:
+    model, names = observed.model, observed.names
     inputs: list[Any] = []
     outputs: list[Any] = []
+    modes = [(module, module.training) for module in model.modules()]
 
     def mark(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        marked = value.clone().requires_grad_().clone()  # the second clone is a node the graph can show
-        inputs.append(marked.grad_fn)
+        marked = _grown(value)  # its second clone is a node the graph can show
+        if marked is not value:
+            inputs.append(marked.grad_fn)
         return marked
 
     def forward(model: nn.Module, args: Example) -> list[Tensor]:
+        for module, mode in modes:  # torch-pruning switches to evaluation
+            module.training = mode
         found = [t for t in tensors_in(call(model, _map_example(mark, args))) if t.grad_fn is not None]
         outputs.extend(t.grad_fn for t in found)
         return found
 
-    hooks = [m.register_forward_hook(lambda m, *_: calls.update([m])) for m in model.modules()]
+    attentions: dict[str, _Attention | None] = {
+        name: None for module, name in names.items() if isinstance(module, nn.MultiheadAttention)
+    }
+    attentions |= {_home_of(a): a for a in observed.attentions if not a.is_plain and a.consumer and a.producers}
     graph = tp.DependencyGraph()
-    try:
-        graph.build_dependency(model, args, forward_fn=forward, verbose=False)
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{type(model).__name__} cannot be traced on the example input: {line}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        for module, name in names.items():
+            if name in attentions:
+                stack.enter_context(_opaque(module, f"it passes the attention {name!r}, whose outer width stays"))
+            elif type(module).__name__.endswith("RMSNorm"):
+                stack.enter_context(_opaque(module, "it passes an RMSNorm, which mixes units"))
+        try:
+            graph.build_dependency(model, args, forward_fn=forward, verbose=False)
+        except Exception as error:
+            raise _untraced(model, error) from error
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    names = {module: name for name, module in model.named_modules()}
     rank = {name: place for place, name in enumerate(names.values())}
-    return _Trace(model, graph, names, rank, calls, frozenset(inputs), frozenset(outputs), owners)
+    marks = frozenset(inputs), frozenset(outputs)
+    return _Trace(model, graph, names, rank, observed.calls, *marks, owners, attentions)
+
+
+def _home_of(attention: _Attention) -> str:
+    return _common_module([*attention.producers, attention.consumer or ""])
 
 
 # ---- one dependency group -> one structure, or the reason why not
@@ -291,11 +560,19 @@ def _convert(trace: _Trace) -> tuple[list[Structure], dict[str, str]]:
     skipped: dict[str, str] = {}
     raws = trace.graph.get_all_groups(root_module_types=[_CONV, nn.Linear])
     groups = [part for raw in raws for part in _parts(_group(trace, raw))]
+    for name, attention in trace.attentions.items():
+        try:
+            structures.append(
+                _packed_heads(trace, name) if attention is None else _called_heads(trace, name, attention)
+            )
+        except _Unprunable as reason:
+            skipped[name] = str(reason)
     for group in sorted(groups, key=lambda g: trace.rank[g.name(g.producers()[0])]):
         try:
             structures.append(_rename(_structure(group), {s.name for s in structures}))
         except _Unprunable as reason:
             skipped[group.name(group.producers()[0])] = str(reason)
+    structures.sort(key=lambda s: trace.rank[s.modules()[0]])
     return structures, skipped
 
 
@@ -348,15 +625,14 @@ def _structure(group: _Group) -> Structure:
         _check(group, item)
     if not group.consumers():
         raise _Unprunable("it feeds the model's output")
-    structure = _heads(group) if _is_attention(group) else _plain(group)
-    if structure.units < 2:
-        raise _Unprunable("it has a single unit")
-    return structure
+    return _enough_units(_heads(group) if _is_attention(group) else _plain(group))
 
 
 def _check(group: _Group, item: _Item) -> None:
     """Raise for a node that does not keep units apart, or that cannot be cut."""
     node = item.node
+    if hasattr(node.grad_fn, "reason") and node.type != _TYPE.MHA:
+        raise _Unprunable(node.grad_fn.reason)
     if node.type in _MIXING:
         raise _Unprunable(_MIXING[node.type])
     if not item.reads and (node.type == _TYPE.OUTPUT or node.grad_fn in group.trace.outputs):
@@ -530,6 +806,110 @@ def _attributes(model: nn.Module, name: str, *, heads: int, head_dim: int) -> di
     counts = {prefix + a: 1 for a in _HEAD_NAMES if getattr(module, a, None) == heads}
     widths = {prefix + a: head_dim for a in _WIDTH_NAMES if getattr(module, a, None) == heads * head_dim}
     return counts | widths
+
+
+def _packed_heads(trace: _Trace, name: str) -> Structure:
+    """Heads of an nn.MultiheadAttention: query, key and value rows in one tensor, or in three."""
+    module = trace.model.get_submodule(name)
+    assert isinstance(module, nn.MultiheadAttention)
+    reason = why_not_narrow(module)
+    if reason is not None:
+        raise _Unprunable(reason)
+    _check_called(trace, module)
+    _check_module(trace, module)
+    _check_module(trace, module.out_proj)
+    prefix = f"{name}." if name else ""
+    heads, width = module.num_heads, module.num_heads * module.head_dim
+    rows = torch.arange(width).reshape(heads, -1)
+    packed = torch.cat([rows, rows + width, rows + 2 * width], 1)
+    bias = [Member(f"{prefix}in_proj_bias", 0, packed, 3 * width)] if module.in_proj_bias is not None else []
+    gates = [replace(m, index=rows + 2 * width, in_order=False) for m in bias]
+    if module.in_proj_weight is not None:
+        weights = [Member(f"{prefix}in_proj_weight", 0, packed, 3 * width)]
+        gates += [replace(weights[0], index=rows + 2 * width, in_order=False)]
+    else:
+        weights = [Member(f"{prefix}{part}_proj_weight", 0, rows, width) for part in "qkv"]
+        gates += weights[2:]
+    return _enough_units(
+        Structure(
+            name=name or "in_proj",
+            kind="heads",
+            units=heads,
+            producers=(*weights, *bias),
+            consumers=(Member(f"{prefix}out_proj.weight", 1, rows, width),),
+            norms=(),
+            gates=tuple(gates),
+            attributes={f"{prefix}num_heads": 1},
+        )
+    )
+
+
+def _called_heads(trace: _Trace, name: str, attention: _Attention) -> Structure:
+    """Heads around one call of scaled_dot_product_attention: one unit a key head, with the query heads it serves."""
+    if len(set(attention.producers)) != 3:
+        raise _Unprunable("its attention has no query, key and value from a Linear layer of their own")
+    assert attention.consumer is not None
+    layers = [_linear(trace.model, n) for n in (*attention.producers, attention.consumer)]
+    for layer in layers:
+        _check_called(trace, layer)
+        _check_module(trace, layer)
+    query, key, value, reader = layers
+    heads = _whole(query.weight.shape[0], attention.head_dims[0])
+    groups = _whole(key.weight.shape[0], attention.head_dims[0])
+    is_fitting = _whole(value.weight.shape[0], attention.head_dims[1]) == groups and heads % groups == 0
+    if not is_fitting or reader.weight.shape[1] != heads * attention.head_dims[1]:
+        raise _Unprunable("its query, key, value and output layers do not hold whole heads that fit each other")
+    if groups == 1 and heads > 1:
+        raise _Unprunable("it has a single key/value head (multi-query attention), which all query heads need")
+
+    def members(layer_name: str, layer: nn.Linear, dim: int) -> tuple[Member, ...]:
+        size = layer.weight.shape[dim]
+        index = torch.arange(size).reshape(groups, -1)
+        leaves = [leaf for leaf, p in layer._parameters.items() if p is not None and p.dim() > dim]
+        return tuple(Member(f"{layer_name}.{leaf}", dim, index, size) for leaf in (leaves if dim == 0 else ["weight"]))
+
+    made = [members(n, layer, 0) for n, layer in zip(attention.producers, layers[:3], strict=True)]
+    home = _common_module(attention.producers)
+    module, prefix = trace.model.get_submodule(home), f"{home}." if home else ""
+    attributes = _attributes(trace.model, home, heads=heads, head_dim=attention.head_dims[1])
+    attributes = {n: amount * heads // groups for n, amount in attributes.items()}
+    attributes |= {prefix + a: 1 for a in _GROUP_NAMES if getattr(module, a, None) == groups}
+    return _enough_units(
+        Structure(
+            name=name or attention.producers[0],
+            kind="heads",
+            units=groups,
+            producers=tuple(m for part in made for m in part),
+            consumers=members(attention.consumer, reader, 1),
+            norms=(),
+            gates=made[2],
+            attributes=attributes,
+        )
+    )
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _whole(width: int, head_dim: int) -> int:
+    """Heads in a layer; 0 would hide a rest."""
+    if width % head_dim:
+        raise _Unprunable("its query, key, value and output layers do not hold whole heads that fit each other")
+    return width // head_dim
+
+
+def _enough_units(structure: Structure) -> Structure:
+    if structure.units < 2:
+        raise _Unprunable("it has a single unit")
+    return structure
+
+
+def _check_called(trace: _Trace, module: nn.Module) -> None:
+    if not trace.calls[module]:
+        raise _Unprunable(f"{trace.names[module]!r} is not called on the example input")
 
 
 def _value(group: _Group) -> _Item:

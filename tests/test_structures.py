@@ -110,6 +110,20 @@ def test_hugging_face_attention_names_its_heads_and_width() -> None:
     assert {n: dict(s.attributes) for n, s in found.items()} == {"0": attributes}
 
 
+def test_a_unit_of_grouped_query_attention_is_a_key_value_head_with_its_query_heads() -> None:
+    found = find(nn.Sequential(Grouped(), nn.Linear(12, 3)), SEQUENCE)
+    assert list(found) == ["0"]
+    heads = found["0"]
+    assert (heads.kind, heads.units) == ("heads", 2)
+    both = ["weight", "bias"]
+    assert names(heads.producers) == [f"0.{layer}.{leaf}" for layer in "qkv" for leaf in both]
+    assert names(heads.gates) == ["0.v.weight", "0.v.bias"]
+    assert heads.producers[0].index.tolist() == [list(range(6)), list(range(6, 12))]
+    assert heads.producers[2].index.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert heads.consumers[0].index.tolist() == [list(range(6)), list(range(6, 12))]
+    assert dict(heads.attributes) == {"0.num_heads": 2, "0.num_kv_heads": 1}
+
+
 def test_concatenation_offsets_and_norms_before_the_reader() -> None:
     found = find(nets.Dense())
     assert summary(nets.Dense()) == [
@@ -262,17 +276,31 @@ class FusedQKV(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Two query heads share one key and value head."""
+    """Several query heads share one key and value head."""
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 2) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.proj = nn.Linear(12, 12), nn.Linear(12, 6), nn.Linear(12, 6), nn.Linear(12, 12)
-        self.num_heads = 4
+        self.q, self.proj = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.k, self.v = nn.Linear(12, 3 * groups), nn.Linear(12, 3 * groups)
+        self.num_heads, self.num_kv_heads = 4, groups
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, 3)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        k, v = (self.repeat(t, self.num_heads // self.num_kv_heads) for t in (k, v))
+        return self.attend(q, k, v)
+
+    def repeat(self, x: Tensor, times: int) -> Tensor:
+        return x.repeat_interleave(times, 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Interleaved(Grouped):
+    """Query heads 0 and 2 share a key and value head: not the order that grouped-query attention has."""
+
+    def repeat(self, x: Tensor, times: int) -> Tensor:
+        return x.repeat(1, times, 1, 1)
 
 
 class Scaled(nn.Module):
@@ -325,7 +353,8 @@ SEQUENCE = torch.randn(2, 5, 12)
         (glu(), torch.randn(2, 6), "0", ""),
         (no_heads(), SEQUENCE, "0.q", "no head count on '0' divides its width 12 (num_heads,"),
         (FusedQKV(), SEQUENCE, "qkv", ""),
-        (Grouped(), SEQUENCE, "q", ""),
+        (Grouped(1), SEQUENCE, "", "single key/value head (multi-query attention), which all query heads need"),
+        (Interleaved(), SEQUENCE, "", "not a layer's columns"),
         (nets.ViT(), None, "patch", "LayerNorm, which mixes units"),
         (Scaled(), None, "a", "bare parameter"),
         (nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 3)), torch.randn(2, 6), "0", "a single unit"),
@@ -349,12 +378,12 @@ def test_skipped_with_a_reason(model: nn.Module, x: Tensor | None, name: str, re
             return self.m(x), self.more(x.new_ones(1, 4))
 
     found = find_structures(Beside(), nets.images() if x is None else x)
-    assert f"m.{name}" in found.skipped, (found.skipped, [s.name for s in found.structures])
+    full = f"m.{name}" if name else "m"
+    assert full in found.skipped, (found.skipped, [s.name for s in found.structures])
     assert (
-        reason.replace("'b'", "'m.b'").replace("'middle'", "'m.middle'").replace("'0'", "'m.0'")
-        in found.skipped[f"m.{name}"]
+        reason.replace("'b'", "'m.b'").replace("'middle'", "'m.middle'").replace("'0'", "'m.0'") in found.skipped[full]
     )
-    assert not any(f"m.{name}" in s.modules() for s in found.structures)
+    assert not any(full in s.modules() for s in found.structures)
     assert "more.0" in [s.name for s in found.structures]
 
 
@@ -490,6 +519,56 @@ def test_wrong_example_input_and_wrappers() -> None:
         find_structures(nn.DataParallel(nets.mlp()), torch.zeros(2, 6))
     with pytest.raises(ValueError, match=r"OptimizedModule is a wrapper, pass the model inside it \(\._orig_mod\)"):
         find_structures(torch.compile(nets.mlp()), torch.zeros(2, 6))
+
+
+class Branches(nn.Module):
+    """Which layer reads the hidden one depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.a(x))
+        return self.b(hidden) if x.sum() > 0 else self.c(hidden)
+
+
+def test_models_that_one_example_cannot_show() -> None:
+    message = "Branches cannot be traced: 'c' is called for some inputs only (dynamic control flow)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        find_structures(Branches(), torch.ones(2, 6))
+    with pytest.raises(ValueError, match=r"^the model is on cpu and the example input on meta: move one of them$"):
+        find_structures(nets.mlp(), torch.ones(2, 6, device="meta"))
+
+
+class Auxiliary(nn.Module):
+    """A second head that only training runs, as GoogLeNet has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop, self.head, self.aux = nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> object:
+        hidden = self.drop(F.relu(self.a(x)))
+        return (self.head(hidden), self.aux(hidden)) if self.training else self.head(hidden)
+
+
+def test_parts_that_only_training_runs_are_seen() -> None:
+    model = Auxiliary().eval()
+    assert names(find(model, torch.ones(2, 6))["a"].consumers) == ["head.weight", "aux.weight"]
+    assert not model.training
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "eager"])
+def test_quantised_modules_are_refused(kind: str) -> None:
+    if kind == "dynamic":
+        quantized = pytest.importorskip("torch.ao.nn.quantized.dynamic")
+        layer = quantized.Linear(8, 3)
+    else:
+        layer = nn.Linear(8, 3)
+        layer.weight = nn.Parameter(torch.zeros(3, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"^'1' is a quantised Linear: prune first, quantise afterwards$"):
+        find_structures(nn.Sequential(nn.Linear(6, 8), layer), torch.ones(2, 6))
 
 
 def test_outputs_repeat_for_a_model_that_draws_and_writes() -> None:
