@@ -36,7 +36,8 @@ class DenseRecord:
     Attributes:
         baseline: "accuracy" and "loss" on the test split.
         epochs: the metrics of each epoch of its training.
-        run_id, job: the MLflow run and the folder in the sweep of the job that trained it.
+        run_id, job, config_hash: the MLflow run, the folder in the sweep (at that time) and the configuration of the
+            job that trained it.
         train_seconds: how long that took.
     """
 
@@ -44,6 +45,7 @@ class DenseRecord:
     epochs: Sequence[Mapping[str, float]]
     run_id: str | None
     job: str
+    config_hash: str
     train_seconds: float
 
 
@@ -59,7 +61,7 @@ class DenseCache:
         """Keep the other jobs that want this network (or these scores of it) waiting while one makes them."""
         verb = "scores" if scores else "trains"
         name = f"dense {self.key[:16]} {scores[:16]}".rstrip()
-        return self._sweep.held(name, waiting_for=f"that {verb} the same dense network")
+        return self._sweep.lock(name).held(waiting_for=f"that {verb} the same dense network")
 
     def find(self) -> DenseRecord | None:
         """The entry's record, or None if there is no whole one."""
@@ -87,7 +89,8 @@ def _record(found: Any, key: str) -> DenseRecord:
     numbers = {name: float(found["baseline"][name]) for name in ("accuracy", "loss")}
     epochs = [{str(name): _number(value) for name, value in row.items()} for row in found["epochs"]]
     run_id = found["run_id"] if isinstance(found["run_id"], str) else None
-    return DenseRecord(numbers, epochs, run_id, str(found["job"]), float(found["train_seconds"]))
+    job, config_hash = str(found["job"]), str(found["config_hash"])
+    return DenseRecord(numbers, epochs, run_id, job, config_hash, float(found["train_seconds"]))
 
 
 def _number(value: Any) -> float:

@@ -1,32 +1,36 @@
 """What makes two jobs the same: hashes over the parts of a configuration that a result depends on.
 
 Each hash leaves out what it names and takes everything else, so a setting that is new counts until someone says that it
-does not. Of files that a setting names the content counts, not the path. Imports omegaconf alone.
+does not. Part of it are the content of the files that `model.weights` and `pruner.scores` name, this package's version,
+and the source of every `_target_` in a file of the user's own. The data under a data set's path are taken to stay as
+they are. Imports omegaconf alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from gsprune import __version__
+
 __all__ = ["config_hash", "dense_key", "plain_config", "scores_key", "scores_path"]
 
 # What changes no number of a result.
 NOT_HASHED = (
     "hydra",
-    "sweep",
+    "sweep.resume",
     "tracking",
     "objective",
     "trainer.progress",
     "trainer.dense_cache",
     "dataset.root",
-    "dataset.num_workers",
-    "dataset.device",
 )
 # What has no part in training the dense network: the whole second phase, and what is only measured.
 NOT_DENSE = (
@@ -48,7 +52,8 @@ def config_hash(cfg: DictConfig) -> str:
 
     Two jobs with the same hash give the same result on the same kind of machine.
     """
-    return _sha256(_without(_with_contents(plain_config(cfg)), NOT_HASHED))
+    config = plain_config(cfg)
+    return _sha256([_without(_with_contents(config), NOT_HASHED), _code(config)])
 
 
 def dense_key(cfg: DictConfig, **surroundings: str) -> str:
@@ -57,12 +62,13 @@ def dense_key(cfg: DictConfig, **surroundings: str) -> str:
     It is equal for jobs that differ in their pruner or in the length of the second phase alone.
     """
     config = _without(_with_contents(plain_config(cfg)), (*NOT_HASHED, *NOT_DENSE))
-    return _sha256([config, surroundings])
+    return _sha256([config, _code(config), surroundings])
 
 
 def scores_key(cfg: DictConfig) -> str:
     """sha256 of what a criterion's scores on a given dense network depend on: the pruner, but not when and how much."""
-    return _sha256(_without(plain_config(cfg)["pruner"], NOT_SCORES))
+    pruner = _without(plain_config(cfg)["pruner"], NOT_SCORES)
+    return _sha256([pruner, _code(pruner)])
 
 
 def scores_path(given: str) -> Path:
@@ -107,8 +113,51 @@ def _with_contents(config: dict[str, Any]) -> dict[str, Any]:
         given = (config.get(group) or {}).get(key)
         file = scores_path(str(given)) if given else None
         if file is not None and file.is_file():
-            config[group][key] = hashlib.sha256(file.read_bytes()).hexdigest()
+            config[group][key] = _content(file)
     return config
+
+
+def _content(file: Path) -> str:
+    """sha256 of a file; of a safetensors file, whose header comes in any order, the sorted header and the data."""
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = json.dumps(json.loads(data[8:start]), sort_keys=True).encode()
+    except ValueError:
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(header + data[start:]).hexdigest()
+
+
+def _code(config: Any) -> dict[str, str]:
+    """This package's version, and of each `_target_` in a file of the user's own the sha256 of that file."""
+    found = {"gsprune": __version__}
+    for target in _targets(config):
+        source = _source(target.rpartition(".")[0])
+        if source is not None:
+            found[target] = hashlib.sha256(source.read_bytes()).hexdigest()
+    return found
+
+
+def _targets(node: Any) -> Iterator[str]:
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _targets(value)
+    if isinstance(node, dict) and isinstance(node.get("_target_"), str):
+        yield node["_target_"]
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module (or of a class in one) that is neither installed nor part of Python or of this package."""
+    if not module or module.partition(".")[0] == "gsprune":
+        return None
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, AttributeError, ValueError):  # no such module, or a class in one
+        return _source(module.rpartition(".")[0])
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    installed = {*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))}
+    path = Path(spec.origin)
+    return None if any(path.is_relative_to(folder) for folder in installed) else path
 
 
 def _sha256(what: Any) -> str:

@@ -75,8 +75,8 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
     """Run the job that `cfg` describes; return what it also writes to `result.json`.
 
     In a sweep a job that has finished before, in this folder or another, is not done again: its result is returned.
-    On any exception `result.json` says `failed` with the error's last line, tracking is told, and the exception
-    goes on.
+    On any exception `result.json` says `failed` (`interrupted` after Ctrl-C) with the error's last line,
+    tracking is told, and the exception goes on.
 
     Raises:
         ValueError: a mistake in the configuration, in one sentence.
@@ -85,7 +85,7 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     if sweep is None:
         return _run(cfg, folder, None)
-    with sweep.held(f"job {sweep.name_of(folder)}", waiting_for="that runs this job"):
+    with sweep.lock(f"job {sweep.name_of(folder)}").held(waiting_for="that runs this job"):
         found = _finished_before(cfg, folder, sweep)
         return _run(cfg, folder, sweep) if found is None else found
 
@@ -110,9 +110,11 @@ def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, A
         mine = config_hash(cfg)
     except ValueError:  # the job itself will say what is wrong
         mine = None
-    here = read_results(folder).with_status("finished")
+    here = read_results(folder).with_status("finished") if (folder / "result.json").is_file() else []
     job = next((job for job in here if mine and job.config_hash == mine), None)
     job = job or (sweep.finished(mine) if mine else None)
+    if job is not None and any(job.number(name) is None for name in objective_names(cfg.objective)):
+        job = None  # a name that is wrong, or not measured: the job itself will say so
     if job is None or job.folder != folder:
         for other in here:
             log.info("the result of another job in %s is kept in %s", folder, set_aside(folder, other))
@@ -221,6 +223,7 @@ class _Job:
         self.result["device"] = str(self.trainer.torch_device)
         self._seed(phase=0)
         self.data = build(self.cfg.dataset)
+        self._note_classes()
         inputs = next(iter(self.data.val))[0]
         self.example = self.trainer.to_device(_first(inputs, 1))
         self.latency_example = self.trainer.to_device(_first(inputs, self.trainer.latency_batch))
@@ -294,11 +297,12 @@ class _Job:
         try:
             if hasattr(self, "progress"):
                 self.progress.close()
-            self._write_result("failed")
+            interrupted = isinstance(error, KeyboardInterrupt)
+            self._write_result("interrupted" if interrupted else "failed")
             if self.result["baseline_accuracy"] is not None:  # what was trained is not thrown away
                 self._save_model()
             if hasattr(self, "tracker"):
-                self.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                self.tracker.finish("KILLED" if interrupted else "FAILED")
         except Exception:
             log.exception("the failure could not be recorded in %s", self.output_dir)
 
@@ -357,6 +361,13 @@ class _Job:
         if weights is not None:
             load_weights(model, weights)
         return model
+
+    def _note_classes(self) -> None:
+        """How many classes there are where only the data can tell, for the model, and their names, for the record."""
+        if self.cfg.dataset.get("num_classes", 0) is None:
+            self.cfg.dataset.num_classes = self.data.splits.num_classes
+        labels = getattr(getattr(self.data, "splits", None), "labels", ())
+        self.result |= {"labels": list(labels)} if labels else {}
 
     def _open_tracker(self) -> None:
         name = self.cfg.tracking.get("run_name") or run_name(self.cfg)
@@ -435,7 +446,8 @@ class _Job:
         with self.watch.part("measure"):
             baseline = trainer.evaluate(self.model, self.data.test)
         job = self.sweep.name_of(self.output_dir) if self.sweep else ""
-        return DenseRecord(baseline, self.rows, self.tracker.run_id, job, time.perf_counter() - began)
+        mine, seconds = self.result["config_hash"], time.perf_counter() - began
+        return DenseRecord(baseline, self.rows, self.tracker.run_id, job, mine, seconds)
 
     def _replay(self, record: DenseRecord) -> None:
         """The epochs of a dense network from the cache, as if they had been trained here."""
@@ -446,7 +458,9 @@ class _Job:
         self.cost = int(self.last["params"]), int(self.last["macs"])
 
     def _note_dense(self, record: DenseRecord, *, key: str, source: str, seconds: float) -> None:
-        origin = {"key": key, "source": source, "run_id": record.run_id, "job": record.job}
+        assert self.sweep is not None
+        job = record.job if source == "trained" else self.sweep.folder_of(record.job, record.config_hash)
+        origin = {"key": key, "source": source, "run_id": record.run_id, "job": job}
         self.result["dense"] = {**origin, "train_seconds": record.train_seconds, "seconds": seconds}
         noted = {f"dense.{name}": value for name, value in origin.items() if value is not None}
         with self.watch.part("tracking"):
@@ -570,14 +584,22 @@ def smaller(model: nn.Module, pruner: Any) -> nn.Module:
 
 def check_objective(wanted: str | Sequence[str], trainer: Trainer) -> None:
     """Refuse a wrong name before the training, not after it."""
-    several = isinstance(wanted, Sequence) and not isinstance(wanted, str)
-    for name in wanted if several else [str(wanted)]:
+    for name in objective_names(wanted):
         if name not in NUMBERS:
             near = get_close_matches(str(name), NUMBERS, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"objective={name} is not in the result: {hint}There are {', '.join(NUMBERS)}")
         if name.startswith("latency") and not trainer.latency_repeats:
             raise ValueError(f"objective={name} is not measured with trainer.latency_repeats=0")
+
+
+def objective_names(wanted: str | Sequence[str]) -> list[str]:
+    """
+    >>> objective_names("accuracy"), objective_names(["accuracy", "macs"])
+    (['accuracy'], ['accuracy', 'macs'])
+    """
+    several = isinstance(wanted, Sequence) and not isinstance(wanted, str)
+    return [str(name) for name in wanted] if several else [str(wanted)]
 
 
 def hydra_choices() -> dict[str, Any]:

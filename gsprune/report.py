@@ -38,6 +38,7 @@ PARTS = {
     "files": "files and figures",
     "tracking": "tracking",
 }
+UNFINISHED = ("running", "interrupted")
 SMALLER = "best that shrinks the network"
 _MAX_BEST = 8  # wanted sparsities with a line at the top of the page
 _MAX_GROUPS = 12  # wanted sparsities with a heading of their own in the table; more go by tens
@@ -196,7 +197,7 @@ class _Sweep:
             groups=_groups(self.points, self.fronts),
             single=any(point.accuracy.count == 1 for point in self.points),
             failed=[_row(job, _error(job)) for job in self.jobs if _error(job) is not None],
-            unfinished=[_row(job, "") for job in self.jobs if job.status == "running"],
+            unfinished=[_row(job, "") for job in self.jobs if job.status in UNFINISHED],
             left_out=[(_clean(name, 200), _clean(reason, 400)) for name, reason in self.left_out.items()],
             heatmaps=_heatmaps(self.points, set().union(*self.fronts.values())),
             times=_times(self.usable),
@@ -226,7 +227,7 @@ class _Sweep:
 
     def _counts(self) -> list[tuple[int, str, str]]:
         failed = sum(_error(job) is not None for job in self.jobs)
-        running = sum(job.status == "running" for job in self.jobs)
+        running = sum(job.status in UNFINISHED for job in self.jobs)
         return [
             (len(self.usable), "finished", "table"),
             (failed, "failed", "failed"),
@@ -265,7 +266,13 @@ def _read_record(directory: Path) -> Mapping[str, Any]:
         record = read_json(directory / "sweep.json")
     except (ValueError, OSError):
         return {}
-    return record if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        return {}
+    if record.get("status") == "running":
+        from gsprune.sweep import Sweep  # which may itself be the caller, at the end of a sweep
+
+        record["status"] = "running" if Sweep(directory.absolute()).is_open() else "interrupted"
+    return record
 
 
 # --- accuracy against ... ----------------------------------------------------------------------------------

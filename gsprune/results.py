@@ -22,7 +22,7 @@ from gsprune.files import read_json
 __all__ = ["RESULT", "STATUSES", "JobResult", "Results", "natural", "read_overrides", "read_results"]
 
 RESULT = "result.json"
-STATUSES = ("running", "finished", "failed", "skipped")
+STATUSES = ("running", "finished", "failed", "interrupted", "skipped")
 # Folders of a sweep directory that hold no jobs; MLflow's hold copies of the jobs' files.
 NOT_JOBS = ("dense_cache", "mlartifacts", "mlruns", "__pycache__")
 _MAX_BYTES = 16_000_000
@@ -44,7 +44,7 @@ class JobResult:
 
     @property
     def status(self) -> str:
-        """running (also of a job that was killed), finished, failed or skipped."""
+        """running (also of a job that was killed), finished, failed, interrupted (Ctrl-C) or skipped."""
         return str(self.result["status"])
 
     @property

@@ -3,7 +3,7 @@
 `SweepCallback` runs in the process that starts the sweep; `current_sweep` is what a job asks, wherever it runs. Nothing
 is passed in memory between them: the parent writes `sweep.json` into the sweep's directory before the first job, jobs
 leave `result.json`, and the parent reads the directory. Hydra imports this file in every application that has the
-callback, so it imports hydra and filelock alone; tracking and report (mlflow, matplotlib) only when a sweep needs them.
+callback, so it imports hydra and nothing heavy; mlflow and the report (matplotlib) only when a sweep needs them.
 
 In the directory of a sweep:
 
@@ -25,14 +25,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -41,7 +40,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from gsprune.files import read_json, write_json
+from gsprune.locks import Lock, file_name
 from gsprune.results import JobResult, Results, read_results
+from gsprune.tracking import without_passwords
 
 if TYPE_CHECKING:
     from gsprune.tracking import Status, Tracker
@@ -81,30 +82,13 @@ class Sweep:
         done = read_results(self.directory).with_status("finished")
         return next((job for job in done if job.config_hash == config_hash), None)
 
-    def lock(self, name: str) -> FileLock:
-        """A lock between processes for a thing of this sweep; the system frees it when its holder dies."""
-        path = self.directory / ".gsprune" / "locks" / re.sub(r"[^\w.\-]", "_", name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path)
+    def lock(self, name: str) -> Lock:
+        """A lock between processes for a thing of this sweep."""
+        return Lock(self.directory / ".gsprune" / "locks" / file_name(name))
 
-    @contextmanager
-    def held(self, name: str, *, waiting_for: str) -> Iterator[None]:
-        """Hold a lock, and say so if another process has to be waited for. On a file system without locks: go on."""
-        try:
-            lock = self.lock(name)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                log.info("waiting for another process %s", waiting_for)
-                lock.acquire()
-        except (OSError, NotImplementedError) as error:
-            log.warning("%s cannot be locked (%s): do not start the same sweep twice at once", self.directory, error)
-            yield
-            return
-        try:
-            yield
-        finally:
-            lock.release()
+    def is_open(self) -> bool:
+        """Whether a process is sweeping here now, so that "running" in the record is true."""
+        return self.lock("sweep").is_held()
 
     def name_of(self, folder: Path) -> str:
         """A job's folder as it is called in the sweep: "3" or "seed=0/3".
@@ -116,13 +100,15 @@ class Sweep:
 
     def is_running(self, job: JobResult) -> bool:
         """Whether a process has the job's lock, so that "running" is true of it and not left by one that was killed."""
-        lock = self.lock(f"job {job.name}")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        return self.lock(f"job {job.name}").is_held()
+
+    def folder_of(self, name: str, config_hash: str) -> str:
+        """The folder of the finished job with that configuration: `name`, unless it was set aside since."""
+        before = read_results(self.directory / name).jobs if (self.directory / name / "result.json").is_file() else []
+        if any(job.config_hash == config_hash for job in before):
+            return name
+        found = self.finished(config_hash)
+        return found.name if found is not None else name
 
 
 def current_sweep() -> Sweep | None:
@@ -167,8 +153,8 @@ def set_aside(folder: Path, job: JobResult) -> Path:
 
     A sweep that was extended numbers its jobs anew, and what has finished must not be written over.
     """
-    assert job.config_hash is not None
-    beside = folder.with_name(f"{folder.name}-{job.config_hash[:8]}")
+    mark = job.config_hash or hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()
+    beside = folder.with_name(f"{folder.name}-{mark[:8]}")
     beside.mkdir(exist_ok=True)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):  # what makes it count, last
         if path.name != ".hydra" and path.suffix != ".log":
@@ -213,12 +199,19 @@ class SweepCallback(Callback):
         sweep = Sweep((self._earlier(config, identity) or Path(str(config.hydra.sweep.dir))).absolute())
         _settle(config, sweep.directory)
         self._open = _OpenSweep(sweep, report=self.report)
-        try:
-            self._open.begin(config, identity, lambda **kwargs: self._make_tracker(config, **kwargs))
-        except Timeout:
-            print(f"another process sweeps in {sweep.directory}: wait for it, or choose another hydra.sweep.dir")
-            raise SystemExit(1) from None  # Hydra would turn an ordinary exception into a warning, and sweep
+        if not self._open.lock.acquire():
+            message = f"another process sweeps in {sweep.directory}: wait for it, or choose another hydra.sweep.dir"
+            print(message, file=sys.stderr)
+            raise SystemExit(1)  # Hydra would turn an ordinary exception into a warning, and sweep
         atexit.register(self._open.close, "failed")  # on_multirun_end is not called when a job has failed
+        self._open.begin(config, identity, lambda **kwargs: self._make_tracker(config, **kwargs))
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """In the worker: what this callback has put on record of an earlier try is no longer true."""
+        path = Path(config.hydra.runtime.output_dir) / "result.json"
+        with suppress(ValueError):
+            if config.hydra.mode == RunMode.MULTIRUN and read_json(path).get("recorded_by") == __name__:
+                path.unlink()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """In the worker: a job that failed before it could say so itself (or that never does) is put on record."""
@@ -227,7 +220,8 @@ class SweepCallback(Callback):
             return
         error = job_return._return_value  # `return_value` would raise it
         overrides = without_sweep_settings(config.hydra.overrides.task)
-        write_json(path, {"status": "failed", "error": last_line(error), "overrides": overrides})
+        told = {"status": "failed", "error": last_line(error), "overrides": overrides, "recorded_by": __name__}
+        write_json(path, told)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """After the last job, when all went well."""
@@ -259,20 +253,15 @@ class _OpenSweep:
 
     def __init__(self, sweep: Sweep, *, report: bool) -> None:
         self.sweep, self.report = sweep, report
-        self._lock, self._process = sweep.lock("sweep"), os.getpid()
+        self.lock, self._process = sweep.lock("sweep"), os.getpid()
+        self._record: dict[str, Any] = {}
         self._tracker: Tracker | None = None
         self._closed = False
 
-    def begin(self, config: DictConfig, identity: str, make_tracker: Any) -> None:
-        """
-        Raises:
-            Timeout: another process has this sweep open.
-        """
-        self._closed = True  # until it is begun there is nothing to close
-        self._lock.acquire(timeout=0)
-        self._closed = False
+    def begin(self, config: DictConfig, identity: str, make_tracker: Callable[..., Tracker]) -> None:
+        """Put the sweep on record, then open the parent run or go on with it."""
         before, axes = self.sweep.record, _axes(config)
-        command = shlex.join(["python", *sys.argv])
+        command = without_passwords(shlex.join(["python", *sys.argv]))
         self._record = {
             "command": command,
             "overrides": without_sweep_settings(config.hydra.overrides.task),
@@ -281,22 +270,24 @@ class _OpenSweep:
             "status": "running",
             "started": before.get("started") or _now(),
             "ended": None,
+            **{key: before.get(key) for key in ("parent_run_id", "tracking_uri", "experiment")},
         }
+        self._write()
         if before:
             self._say_what_is_there()
         self._tracker = tracker = make_tracker(
             output_dir=str(self.sweep.directory / ".gsprune"),
             run_name=_title(axes),
-            run_id=self.sweep.parent_run_id,
+            run_id=self._record["parent_run_id"],
         )
+        values = {key: ",".join(found) for key, found in axes.items()}
         tags = {"sweep.directory": str(self.sweep.directory), "mlflow.note.content": f"`{command}`"}
-        tracker.start(
-            config={"command": command, "axes": {key: ",".join(values) for key, values in axes.items()}}, tags=tags
-        )
+        tags |= {f"sweep.{key}": text for key, text in values.items()}  # parameters cannot change when it goes on
+        tracker.start(config={"command": command, "axes": values}, tags=tags)
         self._close_killed(read_results(self.sweep.directory))
         self._record |= {
             "parent_run_id": tracker.run_id,
-            "tracking_uri": getattr(tracker, "tracking_uri", None),
+            "tracking_uri": without_passwords(getattr(tracker, "tracking_uri", None) or "") or None,
             "experiment": getattr(tracker, "experiment", None),
         }
         self._write()
@@ -318,7 +309,7 @@ class _OpenSweep:
         except Exception:
             log.exception("the sweep in %s could not be closed", self.sweep.directory)
         finally:
-            self._lock.release()
+            self.lock.release()
 
     def _write_report(self) -> list[Path]:
         from gsprune.report import build_report
@@ -350,8 +341,10 @@ class _OpenSweep:
     def _close_killed(self, results: Results) -> None:
         """End the MLflow runs of jobs that no process works on."""
         assert self._tracker is not None
-        running = [job for job in results.jobs if job.status == "running" and self.sweep.is_running(job)]
-        self._tracker.close_children(except_for=[run for job in running if (run := _run_of(job))])
+        alive = [job for job in results.with_status("running") if self.sweep.is_running(job)]
+        dead = [job for job in results.jobs if job.status in ("running", "interrupted") and job not in alive]
+        done = results.with_status("finished")  # one that was killed in its very last call
+        self._tracker.close_children(except_for=_runs(alive), killed=_runs(dead), finished=_runs(done))
 
     def _say_what_is_there(self) -> None:
         done = len(read_results(self.sweep.directory).with_status("finished"))
@@ -359,6 +352,10 @@ class _OpenSweep:
 
     def _write(self) -> None:
         write_json(self.sweep.directory / RECORD, self._record)
+
+
+def _runs(jobs: Iterable[JobResult]) -> list[str]:
+    return [run for run in map(_run_of, jobs) if run is not None]
 
 
 def _run_of(job: JobResult) -> str | None:
@@ -373,11 +370,12 @@ def _run_of(job: JobResult) -> str | None:
 
 
 def without_sweep_settings(overrides: Iterable[str]) -> list[str]:
+    """Overrides but for the one that only says whether to resume.
+
+    >>> without_sweep_settings(["pruner=abs", "sweep.resume=true", "+sweep.lr=1"])
+    ['pruner=abs', '+sweep.lr=1']
     """
-    >>> without_sweep_settings(["pruner=abs", "sweep.resume=true"])
-    ['pruner=abs']
-    """
-    return [str(override) for override in overrides if not re.match(r"\+*sweep\.", str(override))]
+    return [str(override) for override in overrides if not re.match(r"\+*sweep\.resume=", str(override))]
 
 
 def _identity(config: DictConfig) -> str:
@@ -404,12 +402,12 @@ def _find(config: DictConfig, identity: str) -> Path | None:
 
 def _as_glob(template: str) -> str:
     """
-    >>> _as_glob("multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}")
-    'multirun/*/*'
+    >>> _as_glob("multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}"), _as_glob("a[1]/${oc.env:X,${now:%H}}")
+    ('multirun/*/*', 'a[[]1]/*')
     """
-    while (shorter := re.sub(r"\$\{[^{}]*\}", "*", template)) != template:
+    while (shorter := re.sub(r"\$\{[^{}]*\}", "\0", template)) != template:
         template = shorter
-    return template
+    return glob.escape(template).replace("\0", "*")
 
 
 def _settle(config: DictConfig, directory: Path) -> None:

@@ -33,6 +33,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from gsprune.files import plain, write_atomic, write_json
+from gsprune.locks import Lock
 from gsprune.views import experiment_tags
 
 if TYPE_CHECKING:
@@ -97,8 +98,11 @@ class Tracker:
     def log_params(self, params: Mapping[str, str]) -> None:
         """Add parameters that were not known at the start; the local record has no use for them."""
 
-    def close_children(self, *, except_for: Sequence[str]) -> None:
-        """End the runs nested under this one that are still open, but for those; the local record has none."""
+    def close_children(
+        self, *, except_for: Sequence[str], killed: Sequence[str] = (), finished: Sequence[str] = ()
+    ) -> None:
+        """End the runs nested under this one that are still open, as KILLED or `finished`, but for some; and `killed`
+        ones wherever they are. The local record has none."""
 
     def finish(self, status: Status) -> None:
         """Close the record. Calls after the first do nothing."""
@@ -282,8 +286,11 @@ class MLflowTracker(Tracker):
     def log_params(self, params: Mapping[str, str]) -> None:
         self._send("params", params={self._names[key]: value for key, value in params.items()})
 
-    def close_children(self, *, except_for: Sequence[str]) -> None:
-        self._send("children", except_for=list(except_for), time_ms=int(time.time() * 1000))
+    def close_children(
+        self, *, except_for: Sequence[str], killed: Sequence[str] = (), finished: Sequence[str] = ()
+    ) -> None:
+        runs = {"except_for": list(except_for), "killed": list(killed), "finished": list(finished)}
+        self._send("children", **runs, time_ms=int(time.time() * 1000))
 
     def finish(self, status: Status) -> None:
         if self._finished:
@@ -439,41 +446,55 @@ class _Store:
         with Image.open(path) as picture:
             self._client.log_image(self.run_id, picture, key=key, step=step, timestamp=time_ms, synchronous=True)
 
-    def children(self, *, except_for: Sequence[str], time_ms: int) -> None:
+    def children(
+        self, *, except_for: Sequence[str], killed: Sequence[str], finished: Sequence[str], time_ms: int
+    ) -> None:
         """MLflow cannot know that a process was killed: its run stays RUNNING until someone ends it."""
         experiment_id = self._client.get_run(self.run_id).info.experiment_id
-        open_ones = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.status = 'RUNNING'"
-        for run in self._client.search_runs([experiment_id], open_ones, max_results=5000):
+        nested = f"tags.mlflow.parentRunId = '{self.run_id}' and attributes.status = 'RUNNING'"
+        found = self._client.search_runs([experiment_id], nested, max_results=5000)
+        seen = {run.info.run_id for run in found}
+        found += [run for run in map(self._find, set(killed) - seen) if run and run.info.status == "RUNNING"]
+        for run in found:
             if run.info.run_id not in except_for:
-                self._client.set_terminated(run.info.run_id, "KILLED", end_time=time_ms)
+                status = "FINISHED" if run.info.run_id in finished else "KILLED"
+                self._client.set_terminated(run.info.run_id, status, end_time=time_ms)
 
     def finish(self, *, status: str, time_ms: int) -> None:
         self._client.set_terminated(self.run_id, status, end_time=time_ms)
 
     def _reopen(self) -> bool:
         """Go on with the run of that id; False when there is none, or it was deleted."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            found = self._client.get_run(self._continued) if self._continued else None
-        except MlflowException:
-            return False
+        found = self._find(self._continued) if self._continued else None
         if found is None or found.info.lifecycle_stage != "active":
             return False
         self.run_id = self._continued
-        self._client.update_run(self.run_id, status="RUNNING")
+        self._client.update_run(self.run_id, status="RUNNING", name=self._run_name)
         return True
+
+    def _find(self, run_id: str) -> Any:
+        """The run, or None if this store has no such one; any other fault is raised."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the latter: no such id
+                return None
+            raise
 
     def _open(self) -> str:
         """Connect and return the experiment's id. Under a lock: two processes that create one database break it."""
         file = _database_file(self._uri)
         if file is None:
             return self._find_experiment()
-        from filelock import FileLock
-
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock", timeout=100):
+        lock = Lock(Path(f"{file}.lock"))
+        if not lock.acquire(seconds=100):
+            raise TimeoutError(f"{lock.path} has been held by another process for 100 s")
+        try:
             return self._find_experiment()
+        finally:
+            lock.release()
 
     def _find_experiment(self) -> str:
         from mlflow import MlflowClient
@@ -505,6 +526,7 @@ def _import_client(timeout_s: float) -> None:
         "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from gsprune import job as job_module
 from gsprune.checkpoint import load_masks, load_scores, save_scores
 from gsprune.identity import config_hash, dense_key, scores_key
 from gsprune.job import run
+from gsprune.results import read_results
 from gsprune.sweep import Sweep
 from gsprune.tracking import read_metrics
 from gsprune.trainer import Trainer
@@ -194,6 +194,26 @@ def test_the_dense_key_is_of_what_the_dense_network_depends_on():
     assert dense_key(configure(), device="cuda") != dense_key(configure(), device="cpu")
 
 
+def test_the_user_s_own_code_and_the_content_of_scores_are_part_of_what_a_job_is(tmp_path, monkeypatch):
+    """An edited model is another model, though the configuration is the same."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mynet_of_this_test.py").write_text("def net(num_classes, in_channels, image_size, width=4): ...")
+    cfg = configure("model._target_=mynet_of_this_test.net")
+    before = config_hash(cfg), dense_key(cfg), scores_key(cfg)
+    (tmp_path / "mynet_of_this_test.py").write_text("def net(num_classes, in_channels, image_size, width=5): ...")
+    after = config_hash(cfg), dense_key(cfg), scores_key(cfg)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, True]
+    monkeypatch.setattr("gsprune.identity.__version__", "0.0.0")
+    assert dense_key(cfg) != after[1]
+    assert config_hash(configure("dataset.num_workers=2")) != config_hash(configure("dataset.num_workers=1"))
+
+
+def test_an_objective_that_is_wrong_is_said_so_although_the_job_has_finished(sweep):
+    sweep.run("0", "pruner=none", "trainer.dense_epochs=1", "trainer.prune_epochs=0")
+    with pytest.raises(ValueError, match=r"^objective=acuracy is not in the result: did you mean accuracy\?"):
+        sweep.run("0", "pruner=none", "trainer.dense_epochs=1", "trainer.prune_epochs=0", "objective=acuracy")
+
+
 def test_the_scores_key_is_of_the_criterion_and_not_of_how_much_is_pruned():
     base = scores_key(configure("pruner=elementwise"))
     same = ["pruner.target_sparsity=0.5", "pruner.scope=local", "pruner.schedule.start_epoch=1"]
@@ -269,6 +289,8 @@ def test_a_finished_job_is_not_done_again_wherever_its_number_has_gone(sweep):
         "config_hash": first["config_hash"],
     }
     second = sweep.run("0", "pruner=none", "seed=1")  # an extended sweep numbers its jobs anew
+    moved = sweep.run("1", "pruner=weighted")
+    assert (moved["dense"]["source"], moved["dense"]["job"]) == ("cache", f"0-{first['config_hash'][:8]}")
     beside = folder / f"0-{first['config_hash'][:8]}"
     assert json.loads((beside / "result.json").read_text()) == json.loads(json.dumps(first))
     assert json.loads((folder / "0" / "result.json").read_text())["config_hash"] == second["config_hash"]
@@ -293,12 +315,10 @@ def test_running_is_told_from_killed_by_the_lock(tmp_path):
     sweep = Sweep(tmp_path)
     (tmp_path / "a" / "0").mkdir(parents=True)
     (tmp_path / "a" / "0" / "result.json").write_text('{"status": "running"}')
-    from gsprune.results import read_results
-
     (job,) = read_results(tmp_path).jobs
     assert not sweep.is_running(job)
-    with sweep.held("job a/0", waiting_for="-"):
+    with sweep.lock("job a/0").held(waiting_for="-"):
         assert sweep.is_running(job)
-        assert FileLock(sweep.lock("job a/0").lock_file).lock_file  # the file is under .gsprune, out of sight
     assert not sweep.is_running(job)
+    assert sweep.lock("job a/0").path.parent == tmp_path / ".gsprune" / "locks"
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["a"]

@@ -334,7 +334,7 @@ def test_a_failure_is_recorded_and_goes_on(tmp_path, monkeypatch, error, status)
     with pytest.raises(type(error)):
         finished(tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["status"] == "failed"
+    assert result["status"] == ("failed" if status == "FAILED" else "interrupted")
     assert result["error"] == ("RuntimeError: last line" if status == "FAILED" else "KeyboardInterrupt")
     assert result["seconds"] > 0
     assert set(NUMBERS) <= set(result)

@@ -246,7 +246,7 @@ def test_head_tells_command_times_and_axes(tmp_path: Path) -> None:
     assert facts == [
         ("directory", str(tmp_path)),
         ("command", "python train.py --multirun seed=0,1"),
-        ("status", "running"),
+        ("status", "interrupted"),  # no process has the sweep's lock
         ("started", "2026-11-23 02:00:00 UTC"),
         ("set in every job", "seed=0 model=vit"),
         ("swept: seed", "0, 1"),

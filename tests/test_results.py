@@ -47,6 +47,7 @@ def test_what_can_not_be_used_is_named_with_a_reason(tmp_path: Path) -> None:
     job(tmp_path / "10", text='{"status": ["finished"]}')
     job(tmp_path / "11", text="\xff\xfe")
     job(tmp_path / "12", text="[" * 100_000)
+    statuses = "running or finished or failed or interrupted or skipped"
     broken = "its result.json is not valid JSON: half written, or of another program"
     results = read_results(tmp_path)
     assert names(results) == ["0"]
@@ -54,12 +55,12 @@ def test_what_can_not_be_used_is_named_with_a_reason(tmp_path: Path) -> None:
         "1": broken,
         "2": "it has no result.json: the job has only begun, or was killed at once",
         "4": "its result.json holds a list, not an object",
-        "5": "its result.json has the status 'done', not running or finished or failed or skipped",
+        "5": f"its result.json has the status 'done', not {statuses}",
         "6": "its result.json has the accuracy 'abc', not a number from 0 to 1",
         "7": "its result.json has the accuracy 97.5, not a number from 0 to 1",
         "8": "its result.json has the accuracy [0.5], not a number from 0 to 1",
         "9": "its result.json is not a file of at most 16,000,000 bytes",
-        "10": "its result.json has the status ['finished'], not running or finished or failed or skipped",
+        "10": f"its result.json has the status ['finished'], not {statuses}",
         "11": broken,
         "12": broken,
         "photos": "it is not a job: it has no result.json and no .hydra",

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from gsprune import sweep as room
@@ -93,7 +94,8 @@ def test_a_failed_job_leaves_a_closed_parent_and_a_report_in_any_application(tmp
         result = json.loads((tmp_path / "s" / name / "result.json").read_text())
         assert result["parent"] == record["parent_run_id"] == parent["id"]
     failed = json.loads((tmp_path / "s" / "1" / "result.json").read_text())
-    assert failed == {"status": "failed", "error": "RuntimeError: three is too much", "overrides": ["+x=3"]}
+    told = {"status": "failed", "error": "RuntimeError: three is too much", "overrides": ["+x=3"]}
+    assert failed == {**told, "recorded_by": "gsprune.sweep"}
     for name in ("report.html", "summary.csv", "pareto.png"):
         assert (tmp_path / "s" / name).stat().st_size > 0
     artifacts = {path.name for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file()}
@@ -140,7 +142,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_a_directory_takes_one_sweep_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(APP)
-    with Sweep(tmp_path / "s").held("sweep", waiting_for="-"):
+    with Sweep(tmp_path / "s").lock("sweep").held(waiting_for="-"):
         code, output = finish(
             process(["app.py", "--multirun", "+x=1", "hydra/callbacks=gsprune", "hydra.sweep.dir=s"], tmp_path)
         )
@@ -170,6 +172,44 @@ def test_axes_are_those_of_the_command_and_of_the_sweeper() -> None:
     assert room._axes(config) == {"seed": ["0", "1", "2"], "pruner": ["abs", "none"], "model.width": ["4", "8"]}
     config.hydra.overrides.task = ["seed=1"]
     assert room._axes(config) == {"pruner": ["abs", "weighted"]}
+
+
+@pytest.mark.parametrize(
+    ("jobs", "called", "status"),
+    [
+        (["finished", "finished"], "finished", "finished"),
+        (["finished", "failed"], "failed", "failed"),
+        (["finished", "interrupted"], "failed", "interrupted"),  # Ctrl-C
+        (["finished", "running"], "failed", "interrupted"),
+    ],
+)
+def test_the_end_of_a_sweep_is_told_by_its_jobs(jobs: list[str], called: str, status: str, tmp_path: Path) -> None:
+    for number, job in enumerate(jobs):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "result.json").write_text(json.dumps({"status": job}))
+    opened = room._OpenSweep(Sweep(tmp_path), report=False)
+    assert opened.lock.acquire()
+    assert Sweep(tmp_path).is_open()
+    opened.close(called)
+    assert json.loads((tmp_path / "sweep.json").read_text())["status"] == status
+    assert not Sweep(tmp_path).is_open()
+
+
+def test_what_the_callback_recorded_of_a_failure_goes_when_the_job_is_tried_again(tmp_path: Path) -> None:
+    config = composed("hydra.mode=MULTIRUN")
+    OmegaConf.set_readonly(config, False)
+    config.hydra.runtime.output_dir = str(tmp_path)
+    config.hydra.overrides.task = ["seed=1"]
+    failed = JobReturn(status=JobStatus.FAILED, _return_value=RuntimeError("the disk\nis full"))
+    SweepCallback().on_job_end(config, failed)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["status"], result["error"]) == ("failed", "RuntimeError: is full")
+    SweepCallback().on_job_start(config)
+    assert not (tmp_path / "result.json").exists()
+    (tmp_path / "result.json").write_text('{"status": "finished"}')
+    SweepCallback().on_job_start(config)
+    SweepCallback().on_job_end(config, failed)
+    assert (tmp_path / "result.json").read_text() == '{"status": "finished"}'  # the application's own
 
 
 def test_the_same_command_is_known_again_and_others_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
