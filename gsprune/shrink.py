@@ -7,6 +7,7 @@ May import: torch, gsprune.attention, gsprune.structures.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsprune.attention import close_nested_path, narrow, why_not_narrow
-from gsprune.structures import Example, Structure, close, float64_copy, outputs, refuse_wrapped
+from gsprune.structures import Example, Structure, close, counted, float64_copy, outputs, refuse_wrapped, wake
 
 Cuts = Mapping[int, Tensor]  # dimension -> kept positions
 
@@ -199,7 +200,11 @@ def _difference(
     plan = plan_shrink(structures, keeps)
     twin, args = float64_copy(model, example_input)
     mask_units(twin, structures, keeps)
-    masked = outputs(twin, args)
+    calls: Counter[nn.Module] = Counter()
+    with counted(twin, calls):
+        masked = outputs(twin, args)
+    if wake(twin, args, calls):
+        masked = outputs(twin, args)
     if not all(bool(output.isfinite().all()) for output in masked):
         return "the model's output on the example input is not finite (did training diverge?)"
     apply_plan(twin, plan)

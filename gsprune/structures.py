@@ -126,6 +126,8 @@ def find_structures(
     twin, args = float64_copy(model, example_input)
     with _same_randomness(twin), torch.enable_grad():
         observed = _observe(twin, args)
+        if wake(twin, args, observed.calls):
+            observed = _observe(twin, args)
         _check_static(observed, args)
         trace = _trace(observed, args)
         structures, skipped = _convert(trace)
@@ -140,8 +142,7 @@ def find_structures(
 def float64_copy(model: nn.Module, example_input: Example) -> tuple[nn.Module, Example]:
     """An evaluation-mode float64 copy of model and input (on the CPU for MPS, which has no float64).
 
-    Where parts run in training only (auxiliary heads), the modules around them are left in training mode, those
-    without children (BatchNorm, Dropout) never. Attention kernels without float64 give way to fused ones that have it.
+    Attention kernels without float64 give way to the fused one that has it.
     """
     refuse_wrapped(model)
     _refuse_quantised(model)
@@ -159,9 +160,7 @@ def float64_copy(model: nn.Module, example_input: Example) -> tuple[nn.Module, E
 
     if "flash" in _attention_kernel(twin) or "flex" in _attention_kernel(twin):
         _set_attention_kernel(twin, "sdpa")
-    args = _map_example(convert, example_input)
-    _wake(twin, args)
-    return twin, args
+    return twin, _map_example(convert, example_input)
 
 
 def _attention_kernel(model: nn.Module) -> str:
@@ -173,24 +172,30 @@ def _set_attention_kernel(model: nn.Module, name: str) -> None:
     model.set_attn_implementation(name)  # type: ignore[operator]
 
 
-def _wake(twin: nn.Module, args: Example) -> None:
-    """Find parts that no evaluation runs; switch to training what has children, if that runs some of them."""
-    mine = [m for m in twin.modules() if any(p is not None for p in m._parameters.values())]
-    called = _called(twin, args)
-    if called is None or all(m in called for m in mine):
-        return
-    inner = [m for m in twin.modules() if any(True for _ in m.children()) and not isinstance(m, nn.MultiheadAttention)]
-    for module in inner:
-        module.training = True
+def wake(twin: nn.Module, args: Example, calls: Mapping[nn.Module, int]) -> bool:
+    """Switch to training what has children, if that runs parts with parameters that are not in `calls`; whether it did.
+
+    Auxiliary heads are such parts. Modules without children (BatchNorm, Dropout) stay in evaluation.
+    """
+    whole = [m for m in twin.modules() if isinstance(m, nn.MultiheadAttention)]  # it does not call what it holds
+    inside = {m for attention in whole for m in attention.modules()}
+    owners = [m for m in twin.modules() if any(p is not None for p in m._parameters.values())]
+    asleep = [m for m in owners if m not in calls and m not in inside]
+    if not asleep:
+        return False
+    for module in twin.modules():
+        module.training = any(True for _ in module.children()) and module not in inside
     awake = _called(twin, args)
-    if awake is None or not any(m in awake and m not in called for m in mine):
-        twin.eval()
+    if awake is not None and any(m in awake for m in asleep):
+        return True
+    twin.eval()
+    return False
 
 
 def _called(twin: nn.Module, args: Example) -> Counter[nn.Module] | None:
     """How often each module is called; None where the model does not run."""
     calls: Counter[nn.Module] = Counter()
-    with _counted(twin, calls):
+    with counted(twin, calls):
         try:
             outputs(twin, args)
         except Exception:
@@ -199,7 +204,8 @@ def _called(twin: nn.Module, args: Example) -> Counter[nn.Module] | None:
 
 
 @contextmanager
-def _counted(model: nn.Module, calls: Counter[nn.Module]) -> Iterator[None]:
+def counted(model: nn.Module, calls: Counter[nn.Module]) -> Iterator[None]:
+    """Inside the block, `calls` counts how often each module is called."""
     with ExitStack() as stack:
         for module in model.modules():
             stack.callback(module.register_forward_hook(lambda m, *_: calls.update([m])).remove)
@@ -349,7 +355,7 @@ def _observe(model: nn.Module, args: Example) -> _Observed:
             stack.callback(_set_attention_kernel, model, "eager")
             with suppress(ValueError, ImportError):  # a model without it
                 _set_attention_kernel(model, "sdpa")
-        stack.enter_context(_counted(model, calls))
+        stack.enter_context(counted(model, calls))
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 stack.callback(module.register_forward_hook(note).remove)
