@@ -27,26 +27,29 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Three data sets of (picture, label) with no sample in common.
+    """Three data sets of (picture or text, label) with no sample in common.
 
     Args:
         train: what the weights and the scores are computed on.
         val: for watching a run, and for choosing between runs.
         test: for the accuracy that is reported, nothing else.
-        image_size, channels, num_classes: pictures are (channels, image_size, image_size), labels 0..num_classes-1.
+        num_classes: labels are 0..num_classes-1.
+        image_size, channels: pictures are (channels, image_size, image_size); None for texts.
+        labels: the names of 0, 1, ..., where the data has names.
     """
 
     train: Dataset[Any]
     val: Dataset[Any]
     test: Dataset[Any]
-    image_size: int
-    channels: int
     num_classes: int
+    image_size: int | None = None
+    channels: int | None = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Loaders:
-    """A `DataLoader` of (pictures, labels) for each split; only the one for training is shuffled."""
+    """A `DataLoader` of (inputs, labels) for each split; only the one for training is shuffled."""
 
     train: DataLoader[Any]
     val: DataLoader[Any]
@@ -54,8 +57,14 @@ class Loaders:
     splits: Splits
 
 
+class FetchedWhole(Dataset[Any]):
+    """A data set in memory whose `__getitems__` gives a batch as the model takes it: nothing is left to collate."""
+
+    augment: bool = False
+
+
 @dataclass(frozen=True, eq=False)
-class Pictures(Dataset[Any]):
+class Pictures(FetchedWhole):
     """Pictures held in memory as they were stored, normalised when fetched.
 
     Args:
@@ -201,7 +210,7 @@ def imagefolder(
     else:
         train, val, test = _divided(root, plain, augmented, (0.1, 0.1), split_seed)
     _check_classes(str(root), len(_classes(train)), num_classes)
-    return Splits(train, val, test, image_size, channels, num_classes)
+    return Splits(train, val, test, num_classes, image_size, channels)
 
 
 def split_pictures(
@@ -217,10 +226,8 @@ def split_pictures(
     _check_classes("the data set", int(pictures.labels.max()) + 1, num_classes, exact=False)
     test_indices, val_indices, rest = _split(len(pictures), (test, val), split_seed)
     train = pictures.take(_limited(rest, max_train), augment=pictures.augment)
-    channels = pictures.images.shape[1]
-    return Splits(
-        train, pictures.take(val_indices), pictures.take(test_indices), pictures.image_size, channels, num_classes
-    )
+    val_pictures, test_pictures = pictures.take(val_indices), pictures.take(test_indices)
+    return Splits(train, val_pictures, test_pictures, num_classes, pictures.image_size, pictures.images.shape[1])
 
 
 def make_loader(
@@ -232,14 +239,14 @@ def make_loader(
     num_workers: int = 0,
     seed: int = 0,
 ) -> DataLoader[Any]:
-    """A loader of (pictures, labels) batches.
+    """A loader of (inputs, labels) batches.
 
     Args:
         train: shuffle (and augment) by a generator of its own, seeded with `seed`. The last batch may be short; it is
             dropped only where it would be a single sample, which BatchNorm cannot normalise.
-        device: where batches go next. For CUDA, memory is pinned and `num_workers` processes read ahead; pictures in
-            memory never need them. They start anew each epoch, with seeds drawn from the loader's generator, so that an
-            epoch depends on that generator alone and not on how many came before it.
+        device: where batches go next. For CUDA, memory is pinned and `num_workers` processes read ahead; what is
+            in memory never needs them. They start anew each epoch, with seeds drawn from the loader's generator, so
+            that an epoch depends on that generator alone and not on how many came before it.
 
     Raises:
         ValueError: `batch_size` below 1 or `num_workers` below 0.
@@ -248,7 +255,7 @@ def make_loader(
     _check_at_least(0, num_workers=num_workers)
     generator = Generator().manual_seed(seed)
     on_cuda = _is_cuda(device)
-    collate = _Collate(generator if train and dataset.augment else None) if isinstance(dataset, Pictures) else None
+    collate = _Collate(generator if train and dataset.augment else None) if isinstance(dataset, FetchedWhole) else None
     workers = num_workers if on_cuda and collate is None else 0
     samples = len(dataset)  # type: ignore[arg-type]
     return DataLoader(
@@ -303,13 +310,13 @@ def shift_and_mirror(images_nchw: Tensor, generator: Generator, *, pixels: int =
 
 @dataclass(frozen=True, eq=False)
 class _Collate:
-    """`Pictures` hands over whole batches: only augmentation is left to do, with the loader's own generator."""
+    """`FetchedWhole` hands over whole batches: only augmentation is left to do, with the loader's own generator."""
 
     generator: Generator | None
 
-    def __call__(self, batch: Any) -> Batch:
-        images, labels = batch
-        return (images if self.generator is None else shift_and_mirror(images, self.generator)), labels
+    def __call__(self, batch: Any) -> Any:
+        inputs, labels = batch
+        return (inputs if self.generator is None else shift_and_mirror(inputs, self.generator)), labels
 
 
 def _pictures(images: Tensor, labels: Tensor, *, channels: int, **settings: Any) -> Pictures:

@@ -1,19 +1,25 @@
 """Small reference networks, and torchvision's, all built as `f(image_size=, in_channels=, num_classes=, ...)`.
 
-No dropout and no downloaded weights: what is trained here is trained from scratch. May import torch, and
-torchvision for its networks alone.
+Those have no dropout and no downloaded weights: what is trained here is trained from scratch. For texts there is
+`hf_sequence_classification`, which takes any network of the library transformers. May import torch, torchvision for its
+networks alone, and transformers through `gsprune.hf`.
 
 Axes in names: n batch, t token, d width of the token, h head, c channel.
 """
 
 from __future__ import annotations
 
+import inspect
+import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gsprune import hf
 
 SMALL = 64  # pictures up to this size get a stem that keeps their resolution
 
@@ -241,6 +247,76 @@ def mobilenet_v3_small(*, image_size: int, in_channels: int, num_classes: int, n
     stride = 1 if image_size <= SMALL else 2
     model.features[0][0] = _first_conv(in_channels, first.out_channels, kernel=3, stride=stride)
     return model  # type: ignore[no-any-return]
+
+
+class SequenceClassifier(nn.Module):
+    """A network of transformers that takes a batch of texts as the loaders give it, and returns the logits alone.
+
+    Args:
+        network: of whatever class; its parameters are named "network.<name there>" here.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.has_types = "token_type_ids" in inspect.signature(network.forward).parameters
+
+    def forward(
+        self,
+        input_ids: Tensor | Mapping[str, Tensor],
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Shapes: (n, t) each -> (n, num_classes). Also takes them as one mapping by name."""
+        if isinstance(input_ids, Mapping):
+            return self(**input_ids)  # type: ignore[no-any-return]
+        types = {"token_type_ids": token_type_ids} if self.has_types and token_type_ids is not None else {}
+        return self.network(input_ids, attention_mask=attention_mask, **types).logits  # type: ignore[no-any-return]
+
+
+def hf_sequence_classification(
+    name: str | os.PathLike[str] | None,
+    *,
+    num_classes: int,
+    tokenizer: str | os.PathLike[str],
+    max_length: int,
+    pretrained: bool = True,
+    config: Mapping[str, Any] | None = None,
+) -> SequenceClassifier:
+    """A network for texts from transformers (extra `[hf]`), such as BERT with a linear layer on top, in float32.
+
+    Shapes: `input_ids`, `attention_mask` (and `token_type_ids`), (n, t) each -> (n, num_classes). Attention is torch's
+    fused one. Weights come from safetensors files alone; a head that does not fit `num_classes` starts at random.
+
+    Args:
+        name: a folder, or a name on the Hugging Face hub; with `pretrained=False` also None.
+        tokenizer, max_length: of the data, to check that the network can read it.
+        pretrained: start from the weights of `name`; False: from random ones.
+        config: settings of the network to change, such as {"hidden_dropout_prob": 0.0}; without a `name` they are all
+            there is, and `model_type` says of which kind the network is.
+
+    Raises:
+        ValueError: nothing of that name, a setting that does not exist, or texts that the network cannot read.
+    """
+    _check_sizes(num_classes=num_classes)
+    if pretrained and name is None:
+        raise ValueError("model.name is null: give a folder or a name on the hub, or model.pretrained=false")
+    pieces = hf.load_tokenizer(tokenizer)
+    settings = config or {}
+    network_config = hf.load_config(name, settings)
+    if name is None and "vocab_size" not in settings:
+        network_config.vocab_size = len(pieces)
+    network_config.num_labels, network_config.pad_token_id = num_classes, hf.padding_id(pieces)
+    network_config.use_cache = False  # a decoder would hand out keys and values that nobody reads
+    for limit, needed, what in (
+        ("vocab_size", len(pieces), "the tokenizer has {} tokens"),
+        ("max_position_embeddings", max_length, "dataset.max_length is {}"),
+    ):
+        most = getattr(network_config, limit, None)
+        if most is not None and most < needed:
+            raise ValueError(f"{what.format(f'{needed:,}')}, but the model's {limit} is {most:,}")
+    kind = "AutoModelForSequenceClassification"
+    return SequenceClassifier(hf.make_network(kind, network_config, name=name if pretrained else None))
 
 
 def _resnet(build: Any, image_size: int, in_channels: int, num_classes: int) -> nn.Module:

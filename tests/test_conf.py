@@ -53,18 +53,36 @@ def test_nothing_is_missing_from_the_groups() -> None:
     assert SCHEDULES == ["cosine", "cubic", "exponential", "linear", "one_shot"]
     assert options("model") == [
         "convnet",
+        "hf_sequence_classification",
         "lenet_300_100",
         "mobilenet_v3_small",
         "resnet18",
         "resnet50",
         "vit_tiny",
     ]
-    assert options("dataset") == ["cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder", "mnist", "random"]
+    assert options("dataset") == [
+        "cifar10",
+        "cifar100",
+        "digits",
+        "fashion_mnist",
+        "imagefolder",
+        "mnist",
+        "random",
+        "text_classification",
+    ]
+
+
+TEXT = ["dataset=text_classification", "model=hf_sequence_classification", "model.name=bert", "dataset.train=a.csv"]
+FILLED = {
+    "imagefolder": ["dataset.path=pictures", "dataset.num_classes=5"],
+    "text_classification": TEXT[1:],
+    "hf_sequence_classification": [TEXT[0], *TEXT[2:]],
+}
 
 
 @pytest.mark.parametrize(("group", "option"), CHOICES)
 def test_every_option_composes_and_its_targets_exist(group: str, option: str, compose_config: Compose) -> None:
-    filled = ["dataset.path=pictures", "dataset.num_classes=5"] if option == "imagefolder" else []
+    filled = FILLED.get(option, [])
     config = OmegaConf.to_container(compose_config(f"{group}={option}", *filled), resolve=True, throw_on_missing=True)
     found = targets(config)
     assert len(found) >= 10
