@@ -123,12 +123,13 @@ def find_structures(
     >>> [(s.name, s.kind, s.units) for s in found.structures], dict(found.skipped)
     ([('0', 'neurons', 3)], {'2': "it feeds the model's output"})
     """
-    twin, args = float64_copy(model, example_input)
+    twin, args = _copy(model, example_input, torch.float32)  # half the time where values do not matter
     with _same_randomness(twin), torch.enable_grad():
         observed = _observe(twin, args)
         if wake(twin, args, observed.calls):
             observed = _observe(twin, args)
         _check_static(observed, args)
+        twin, args = twin.double(), _map_example(lambda value: _as(value, torch.float64), args)
         trace = _trace(observed, args)
         structures, skipped = _convert(trace)
         structures, leaking = _separate(twin, args, structures)
@@ -144,23 +145,31 @@ def float64_copy(model: nn.Module, example_input: Example) -> tuple[nn.Module, E
 
     Attention kernels without float64 give way to the fused one that has it.
     """
+    return _copy(model, example_input, torch.float64)
+
+
+def _copy(model: nn.Module, example_input: Example, dtype: torch.dtype) -> tuple[nn.Module, Example]:
     refuse_wrapped(model)
     _refuse_quantised(model)
     _check_device(model, example_input)
     mps = any(p.device.type == "mps" for p in model.parameters())
-    twin = copy.deepcopy(model).to(device="cpu" if mps else None, dtype=torch.float64).eval()
+    twin = copy.deepcopy(model).to(device="cpu" if mps else None, dtype=dtype).eval()
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-
-    def convert(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        value = value.detach().cpu() if mps else value.detach()
-        return value.double() if value.is_floating_point() else value
-
     if "flash" in _attention_kernel(twin) or "flex" in _attention_kernel(twin):
         _set_attention_kernel(twin, "sdpa")
+
+    def convert(value: Any) -> Any:
+        here = value.cpu() if mps and isinstance(value, Tensor) else value  # first: MPS has no float64
+        return _as(here, dtype)
+
     return twin, _map_example(convert, example_input)
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to(dtype) if value.is_floating_point() else value.detach()
 
 
 def _attention_kernel(model: nn.Module) -> str:
