@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Tests run side by side, and networks this small gain nothing from a second thread, which only gets in the way.
+# Before torch is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

@@ -371,8 +371,8 @@ def test_help_lists_the_groups_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip().splitlines()[-1] == "[]"
     for line in (
-        "dataset: cifar10, cifar100, digits, fashion_mnist, imagefolder, mnist, random",
-        "model: convnet, lenet_300_100, mobilenet_v3_small, resnet18, resnet50, vit_tiny",
+        "dataset: cifar10, cifar100, digits, fashion_mnist, imagefolder, mnist, random, text_classification",
+        "model: convnet, hf_sequence_classification, lenet_300_100, mobilenet_v3_small, resnet18, resnet50, vit_tiny",
         "pruner: abs, elementwise, magnitude, none, random, weighted",
         "pruner/schedule: cosine, cubic, exponential, linear, one_shot",
         "tracking: mlflow, none",
