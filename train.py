@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float | tuple[float, ...]:
-    """One job; returns what a sweeper optimises."""
-    from gsprune.job import objective, run
+def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
+    """One job; returns what a sweeper optimises. With `plan=true` what it would prune is printed, and no more."""
+    from gsprune.job import objective, run, show_plan
 
     warnings.showwarning = _on_one_line
+    folder = HydraConfig.get().runtime.output_dir
     try:
-        result = run(cfg, output_dir=HydraConfig.get().runtime.output_dir)
+        if cfg.plan:
+            show_plan(cfg, output_dir=folder)
+            return None
+        result = run(cfg, output_dir=folder)
     except ValueError as error:  # the user's mistake: Hydra shows this class without a traceback
         raise CompactHydraException(str(error)) from error
     return objective(result, cfg.objective)

@@ -143,7 +143,7 @@ def update(repeats: int, device: torch.device) -> dict[str, float]:
     scores = torch.cat([target.score.flatten() for target in pruner.targets])
     epochs = iter(range(EPOCHS, 2 * EPOCHS))
     schedule = Linear(target_sparsity=0.9, end_epoch=2 * EPOCHS, update_frequency=1)
-    pruner._schedules = [schedule] * len(pruner.targets)
+    pruner.schedules = [schedule] * len(pruner.targets)
 
     def one_update() -> None:
         before = pruner.updates

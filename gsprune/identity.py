@@ -25,6 +25,7 @@ __all__ = ["config_hash", "dense_key", "plain_config", "scores_key", "scores_pat
 # What changes no number of a result.
 NOT_HASHED = (
     "hydra",
+    "plan",
     "sweep.resume",
     "tracking",
     "objective",

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch import __version__ as torch_version
 from torch.optim import Optimizer
 
-from gsprune import figures, metrics
+from gsprune import figures, metrics, planner
 from gsprune.checkpoint import save_masks, save_pruned, save_scores, state_tensors
 from gsprune.console import Progress, make_progress, print_summary
 from gsprune.dense_cache import DenseCache, DenseRecord
@@ -88,6 +88,20 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
     with sweep.lock(f"job {sweep.name_of(folder)}").held(waiting_for="that runs this job"):
         found = _finished_before(cfg, folder, sweep)
         return _run(cfg, folder, sweep) if found is None else found
+
+
+def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner.PruningPlan:
+    """Print what the pruner of this job would do, and write it to `plan.json`; nothing is trained or tracked.
+
+    Raises:
+        ValueError: a mistake in the configuration, in one sentence.
+    """
+    folder = Path(output_dir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    planned = _Job(cfg, folder, None).plan()
+    planner.print_plan(planned)
+    write_json(folder / "plan.json", planned.to_json())
+    return planned
 
 
 def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
@@ -207,12 +221,26 @@ class _Job:
         self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS)}
         self.result |= {"mlflow_run_id": None, "config_hash": None, "device": None, "shrunk": False, "dense": None}
         self.result |= {"name": run_name(cfg), "seed": cfg.get("seed"), **hydra_choices()}
-        write_json(output_dir / "result.json", self.result)  # a job that gets killed leaves this
 
     # --- the steps ---
 
     def prepare(self) -> None:
         """Settings, data, model, display, tracking; a mistake in the configuration ends here, before any work."""
+        write_json(self.output_dir / "result.json", self.result)  # a job that gets killed leaves this
+        self._set_up()
+        self._rehearse()
+        for old in ("masks", "figures"):  # of an earlier job in the same directory
+            shutil.rmtree(self.output_dir / old, ignore_errors=True)
+        with self.watch.part("tracking"):
+            self._open_tracker()
+
+    def plan(self) -> planner.PruningPlan:
+        """What the second phase's pruner would do; nothing is trained."""
+        self._set_up()
+        optimizer, _ = self._build_optimizer(self.trainer.prune_epochs, self.trainer.prune_lr)
+        return planner.plan(self.model, self._build_pruner(optimizer), self.example)
+
+    def _set_up(self) -> None:
         self.result["config_hash"] = config_hash(self.cfg)
         if type(self.cfg.seed) is not int:
             raise ValueError(f"seed={self.cfg.seed} is not allowed: it must be a whole number")
@@ -229,11 +257,6 @@ class _Job:
         self.latency_example = self.trainer.to_device(_first(inputs, self.trainer.latency_batch))
         self._seed(phase=0)  # the model starts the same whatever the data drew
         self.model = self.trainer.place(self._build_model())
-        self._rehearse()
-        for old in ("masks", "figures"):  # of an earlier job in the same directory
-            shutil.rmtree(self.output_dir / old, ignore_errors=True)
-        with self.watch.part("tracking"):
-            self._open_tracker()
 
     def dense_phase(self) -> None:
         """Ordinary training, and the dense network's accuracy on the test split; a copy of it is kept to compare.

@@ -288,7 +288,7 @@ def _bounds(pruner: Pruner) -> tuple[list[tuple[int, int]], int]:
 
     These are `selection.select`'s counts, which depend on the scores only in how one ranking shares them out.
     """
-    shares = [schedule.final for schedule in pruner._schedules]
+    shares = [schedule.final for schedule in pruner.schedules]
     if pruner.scope == "local":
         counts = [_local(t, share, pruner.min_kept) for t, share in zip(pruner.targets, shares, strict=True)]
         return [(count, count) for count in counts], sum(counts)
@@ -428,7 +428,7 @@ def _collapsing(pruner: Pruner, entries: Sequence[Entry]) -> dict[str, str]:
 
 def _points(pruner: Pruner) -> Iterable[tuple[float, float]]:
     """Whole epochs, and the schedule's own start and end, until the last sparsity is reached."""
-    schedules, totals = pruner._schedules, [target.total for target in pruner.targets]
+    schedules, totals = pruner.schedules, [target.total for target in pruner.targets]
     marks = {float(mark) for schedule in schedules for mark in _marks(schedule)}
     epochs = sorted({*map(float, range(math.ceil(max(marks)) + 2)), *marks})
     for epoch in epochs:
@@ -446,7 +446,7 @@ def _marks(schedule: Schedule) -> list[float]:
 
 def _notes(pruner: Pruner, entries: Sequence[Entry], kept: int) -> Iterable[str]:
     total, things = sum(entry.total for entry in entries), "structures" if pruner.structured else "tensors"
-    asked = sum(pruned_count(s.final, t.total) for s, t in zip(pruner._schedules, pruner.targets, strict=True))
+    asked = sum(pruned_count(s.final, t.total) for s, t in zip(pruner.schedules, pruner.targets, strict=True))
     if total - kept < asked - max(1.0, 0.01 * asked):  # the warning that the pruner would give in the end
         yield (
             f"{1 - kept / total:.1%} instead of {pruner.target_sparsity:.1%} will be reached: "

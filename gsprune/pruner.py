@@ -123,7 +123,7 @@ class Pruner:
         else:
             self._all = weight_targets(model, parsed, include=include, exclude=exclude, per_channel=per_channel)
         self.targets = self._all.targets
-        self._schedules = [_schedule_for(target, schedule, counts) for target in self.targets]
+        self.schedules = [_schedule_for(target, schedule, counts) for target in self.targets]
         self._applied = [0.0] * len(self.targets)  # sparsity each target's mask was last made for
         self._scored = torch.zeros((), dtype=torch.int64, device=self._all.score.device)  # batches that counted
         self._handles: list[RemovableHandle] = []
@@ -145,7 +145,7 @@ class Pruner:
     def on_step_begin(self, step: int) -> None:
         """Before the forward pass of the epoch's optimizer step `step`: a due mask update happens here."""
         self.step = step
-        wanted = [schedule(self.progress) for schedule in self._schedules]
+        wanted = [schedule(self.progress) for schedule in self.schedules]
         if any(now > before for now, before in zip(wanted, self._applied, strict=True)):
             self._update(wanted)
 
@@ -181,7 +181,7 @@ class Pruner:
                 f"training after it",
                 stacklevel=2,
             )
-            self._update([schedule.final for schedule in self._schedules])
+            self._update([schedule.final for schedule in self.schedules])
             if not self.finished:
                 raise ValueError("nothing was pruned: no batch with finite gradients was seen to score it by")
         self._check_reached()
@@ -248,13 +248,13 @@ class Pruner:
     @property
     def target_sparsity(self) -> float:
         """The share the schedule ends with, over everything targeted."""
-        wanted = (s.final * t.total for s, t in zip(self._schedules, self.targets, strict=True))
+        wanted = (s.final * t.total for s, t in zip(self.schedules, self.targets, strict=True))
         return round(sum(wanted) / sum(target.total for target in self.targets), 12)  # 0.7, not 0.7000000000000001
 
     @property
     def finished(self) -> bool:
         """Whether the mask is final."""
-        return all(now >= s.final for now, s in zip(self._applied, self._schedules, strict=True))
+        return all(now >= s.final for now, s in zip(self._applied, self.schedules, strict=True))
 
     def report(self) -> dict[str, float]:
         """`sparsity` of all, and `sparsity/<tensor>` of each tensor or `kept/<structure>` units of each structure."""
@@ -407,7 +407,7 @@ class Pruner:
 
     def _check_reached(self) -> None:
         """Warn where `min_kept` (or a pattern) kept more than the target allows."""
-        asked = sum(pruned_count(s.final, t.total) for s, t in zip(self._schedules, self.targets, strict=True))
+        asked = sum(pruned_count(s.final, t.total) for s, t in zip(self.schedules, self.targets, strict=True))
         reached, slack = sum(target.pruned for target in self.targets), max(1.0, 0.01 * asked)
         if reached < asked - slack:
             warnings.warn(

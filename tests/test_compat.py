@@ -251,7 +251,7 @@ def test_schedules_are_the_ancestors(file: Path) -> None:
             "update_frequency": setting["freq"],
         }
         [pruner] = written(file, {"prune_type": "gradient_sensitivity", "names": ["weight"], **fields}).build(model)
-        schedule = pruner._schedules[0]
+        schedule = pruner.schedules[0]
         assert isinstance(schedule, Linear)
         assert [schedule(epoch) for epoch in range(12)] == setting["sparsity"]
 

@@ -385,9 +385,9 @@ def test_outside_of_hydra_there_are_no_hydra_tags():
 def test_config_hash_is_of_what_determines_the_result(tmp_path):
     base = config_hash(configure())
     assert len(base) == 64
-    same = ("tracking=mlflow", "trainer.progress=lines", "objective=macs", "dataset.num_workers=3")
+    same = ("tracking=mlflow", "trainer.progress=lines", "objective=macs", "dataset.root=elsewhere")
     assert [config_hash(configure(override)) for override in same] == [base] * len(same)
-    different = ("seed=1", "pruner=abs", "trainer.dense_epochs=2", "model.width=8", "optimizer.lr=0.1")
+    different = ("seed=1", "pruner=abs", "trainer.dense_epochs=2", "model.width=8", "dataset.num_workers=3")
     assert len({base, *(config_hash(configure(override)) for override in different)}) == 6
     for name in "ab":
         (tmp_path / name).write_bytes(b"the same")
@@ -550,3 +550,12 @@ def test_the_end_names_the_outputs_and_the_one_command(tmp_path, capsys):
 
 def test_a_job_outside_hydra_has_no_name_of_its_own():
     assert job_module.run_name(configure()) is None
+
+
+def test_a_plan_is_printed_and_nothing_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained"))
+    planned = job_module.show_plan(configure("pruner=weighted"), output_dir=tmp_path)
+    assert "Weighted removes units" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
+    assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(json.dumps(planned.to_json()))
+    assert (planned.kept, planned.total) == (10, 20)
