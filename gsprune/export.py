@@ -60,7 +60,7 @@ def to_exported_program(model: nn.Module, example_input: Example) -> torch.expor
     twin = _copy(model)
     device = next((t.device for t in [*twin.parameters(), *twin.buffers()]), None)
     example = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), example_input)
-    with _quietly(), _open_attention():
+    with _quietly():
         _run(twin, example)
         return _export(twin, example)
 
@@ -387,7 +387,7 @@ def _difference(a: Any, b: Any) -> float:
 
 @contextlib.contextmanager
 def _open_attention() -> Iterator[None]:
-    """PyTorch's encoder layers as ordinary operators: their fused path for inference has no ONNX counterpart."""
+    """PyTorch's encoder layers without their fused path, which is not what is exported: it gives 0 for padding."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -398,7 +398,10 @@ def _open_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Nothing on the console: the exporters print graphs, warn and log; what matters comes as an error."""
+    """Nothing on the console: the exporters print graphs, warn and log; what matters comes as an error.
+
+    For the whole process, as Python has no other way: what another thread prints or logs meanwhile is lost.
+    """
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
