@@ -37,7 +37,7 @@ from gsprune.files import write_atomic
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["mask_image", "save_history", "save_layer_sparsity", "save_masks"]
+__all__ = ["mask_image", "save_history", "save_layer_sparsity", "save_picture"]
 
 # Axis legend: h, w = pixels of a picture; r, c = rows and columns of a mask
 _GAP, _TITLE, _MARGIN, _HEAD = 20, 40, 16, 54  # pixels
@@ -88,12 +88,12 @@ def mask_image(masks: Mapping[str, Tensor]) -> np.ndarray:
     return _label(canvas, panels, places, box_w, hidden=len(masks) - len(shown))
 
 
-def save_masks(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
-    """Write the picture of `mask_image` as a PNG."""
+def save_picture(path: str | os.PathLike[str], picture: np.ndarray) -> None:
+    """Write a picture (height, width, 3; uint8), such as `mask_image` makes, as a PNG."""
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(mask_image(masks)).save(file, "png")
+    Image.fromarray(picture).save(file, "png", compress_level=1)  # 5x faster, 10 % larger
     write_atomic(path, file.getvalue())
 
 

@@ -211,6 +211,7 @@ class _Job:
     dense: nn.Module
     last: Mapping[str, float] = {}
     cache: DenseCache | None = None
+    picture: Any = None  # of the masks
     cost: tuple[int, int] = (0, 0)  # parameters and MACs of the network as pruned so far
     costed = recorded = 0  # mask updates that `cost` and the mask files have seen
 
@@ -302,7 +303,8 @@ class _Job:
             folder = self.output_dir / "figures"
             figures.save_layer_sparsity(folder / "sparsity_by_layer.png", masks)
             rows = read_metrics(self.output_dir / "metrics.jsonl")
-            figures.save_masks(folder / "masks.png", masks)
+            if self.picture is not None:  # of the last masks
+                figures.save_picture(folder / "masks.png", self.picture)
             figures.save_history(folder / "history.png", rows, baseline=self.dense_val)
 
     def finish(self) -> dict[str, Any]:
@@ -583,10 +585,10 @@ class _Job:
         path = self.output_dir / "masks" / f"epoch_{trained:04d}.safetensors"
         with self.watch.part("files"):
             save_masks(path, masks)
-            picture = figures.mask_image(masks)
+            self.picture = figures.mask_image(masks)
         with self.watch.part("tracking"):
             self.tracker.log_artifact(path, folder="masks")
-            self.tracker.log_image(picture, key="masks", step=trained)
+            self.tracker.log_image(self.picture, key="masks", step=trained)
 
     def _write_result(self, status: str) -> None:
         self.result["status"] = status

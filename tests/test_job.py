@@ -132,7 +132,7 @@ def test_files_of_the_output_directory(weighted):
     folder = weighted[1]
     names = {"result.json", "metrics.jsonl", "masks.safetensors", "model.safetensors", "pruning.json"}
     assert names <= {path.name for path in folder.iterdir()}
-    for figure in ("history.png", "sparsity_by_layer.png"):
+    for figure in ("history.png", "masks.png", "sparsity_by_layer.png"):
         assert (folder / "figures" / figure).read_bytes().startswith(b"\x89PNG")
 
 
