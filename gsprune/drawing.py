@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,9 +40,9 @@ def pixels_of(figure: Figure) -> np.ndarray:
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
-def png(figure: Figure, *, layout: Literal["constrained", "none"] = "constrained") -> bytes:
-    """The figure as a PNG file, laid out so that no label is cut off; "none": as it is, in half the time."""
-    figure.set_layout_engine(layout)
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file, its parts laid out so that no label is cut off."""
+    figure.set_layout_engine("constrained")
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks: boxes, no noise
@@ -51,8 +51,21 @@ def png(figure: Figure, *, layout: Literal["constrained", "none"] = "constrained
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure whose margins are set as a PNG file: a job draws several, so they should be quick."""
-    write_atomic(path, png(figure, layout="none"))
+    """Write a figure whose margins are set as a PNG file: a job draws several, and `savefig` would draw each twice."""
+    figure.set_dpi(130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        picture = pixels_of(figure)
+    save_picture(path, picture)
+
+
+def save_picture(path: str | os.PathLike[str], picture: np.ndarray) -> None:
+    """Write a picture (height, width, 3; uint8), such as `mask_image` makes, as a PNG."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "png", compress_level=1)  # 5x faster, 10 % larger
+    write_atomic(path, file.getvalue())
 
 
 def quiet(axes: Axes, *, grid: str) -> None:

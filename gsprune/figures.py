@@ -5,7 +5,6 @@ Imports torch, numpy and drawing.py; matplotlib (0.3 s) only inside the function
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,12 +31,11 @@ from gsprune.drawing import (
     quiet,
     save,
 )
-from gsprune.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["mask_image", "save_history", "save_layer_sparsity", "save_picture"]
+__all__ = ["mask_image", "save_history", "save_layer_sparsity"]
 
 # Axis legend: h, w = pixels of a picture; r, c = rows and columns of a mask
 _GAP, _TITLE, _MARGIN, _HEAD = 20, 40, 16, 54  # pixels
@@ -86,15 +84,6 @@ def mask_image(masks: Mapping[str, Tensor]) -> np.ndarray:
         canvas[top + _TITLE - 1 : top + _TITLE + h + 1, left - 1 : left + w + 1] = 150  # a frame of one pixel
         canvas[top + _TITLE : top + _TITLE + h, left : left + w] = _shade(panel.pixels)
     return _label(canvas, panels, places, box_w, hidden=len(masks) - len(shown))
-
-
-def save_picture(path: str | os.PathLike[str], picture: np.ndarray) -> None:
-    """Write a picture (height, width, 3; uint8), such as `mask_image` makes, as a PNG."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "png", compress_level=1)  # 5x faster, 10 % larger
-    write_atomic(path, file.getvalue())
 
 
 def _columns(count: int, strips: bool) -> int:

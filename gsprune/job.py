@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch import __version__ as torch_version
 from torch.optim import Optimizer
 
-from gsprune import figures, metrics, planner
+from gsprune import drawing, figures, metrics, planner
 from gsprune.checkpoint import save_masks, save_pruned, save_scores, state_tensors
 from gsprune.console import Progress, make_progress, print_summary
 from gsprune.dense_cache import DenseCache, DenseRecord
@@ -304,7 +304,7 @@ class _Job:
             figures.save_layer_sparsity(folder / "sparsity_by_layer.png", masks)
             rows = read_metrics(self.output_dir / "metrics.jsonl")
             if self.picture is not None:  # of the last masks
-                figures.save_picture(folder / "masks.png", self.picture)
+                drawing.save_picture(folder / "masks.png", self.picture)
             figures.save_history(folder / "history.png", rows, baseline=self.dense_val)
 
     def finish(self) -> dict[str, Any]:
