@@ -3,7 +3,7 @@
 PyTorch's class insists that heads times head width is the width of the tokens. `narrow` turns an instance into a
 `NarrowAttention`, in place: same object, same parameter names, another forward pass. Shrinking does that to an
 attention it cuts; until then the model runs PyTorch's own.
-May import: torch. Used by shrink.
+May import: torch. Used by structures, shrink and export.
 
 Shapes: n = batch, t = query tokens, s = key tokens, h = heads, d = width of a head.
 """
@@ -11,6 +11,8 @@ Shapes: n = batch, t = query tokens, s = key tokens, h = heads, d = width of a h
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -140,3 +142,14 @@ def close_nested_path(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, NarrowAttention) for m in module.modules()):
             module.use_nested_tensor = module.enable_nested_tensor = False
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Inside the block PyTorch's encoder layers run as in training: their fused path puts zeros at padded positions."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from gsprune.files import read_json, write_atomic, write_json
+from gsprune.files import number, read_json, write_atomic, write_json
 from gsprune.sweep import Sweep
 
 __all__ = ["DenseCache", "DenseRecord"]
@@ -87,11 +87,7 @@ def _record(found: Any, key: str) -> DenseRecord:
     if found["key"] != key:
         raise ValueError("its key is another")
     numbers = {name: float(found["baseline"][name]) for name in ("accuracy", "loss")}
-    epochs = [{str(name): _number(value) for name, value in row.items()} for row in found["epochs"]]
+    epochs = [{str(name): number(value) for name, value in row.items()} for row in found["epochs"]]
     run_id = found["run_id"] if isinstance(found["run_id"], str) else None
     job, config_hash = str(found["job"]), str(found["config_hash"])
     return DenseRecord(numbers, epochs, run_id, job, config_hash, float(found["train_seconds"]))
-
-
-def _number(value: Any) -> float:
-    return value if type(value) is int else float(value)

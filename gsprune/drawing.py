@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +38,8 @@ def new_figure(width_in: float, height_in: float) -> Figure:
 
 def pixels_of(figure: Figure) -> np.ndarray:
     canvas: Any = figure.canvas
-    canvas.draw()
+    with _boxes_for_missing_letters():
+        canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
@@ -44,8 +47,7 @@ def png(figure: Figure) -> bytes:
     """The figure as a PNG file, its parts laid out so that no label is cut off."""
     figure.set_layout_engine("constrained")
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks: boxes, no noise
+    with _boxes_for_missing_letters():
         figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
@@ -53,10 +55,15 @@ def png(figure: Figure) -> bytes:
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure whose margins are set as a PNG file: a job draws several, and `savefig` would draw each twice."""
     figure.set_dpi(130)
+    save_picture(path, pixels_of(figure))
+
+
+@contextmanager
+def _boxes_for_missing_letters() -> Iterator[None]:
+    """A name in a script that the font lacks is drawn as boxes, without noise."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
-        picture = pixels_of(figure)
-    save_picture(path, picture)
+        yield
 
 
 def save_picture(path: str | os.PathLike[str], picture: np.ndarray) -> None:

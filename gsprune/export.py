@@ -2,7 +2,7 @@
 
 Dense, masked (zeros in place) and shrunk networks alike; the batch stays free, every other size is the example's.
 All work happens on a copy in evaluation mode. The extra `[onnx]` is imported only where a file is written.
-May import: torch, gsprune.files, gsprune.structures.
+May import: torch, gsprune.attention, gsprune.files, gsprune.structures.
 
 >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
 >>> program = to_exported_program(net, torch.ones(1, 4))
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from gsprune.attention import no_fast_path
 from gsprune.files import aside
 from gsprune.structures import Example, call, refuse_wrapped
 
@@ -102,7 +103,7 @@ def to_onnx(
         raise ValueError(f"tolerance is {tolerance}: it must be above 0")
     twin, path = _copy(model).cpu(), Path(path)
     example = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), example_input)
-    with _writing(path) as files, _quietly(), _open_attention():
+    with _writing(path) as files, _quietly(), no_fast_path():
         _save(_convert(twin, example, opset), files)
         return _check(twin, example, files.graph, tolerance)
 
@@ -383,17 +384,6 @@ def _difference(a: Any, b: Any) -> float:
 
 
 # ---- surroundings
-
-
-@contextlib.contextmanager
-def _open_attention() -> Iterator[None]:
-    """PyTorch's encoder layers without their fused path, which is not what is exported: it gives 0 for padding."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

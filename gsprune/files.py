@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["aside", "plain", "read_json", "write_atomic", "write_json"]
+__all__ = ["aside", "number", "plain", "read_json", "write_atomic", "write_json"]
 
 _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
@@ -79,6 +79,15 @@ def plain(obj: object) -> Any:
     if isinstance(obj, os.PathLike):
         return os.fspath(obj)
     raise TypeError(f"a {type(obj).__name__} cannot be written as JSON")
+
+
+def number(value: Any) -> float:
+    """Numbers of Python, numpy and torch, and the strings that `plain` writes for NaN and infinities; integers stay.
+
+    >>> number(3), number("-Infinity"), number(plain(0.1))
+    (3, -inf, 0.1)
+    """
+    return value if type(value) is int else float(value)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -45,6 +45,7 @@ NOT_DENSE = (
 # What has no part in scoring the dense network: when and how many to prune.
 NOT_SCORES = ("target_sparsity", "schedule", "scope", "min_kept", "scores")
 FILES = ("model.weights", "pruner.scores")
+SCORES = "checkpoint/scores.safetensors"  # in the output directory of a job: what its pruner began with
 
 
 def config_hash(cfg: DictConfig) -> str:
@@ -75,7 +76,7 @@ def scores_key(cfg: DictConfig) -> str:
 def scores_path(given: str) -> Path:
     """The file that `pruner.scores` means: itself, or in the output directory of a run the scores it began with."""
     path = Path(given)
-    return path / "checkpoint" / "scores.safetensors" if path.is_dir() else path
+    return path / SCORES if path.is_dir() else path
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:

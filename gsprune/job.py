@@ -34,7 +34,7 @@ from gsprune.checkpoint import save_masks, save_pruned, save_scores, state_tenso
 from gsprune.console import Progress, make_progress, print_summary
 from gsprune.dense_cache import DenseCache, DenseRecord
 from gsprune.files import write_atomic, write_json
-from gsprune.identity import config_hash, dense_key, plain_config, scores_key, scores_path
+from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
 from gsprune.pruner import NoPruning
 from gsprune.results import read_results
 from gsprune.shrink import Plan, apply_plan, plan_shrink
@@ -68,7 +68,6 @@ NUMBERS = (
 )
 # Seconds of a job, by what they went to.
 PARTS = ("start", "train", "measure", "files", "tracking")
-SCORES = "checkpoint/scores.safetensors"  # what the pruner of a job began with
 
 
 def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -127,8 +126,8 @@ def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, A
     here = read_results(folder).with_status("finished") if (folder / "result.json").is_file() else []
     job = next((job for job in here if mine and job.config_hash == mine), None)
     job = job or (sweep.finished(mine) if mine else None)
-    if job is not None and any(job.number(name) is None for name in objective_names(cfg.objective)):
-        job = None  # a name that is wrong, or not measured: the job itself will say so
+    if job is not None:
+        check_objective(cfg.objective, cfg.trainer)  # it is no part of the hash: an equal job may have had a right one
     if job is None or job.folder != folder:
         for other in here:
             log.info("the result of another job in %s is kept in %s", folder, set_aside(folder, other))
@@ -607,8 +606,8 @@ def smaller(model: nn.Module, pruner: Any) -> nn.Module:
     return twin
 
 
-def check_objective(wanted: str | Sequence[str], trainer: Trainer) -> None:
-    """Refuse a wrong name before the training, not after it."""
+def check_objective(wanted: str | Sequence[str], trainer: Trainer | DictConfig) -> None:
+    """Refuse a wrong name before the training, not after it; `trainer` is that or its configuration."""
     for name in objective_names(wanted):
         if name not in NUMBERS:
             near = get_close_matches(str(name), NUMBERS, n=1)

@@ -173,7 +173,7 @@ def print_plan(plan: PruningPlan) -> None:
 
 def _plan_units(twin: nn.Module, pruner: Pruner, example_input: Any) -> PruningPlan:
     targets = [target for target in pruner.targets if isinstance(target, UnitTarget)]
-    skipped = _skipped_units(pruner, targets, example_input)
+    skipped = _skipped_units(pruner, targets)
     bounds, kept = _bounds(pruner)
     is_exact = all(least == most for least, most in bounds)
     counts = [least for least, _ in bounds] if is_exact else _even(targets, kept)
@@ -214,17 +214,12 @@ def _even(targets: Sequence[UnitTarget], kept: int) -> list[int]:
     return [max(1, target.total - pruned_count(1 - share, target.total)) for target in targets]
 
 
-def _skipped_units(pruner: Pruner, targets: Sequence[UnitTarget], example_input: Any) -> dict[str, str]:
+def _skipped_units(pruner: Pruner, targets: Sequence[UnitTarget]) -> dict[str, str]:
     """Every layer whose rows are not up for pruning, in the model's order."""
-    from gsprune.structures import find_structures  # heavy: imports torch-pruning
-
-    reasons = dict(pruner.skipped)
     chosen = {name for target in targets for name in target.structure.modules()}
     layers = [name for name, module in pruner.model.named_modules() if isinstance(module, LAYERS)]
-    if any(name not in chosen and name not in reasons for name in layers):
-        offered = find_structures(pruner.model, example_input).structures  # the pruner has chosen by name from these
-        left = [structure for structure in offered if structure.name not in {target.name for target in targets}]
-        reasons |= {name: NAMED_HERE for structure in left for name in structure.modules() if name not in chosen}
+    by_name = {name: NAMED_HERE for structure in pruner.left_out for name in structure.modules() if name not in chosen}
+    reasons = {**pruner.skipped, **by_name}
     tied = "it is coupled to a layer that is left whole, or not traced"
     order = {name: place for place, (name, _) in enumerate(pruner.model.named_modules())}
     found = {name: reasons.get(name, tied) for name in layers if name not in chosen} | reasons

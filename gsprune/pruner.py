@@ -26,6 +26,7 @@ from gsprune.targets import Target, Targets, UnitTarget, UnitTargets, Verdict, w
 
 if TYPE_CHECKING:
     from gsprune.shrink import Plan
+    from gsprune.structures import Structure
 
 Scope = Literal["local", "global"]
 Scores = Mapping[str, Tensor] | str | os.PathLike[str]  # as `Pruner.scores` gives them, or a file of them
@@ -114,6 +115,7 @@ class Pruner:
         self.min_kept, self.steps_per_epoch = min_kept, steps_per_epoch
         self._example_input = example_input
         self.skipped: Mapping[str, str] = {}  # structures that cannot be pruned -> why
+        self.left_out: tuple[Structure, ...] = ()  # those that could be, but for include, exclude and keep
         counts = {kind: count for kind, count in (keep or {}).items() if count is not None}
         parsed = parse_pattern(pattern)
         _check_settings(self, parsed, counts, per_channel=per_channel)
@@ -366,6 +368,8 @@ class Pruner:
             if kind not in kinds:
                 raise ValueError(f"keep names {kind!r}, but the model has {', '.join(sorted(kinds)) or 'no units'}")
         chosen = [structure for structure in found if not counts or structure.kind in counts]
+        names = {structure.name for structure in chosen}
+        self.left_out = (*offered.left_out, *(structure for structure in found if structure.name not in names))
         # a width that is fixed somewhere in the model's code has to come out now, and not after days of training
         halves = [torch.arange(structure.units) % 2 == 0 for structure in chosen]
         check_shrink(self.model, chosen, halves, example_input=self._example_input)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gsprune.drawing import percent
-from gsprune.files import read_json, write_atomic
+from gsprune.files import write_atomic
 from gsprune.results import RESULT, JobResult, Results, natural, read_results
 from gsprune.sweep_figures import STYLES, Line, Mark, Panel, draw_heatmap, draw_panels
 from gsprune.tracking import without_passwords
@@ -262,16 +262,12 @@ def _error(job: JobResult) -> str | None:
 
 
 def _read_record(directory: Path) -> Mapping[str, Any]:
-    try:
-        record = read_json(directory / "sweep.json")
-    except (ValueError, OSError):
-        return {}
-    if not isinstance(record, dict):
-        return {}
-    if record.get("status") == "running":
-        from gsprune.sweep import Sweep  # which may itself be the caller, at the end of a sweep
+    from gsprune.sweep import Sweep  # which may itself be the caller, at the end of a sweep
 
-        record["status"] = "running" if Sweep(directory.absolute()).is_open() else "interrupted"
+    sweep = Sweep(directory.absolute())
+    record = sweep.record
+    if record.get("status") == "running" and not sweep.is_open():
+        return {**record, "status": "interrupted"}
     return record
 
 

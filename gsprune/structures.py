@@ -25,7 +25,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gsprune.attention import why_not_narrow
+from gsprune.attention import no_fast_path, why_not_narrow
 from gsprune.names import choose
 
 Kind = Literal["channels", "neurons", "heads"]
@@ -99,9 +99,11 @@ class Structure:
 
 @dataclass(frozen=True)
 class Found:
-    """What `find_structures` offers, in module order, and why the rest is left alone (name -> reason)."""
+    """What `find_structures` offers, in module order, what `include` and `exclude` left out of it, and why the rest is
+    left alone (name -> reason)."""
 
     structures: tuple[Structure, ...]
+    left_out: tuple[Structure, ...]
     skipped: Mapping[str, str]
 
 
@@ -137,7 +139,8 @@ def find_structures(
     offered = {s.name: s for s in structures}
     names = {name: (name, *s.modules()) for name, s in offered.items()}
     chosen = choose(names, tuple(include), tuple(exclude), skipped=skipped)
-    return Found(tuple(offered[name] for name in chosen), skipped)
+    left_out = tuple(structure for name, structure in offered.items() if name not in chosen)
+    return Found(tuple(offered[name] for name in chosen), left_out, skipped)
 
 
 def float64_copy(model: nn.Module, example_input: Example) -> tuple[nn.Module, Example]:
@@ -261,19 +264,9 @@ def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
 
     Encoders of PyTorch run as they do in training: their fast path puts zeros at padded positions, the other does not.
     """
-    with torch.no_grad(), _same_randomness(model), _no_fast_path():
+    with torch.no_grad(), _same_randomness(model), no_fast_path():
         args = _map_example(lambda v: v.clone() if isinstance(v, Tensor) else v, example_input)
         return list(tensors_in(call(model, args)))
-
-
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -66,10 +67,7 @@ class Sweep:
     @property
     def record(self) -> Mapping[str, Any]:
         """What `sweep.json` holds; empty when there is none or it is damaged."""
-        with suppress(ValueError):
-            record = read_json(self.directory / RECORD)
-            return record if isinstance(record, dict) else {}
-        return {}
+        return _object(self.directory / RECORD)
 
     @property
     def parent_run_id(self) -> str | None:
@@ -155,7 +153,8 @@ def set_aside(folder: Path, job: JobResult) -> Path:
     """
     mark = job.config_hash or hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()
     beside = folder.with_name(f"{folder.name}-{mark[:8]}")
-    beside.mkdir(exist_ok=True)
+    shutil.rmtree(beside, ignore_errors=True)  # of the same configuration, when that was done twice
+    beside.mkdir()
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):  # what makes it count, last
         if path.name != ".hydra" and path.suffix != ".log":
             os.replace(path, beside / path.name)
@@ -209,9 +208,8 @@ class SweepCallback(Callback):
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """In the worker: what this callback has put on record of an earlier try is no longer true."""
         path = Path(config.hydra.runtime.output_dir) / "result.json"
-        with suppress(ValueError):
-            if config.hydra.mode == RunMode.MULTIRUN and read_json(path).get("recorded_by") == __name__:
-                path.unlink()
+        if config.hydra.mode == RunMode.MULTIRUN and _object(path).get("recorded_by") == __name__:
+            path.unlink()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """In the worker: a job that failed before it could say so itself (or that never does) is put on record."""
@@ -273,8 +271,10 @@ class _OpenSweep:
             **{key: before.get(key) for key in ("parent_run_id", "tracking_uri", "experiment")},
         }
         self._write()
+        results = read_results(self.sweep.directory)
         if before:
-            self._say_what_is_there()
+            done = len(results.with_status("finished"))
+            log.info("continuing the sweep in %s: %d of its jobs have finished", self.sweep.directory, done)
         self._tracker = tracker = make_tracker(
             output_dir=str(self.sweep.directory / ".gsprune"),
             run_name=_title(axes),
@@ -284,7 +284,7 @@ class _OpenSweep:
         tags = {"sweep.directory": str(self.sweep.directory), "mlflow.note.content": f"`{command}`"}
         tags |= {f"sweep.{key}": text for key, text in values.items()}  # parameters cannot change when it goes on
         tracker.start(config={"command": command, "axes": values}, tags=tags)
-        self._close_killed(read_results(self.sweep.directory))
+        self._close_killed(results)
         self._record |= {
             "parent_run_id": tracker.run_id,
             "tracking_uri": without_passwords(getattr(tracker, "tracking_uri", None) or "") or None,
@@ -346,10 +346,6 @@ class _OpenSweep:
         done = results.with_status("finished")  # one that was killed in its very last call
         self._tracker.close_children(except_for=_runs(alive), killed=_runs(dead), finished=_runs(done))
 
-    def _say_what_is_there(self) -> None:
-        done = len(read_results(self.sweep.directory).with_status("finished"))
-        log.info("continuing the sweep in %s: %d of its jobs have finished", self.sweep.directory, done)
-
     def _write(self) -> None:
         write_json(self.sweep.directory / RECORD, self._record)
 
@@ -359,11 +355,16 @@ def _runs(jobs: Iterable[JobResult]) -> list[str]:
 
 
 def _run_of(job: JobResult) -> str | None:
-    with suppress(ValueError):
-        found = read_json(job.folder / "tracking.json")
-        if isinstance(found, dict) and isinstance(found.get("run_id"), str):
-            return str(found["run_id"])
-    return None
+    found = _object(job.folder / "tracking.json").get("run_id")
+    return found if isinstance(found, str) else None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is none that can be read."""
+    with suppress(ValueError, OSError):
+        found = read_json(path)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 # --- resuming ----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from gsprune.files import plain, write_atomic, write_json
+from gsprune.files import number, plain, write_atomic, write_json
 from gsprune.locks import Lock
 from gsprune.views import experiment_tags
 
@@ -118,7 +118,7 @@ class Tracker:
             self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
 
     def _record_metrics(self, values: Mapping[str, float], step: int) -> Event:
-        now, numbers = time.time(), {name: _number(value) for name, value in values.items()}
+        now, numbers = time.time(), {name: number(value) for name, value in values.items()}
         row = {"step": step, "time": round(now, 3), **plain(numbers)}
         self._locally(lambda: _append(self.output_dir / "metrics.jsonl", row))
         return {"values": plain(numbers), "step": step, "time_ms": int(now * 1000)}
@@ -132,11 +132,10 @@ class Tracker:
         return target if copied else source
 
     def _save_image(self, array: np.ndarray, key: str, step: int) -> Path:
-        from PIL import Image
+        from gsprune.drawing import save_picture
 
         path = self.output_dir / "figures" / re.sub(r"[^\w.\-]", "_", key) / f"{step:04d}.png"
-        self._locally(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-        self._locally(lambda: Image.fromarray(array).save(path, compress_level=1))  # 5x faster, 10 % larger
+        self._locally(lambda: save_picture(path, array))
         return path
 
     def _locally(self, write: Callable[[], object]) -> bool:
@@ -158,15 +157,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     for line in lines:
         try:
             row = json.loads(line)
-            rows.append({name: _number(value) for name, value in row.items()})
+            rows.append({name: number(value) for name, value in row.items()})
         except (ValueError, TypeError, AttributeError):
             continue
     return rows
-
-
-def _number(value: Any) -> float:
-    """Numbers of Python, numpy and torch, and the strings for NaN and infinities; integers stay integers."""
-    return value if type(value) is int else float(value)
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:

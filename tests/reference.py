@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gsprune.structures import Member
+
 
 def select(parts: Sequence[Sequence[float]], k: int, *, min_kept: int = 0) -> list[list[bool]]:
     """Keep masks of one ranking: the k lowest go, of equals the last; `min_kept` best of each part are out of reach."""
@@ -61,3 +63,14 @@ def accumulate(steps: Sequence[Tensor], decay: float) -> Tensor:
     for change in steps:
         score = decay * score + change.double().abs()
     return score
+
+
+def gate_sums(model: nn.Module, members: Sequence[Member]) -> Tensor:
+    """The gradient of a gate on each unit: the sum of weight times gradient over what the members have of it."""
+    parts = []
+    for member in members:
+        parameter = model.get_parameter(member.tensor)
+        assert parameter.grad is not None
+        change = (parameter * parameter.grad).detach().movedim(member.dim, 0)
+        parts.append(torch.stack([change[index].sum() for index in member.index]))
+    return torch.stack(parts).sum(0)

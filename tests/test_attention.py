@@ -7,6 +7,7 @@ import io
 import re
 
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 
@@ -230,15 +231,13 @@ def test_a_gate_on_the_values_equals_one_on_the_output() -> None:
     model, x = build("cross")
     model(*x).square().sum().backward()
 
-    def sums(members: object) -> Tensor:
-        parts = []
-        for m in members:
-            p = model.get_parameter(m.tensor)
-            parts.append((p * p.grad).detach().movedim(m.dim, 0)[m.index].flatten(1).sum(1))
-        return torch.stack(parts).sum(0)
-
     for structure in find_structures(model, x).structures:
-        torch.testing.assert_close(sums(structure.gates), sums(structure.consumers), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            reference.gate_sums(model, structure.gates),
+            reference.gate_sums(model, structure.consumers),
+            rtol=1e-9,
+            atol=1e-12,
+        )
 
 
 def test_a_pruned_attention_travels_is_copied_and_pruned_again(tmp_path: object) -> None:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,26 +260,10 @@ def test_schedules_are_the_ancestors(file: Path) -> None:
 # ---- what the result does
 
 
-class Attention(nn.Module):
-    """Hugging Face's names: a head count, a head size and a width that the forward pass does not derive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_attention_heads, self.attention_head_size, self.all_head_size = 4, 3, 12
-        self.query, self.key, self.value = (nn.Linear(8, 12) for _ in range(3))
-        self.out = nn.Linear(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (*x.shape[:2], self.num_attention_heads, self.attention_head_size)
-        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.query, self.key, self.value))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        return x + self.out(y.reshape(*x.shape[:2], self.all_head_size))
-
-
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attention, self.norm = Attention(), nn.LayerNorm(8)
+        self.attention, self.norm = nets.BertAttention(), nn.LayerNorm(8)
         self.inner, self.outer = nn.Linear(8, 10), nn.Linear(10, 8)
 
     def forward(self, x: Tensor) -> Tensor:

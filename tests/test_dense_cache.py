@@ -7,12 +7,10 @@ import io
 import json
 import re
 from contextlib import redirect_stdout
-from pathlib import Path
 
+import jobs
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from gsprune import job as job_module
@@ -20,42 +18,11 @@ from gsprune.checkpoint import load_masks, load_scores, save_scores
 from gsprune.identity import config_hash, dense_key, scores_key
 from gsprune.job import run
 from gsprune.results import read_results
-from gsprune.sweep import Sweep
+from gsprune.sweep import Sweep, set_aside
 from gsprune.tracking import read_metrics
 from gsprune.trainer import Trainer
 
-CONF = str(Path(__file__).parents[1] / "conf")
-TINY = (
-    "tracking=none",
-    "model.width=4",
-    "dataset.batch_size=256",
-    "trainer.device=cpu",
-    "trainer.dense_epochs=2",
-    "trainer.prune_epochs=2",
-    "trainer.latency_repeats=0",
-    "trainer.progress=none",
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@functools.cache
-def composed(*groups):
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return compose("config", overrides=[*TINY, *groups])
-
-
-def configure(*overrides):
-    cfg = composed(*(override for override in overrides if "." not in override.partition("=")[0])).copy()
-    values = [override for override in overrides if "." in override.partition("=")[0]]
-    OmegaConf.set_struct(cfg, False)
-    return OmegaConf.merge(cfg, OmegaConf.from_dotlist(values))
+configure = functools.partial(jobs.configure, "trainer.dense_epochs=2", "trainer.latency_repeats=0")
 
 
 class InSweep:
@@ -212,6 +179,21 @@ def test_an_objective_that_is_wrong_is_said_so_although_the_job_has_finished(swe
     sweep.run("0", "pruner=none", "trainer.dense_epochs=1", "trainer.prune_epochs=0")
     with pytest.raises(ValueError, match=r"^objective=acuracy is not in the result: did you mean accuracy\?"):
         sweep.run("0", "pruner=none", "trainer.dense_epochs=1", "trainer.prune_epochs=0", "objective=acuracy")
+    (job,) = read_results(sweep.sweep.directory).jobs  # and it stays what it was
+    assert (job.name, job.status) == ("0", "finished")
+
+
+def test_what_is_set_aside_twice_stands_there_once(tmp_path):
+    for accuracy in (0.5, 0.5):
+        (tmp_path / "0" / "masks").mkdir(parents=True)
+        (tmp_path / "0" / "masks" / "a").write_text("mask")
+        (tmp_path / "0" / "train.log").write_text("log")
+        result = {"status": "finished", "accuracy": accuracy, "config_hash": "0123456789"}
+        (tmp_path / "0" / "result.json").write_text(json.dumps(result))
+        (job,) = read_results(tmp_path / "0").jobs
+        assert set_aside(tmp_path / "0", job) == tmp_path / "0-01234567"
+        assert [path.name for path in (tmp_path / "0").iterdir()] == ["train.log"]
+        assert sorted(path.name for path in (tmp_path / "0-01234567").iterdir()) == ["masks", "result.json"]
 
 
 def test_the_scores_key_is_of_the_criterion_and_not_of_how_much_is_pruned():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import math
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from jobs import configure
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,41 +24,6 @@ from gsprune.identity import config_hash
 from gsprune.job import NUMBERS, build, check_objective, hydra_tags, load_weights, objective, run
 from gsprune.tracking import Tracker, read_metrics
 from gsprune.trainer import Totals, Trainer
-
-CONF = str(Path(__file__).parents[1] / "conf")
-TINY = (
-    "tracking=none",
-    "model.width=4",
-    "dataset.batch_size=256",
-    "trainer.device=cpu",
-    "trainer.dense_epochs=1",
-    "trainer.prune_epochs=2",
-    "trainer.latency_repeats=3",
-    "trainer.progress=none",
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small gain nothing from more, and waiting threads slow down whatever runs beside the tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@functools.cache
-def composed(*groups):
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return compose("config", overrides=[*TINY, *groups])
-
-
-def configure(*overrides):
-    """A composition costs 0.2 s, so only the choices of groups (which have no dot) are composed anew."""
-    cfg = composed(*(override for override in overrides if "." not in override.partition("=")[0])).copy()
-    values = [override for override in overrides if "." in override.partition("=")[0]]
-    OmegaConf.set_struct(cfg, False)
-    return OmegaConf.merge(cfg, OmegaConf.from_dotlist(values))
 
 
 def finished(folder, *overrides):

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from jobs import train
 
-TRAIN = str(Path(__file__).parents[1] / "train.py")
 TINY = (
     "model.width=4",
     "dataset.batch_size=256",
@@ -24,16 +20,7 @@ TINY = (
 
 
 def sweep(folder, *arguments):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "HYDRA_", "SLURM_", "RAY_"))}
-    return subprocess.run(
-        [sys.executable, TRAIN, "--multirun", *TINY, *arguments],
-        cwd=folder,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return train(folder, "--multirun", *TINY, *arguments)
 
 
 def check_jobs(folder, count):

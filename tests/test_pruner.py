@@ -927,7 +927,8 @@ def test_sensible_settings_do_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for criterion in (Elementwise(), Abs(), Weighted(), Magnitude(), Random()):
-            build(criterion, target_sparsity=0.5, example_input=INPUT)
+            pruner = build(criterion, target_sparsity=0.5, example_input=INPUT)
+            assert (pruner.target_sparsity, pruner.sparsity) == (0.5, 0.0)
 
 
 def test_no_pruning_leaves_everything_alone() -> None:

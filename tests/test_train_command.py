@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from jobs import train
 
-TRAIN = str(Path(__file__).parents[1] / "train.py")
 HINT = "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.\n"
 TINY = (
     "model.width=4",
@@ -21,19 +17,6 @@ TINY = (
     "trainer.latency_repeats=3",
     "hydra.run.dir=out",
 )
-
-
-def train(folder, *arguments, python=()):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "HYDRA_"))}
-    return subprocess.run(
-        [sys.executable, *python, TRAIN, *arguments],
-        cwd=folder,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.mark.slow
@@ -111,9 +94,7 @@ def test_an_unknown_objective_lists_what_there_is(tmp_path):
 
 @pytest.mark.slow
 def test_the_full_error_is_there_when_asked_for(tmp_path):
-    environment = {**os.environ, "HYDRA_FULL_ERROR": "1"}
-    command = [sys.executable, TRAIN, "tracking=none", "hydra.run.dir=out", "trainer.precision=fp8"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = train(tmp_path, "tracking=none", "hydra.run.dir=out", "trainer.precision=fp8", HYDRA_FULL_ERROR="1")
     assert done.returncode == 1
     assert "ValueError: trainer.precision=fp8 is not allowed" in done.stderr
     assert 'gsprune/trainer.py", line' in done.stderr

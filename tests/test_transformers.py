@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 
@@ -178,16 +179,14 @@ def test_the_value_rows_give_the_gate_of_the_output_columns() -> None:
     model, x = double(*build("qwen2"))
     logits(model, x).square().sum().backward()
 
-    def sums(members: Any) -> Tensor:
-        parts = []
-        for m in members:
-            p = model.get_parameter(m.tensor)
-            parts.append((p * p.grad).detach().movedim(m.dim, 0)[m.index].flatten(1).sum(1))
-        return torch.stack(parts).sum(0)
-
     for structure in find_structures(model, x).structures:
         if structure.kind == "heads":
-            torch.testing.assert_close(sums(structure.gates), sums(structure.consumers), rtol=1e-7, atol=1e-10)
+            torch.testing.assert_close(
+                reference.gate_sums(model, structure.gates),
+                reference.gate_sums(model, structure.consumers),
+                rtol=1e-7,
+                atol=1e-10,
+            )
 
 
 def test_multi_query_attention_says_why_it_stays() -> None:

@@ -1,0 +1,57 @@
+"""Jobs for tests: tiny configurations of the reference application, and its command as a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "tracking=none",
+    "model.width=4",
+    "dataset.batch_size=256",
+    "trainer.device=cpu",
+    "trainer.dense_epochs=1",
+    "trainer.prune_epochs=2",
+    "trainer.latency_repeats=3",
+    "trainer.progress=none",
+)
+
+
+@functools.cache
+def _composed(*groups: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=[*TINY, *groups])
+
+
+def configure(*overrides: str) -> DictConfig:
+    """A composition costs 0.2 s, so only the choices of groups (which have no dot) are composed anew."""
+    cfg = _composed(*(override for override in overrides if "." not in override.partition("=")[0])).copy()
+    values = [override for override in overrides if "." in override.partition("=")[0]]
+    OmegaConf.set_struct(cfg, False)
+    merged = OmegaConf.merge(cfg, OmegaConf.from_dotlist(values))
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def train(
+    folder: Path, *arguments: str, python: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `python train.py <arguments>` in the folder, without what our environment says of MLflow and launchers."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "HYDRA_", "SLURM_", "RAY_"))}
+    return subprocess.run(
+        [sys.executable, *python, str(ROOT / "train.py"), *arguments],
+        cwd=folder,
+        env={**ours, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
