@@ -37,7 +37,7 @@ from gsprune.files import write_atomic, write_json
 from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
 from gsprune.pruner import NoPruning
 from gsprune.results import read_results
-from gsprune.shrink import Plan, apply_plan, plan_shrink
+from gsprune.shrink import Plan, apply_plan
 from gsprune.sweep import Sweep, current_sweep, last_line, set_aside, without_sweep_settings
 from gsprune.tracking import Tracker, download_artifact, read_metrics
 from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
@@ -409,8 +409,7 @@ class _Job:
             warnings.simplefilter("ignore")  # they come when it is built for good
             optimizer, _ = self._build_optimizer(self.trainer.prune_epochs, self.trainer.prune_lr)
             pruner = self._build_pruner(optimizer)
-        criterion = getattr(pruner, "criterion", None)
-        if self.trainer.prune_epochs == 0 and criterion is not None and criterion.cumulative:
+        if self.trainer.prune_epochs == 0 and pruner.horizon != 0:
             raise ValueError(
                 "trainer.prune_epochs=0 leaves no gradient to score by: it must be 1 or more, "
                 "or pruner=none or magnitude"
@@ -510,10 +509,9 @@ class _Job:
 
     def _start_scores(self, optimizer: Optimizer) -> None:
         """What the pruner begins with: given scores, or those of the dense network, which a sweep takes once."""
-        criterion = getattr(self.pruner, "criterion", None)
         given = self.cfg.pruner.get("scores")
         wanted = self.trainer.dense_scores and self.trainer.prune_epochs > 0
-        if criterion is None or not criterion.cumulative or not (given or wanted):
+        if self.pruner.horizon == 0 or not (given or wanted):
             return
         if not given:
             self._score_dense(optimizer)
@@ -541,11 +539,10 @@ class _Job:
     @property
     def _score_steps(self) -> int:
         """As many as a running score remembers, one epoch at most."""
-        return min(self.steps_per_epoch, self.pruner.criterion.horizon or self.steps_per_epoch)
+        return min(self.steps_per_epoch, self.pruner.horizon or self.steps_per_epoch)
 
     def _save_scores(self, path: Path) -> None:
-        criterion = type(self.pruner.criterion).__name__
-        save_scores(path, self.pruner.scores(), criterion=criterion, steps=self._score_steps)
+        save_scores(path, self.pruner.scores(), criterion=self.pruner.criterion_name, steps=self._score_steps)
 
     def _fit(self, name: str, optimizer: Optimizer, lr_schedule: Schedule, *, epochs: int, offset: int = 0) -> None:
         self.progress.phase(name, epochs=epochs, steps_per_epoch=self.steps_per_epoch)
@@ -598,11 +595,11 @@ class _Job:
 
 def smaller(model: nn.Module, pruner: Any) -> nn.Module:
     """The network a structured pruner would leave if training ended now, as a copy; any other: the model itself."""
-    if not pruner.structured or not pruner.updates or pruner.plan is not None:
+    plan = pruner.next_plan()
+    if plan is None:
         return model
-    masks, structures = pruner.masks(), [target.structure for target in pruner.targets]
     twin = copy.deepcopy(model)
-    apply_plan(twin, plan_shrink(structures, [masks[structure.name] for structure in structures]))
+    apply_plan(twin, plan)
     return twin
 
 

@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,14 +26,92 @@ from gsprune.selection import pruned_count, select
 from gsprune.targets import Target, Targets, UnitTarget, UnitTargets, Verdict, weight_targets
 
 if TYPE_CHECKING:
-    from gsprune.shrink import Plan
+    from gsprune.shrink import Plan, Shrinker
     from gsprune.structures import Structure
 
 Scope = Literal["local", "global"]
+When = Literal["at_end", "each_update"]
 Scores = Mapping[str, Tensor] | str | os.PathLike[str]  # as `Pruner.scores` gives them, or a file of them
 
 
-class Pruner:
+class Attachable(ABC):
+    """How an optimizer's own step calls the hooks, for loops that do not."""
+
+    model: nn.Module
+    optimizer: Optimizer | None
+    steps_per_epoch: int | None
+    epoch: int
+    step: int
+    _handles: list[RemovableHandle]
+
+    @abstractmethod
+    def on_train_begin(self) -> None:
+        """Before the first epoch. Masks of a loaded state are applied."""
+
+    @abstractmethod
+    def on_step_begin(self, step: int) -> None:
+        """Before the forward pass of the epoch's optimizer step `step`: a due mask update happens here."""
+
+    @abstractmethod
+    def on_step_end(self) -> None:
+        """After the optimizer step: what is pruned is zero again."""
+
+    @abstractmethod
+    def on_train_end(self) -> None:
+        """After the last epoch: the final mask, if training ended before the schedule did; units are cut out, once."""
+
+    @abstractmethod
+    def _score(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """Add this step's changes to the scores."""
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let the optimizer's own step call the hooks: `attach`, train as ever, then `finish`.
+
+        A step that a gradient scaler skips adds nothing, also where a fused optimizer unscales and skips by itself.
+        Gradients are seen as the optimizer sees them, so after clipping.
+
+        Raises:
+            ValueError: the pruner does not know `steps_per_epoch`, which turns steps into progress, or is attached.
+        """
+        if self._handles:
+            raise ValueError("the pruner is attached already: finish() it before attaching it again")
+        if self.steps_per_epoch is None:
+            raise ValueError("attach needs the pruner's steps_per_epoch, to know how far training is")
+        self._follow(optimizer)
+        self.on_train_begin()
+        self.on_step_begin(self.step)
+        self._handles = [
+            optimizer.register_step_pre_hook(
+                # a fused optimizer is handed scaled gradients, the scale and whether one is inf
+                lambda *_: self._score(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+            ),
+            optimizer.register_step_post_hook(lambda *_: self._on_attached_step()),
+        ]
+
+    def finish(self) -> nn.Module:
+        """The end of training for an attached pruner: the final mask, the smaller model; hooks are removed.
+
+        Returns:
+            The model given to the constructor, pruned.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.on_train_end()
+        return self.model
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def _on_attached_step(self) -> None:
+        assert self.steps_per_epoch is not None
+        self.on_step_end()
+        epochs, step = divmod(self.step + 1, self.steps_per_epoch)
+        self.epoch += epochs
+        self.on_step_begin(step)
+
+
+class Pruner(Attachable):
     """Prune a model while it trains, by what its gradients say the loss would feel.
 
     Call the hooks from a loop of your own (see the README), or `attach` the pruner to an optimizer:
@@ -58,6 +137,7 @@ class Pruner:
         target_sparsity: share of weights or units to prune, in [0, 1); overrides the schedule's own.
         keep: units to keep in every structure of a kind, as {"heads": 8, "neurons": 600}, instead of a share;
             kinds not named stay whole.
+        kinds: kinds of units to prune, of "channels", "neurons" and "heads"; None: all, or those that `keep` names.
         schedule: training progress -> sparsity, from `gsprune.schedules`.
         pattern: selection groups of single-weight pruning: "1x1", a tile "NxM", or a block "N:M".
         per_channel: every output channel (row of tiles) reaches the sparsity, not only every tensor.
@@ -73,6 +153,11 @@ class Pruner:
         scores: what the running score starts from instead of zero, as `scores()` of another pruner gave it, or the
             path of a file that `gsprune.checkpoint.save_scores` wrote: the first mask update then waits for no batch.
             Without effect on a criterion that accumulates nothing. A loaded state replaces it.
+        shrink: cut pruned units out of the model "at_end", or at "each_update" of the mask: training gets faster as the
+            model gets smaller. The optimizer's state is cut alike, so that the next step is that of the masked model
+            (clipping excepted: a masked weight's gradient still counts in the norm of a masked model).
+        copies: networks of the same architecture that are cut along with the model: the `.module` of an EMA's
+            `AveragedModel`, whose average then has what the model has.
 
     Raises:
         ValueError: a setting out of its range, or one that contradicts another or the model.
@@ -95,6 +180,7 @@ class Pruner:
         *,
         target_sparsity: float | None = None,
         keep: Mapping[str, int | None] | None = None,
+        kinds: Sequence[str] | None = None,
         schedule: Schedule | None = None,
         pattern: str | Pattern = "1x1",
         per_channel: bool = False,
@@ -108,20 +194,23 @@ class Pruner:
         steps_per_epoch: int | None = None,
         epochs: float | None = None,
         scores: Scores | None = None,
+        shrink: When = "at_end",
+        copies: Sequence[nn.Module] = (),
     ) -> None:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.structured = not criterion.scores_weights if structured is None else structured
         self.scope = scope or ("local" if self.structured else "global")
-        self.min_kept, self.steps_per_epoch = min_kept, steps_per_epoch
+        self.min_kept, self.steps_per_epoch, self.shrink = min_kept, steps_per_epoch, shrink
         self._example_input = example_input
+        self._shrinker: Shrinker | None = None  # of units alone
         self.skipped: Mapping[str, str] = {}  # structures that cannot be pruned -> why
         self.left_out: tuple[Structure, ...] = ()  # those that could be, but for include, exclude and keep
         counts = {kind: count for kind, count in (keep or {}).items() if count is not None}
         parsed = parse_pattern(pattern)
-        _check_settings(self, parsed, counts, per_channel=per_channel)
+        _check_settings(self, parsed, counts, kinds, per_channel=per_channel)
         schedule = _resolve(schedule or Cubic(), parsed, target_sparsity, epochs, counted=bool(counts))
         if self.structured:
-            self._all: Targets = self._unit_targets(include, exclude, counts)
+            self._all: Targets = self._unit_targets(include, exclude, counts, kinds, copies)
         else:
             self._all = weight_targets(model, parsed, include=include, exclude=exclude, per_channel=per_channel)
         self.targets = self._all.targets
@@ -130,14 +219,20 @@ class Pruner:
         self._scored = torch.zeros((), dtype=torch.int64, device=self._all.score.device)  # batches that counted
         self._handles: list[RemovableHandle] = []
         self.epoch, self.step, self.updates = 0, 0, 0
-        self.plan: Plan | None = None
+        self._ended = False
         if scores is not None:
             self._start_from(scores)
 
     # ---- hooks, in the order a loop calls them
 
     def on_train_begin(self) -> None:
-        """Before the first epoch. Masks of a loaded state are applied."""
+        """Before the first epoch. Masks of a loaded state are applied.
+
+        Raises:
+            ValueError: the model is to shrink while it trains, and its optimizer is not known.
+        """
+        if self.structured and self.shrink == "each_update" and self.optimizer is None:
+            raise ValueError('shrink="each_update" needs the optimizer, which has to follow the model: give it')
         self._apply_masks()
 
     def on_epoch_begin(self, epoch: int) -> None:
@@ -175,65 +270,24 @@ class Pruner:
         Raises:
             ValueError: the smaller model does not compute what the masked one does; it is left masked.
         """
-        if self.plan is not None:
+        if self._ended:
             return
+        self._finish_masks()
+        if self.structured:
+            self._cut()
+        self._ended = True
+
+    def _finish_masks(self) -> None:
         if not self.finished:
             warnings.warn(
                 f"training ended at epoch {self.progress:g}, before the schedule did: the final mask comes without any "
                 f"training after it",
-                stacklevel=2,
+                stacklevel=3,
             )
             self._update([schedule.final for schedule in self.schedules])
             if not self.finished:
                 raise ValueError("nothing was pruned: no batch with finite gradients was seen to score it by")
         self._check_reached()
-        if self.structured:
-            self._shrink()
-
-    # ---- for loops without hooks
-
-    def attach(self, optimizer: Optimizer) -> None:
-        """Let the optimizer's own step call the hooks: `attach`, train as ever, then `finish`.
-
-        A step that a gradient scaler skips adds nothing, also where a fused optimizer unscales and skips by itself.
-        Gradients are seen as the optimizer sees them, so after clipping.
-
-        Raises:
-            ValueError: the pruner does not know `steps_per_epoch`, which turns steps into progress, or is attached.
-        """
-        if self._handles:
-            raise ValueError("the pruner is attached already: finish() it before attaching it again")
-        if self.steps_per_epoch is None:
-            raise ValueError("attach needs the pruner's steps_per_epoch, to know how far training is")
-        self.optimizer = optimizer
-        self.on_train_begin()
-        self.on_step_begin(self.step)
-        self._handles = [
-            optimizer.register_step_pre_hook(
-                # a fused optimizer is handed scaled gradients, the scale and whether one is inf
-                lambda *_: self._score(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
-            ),
-            optimizer.register_step_post_hook(lambda *_: self._on_attached_step()),
-        ]
-
-    def finish(self) -> nn.Module:
-        """The end of training for an attached pruner: the final mask, the smaller model; hooks are removed.
-
-        Returns:
-            The model given to the constructor, pruned.
-        """
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.on_train_end()
-        return self.model
-
-    def _on_attached_step(self) -> None:
-        assert self.steps_per_epoch is not None
-        self.on_step_end()
-        epochs, step = divmod(self.step + 1, self.steps_per_epoch)
-        self.epoch += epochs
-        self.on_step_begin(step)
 
     # ---- what there is to see
 
@@ -252,6 +306,21 @@ class Pruner:
         """The share the schedule ends with, over everything targeted."""
         wanted = (s.final * t.total for s, t in zip(self.schedules, self.targets, strict=True))
         return round(sum(wanted) / sum(target.total for target in self.targets), 12)  # 0.7, not 0.7000000000000001
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was cut out of the dense model so far; None before the first cut."""
+        return self._shrinker.plan if self._shrinker else None
+
+    @property
+    def horizon(self) -> int | None:
+        """Optimizer steps that the running score remembers, as `Criterion.horizon`: 0 for none, None for all."""
+        return self.criterion.horizon
+
+    @property
+    def criterion_name(self) -> str:
+        """The class of the criterion, for records."""
+        return type(self.criterion).__name__
 
     @property
     def finished(self) -> bool:
@@ -273,6 +342,19 @@ class Pruner:
     def scores(self) -> dict[str, Tensor]:
         """The running score, float32 and 0 or more, with the names and shapes of `masks`; what is pruned has 0."""
         return {target.name: target.score.masked_fill(~target.keep, 0.0) for target in self.targets}
+
+    def next_plan(self) -> Plan | None:
+        """What a cut would leave of the model if training ended now; None if there is nothing to be cut any more."""
+        if not self.structured or not self.updates or self.plan is not None:
+            return None
+        from gsprune.shrink import plan_shrink  # heavy: imports torch-pruning
+
+        return plan_shrink([target.structure for target in self.unit_targets], list(self.masks().values()))
+
+    @property
+    def unit_targets(self) -> list[UnitTarget]:
+        """The targets that are structures."""
+        return [target for target in self.targets if isinstance(target, UnitTarget)]
 
     def load_scores(self, scores: Scores) -> None:
         """Put saved scores in the place of the running score; masks stay. The next mask update waits for no batch.
@@ -298,15 +380,19 @@ class Pruner:
             "epoch": self.epoch,
             "step": self.step,
             "updates": self.updates,
+            "cut": self.plan is not None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state of a pruner with the same targets.
 
+        Where units had been cut out, the model (the dense one), its copies and the optimizer are cut here: load
+        their states afterwards.
+
         Raises:
-            ValueError: the state is of other targets; names the first that does not fit.
+            ValueError: the state is of other targets, naming the first that does not fit; the model was cut already.
         """
-        missing = sorted({"scores", "masks", "applied", "scored", "epoch", "step", "updates"} - set(state))
+        missing = sorted({"scores", "masks", "applied", "scored", "epoch", "step", "updates", "cut"} - set(state))
         if missing:
             raise ValueError(f"this is not a pruner's state: it has no {missing[0]!r}")
         scores, masks = state["scores"], state["masks"]
@@ -315,6 +401,8 @@ class Pruner:
         if odd or len(state["applied"]) != len(names):
             name = odd[0] if odd else "one of them"
             raise ValueError(f"the saved state and this pruner do not have the same targets: {name} is in one only")
+        if self.plan is not None:
+            raise ValueError("this pruner has cut its model already: load the state into a pruner of the dense model")
         for target in self.targets:
             target.check(scores[target.name], masks[target.name])
         for target in self.targets:
@@ -322,6 +410,8 @@ class Pruner:
         self._applied = list(state["applied"])
         self._scored.fill_(state["scored"])
         self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
+        if state["cut"]:
+            self._cut()
 
     # ---- inside
 
@@ -355,24 +445,36 @@ class Pruner:
             self._scored.fill_(int(self._all.score.any()))
             self._all.settle_()
 
-    def _unit_targets(self, include: Sequence[str], exclude: Sequence[str], counts: Mapping[str, int]) -> UnitTargets:
-        from gsprune.shrink import check_shrink  # heavy: imports torch-pruning
+    def _unit_targets(
+        self,
+        include: Sequence[str],
+        exclude: Sequence[str],
+        counts: Mapping[str, int],
+        kinds: Sequence[str] | None,
+        copies: Sequence[nn.Module],
+    ) -> UnitTargets:
+        from gsprune.shrink import Shrinker, check_shrink  # heavy: imports torch-pruning
         from gsprune.structures import find_structures
 
         if self._example_input is None:
             raise ValueError("pruning units needs example_input, a batch to trace the model with")
         offered = find_structures(self.model, self._example_input, include=include, exclude=exclude)
         found, self.skipped = offered.structures, offered.skipped
-        kinds = {structure.kind for structure in found}
-        for kind in counts:
-            if kind not in kinds:
-                raise ValueError(f"keep names {kind!r}, but the model has {', '.join(sorted(kinds)) or 'no units'}")
-        chosen = [structure for structure in found if not counts or structure.kind in counts]
+        here = {structure.kind for structure in found}
+        for setting, named in (("keep", counts), ("kinds", kinds or ())):
+            for kind in named:
+                if kind not in here:
+                    raise ValueError(
+                        f"{setting} names {kind!r}, but the model has {', '.join(sorted(here)) or 'no units'}"
+                    )
+        wanted = counts or kinds or here
+        chosen = [structure for structure in found if structure.kind in wanted]
         names = {structure.name for structure in chosen}
         self.left_out = (*offered.left_out, *(structure for structure in found if structure.name not in names))
         # a width that is fixed somewhere in the model's code has to come out now, and not after days of training
         halves = [torch.arange(structure.units) % 2 == 0 for structure in chosen]
         check_shrink(self.model, chosen, halves, example_input=self._example_input)
+        self._shrinker = Shrinker(self.model, chosen, example_input=self._example_input, copies=copies)
         return UnitTargets([UnitTarget(structure, self.model) for structure in chosen])
 
     def _update(self, wanted: Sequence[float]) -> None:
@@ -390,6 +492,8 @@ class Pruner:
                 self._all.mask_state_(self.optimizer)
         self._applied = list(wanted)
         self.updates += 1
+        if self.structured and self.shrink == "each_update":
+            self._cut()
         self._apply_masks()
 
     def _select(self, groups: Sequence[Tensor], wanted: Sequence[float]) -> list[Tensor]:
@@ -424,17 +528,17 @@ class Pruner:
         with torch.no_grad():
             self._all.apply_()
 
-    def _shrink(self) -> None:
-        from gsprune.shrink import shrink  # heavy: imports torch-pruning
+    def _cut(self) -> None:
+        """Cut what is pruned out of the model; one of `Pruners` leaves that to it."""
+        if self._shrinker is not None:
+            cut_units(self._shrinker, self.unit_targets, self.optimizer)
 
-        units = [target for target in self.targets if isinstance(target, UnitTarget)]
-        self.plan = shrink(
-            self.model,
-            [target.structure for target in units],
-            [self.masks()[target.name] for target in units],
-            example_input=self._example_input,
-            optimizer=self.optimizer,
-        )
+
+def cut_units(shrinker: Shrinker, targets: Sequence[UnitTarget], optimizer: Optimizer | None) -> None:
+    """Cut the model down to the units that the targets keep, and tell the targets where those lie now."""
+    shrinker.cut([target.keep for target in targets], optimizer=optimizer)
+    for target, structure in zip(targets, shrinker.here, strict=True):
+        target.move(structure, shrinker.model)
 
 
 class NoPruning:
@@ -454,6 +558,8 @@ class NoPruning:
     target_sparsity = 0.0
     updates = 0
     plan = None
+    horizon = 0
+    criterion_name = "none"
     skipped: Mapping[str, str] = {}
 
     def __init__(
@@ -505,6 +611,9 @@ class NoPruning:
         """No scores."""
         return {}
 
+    def next_plan(self) -> None:
+        """Nothing to cut."""
+
     def load_scores(self, scores: Scores) -> None:
         """Nothing."""
 
@@ -516,7 +625,9 @@ class NoPruning:
         """Nothing."""
 
 
-def _check_settings(pruner: Pruner, pattern: Pattern, counts: Mapping[str, int], *, per_channel: bool) -> None:
+def _check_settings(
+    pruner: Pruner, pattern: Pattern, counts: Mapping[str, int], kinds: Sequence[str] | None, *, per_channel: bool
+) -> None:
     """The contradictions and the settings without effect that can be seen before the model is."""
     criterion, units = pruner.criterion, pruner.structured
     if not (criterion.scores_units if units else criterion.scores_weights):
@@ -526,16 +637,24 @@ def _check_settings(pruner: Pruner, pattern: Pattern, counts: Mapping[str, int],
         )
     if pruner.scope not in ("local", "global"):
         raise ValueError(f'scope is {pruner.scope!r}: it must be "local" or "global"')
+    if pruner.shrink not in ("at_end", "each_update"):
+        raise ValueError(f'shrink is {pruner.shrink!r}: it must be "at_end" or "each_update"')
     if pruner.min_kept < 1:
         raise ValueError(f"min_kept is {pruner.min_kept}: it must be 1 or more")
     if counts and not units:
         raise ValueError(f"keep={dict(counts)} counts units, but {type(criterion).__name__} prunes single weights here")
+    if kinds is not None and not units:
+        raise ValueError(f"kinds={[*kinds]} names units, but {type(criterion).__name__} prunes single weights here")
+    if kinds is not None and counts:
+        raise ValueError("kinds and keep both name what to prune: give one of them")
     if counts and pruner.scope == "global":
         raise ValueError("keep counts units in each structure, which a global scope does not: set scope to local")
     if per_channel and pruner.scope == "global":
         raise ValueError("per_channel needs scope local: with one ranking over all, channels do not reach a sparsity")
     if pruner.steps_per_epoch is not None and pruner.steps_per_epoch < 1:
         raise ValueError(f"steps_per_epoch is {pruner.steps_per_epoch}: it must be 1 or more")
+    if not units and pruner.shrink == "each_update":
+        warnings.warn("shrink has no effect on single weights: they are masked", stacklevel=3)
     if units and (per_channel or pattern != parse_pattern("1x1")):
         warnings.warn("pattern and per_channel have no effect on units", stacklevel=3)
     if criterion.normalize and pruner.scope == "local":

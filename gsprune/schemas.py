@@ -34,6 +34,7 @@ class PrunerConfig:
     schedule: Any = MISSING
     target_sparsity: float | None = None
     keep: KeepConfig | None = field(default_factory=KeepConfig)
+    kinds: list[str] | None = None
     pattern: str = "1x1"
     per_channel: bool = False
     scope: str | None = None
@@ -42,6 +43,7 @@ class PrunerConfig:
     include: list[str] = field(default_factory=lambda: ["*"])
     exclude: list[str] = field(default_factory=list)
     scores: str | None = None
+    shrink: str = "at_end"
 
 
 @dataclass

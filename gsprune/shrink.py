@@ -1,7 +1,8 @@
 """Turn kept units into a smaller dense network: modules, their attributes and the optimizer's state.
 
 Two steps: `plan_shrink` says which positions of which tensors stay, `apply_plan` cuts them out in place.
-`shrink` does both, after comparing the masked and the shrunk network in float64 on copies.
+`shrink` does both, after comparing the masked and the shrunk network in float64 on copies. A `Shrinker` does it again
+and again while the model trains, and counts from the dense network.
 May import: torch, gsprune.attention, gsprune.structures.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsprune.attention import close_nested_path, narrow, why_not_narrow
-from gsprune.structures import Example, Structure, close, counted, float64_copy, outputs, refuse_wrapped, wake
+from gsprune.structures import Example, Member, Structure, close, counted, float64_copy, outputs, refuse_wrapped, wake
 
 Cuts = Mapping[int, Tensor]  # dimension -> kept positions
 
@@ -179,6 +180,87 @@ def shrink(
     plan = plan_shrink(structures, keeps)
     apply_plan(model, plan, optimizer=optimizer)
     return plan
+
+
+class Shrinker:
+    """Cuts units out of a model, all at once or a few more each time.
+
+    Attributes:
+        structures: those of the dense network, by which keeps are counted.
+        here: the same structures as they lie in the model now.
+        plan: what stays of the dense network; None before the first cut.
+
+    Args:
+        copies: networks of the same architecture that are cut along, as the average of an EMA.
+
+    Raises:
+        ValueError: a copy has other tensors than the model.
+
+    >>> from gsprune.structures import find_structures
+    >>> net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.ones(1, 4)
+    >>> shrinker = Shrinker(net, find_structures(net, x).structures, example_input=x)
+    >>> shrinker.cut([torch.tensor([True, False, True])])
+    >>> shrinker.cut([torch.tensor([False, False, True])])
+    >>> net[0], shrinker.plan.kept["0.weight"], shrinker.here[0].units
+    (Linear(in_features=4, out_features=1, bias=True), {0: tensor([2])}, 1)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structures: Sequence[Structure],
+        *,
+        example_input: Example,
+        copies: Sequence[nn.Module] = (),
+    ) -> None:
+        for copy in copies:
+            _check_copy(model, copy)
+        self.model, self.structures, self.copies, self.example_input = model, structures, copies, example_input
+        self.here: Sequence[Structure] = structures
+        self.plan: Plan | None = None
+        self._kept = [torch.ones(structure.units, dtype=torch.bool) for structure in structures]
+
+    def cut(self, keeps: Sequence[Tensor], *, optimizer: Optimizer | None = None) -> None:
+        """Cut the model, its copies and the optimizer's state down to `keeps[i]`, bool (units,) of the dense network.
+
+        What is cut stays cut. Raises ValueError as `shrink` does; everything is then as it was.
+        """
+        kept = [keep & before for keep, before in zip(_checked(self.structures, keeps), self._kept, strict=True)]
+        news = [keep[before] for keep, before in zip(kept, self._kept, strict=True)]
+        plan = plan_shrink(self.structures, kept)
+        if not all(new.all() for new in news):
+            step = shrink(self.model, self.here, news, example_input=self.example_input, optimizer=optimizer)
+            for copy in self.copies:
+                apply_plan(copy, step)
+        self.here = [_narrowed(s, keep, plan) for s, keep in zip(self.structures, kept, strict=True)]
+        self._kept, self.plan = kept, plan
+
+
+def _narrowed(structure: Structure, keep: Tensor, plan: Plan) -> Structure:
+    """A dense network's structure as it lies in the network that the plan leaves."""
+
+    def here(member: Member) -> Member:
+        kept = plan.kept.get(member.tensor, {}).get(member.dim)
+        if kept is None:
+            return member
+        index = torch.searchsorted(kept, member.index[keep])
+        assert torch.equal(kept[index], member.index[keep])
+        return Member(member.tensor, member.dim, index, len(kept))
+
+    sides = (structure.producers, structure.consumers, structure.norms, structure.gates)
+    producers, consumers, norms, gates = (tuple(map(here, side)) for side in sides)
+    units = int(keep.sum())
+    return replace(structure, units=units, producers=producers, consumers=consumers, norms=norms, gates=gates)
+
+
+def _check_copy(model: nn.Module, copy: nn.Module) -> None:
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    others = {name: tensor.shape for name, tensor in copy.state_dict().items()}
+    for name in [*shapes, *others]:
+        if shapes.get(name) != others.get(name):
+            raise ValueError(
+                f"{name!r} is not the same in the model and in a copy to be cut along: of an AveragedModel give .module"
+            )
 
 
 def check_shrink(

@@ -249,13 +249,25 @@ class UnitTarget(Target):
     def __init__(self, structure: Structure, model: nn.Module) -> None:
         self.name, self.total = structure.name, structure.units
         self.tensors = {member.tensor: model.get_parameter(member.tensor) for member in _scored(structure)}
-        self.structure = structure
-        self.placed = _moved(structure, _one_device(self.tensors.values()))
+        self.structure = structure  # of the dense network, as are score and mask
+        self.placed = _moved(structure, _one_device(self.tensors.values()))  # as it lies in the model now
+        self._left: Tensor | None = None  # units that the model still has; None: all
         self._rows: dict[Member, Tensor] = {}  # the mask as one row of each consumer
 
     def change(self, criterion: Criterion) -> Tensor:
-        """What the criterion says of this step, (units,)."""
-        return criterion.units(self.placed, self._read)
+        """What the criterion says of this step, (units,); 0 for units that were cut out."""
+        return self._dense(criterion.units(self.placed, self._read))
+
+    def compute(self, criterion: Criterion) -> Tensor:
+        """What the criterion says without gradients, (units,)."""
+        return self._dense(criterion.units(self.placed, self._read_weights))
+
+    def move(self, structure: Structure, model: nn.Module) -> None:
+        """The model was cut down to the units kept, which lie there as `structure` says."""
+        self.tensors = {member.tensor: model.get_parameter(member.tensor) for member in _scored(structure)}
+        self.placed = _moved(structure, self.keep.device)
+        self._left = self.keep.nonzero().flatten()
+        self._rows = {}
 
     def groups(self) -> Tensor:
         return self.score.reshape(1, -1)
@@ -267,13 +279,16 @@ class UnitTarget(Target):
         """Each consumer, and the row of ones and zeros that its rows have to be multiplied by."""
         return ((self.tensors[member.tensor], row) for member, row in self._rows.items())
 
-    def read_weights(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """A tensor without its gradient, for criteria that need none."""
-        return self.tensors[name].detach(), None
-
     def _take(self, keep: Tensor) -> None:
         super()._take(keep)
-        self._rows = {m: self._row(m, m.index[~self.keep].flatten()) for m in self.placed.consumers}
+        here = self.keep if self._left is None else self.keep[self._left]
+        self._rows = {m: self._row(m, m.index[~here].flatten()) for m in self.placed.consumers}
+
+    def _dense(self, values: Tensor) -> Tensor:
+        """Values of the units that are left, at their places among all."""
+        if self._left is None:
+            return values
+        return values.new_zeros(self.total).index_copy_(0, self._left, values)
 
     def _row(self, member: Member, pruned: Tensor) -> Tensor:
         """Ones, and zeros in the pruned columns: as one row of the tensor, in its memory layout."""
@@ -281,6 +296,10 @@ class UnitTarget(Target):
 
     def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
         return self.tensors[name], _grad(name, self.tensors[name])  # not detached: hooks run under no_grad
+
+    def _read_weights(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A tensor without its gradient, for criteria that need none."""
+        return self.tensors[name].detach(), None
 
 
 class UnitTargets(Targets):
@@ -306,7 +325,7 @@ class UnitTargets(Targets):
 
     def compute_(self, criterion: Criterion) -> None:
         for target in self.targets:
-            target.score.copy_(criterion.units(target.placed, target.read_weights))
+            target.score.copy_(target.compute(criterion))
         self.settle_()
 
     def settle_(self) -> None:

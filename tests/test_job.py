@@ -71,6 +71,21 @@ def test_result_json_has_the_promised_keys_and_is_what_run_returns(weighted):
     assert all(isinstance(result[name], (int, float)) for name in NUMBERS)
 
 
+def test_a_job_that_shrinks_at_each_update_leaves_the_same(weighted, tmp_path):
+    whole, folder = weighted
+    result = finished(tmp_path, "pruner=weighted", "pruner.shrink=each_update")
+    for name in ("accuracy", "params", "macs", "sparsity", "shrunk", "updates", "file_bytes", "params_nonzero"):
+        assert result[name] == whole[name], name
+    assert result["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    mine, other = rows_of(tmp_path), rows_of(folder)
+    assert [(row["params"], row["macs"]) for row in mine[:3]] == [(row["params"], row["macs"]) for row in other[:3]]
+    recorded = [json.loads((path / "pruning.json").read_text())["plan"] for path in (tmp_path, folder)]
+    assert recorded[0] == recorded[1]
+    mine, other = load_pruned(tmp_path, fresh_model()), load_pruned(folder, fresh_model())
+    x = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(mine(x), other(x), rtol=1e-3, atol=1e-3)
+
+
 def test_a_structured_job_ends_with_a_smaller_model(weighted):
     result, folder = weighted
     dense = fresh_model()
