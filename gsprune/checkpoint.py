@@ -129,7 +129,7 @@ def save_scores(path: str | os.PathLike[str], scores: Mapping[str, Tensor], *, c
     """Write the scores of `Pruner.scores()`: finite float32 tensors, 0 or more.
 
     Args:
-        criterion: the class name of the criterion, as "Weighted".
+        criterion: the class name of the criterion, as "Weighted"; of several "Abs+Weighted".
         steps: optimizer steps they were accumulated over.
 
     Raises:
@@ -174,8 +174,10 @@ def load_scores(path: str | os.PathLike[str]) -> SavedScores:
 
 def _score_origin(where: str, metadata: Mapping[str, str]) -> tuple[str, int]:
     criterion, steps = metadata.get("criterion", ""), metadata.get("steps", "")
-    if not criterion.isidentifier() or len(criterion) > 100:
-        raise ValueError(f"{where}: the criterion is {criterion[:80]!r}: it must be the name of a class")
+    if len(criterion) > 1000 or not all(name.isidentifier() for name in criterion.split("+")):
+        raise ValueError(
+            f"{where}: the criterion is {criterion[:80]!r}: it must be the name of a class, or some with +"
+        )
     if not (steps.isascii() and steps.isdecimal() and len(steps) < 16):
         raise ValueError(f"{where}: the number of steps is {steps[:80]!r}: it must be 0 or more")
     return criterion, int(steps)

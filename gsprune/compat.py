@@ -2,7 +2,7 @@
 
 Such a file is somebody else's: it is read with a loader that knows plain YAML and `!Pruner` and nothing else, and
 nothing in it is run or built. Imports the standard library and `schedules` (which does the same); yaml and hydra inside
-functions.
+functions. `python -m gsprune.compat head_conf.yaml > conf/pruner/mine.yaml` writes a choice of our group `pruner`.
 
 What becomes of the fields of a `!Pruner` (notes of the result say what was left out, and why):
 
@@ -23,9 +23,11 @@ What becomes of the fields of a `!Pruner` (notes of the result say what was left
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ from gsprune.schedules import Linear, OneShot
 if TYPE_CHECKING:
     from torch import nn
 
-    from gsprune.pruner import Pruner
+    from gsprune.pruners import Pruners
 
 __all__ = ["IncConfig", "load_inc_config"]
 
@@ -136,19 +138,29 @@ class IncConfig:
     pruners: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
-    def build(self, model: nn.Module, **arguments: Any) -> list[Pruner]:
-        """The pruners themselves.
+    def build(self, model: nn.Module, **arguments: Any) -> Pruners:
+        """The pruners themselves, as one.
 
         Args:
             model: what they prune.
-            arguments: the other arguments of `gsprune.Pruner` that no file knows: example_input, steps_per_epoch, ...
+            arguments: the other arguments of `gsprune.Pruners` that no file knows: example_input, steps_per_epoch, ...
 
         Raises:
-            ValueError: the model has no such names or units.
+            ValueError: the model has no such names or units, or two pruners of the file prune the same.
         """
         from hydra.utils import instantiate
 
-        return [instantiate(config)(model, **arguments) for config in self.pruners]
+        from gsprune.pruners import Pruners
+
+        return Pruners(model, [instantiate(config) for config in self.pruners], **arguments)
+
+    def to_yaml(self) -> str:
+        """A file for `conf/pruner/`, with the notes as comments: `python train.py pruner=<its name>` takes it."""
+        import yaml
+
+        notes = "".join(f"# {note}\n" for note in self.notes)
+        content = {"defaults": ["/gsprune_pruners@_here_", "_self_"], "pruners": [*self.pruners]}
+        return f"{notes}{yaml.safe_dump(content, sort_keys=False)}"
 
 
 def load_inc_config(path: str | os.PathLike[str]) -> IncConfig:
@@ -582,3 +594,19 @@ def _shown(value: object) -> str:
     """A value as an error quotes it: its beginning, where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m gsprune.compat FILE`: print the file as a choice of the group `pruner`; 1 if it cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m gsprune.compat", description=main.__doc__)
+    parser.add_argument("file", help="a neural-compressor 1.x or 2.x YAML file with a list of !Pruner")
+    try:
+        print(load_inc_config(parser.parse_args(arguments).file).to_yaml(), end="")
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

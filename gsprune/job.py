@@ -36,6 +36,7 @@ from gsprune.dense_cache import DenseCache, DenseRecord
 from gsprune.files import write_atomic, write_json
 from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
 from gsprune.pruner import NoPruning
+from gsprune.pruners import Pruners
 from gsprune.results import read_results
 from gsprune.shrink import Plan, apply_plan
 from gsprune.sweep import Sweep, current_sweep, last_line, set_aside, without_sweep_settings
@@ -89,7 +90,7 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
         return _run(cfg, folder, sweep) if found is None else found
 
 
-def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner.PruningPlan:
+def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner.PruningPlan | planner.PruningPlans:
     """Print what the pruner of this job would do, and write it to `plan.json`; nothing is trained or tracked.
 
     Raises:
@@ -234,11 +235,13 @@ class _Job:
         with self.watch.part("tracking"):
             self._open_tracker()
 
-    def plan(self) -> planner.PruningPlan:
+    def plan(self) -> planner.PruningPlan | planner.PruningPlans:
         """What the second phase's pruner would do; nothing is trained."""
         self._set_up()
         optimizer, _ = self._build_optimizer(self.trainer.prune_epochs, self.trainer.prune_lr)
-        return planner.plan(self.model, self._build_pruner(optimizer), self.example)
+        pruner = self._build_pruner(optimizer)
+        make = planner.plan_several if isinstance(pruner, Pruners) else planner.plan
+        return make(self.model, pruner, self.example)
 
     def _set_up(self) -> None:
         self.result["config_hash"] = config_hash(self.cfg)

@@ -1,7 +1,8 @@
 """What a pruner would do, without training: what there is, what would stay, what it would cost, what is left whole.
 
 `plan` counts, `render` shows. All measuring happens on one deep copy; neither the model nor the pruner is changed.
-Imports torch, the rooms pruner, targets, patterns, selection, schedules, structures, shrink, metrics; rich to render.
+Imports torch, the rooms pruner, pruners, targets, patterns, selection, schedules, structures, shrink, metrics; rich to
+render.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from gsprune.metrics import count_macs, count_parameters
 from gsprune.patterns import Block, Pattern, Tile
 from gsprune.pruner import NoPruning, Pruner
+from gsprune.pruners import Pruners
 from gsprune.schedules import Schedule
 from gsprune.selection import pruned_count
 from gsprune.targets import Target, UnitTarget, WeightTarget
@@ -29,11 +31,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["Cost", "Entry", "PruningPlan", "plan", "print_plan", "render"]
+__all__ = ["Cost", "Entry", "PruningPlan", "PruningPlans", "plan", "plan_several", "print_plan", "render"]
 
 FEW = {"channels": 4, "neurons": 4, "heads": 2}  # fewer units than this are about to collapse
 FEW_SHARE = 20  # as is less than one in so many, of units and of weights
-NAMED_HERE = "include, exclude or keep leaves it out"
+NAMED_HERE = "include, exclude, keep or kinds leaves it out"
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -124,6 +126,24 @@ class PruningPlan:
         return data | {"schedule": [[*point] for point in self.schedule], "notes": [*self.notes]}
 
 
+@dataclass(frozen=True)
+class PruningPlans:
+    """What several pruners of one run would leave.
+
+    parts           the plan of each, as if it were alone
+    dense, pruned   cost of the whole model now, and when all units are cut out; `pruned` is None where scores decide it
+    """
+
+    parts: tuple[PruningPlan, ...]
+    dense: Cost
+    pruned: Cost | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        pruned = None if self.pruned is None else asdict(self.pruned)
+        return {"parts": [part.to_json() for part in self.parts], "dense": asdict(self.dense), "pruned": pruned}
+
+
 def plan(model: nn.Module, pruner: Pruner | NoPruning, example_input: Any) -> PruningPlan:
     """What `pruner` would leave of `model` at its schedule's end; nothing is trained and nothing changes.
 
@@ -161,7 +181,23 @@ def plan(model: nn.Module, pruner: Pruner | NoPruning, example_input: Any) -> Pr
         )
 
 
-def print_plan(plan: PruningPlan) -> None:
+def plan_several(model: nn.Module, pruner: Pruners, example_input: Any) -> PruningPlans:
+    """The same for several pruners: each one's plan, and what all of them leave together.
+
+    Raises:
+        ValueError: as of `plan`.
+    """
+    parts = tuple(plan(model, part, example_input) for part in pruner.parts)
+    units = [part for part in parts if part.structured]
+    twin = copy.deepcopy(model)
+    dense = parts[0].dense
+    if any(part.pruned is None for part in units):
+        return PruningPlans(parts, dense, None)
+    _shrink_to(twin, pruner.unit_targets, [entry.least for part in units for entry in part.entries])
+    return PruningPlans(parts, dense, _cost(twin, [], example_input)[0])
+
+
+def print_plan(plan: PruningPlan | PruningPlans) -> None:
     """Print the plan on the screen."""
     from rich.console import Console
 
@@ -469,7 +505,7 @@ LINES = 10  # of reasons
 NAMES = 6  # for one reason
 
 
-def render(plan: PruningPlan) -> RenderableType:
+def render(plan: PruningPlan | PruningPlans) -> RenderableType:
     """The plan for a rich console of 80 columns or more.
 
     Entries alike but for a number in their name share a row, as "blocks.{0-11}.attn", and a table of more than 24 rows
@@ -477,6 +513,29 @@ def render(plan: PruningPlan) -> RenderableType:
     two more layers.
     """
     from rich.console import Group
+    from rich.text import Text
+
+    parts = plan.parts if isinstance(plan, PruningPlans) else (plan,)
+    shown: list[RenderableType] = []
+    for number, part in enumerate(parts, 1):
+        if len(parts) > 1:
+            shown.append(Text(f"Pruner {number} of {len(parts)}", style="bold"))
+        shown += [*_sections(part), Text()]
+    if isinstance(plan, PruningPlans):
+        shown += [Text(_together(plan)), Text()]
+    return Group(*shown[:-1], Text("Nothing was trained, the model is as it was."))
+
+
+def _together(plan: PruningPlans) -> str:
+    if plan.pruned is None:
+        return "All together: the scores decide what is left."
+    params, macs = (_change(getattr(plan.dense, what), plan.pruned, what, digits=3) for what in ("params", "macs"))
+    fewer = _times(plan.dense.params, plan.pruned.params), _times(plan.dense.macs, plan.pruned.macs)
+    return f"All together: {params} parameters ({fewer[0]}), {macs} MACs ({fewer[1]})."
+
+
+def _sections(plan: PruningPlan) -> list[RenderableType]:
+    """The plan of one pruner, an empty line between its parts."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -492,8 +551,9 @@ def render(plan: PruningPlan) -> RenderableType:
         sections.append([Text("About to collapse"), *indented(_lines(plan.collapsing))])
     if plan.skipped:
         sections.append([Text("Left whole"), *indented(_lines(plan.skipped))])
-    sections.append([Text(note) for note in (*plan.notes, "Nothing was trained, the model is as it was.")])
-    return Group(*sections[0], *(part for section in sections[1:] for part in (Text(), *section)))
+    if plan.notes:
+        sections.append([Text(note) for note in plan.notes])
+    return [*sections[0], *(part for section in sections[1:] for part in (Text(), *section))]
 
 
 def _headline(plan: PruningPlan) -> Iterable[str]:

@@ -23,7 +23,7 @@ from gsprune.criteria import Criterion
 from gsprune.patterns import Pattern, parse_pattern
 from gsprune.schedules import Cubic, Ramp, Schedule
 from gsprune.selection import pruned_count, select
-from gsprune.targets import Target, Targets, UnitTarget, UnitTargets, Verdict, weight_targets
+from gsprune.targets import Target, Targets, UnitTarget, UnitTargets, Verdict, WeightTarget, weight_targets
 
 if TYPE_CHECKING:
     from gsprune.shrink import Plan, Shrinker
@@ -272,12 +272,13 @@ class Pruner(Attachable):
         """
         if self._ended:
             return
-        self._finish_masks()
+        self.finish_masks()
         if self.structured:
             self._cut()
         self._ended = True
 
-    def _finish_masks(self) -> None:
+    def finish_masks(self) -> None:
+        """The final mask, if training ended before the schedule did."""
         if not self.finished:
             warnings.warn(
                 f"training ended at epoch {self.progress:g}, before the schedule did: the final mask comes without any "
@@ -350,6 +351,23 @@ class Pruner(Attachable):
         from gsprune.shrink import plan_shrink  # heavy: imports torch-pruning
 
         return plan_shrink([target.structure for target in self.unit_targets], list(self.masks().values()))
+
+    def drop(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+        """Count single weights as pruned that another pruner's units take along.
+
+        Args:
+            kept: tensor name -> dimension -> positions that stay, as of a `Plan`.
+        """
+        with torch.no_grad():
+            for target in self.targets:
+                if isinstance(target, WeightTarget) and target.name in kept:
+                    target.drop(kept[target.name])
+            self._all.settle_()
+            self._all.apply_()
+
+    def leave_cutting(self) -> None:
+        """Mask units only: somebody else cuts them out."""
+        self._shrinker = None
 
     @property
     def unit_targets(self) -> list[UnitTarget]:
@@ -529,7 +547,7 @@ class Pruner(Attachable):
             self._all.apply_()
 
     def _cut(self) -> None:
-        """Cut what is pruned out of the model; one of `Pruners` leaves that to it."""
+        """Cut what is pruned out of the model."""
         if self._shrinker is not None:
             cut_units(self._shrinker, self.unit_targets, self.optimizer)
 

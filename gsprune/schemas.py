@@ -47,6 +47,25 @@ class PrunerConfig:
 
 
 @dataclass
+class PartConfig(PrunerConfig):
+    """One of several pruners, in a list that no defaults list reaches: without a schedule it has the common one."""
+
+    schedule: Any = None
+
+
+@dataclass
+class PrunersConfig:
+    """Arguments of `gsprune.Pruners`."""
+
+    _target_: str = "gsprune.Pruners"
+    _partial_: bool = True
+    _convert_: str = "all"
+    pruners: list[PartConfig] = MISSING
+    schedule: Any = None
+    scores: str | None = None
+
+
+@dataclass
 class OneShotConfig:
     """Arguments of `gsprune.schedules.OneShot`."""
 
@@ -120,6 +139,7 @@ class TrainerConfig:
 
 SCHEMAS: dict[str, type] = {
     "gsprune_pruner": PrunerConfig,
+    "gsprune_pruners": PrunersConfig,
     "gsprune_one_shot": OneShotConfig,
     "gsprune_ramp": RampConfig,
     "gsprune_elementwise": ElementwiseConfig,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -163,6 +163,14 @@ class WeightTarget(Target):
     def set_keep(self, keep_rn: Tensor) -> None:
         rows = len(self.weight) // self.pattern.rows if isinstance(self.pattern, Tile) else len(self.weight)
         self._take(self.pattern.to_weights(keep_rn.reshape(rows, -1), self.weight.shape))
+
+    def drop(self, kept: Mapping[int, Tensor]) -> None:
+        """Prune every position that is not kept of these dimensions."""
+        keep = self.keep.clone()
+        for dim, positions in kept.items():
+            gone = torch.ones(keep.shape[dim], dtype=torch.bool).index_fill_(0, positions, False)
+            keep.index_fill_(dim, gone.nonzero().flatten().to(keep.device), False)
+        self._take(keep)
 
     def line(self) -> Tensor:
         """The weight's memory as one line.

@@ -34,11 +34,12 @@ def _composed(*groups: str) -> DictConfig:
 def configure(*overrides: str) -> DictConfig:
     """A composition costs 0.2 s, so only the choices of groups (which have no dot) are composed anew."""
     cfg = _composed(*(override for override in overrides if "." not in override.partition("=")[0])).copy()
-    values = [override for override in overrides if "." in override.partition("=")[0]]
     OmegaConf.set_struct(cfg, False)
-    merged = OmegaConf.merge(cfg, OmegaConf.from_dotlist(values))
-    assert isinstance(merged, DictConfig)
-    return merged
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if "." in key:
+            OmegaConf.update(cfg, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
+    return cfg
 
 
 def train(

@@ -5,6 +5,7 @@ The files in tests/inc are in that format; tests/golden holds the settings the a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from gsprune import schemas
-from gsprune.compat import IncConfig, load_inc_config
+from gsprune.compat import IncConfig, load_inc_config, main
 from gsprune.criteria import Elementwise
 from gsprune.schedules import Linear
 
@@ -251,7 +252,8 @@ def test_schedules_are_the_ancestors(file: Path) -> None:
             "end_epoch": setting["end"],
             "update_frequency": setting["freq"],
         }
-        [pruner] = written(file, {"prune_type": "gradient_sensitivity", "names": ["weight"], **fields}).build(model)
+        config = written(file, {"prune_type": "gradient_sensitivity", "names": ["weight"], **fields})
+        [pruner] = config.build(model).parts
         schedule = pruner.schedules[0]
         assert isinstance(schedule, Linear)
         assert [schedule(epoch) for epoch in range(12)] == setting["sparsity"]
@@ -290,28 +292,24 @@ def test_heads_and_neurons_are_cut() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     batches = [(torch.randn(6, 5, 8), torch.randint(3, (6,))) for _ in range(3)]
     config = load_inc_config(INC / "heads_and_neurons.yaml")
-    pruners = config.build(model, example_input=batches[0][0], steps_per_epoch=3, epochs=2, optimizer=optimizer)
+    pruner = config.build(model, example_input=batches[0][0], steps_per_epoch=3, epochs=2, optimizer=optimizer)
     expected: list[dict[str, Tensor]] = []
     for epoch in range(2):
-        for pruner in pruners:
-            pruner.on_epoch_begin(epoch)
+        pruner.on_epoch_begin(epoch)
         for step, (x, y) in enumerate(batches):
             if (epoch, step) == (1, 0):
-                assert [pruner.sparsity for pruner in pruners] == [0, 0]
-                expected = [pruner.scores() for pruner in pruners]
-            for pruner in pruners:
-                pruner.on_step_begin(step)
+                assert pruner.sparsity == 0
+                expected = [part.scores() for part in pruner.parts]
+            pruner.on_step_begin(step)
             F.cross_entropy(model(x), y).backward()
-            for pruner in pruners:
-                pruner.on_before_optimizer_step()
+            pruner.on_before_optimizer_step()
             optimizer.step()
-            for pruner in pruners:
-                pruner.on_step_end()
+            pruner.on_step_end()
             optimizer.zero_grad()
-    for pruner, scores, kept in zip(pruners, expected, (2, 4), strict=True):
-        for name, mask in pruner.masks().items():
+    for part, scores, kept in zip(pruner.parts, expected, (2, 4), strict=True):
+        for name, mask in part.masks().items():
             assert sorted(mask.nonzero().flatten().tolist()) == sorted(scores[name].topk(kept).indices.tolist())
-        pruner.on_train_end()
+    pruner.on_train_end()
     for layer in model.layer:
         assert layer.attention.query.weight.shape == layer.attention.value.weight.shape == (6, 8)
         assert layer.attention.out.weight.shape == (8, 6)
@@ -325,7 +323,7 @@ def test_weights_are_pruned() -> None:
     """As many in each tensor as the schedules of the file say, epoch by epoch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 4))
-    by_gradient, by_size = load_inc_config(INC / "weights.yaml").build(model)
+    by_gradient, by_size = load_inc_config(INC / "weights.yaml").build(model).parts
     assert by_gradient.criterion.decay == 1.0
     assert isinstance(by_gradient.criterion, Elementwise)
     x, reached = torch.randn(16, 10), []
@@ -339,6 +337,21 @@ def test_weights_are_pruned() -> None:
     # of 60: 0.1 at once, 0.1 + 0.7 * 2/4 one epoch later, 0.1 + 0.7 * 4/4; of 24 in tiles of two, row by row
     assert reached == [(0, 0), (6, 0), (27, 8), (27, 16), (48, 16), (48, 16)]
     assert [int((row == 0).sum()) for row in model[2].weight] == [4, 4, 4, 4]
+
+
+def test_a_file_becomes_a_choice_of_the_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(INC / "heads_and_neurons.yaml")]) == 0
+    text, config = capsys.readouterr().out, load_inc_config(INC / "heads_and_neurons.yaml")
+    found = yaml.safe_load(text)
+    assert found["defaults"] == ["/gsprune_pruners@_here_", "_self_"]
+    assert found["pruners"] == [*config.pruners]
+    assert [line[2:] for line in text.splitlines() if line.startswith("#")] == [*config.notes]
+    assert set(found["pruners"][0]) <= {field.name for field in dataclasses.fields(schemas.PartConfig)}
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none.yaml")]) == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'none.yaml'}: it cannot be read (No such file or directory)\n"
 
 
 def test_names_the_model_does_not_have() -> None:

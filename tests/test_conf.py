@@ -19,8 +19,11 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+import gsprune
 from gsprune import schemas
+from gsprune.criteria import Abs
 from gsprune.job import NUMBERS
+from gsprune.schedules import OneShot
 from gsprune.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +35,8 @@ def options(group: str, base: Path = ROOT / "conf") -> list[str]:
 
 
 PRUNERS = options("pruner", ROOT / "gsprune/conf")
+SEVERAL = ("heads_and_neurons", "units_and_weights")
+SINGLE = [option for option in PRUNERS if option not in SEVERAL]
 SCHEDULES = options("pruner/schedule", ROOT / "gsprune/conf")
 GROUPS = ("dataset", "model", "optimizer", "lr_schedule", "trainer", "tracking")
 CHOICES = [
@@ -49,7 +54,7 @@ def targets(config: Any) -> list[str]:
 
 
 def test_nothing_is_missing_from_the_groups() -> None:
-    assert PRUNERS == ["abs", "elementwise", "magnitude", "none", "random", "weighted"]
+    assert ["abs", "elementwise", *SEVERAL[:1], "magnitude", "none", "random", *SEVERAL[1:], "weighted"] == PRUNERS
     assert SCHEDULES == ["cosine", "cubic", "exponential", "linear", "one_shot"]
     assert options("model") == [
         "convnet",
@@ -85,7 +90,7 @@ def test_every_option_composes_and_its_targets_exist(group: str, option: str, co
     filled = FILLED.get(option, [])
     config = OmegaConf.to_container(compose_config(f"{group}={option}", *filled), resolve=True, throw_on_missing=True)
     found = targets(config)
-    assert len(found) >= 10
+    assert len(found) >= 9
     for target in found:
         assert callable(get_method(target)), target
 
@@ -248,7 +253,7 @@ def test_defaults_of_each_pruner(
     assert pruner.criterion.get("decay") == decay
 
 
-@pytest.mark.parametrize("option", PRUNERS)
+@pytest.mark.parametrize("option", SINGLE)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_criterion_and_schedule_are_built(option: str, schedule: str, compose_config: Compose) -> None:
     config = compose_config(f"pruner={option}", f"pruner/schedule={schedule}")
@@ -261,9 +266,33 @@ def test_criterion_and_schedule_are_built(option: str, schedule: str, compose_co
     assert type(partial.keywords["keep"]) is dict
 
 
+@pytest.mark.parametrize("option", SEVERAL)
+def test_a_list_of_pruners_is_built(option: str, compose_config: Compose) -> None:
+    """Entries are changed by their number, checked like a pruner of its own, and share a schedule."""
+    changed = ("pruner.pruners.0.target_sparsity=0.25", "pruner.pruners.1.scope=local", "pruner/schedule=cosine")
+    partial = instantiate(compose_config(f"pruner={option}", *changed).pruner)
+    first, second = partial.keywords["pruners"]
+    assert partial.func is gsprune.Pruners
+    assert (first.func, second.func) == (gsprune.Pruner, gsprune.Pruner)
+    assert (first.keywords["target_sparsity"], second.keywords["scope"]) == (0.25, "local")
+    assert type(partial.keywords["schedule"]).__name__ == "Cosine"
+    assert (first.keywords["schedule"], second.keywords["schedule"]) == (None, None)
+    assert type(first.keywords["kinds"] if option == "heads_and_neurons" else first.keywords["include"]) is list
+
+
+def test_a_list_of_pruners_is_written_in_full_elsewhere(compose_config: Compose) -> None:
+    entry = "{criterion:{_target_:gsprune.criteria.Abs},keep:{heads:8},schedule:{_target_:gsprune.schedules.OneShot}}"
+    (part,) = instantiate(compose_config("pruner=heads_and_neurons", f"pruner.pruners=[{entry}]").pruner).keywords[
+        "pruners"
+    ]
+    assert part.func is gsprune.Pruner
+    assert (type(part.keywords["criterion"]), type(part.keywords["schedule"])) == (Abs, OneShot)
+    assert part.keywords["keep"] == {"channels": None, "neurons": None, "heads": 8}
+
+
 def test_every_pruner_has_the_same_keys(compose_config: Compose) -> None:
     """A sweep over `pruner=none,abs` with any other override has to compose."""
-    keys = {option: set(compose_config(f"pruner={option}").pruner) for option in PRUNERS}
+    keys = {option: set(compose_config(f"pruner={option}").pruner) for option in SINGLE}
     assert len({frozenset(names) for names in keys.values()}) == 1
     assert compose_config("pruner=none", "pruner.target_sparsity=0.5").pruner.target_sparsity == 0.5
 
@@ -373,7 +402,7 @@ def test_help_lists_the_groups_without_torch() -> None:
     for line in (
         "dataset: cifar10, cifar100, digits, fashion_mnist, imagefolder, mnist, random, text_classification",
         "model: convnet, hf_sequence_classification, lenet_300_100, mobilenet_v3_small, resnet18, resnet50, vit_tiny",
-        "pruner: abs, elementwise, magnitude, none, random, weighted",
+        f"pruner: {', '.join(PRUNERS)}",
         "pruner/schedule: cosine, cubic, exponential, linear, one_shot",
         "tracking: mlflow, none",
     ):

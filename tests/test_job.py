@@ -86,6 +86,21 @@ def test_a_job_that_shrinks_at_each_update_leaves_the_same(weighted, tmp_path):
     torch.testing.assert_close(mine(x), other(x), rtol=1e-3, atol=1e-3)
 
 
+def test_a_job_with_two_pruners_leaves_a_smaller_model_with_masks_that_fit(tmp_path):
+    result = finished(tmp_path, "pruner=units_and_weights", "pruner.pruners.1.target_sparsity=0.95")
+    model = load_pruned(tmp_path, fresh_model())
+    assert result["sparsity"] == pytest.approx(0.95, abs=1e-3)
+    assert result["target_sparsity"] is None
+    assert result["params"] == sum(p.numel() for p in model.parameters()) < 0.5 * result["params_dense"]
+    assert result["params_nonzero"] == sum(int(p.count_nonzero()) for p in model.parameters())
+    masks = load_masks(tmp_path / "masks.safetensors")
+    weights = {name: mask for name, mask in masks.items() if name.endswith(".weight")}
+    assert set(masks) - set(weights) == {"stem", "down", "block.conv1"}
+    for name, mask in weights.items():
+        assert not model.get_parameter(name)[~mask].any(), name
+    assert {"kept/down", "sparsity/down.weight"} <= set(rows_of(tmp_path)[2])
+
+
 def test_a_structured_job_ends_with_a_smaller_model(weighted):
     result, folder = weighted
     dense = fresh_model()
@@ -538,3 +553,10 @@ def test_a_plan_is_printed_and_nothing_is_trained(tmp_path, monkeypatch, capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
     assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(json.dumps(planned.to_json()))
     assert (planned.kept, planned.total) == (10, 20)
+
+
+def test_the_plan_of_two_pruners_is_printed(tmp_path, capsys):
+    planned = job_module.show_plan(configure("pruner=units_and_weights"), output_dir=tmp_path)
+    assert "Pruner 2 of 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())["parts"][0]["criterion"] == "Weighted"
+    assert len(planned.parts) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from functools import partial
 
 import nets
 import pytest
@@ -12,11 +13,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from gsprune import NoPruning, Pruner
+from gsprune import NoPruning, Pruner, Pruners
 from gsprune.criteria import Abs, Elementwise, Magnitude, Weighted
 from gsprune.metrics import count_macs, count_parameters
 from gsprune.models import convnet, resnet50, vit_tiny
-from gsprune.planner import Cost, plan, print_plan, render
+from gsprune.planner import Cost, plan, plan_several, print_plan, render
 from gsprune.schedules import Cubic, OneShot
 
 SMALL = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(7))
@@ -230,7 +231,7 @@ def test_what_is_left_whole_and_why():
     model = nets.ViT()
     planned = plan(model, make(model, Abs(), SMALL, keep={"heads": 2}), SMALL)
     tied = "it is coupled to a layer that is left whole, or not traced"
-    named = "include, exclude or keep leaves it out"
+    named = "include, exclude, keep or kinds leaves it out"
     assert planned.skipped == {
         "patch": "it passes a LayerNorm, which mixes units",
         **{f"blocks.0.{layer}": why for layer, why in (("attn.proj", tied), ("fc1", named), ("fc2", tied))},
@@ -242,7 +243,7 @@ def test_what_is_left_whole_and_why():
     assert taken | set(planned.skipped) == layers
     assert not taken & set(planned.skipped)
     shown = text(planned, width=160)
-    assert "blocks.{0,1}.fc1: include, exclude or keep leaves it out" in shown
+    assert "blocks.{0,1}.fc1: include, exclude, keep or kinds leaves it out" in shown
     assert f"blocks.{{0,1}}.attn.proj, blocks.{{0,1}}.fc2: {tied}" in shown
     assert "head: it feeds the model's output" in shown
 
@@ -427,3 +428,41 @@ def test_a_schedule_without_an_end_is_refused_as_in_training():
     model = mlp()
     with pytest.raises(ValueError, match="end_epoch is not set: give it, or give the Pruner `epochs`"):
         plan(model, make(model, Elementwise(), target_sparsity=0.5, schedule=Cubic()), torch.ones(1, 8))
+
+
+# ---- several pruners
+
+
+def test_the_plan_of_several_pruners_is_what_they_leave_together() -> None:
+    model = nets.settle(vit_tiny(image_size=8, in_channels=1, num_classes=10))
+    parts = [
+        partial(Pruner, criterion=Abs(), kinds=["heads"], target_sparsity=0.5),
+        partial(Pruner, criterion=Magnitude(), structured=True, kinds=["neurons"], target_sparsity=0.25),
+        partial(Pruner, criterion=Elementwise(), target_sparsity=0.9),
+    ]
+    pruner = Pruners(model, parts, schedule=OneShot(), example_input=DIGIT)
+    planned = plan_several(model, pruner, DIGIT)
+    assert [part.criterion for part in planned.parts] == ["Abs", "Magnitude", "Elementwise"]
+    assert planned.dense == Cost(count_parameters(model), count_macs(model, DIGIT))
+    generator = torch.Generator().manual_seed(9)
+    for part in pruner.parts:
+        if part.horizon != 0:
+            part.load_scores({n: torch.rand(m.shape, generator=generator) for n, m in part.masks().items()})
+    pruner.on_step_begin(0)
+    pruner.on_train_end()
+    assert planned.pruned == Cost(count_parameters(model), count_macs(model, DIGIT))
+    shown = text(planned)
+    assert "Pruner 1 of 3 Abs removes units" in shown
+    assert "Pruner 3 of 3 Elementwise zeroes weights" in shown
+    assert "All together: " in shown
+    assert shown.count("Nothing was trained, the model is as it was.") == 1
+    assert json.loads(json.dumps(planned.to_json()))["pruned"]["params"] == count_parameters(model)
+
+
+def test_scores_that_decide_leave_the_sum_open() -> None:
+    model = conv_model()
+    part = partial(Pruner, criterion=Abs(), scope="global", target_sparsity=0.5)
+    planned = plan_several(model, Pruners(model, [part], schedule=OneShot(), example_input=DIGIT), DIGIT)
+    assert planned.pruned is None
+    assert planned.to_json()["pruned"] is None
+    assert "All together: the scores decide what is left." in text(planned)
