@@ -523,7 +523,7 @@ def render(plan: PruningPlan | PruningPlans) -> RenderableType:
         shown += [*_sections(part), Text()]
     if isinstance(plan, PruningPlans):
         shown += [Text(_together(plan)), Text()]
-    return Group(*shown[:-1], Text("Nothing was trained, the model is as it was."))
+    return Group(*shown, Text("Nothing was trained, the model is as it was."))
 
 
 def _together(plan: PruningPlans) -> str:

@@ -153,7 +153,7 @@ def float64_copy(model: nn.Module, example_input: Example) -> tuple[nn.Module, E
 
 def _copy(model: nn.Module, example_input: Example, dtype: torch.dtype) -> tuple[nn.Module, Example]:
     refuse_wrapped(model)
-    _refuse_quantised(model)
+    _refuse_unknown(model)
     _check_device(model, example_input)
     mps = any(p.device.type == "mps" for p in model.parameters())
     twin = copy.deepcopy(model).to(device="cpu" if mps else None, dtype=dtype).eval()
@@ -224,8 +224,13 @@ def counted(model: nn.Module, calls: Counter[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _refuse_quantised(model: nn.Module) -> None:
+def _refuse_unknown(model: nn.Module) -> None:
+    """ValueError for layers whose weights cannot be read as rows and columns."""
     for name, module in model.named_modules():
+        if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+            raise ValueError(
+                f"{name!r} is a Conv1D of transformers (as in GPT-2), which is not supported: use nn.Linear"
+            )
         weight = module._parameters.get("weight")
         packed = isinstance(module, nn.Linear | _CONV) and weight is not None and not weight.is_floating_point()
         homes = [type(module).__module__, type(weight.data).__module__ if weight is not None else ""]
