@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
-__all__ = ["Stopwatch", "count_macs", "count_parameters", "file_bytes", "fraction_pruned", "latency_ms"]
+__all__ = [
+    "LAYERS",
+    "Stopwatch",
+    "count_macs",
+    "count_macs_by_module",
+    "count_parameters",
+    "file_bytes",
+    "fraction_pruned",
+    "latency_ms",
+]
+
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # whose MACs go with the elements of their weight
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -62,10 +73,43 @@ def count_macs(model: nn.Module, example_input: Any) -> int:
     """
     model = getattr(model, "_orig_mod", model)  # a compiled model would be counted as nothing
     counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
+    _count(counter, model, example_input)
+    return int(counter.get_total_flops()) // 2
+
+
+def count_macs_by_module(model: nn.Module, example_input: Any) -> dict[str, int]:
+    """The same count for each module by its name in `named_modules()`, the modules inside it included ("" is all).
+
+    A module called several times counts every time; one whose forward pass never runs is left out (as the output
+    projection of an `nn.MultiheadAttention`, which reads its weight past it).
+
+    >>> count_macs_by_module(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.ones(2, 4))
+    {'0': 24, '1': 0, '': 24}
+    """
+    model = getattr(model, "_orig_mod", model)
+    counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
+    found: dict[str, int] = {}
+    begun: list[int] = []
+
+    def end(name: str) -> None:
+        found[name] = found.get(name, 0) + (counter.get_total_flops() - begun.pop()) // 2
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_: begun.append(counter.get_total_flops())))
+        hooks.append(module.register_forward_hook(lambda *_, name=name: end(name)))
+    try:
+        _count(counter, model, example_input)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _count(counter: FlopCounterMode, model: nn.Module, example_input: Any) -> None:
     # The fused kernels for CPU attention and the encoder layer's fast path are opaque to the counter.
     with _evaluating([model]), torch.no_grad(), _slow_attention(), counter:
         _call(model, _to_device_of(model, example_input))
-    return int(counter.get_total_flops()) // 2
 
 
 def latency_ms(

@@ -11,15 +11,14 @@ import copy
 import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gsprune.metrics import count_macs, count_parameters
+from gsprune.metrics import LAYERS, count_macs_by_module, count_parameters
 from gsprune.patterns import Block, Pattern, Tile
 from gsprune.pruner import NoPruning, Pruner
 from gsprune.pruners import Pruners
@@ -36,7 +35,6 @@ __all__ = ["Cost", "Entry", "PruningPlan", "PruningPlans", "plan", "plan_several
 FEW = {"channels": 4, "neurons": 4, "heads": 2}  # fewer units than this are about to collapse
 FEW_SHARE = 20  # as is less than one in so many, of units and of weights
 NAMED_HERE = "include, exclude, keep or kinds leaves it out"
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 @dataclass(frozen=True)
@@ -360,25 +358,9 @@ def _fixed(target: Target, n: int) -> int:
 
 def _cost(twin: nn.Module, targets: Sequence[Target], example_input: Any) -> tuple[Cost, list[Cost]]:
     """Of the whole twin and of each target's layers: parameters, and MACs by one counted forward pass."""
-    found: Counter[str] = Counter()
-
-    def count(name: str, module: Any, args: Any, output: Any) -> None:
-        passed = args[0] if getattr(module, "transposed", False) and args else output
-        if isinstance(passed, Tensor):
-            found[name] += passed.numel() * module.weight[0].numel()
-
-    hooks = [
-        module.register_forward_hook(lambda module, args, output, name=name: count(name, module, args, output))
-        for name, module in twin.named_modules()
-        if isinstance(module, LAYERS)
-    ]
-    try:
-        macs = count_macs(twin, example_input)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    found = count_macs_by_module(twin, example_input)
     modules = dict(twin.named_modules())
-    return Cost(count_parameters(twin), macs), [_layer_cost(target, modules, found) for target in targets]
+    return Cost(count_parameters(twin), found[""]), [_layer_cost(target, modules, found) for target in targets]
 
 
 def _layer_cost(target: Target, modules: Mapping[str, nn.Module], macs: Mapping[str, int]) -> Cost:

@@ -1,7 +1,7 @@
 """`Pruner`: the hooks a training loop calls, and when a mask is due. The rooms below do scores, selection and masks.
 
-May import every room of the core (criteria, schedules, patterns, selection, targets, structures, shrink), and torch;
-checkpoint only where scores come from a file.
+May import every room of the core (criteria, schedules, patterns, selection, targets, structures, shrink, budgets), and
+torch; checkpoint only where scores come from a file.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gsprune.budgets import Budget, read_target
 from gsprune.criteria import Criterion
 from gsprune.patterns import Pattern, parse_pattern
 from gsprune.schedules import Cubic, Ramp, Schedule
@@ -138,11 +139,15 @@ class Pruner(Attachable):
         keep: units to keep in every structure of a kind, as {"heads": 8, "neurons": 600}, instead of a share;
             kinds not named stay whole.
         kinds: kinds of units to prune, of "channels", "neurons" and "heads"; None: all, or those that `keep` names.
+        target: share of the dense network's cost that may stay, as {"macs": 0.5}, {"params": 0.3} or {"latency": 0.6}
+            (of a forward pass of `example_input`, on the model's device), instead of a share of units: one ranking
+            over all structures is cut where that is met. It wins over `target_sparsity`, and the schedule then says
+            what share of the cost is gone. Needs units. A latency budget measures at once, for some seconds.
         schedule: training progress -> sparsity, from `gsprune.schedules`.
         pattern: selection groups of single-weight pruning: "1x1", a tile "NxM", or a block "N:M".
         per_channel: every output channel (row of tiles) reaches the sparsity, not only every tensor.
         scope: "local", every tensor or structure reaches the sparsity, or "global", one ranking over all.
-            None: global for weights, local for units.
+            None: global for weights and under a `target`, local for units.
         structured: prune units (and shrink the model in the end) or single weights. None: the criterion's own way.
         min_kept: groups kept at least in every tensor or structure.
         include, exclude: `*` patterns for names of tensors, modules or structures; exclude wins.
@@ -181,6 +186,7 @@ class Pruner(Attachable):
         target_sparsity: float | None = None,
         keep: Mapping[str, int | None] | None = None,
         kinds: Sequence[str] | None = None,
+        target: Mapping[str, float | None] | None = None,
         schedule: Schedule | None = None,
         pattern: str | Pattern = "1x1",
         per_channel: bool = False,
@@ -199,6 +205,9 @@ class Pruner(Attachable):
     ) -> None:
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.structured = not criterion.scores_weights if structured is None else structured
+        if (goal := read_target(target)) is not None:
+            _check_goal(self, keep, scope, *goal)
+            scope, target_sparsity = "global", round(1 - goal[1], 12)
         self.scope = scope or ("local" if self.structured else "global")
         self.min_kept, self.steps_per_epoch, self.shrink = min_kept, steps_per_epoch, shrink
         self._example_input = example_input
@@ -220,6 +229,7 @@ class Pruner(Attachable):
         self._handles: list[RemovableHandle] = []
         self.epoch, self.step, self.updates = 0, 0, 0
         self._ended = False
+        self.budget: Budget | None = self._budget(*goal) if goal is not None else None
         if scores is not None:
             self._start_from(scores)
 
@@ -303,8 +313,10 @@ class Pruner(Attachable):
         return sum(target.pruned for target in self.targets) / sum(target.total for target in self.targets)
 
     @property
-    def target_sparsity(self) -> float:
-        """The share the schedule ends with, over everything targeted."""
+    def target_sparsity(self) -> float | None:
+        """The share the schedule ends with, over everything targeted; None under a budget, where the scores decide."""
+        if self.budget is not None:
+            return None
         wanted = (s.final * t.total for s, t in zip(self.schedules, self.targets, strict=True))
         return round(sum(wanted) / sum(target.total for target in self.targets), 12)  # 0.7, not 0.7000000000000001
 
@@ -390,6 +402,7 @@ class Pruner(Attachable):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit-identically: scores, masks, progress."""
+        measured = self.budget.state_dict() if self.budget is not None else {}
         return {
             "scores": {target.name: target.score.clone() for target in self.targets},
             "masks": {target.name: target.keep.clone() for target in self.targets},
@@ -399,6 +412,7 @@ class Pruner(Attachable):
             "step": self.step,
             "updates": self.updates,
             "cut": self.plan is not None,
+            **({"budget": measured} if measured else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -410,7 +424,10 @@ class Pruner(Attachable):
         Raises:
             ValueError: the state is of other targets, naming the first that does not fit; the model was cut already.
         """
-        missing = sorted({"scores", "masks", "applied", "scored", "epoch", "step", "updates", "cut"} - set(state))
+        needed = {"scores", "masks", "applied", "scored", "epoch", "step", "updates", "cut"}
+        if self.budget is not None and self.budget.state_dict():
+            needed.add("budget")
+        missing = sorted(needed - set(state))
         if missing:
             raise ValueError(f"this is not a pruner's state: it has no {missing[0]!r}")
         scores, masks = state["scores"], state["masks"]
@@ -425,6 +442,8 @@ class Pruner(Attachable):
             target.check(scores[target.name], masks[target.name])
         for target in self.targets:
             target.load(scores[target.name], masks[target.name])
+        if self.budget is not None and "budget" in needed:
+            self.budget.load_state_dict(state["budget"])
         self._applied = list(state["applied"])
         self._scored.fill_(state["scored"])
         self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
@@ -495,6 +514,10 @@ class Pruner(Attachable):
         self._shrinker = Shrinker(self.model, chosen, example_input=self._example_input, copies=copies)
         return UnitTargets([UnitTarget(structure, self.model) for structure in chosen])
 
+    def _budget(self, kind: str, share: float) -> Budget:
+        structures = [target.structure for target in self.targets if isinstance(target, UnitTarget)]
+        return Budget(kind, share, self.model, structures, self._example_input, min_kept=self.min_kept)
+
     def _update(self, wanted: Sequence[float]) -> None:
         """A mask update: the only place that waits for the device."""
         if self.criterion.cumulative and not int(self._scored):
@@ -517,6 +540,8 @@ class Pruner(Attachable):
     def _select(self, groups: Sequence[Tensor], wanted: Sequence[float]) -> list[Tensor]:
         if self.scope == "global":
             ranked = [_normalized(group) if self.criterion.normalize else group for group in groups]
+            if self.budget is not None:
+                return self.budget.cut([group.reshape(-1) for group in ranked], 1 - wanted[0])
             return self._select_together([group.reshape(1, -1) for group in ranked], wanted[0], self.targets)
         return [
             self._select_together([group], share, [target])[0]
@@ -532,7 +557,11 @@ class Pruner(Attachable):
         return select(groups, k, protected=known or None, min_kept=self.min_kept)
 
     def _check_reached(self) -> None:
-        """Warn where `min_kept` (or a pattern) kept more than the target allows."""
+        """Warn where `min_kept` (or a pattern) kept more than the target allows, or a budget is missed."""
+        if self.budget is not None:
+            if missed := self.budget.missed([target.keep.cpu() for target in self.targets]):
+                warnings.warn(missed, stacklevel=3)
+            return
         asked = sum(pruned_count(s.final, t.total) for s, t in zip(self.schedules, self.targets, strict=True))
         reached, slack = sum(target.pruned for target in self.targets), max(1.0, 0.01 * asked)
         if reached < asked - slack:
@@ -578,6 +607,7 @@ class NoPruning:
     plan = None
     horizon = 0
     criterion_name = "none"
+    budget = None
     skipped: Mapping[str, str] = {}
 
     def __init__(
@@ -680,6 +710,20 @@ def _check_settings(
             "normalize has no effect under scope local: it divides each structure by its own norm",
             stacklevel=3,
         )
+
+
+def _check_goal(
+    pruner: Pruner, keep: Mapping[str, int | None] | None, scope: str | None, kind: str, share: float
+) -> None:
+    """What a budget cannot be together with."""
+    given, counts = f"target={{{kind}: {share:g}}}", {k: n for k, n in (keep or {}).items() if n is not None}
+    if not pruner.structured:
+        name = type(pruner.criterion).__name__
+        raise ValueError(f"{given} needs units, but {name} zeroes single weights here: set target_sparsity instead")
+    if counts:
+        raise ValueError(f"{given} and keep={counts} both say how much stays: set only one of them")
+    if scope == "local":
+        raise ValueError(f"{given} cuts one ranking over all structures: set scope to global, or leave it open")
 
 
 def _resolve(

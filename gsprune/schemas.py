@@ -24,6 +24,15 @@ class KeepConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """Share of the dense network's cost that may stay, instead of a share of units: one of these, the others null."""
+
+    macs: float | None = None
+    params: float | None = None
+    latency: float | None = None
+
+
+@dataclass
 class PrunerConfig:
     """Arguments of `gsprune.Pruner` and `gsprune.NoPruning`; criterion and schedule have schemas of their own."""
 
@@ -35,6 +44,7 @@ class PrunerConfig:
     target_sparsity: float | None = None
     keep: KeepConfig | None = field(default_factory=KeepConfig)
     kinds: list[str] | None = None
+    target: BudgetConfig | None = field(default_factory=BudgetConfig)  # wins over target_sparsity
     pattern: str = "1x1"
     per_channel: bool = False
     scope: str | None = None

@@ -126,7 +126,7 @@ def find_structures(
     ([('0', 'neurons', 3)], {'2': "it feeds the model's output"})
     """
     twin, args = _copy(model, example_input, torch.float32)  # half the time where values do not matter
-    with _same_randomness(twin), torch.enable_grad():
+    with same_randomness(twin), torch.enable_grad():
         observed = _observe(twin, args)
         if wake(twin, args, observed.calls):
             observed = _observe(twin, args)
@@ -269,13 +269,13 @@ def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
 
     Encoders of PyTorch run as they do in training: their fast path puts zeros at padded positions, the other does not.
     """
-    with torch.no_grad(), _same_randomness(model), no_fast_path():
+    with torch.no_grad(), same_randomness(model), no_fast_path():
         args = _map_example(lambda v: v.clone() if isinstance(v, Tensor) else v, example_input)
         return list(tensors_in(call(model, args)))
 
 
 @contextmanager
-def _same_randomness(model: nn.Module) -> Iterator[None]:
+def same_randomness(model: nn.Module) -> Iterator[None]:
     """Random numbers start from a fixed seed; the caller's generators are left as they were."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):
