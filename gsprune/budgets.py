@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "TOLERANCE", "Budget", "read_target"]
 
-KINDS = {"macs": "MACs", "params": "parameters", "latency": "latency"}
+KINDS = {"macs": "MACs", "params": "parameters", "latency": "milliseconds"}
 TOLERANCE = 0.02  # of the wanted cost: what is farther off is worth a warning
 CLEAR = 0.005  # of the wanted cost: what is nearer is not made better
 CORRECTIONS = 3  # how often a cut that was measured is made again

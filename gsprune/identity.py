@@ -43,7 +43,7 @@ NOT_DENSE = (
     "trainer.latency_batch",
 )
 # What has no part in scoring the dense network: when and how many to prune.
-NOT_SCORES = ("target_sparsity", "schedule", "scope", "min_kept", "scores", "shrink")
+NOT_SCORES = ("target_sparsity", "target", "schedule", "scope", "min_kept", "scores", "shrink")
 FILES = ("model.weights", "pruner.scores")
 SCORES = "checkpoint/scores.safetensors"  # in the output directory of a job: what its pruner began with
 

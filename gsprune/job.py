@@ -337,12 +337,14 @@ class _Job:
 
     def _measure(self) -> None:
         test = self.trainer.evaluate(self.model, self.data.test)
+        budget = getattr(self.pruner, "budget", None)
         self.result |= {
             "accuracy": test["accuracy"],
             "loss": test["loss"],
             "val_accuracy": self.last.get("val/accuracy"),
             "sparsity": self.pruner.sparsity,
             "target_sparsity": self.pruner.target_sparsity,
+            "budget": budget and {budget.kind: budget.share},
             "updates": self.pruner.updates,
             "epochs": self.epochs,
             "shrunk": self.pruner.plan is not None,
@@ -429,7 +431,7 @@ class _Job:
             build(self.cfg.pruner),
             self.model,
             optimizer=optimizer,
-            example_input=self.example,
+            example_input=self.latency_example if "latency" in budget_of(self.cfg.pruner) else self.example,
             steps_per_epoch=self.steps_per_epoch,
             epochs=self.trainer.prune_epochs,
         )
@@ -649,9 +651,15 @@ def run_name(cfg: DictConfig) -> str | None:
     if not HydraConfig.initialized():
         return None
     chosen = HydraConfig.get().runtime.choices
-    share = cfg.pruner.get("target_sparsity")
-    pruner = f"{chosen['pruner']} {share:g}" if share else chosen["pruner"]
+    share, budget = cfg.pruner.get("target_sparsity"), budget_of(cfg.pruner)
+    wanted = [f"{kind} {left:g}" for kind, left in budget.items()] or ([f"{share:g}"] if share else [])
+    pruner = " ".join([chosen["pruner"], *wanted])
     return f"{pruner}, seed {cfg.seed}, {chosen['model']}, {chosen['dataset']}"  # a table cuts the end off
+
+
+def budget_of(pruner: DictConfig) -> dict[str, float]:
+    """What the configuration of a pruner says that may stay: {"macs": 0.5}, or nothing."""
+    return {str(kind): share for kind, share in (pruner.get("target") or {}).items() if share is not None}
 
 
 def _first(inputs: Any, count: int) -> Any:

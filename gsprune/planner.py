@@ -1,8 +1,8 @@
 """What a pruner would do, without training: what there is, what would stay, what it would cost, what is left whole.
 
 `plan` counts, `render` shows. All measuring happens on one deep copy; neither the model nor the pruner is changed.
-Imports torch, the rooms pruner, pruners, targets, patterns, selection, schedules, structures, shrink, metrics; rich to
-render.
+Imports torch, the rooms pruner, pruners, budgets, targets, patterns, selection, schedules, structures, shrink, metrics;
+rich to render.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gsprune.budgets import KINDS, Budget
 from gsprune.metrics import LAYERS, count_macs_by_module, count_parameters
 from gsprune.patterns import Block, Pattern, Tile
 from gsprune.pruner import NoPruning, Pruner
@@ -82,15 +83,17 @@ class PruningPlan:
     pattern, per_channel, min_kept   the pruner's settings
     entries       structures or tensors, in the model's order
     total         units or weights of all entries
-    kept          how many of them stay (exact in both scopes, save where `min_kept` outweighs an N:M pattern: at least)
+    kept          how many of them stay (exact in both scopes, save where `min_kept` outweighs an N:M pattern: at least;
+                  under a budget as many as if every structure gave the same share)
     dense, pruned   cost of the whole model now and in the end; `pruned` is None where the scores decide it
     even          cost if every structure gave the same share of its units, where the scores decide it
     params_left   parameters that are not pruned (not masked, not cut away), in the end; None where the scores decide it
     macs_left     MACs with weights that are not pruned; None where the scores decide it
     skipped       what is left whole -> why
     collapsing    entries about to collapse -> what is left of them
-    schedule      (epoch of the pruning phase, sparsity over all entries)
+    schedule      (epoch of the pruning phase, sparsity over all entries; under a budget the share of the cost gone)
     notes         whole sentences for the user
+    budget        what share of which cost may stay, as {"macs": 0.5}; empty where a share or a count of units is wanted
     """
 
     criterion: str | None
@@ -111,6 +114,7 @@ class PruningPlan:
     collapsing: Mapping[str, str] = field(default_factory=dict)
     schedule: tuple[tuple[float, float], ...] = ()
     notes: tuple[str, ...] = ()
+    budget: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -209,8 +213,8 @@ def _plan_units(twin: nn.Module, pruner: Pruner, example_input: Any) -> PruningP
     targets = [target for target in pruner.targets if isinstance(target, UnitTarget)]
     skipped = _skipped_units(pruner, targets)
     bounds, kept = _bounds(pruner)
-    is_exact = all(least == most for least, most in bounds)
-    counts = [least for least, _ in bounds] if is_exact else _even(targets, kept)
+    is_exact = pruner.budget is None and all(least == most for least, most in bounds)
+    counts = [least for least, _ in bounds] if is_exact else _even(pruner, targets, kept)
     dense, dense_layers = _cost(twin, targets, example_input)
     _shrink_to(twin, targets, counts)
     try:
@@ -242,8 +246,10 @@ def _shrink_to(twin: nn.Module, targets: Sequence[UnitTarget], counts: Sequence[
     apply_plan(twin, plan_shrink([target.structure for target in targets], keeps))
 
 
-def _even(targets: Sequence[UnitTarget], kept: int) -> list[int]:
+def _even(pruner: Pruner, targets: Sequence[UnitTarget], kept: int) -> list[int]:
     """The same share of every structure."""
+    if pruner.budget is not None:
+        return [int(keep.sum()) for keep in pruner.budget.even()]
     share = kept / sum(target.total for target in targets)
     return [max(1, target.total - pruned_count(1 - share, target.total)) for target in targets]
 
@@ -317,6 +323,8 @@ def _bounds(pruner: Pruner) -> tuple[list[tuple[int, int]], int]:
 
     These are `selection.select`'s counts, which depend on the scores only in how one ranking shares them out.
     """
+    if pruner.budget is not None:
+        return pruner.budget.bounds(), sum(int(keep.sum()) for keep in pruner.budget.even())
     shares = [schedule.final for schedule in pruner.schedules]
     if pruner.scope == "local":
         counts = [_local(t, share, pruner.min_kept) for t, share in zip(pruner.targets, shares, strict=True)]
@@ -410,7 +418,8 @@ def _settings(pruner: Pruner, entries: Sequence[Entry], kept: int) -> dict[str, 
         "kept": kept,
         "collapsing": _collapsing(pruner, entries),
         "schedule": tuple(_points(pruner)),
-        "notes": tuple(_notes(pruner, entries, kept)),
+        "notes": tuple(_budget_notes(pruner.budget) if pruner.budget else _notes(pruner, entries, kept)),
+        "budget": {pruner.budget.kind: pruner.budget.share} if pruner.budget else {},
     }
 
 
@@ -457,12 +466,19 @@ def _marks(schedule: Schedule) -> list[float]:
     return [schedule.start_epoch] if end is None else [schedule.start_epoch, end]
 
 
+def _budget_notes(budget: Budget) -> Iterable[str]:
+    yield (
+        f"The structures are ranked together, and the ranking is cut where {budget} are left: the scores will say how "
+        f"many units of which structure that takes, so there are only bounds for each."
+    )
+
+
 def _notes(pruner: Pruner, entries: Sequence[Entry], kept: int) -> Iterable[str]:
     total, things = sum(entry.total for entry in entries), "structures" if pruner.structured else "tensors"
     asked = sum(pruned_count(s.final, t.total) for s, t in zip(pruner.schedules, pruner.targets, strict=True))
     if total - kept < asked - max(1.0, 0.01 * asked):  # the warning that the pruner would give in the end
         yield (
-            f"{1 - kept / total:.1%} instead of {pruner.target_sparsity:.1%} will be reached: "
+            f"{1 - kept / total:.1%} instead of {pruner.target_sparsity or 0:.1%} will be reached: "
             f"min_kept={pruner.min_kept} in each of {len(entries)} {things} allows no more.".replace("%", " %")
         )
     if any(entry.kept is None for entry in entries):
@@ -528,7 +544,7 @@ def _sections(plan: PruningPlan) -> list[RenderableType]:
     if plan.entries:
         sections.append([_unit_table(plan) if plan.structured else _weight_table(plan)])
     if len(plan.schedule) > 1:
-        sections.append([Text("Schedule, in epochs of the pruning phase"), _schedule_table(plan.schedule)])
+        sections.append([Text("Schedule, in epochs of the pruning phase"), _schedule_table(plan)])
     if plan.collapsing:
         sections.append([Text("About to collapse"), *indented(_lines(plan.collapsing))])
     if plan.skipped:
@@ -544,10 +560,10 @@ def _headline(plan: PruningPlan) -> Iterable[str]:
         return
     things = "structures" if plan.structured else "tensors"
     how = "removes units" if plan.structured else "zeroes weights" + _how(plan)
-    yield (
-        f"{plan.criterion} {how}: {plan.kept:,} of {plan.total:,} in {len(plan.entries)} {things} stay "
-        f"({_percent(1 - plan.sparsity)})."
-    )
+    for kind, share in plan.budget.items():
+        yield f"{plan.criterion} {how} until {_percent(share)} of the {KINDS[kind]} are left."
+    stay = f"{plan.kept:,} of {plan.total:,} in {len(plan.entries)} {things} stay ({_percent(1 - plan.sparsity)})"
+    yield f"{stay}, if every structure gave the same share." if plan.budget else f"{plan.criterion} {how}: {stay}."
     if plan.structured:
         yield _savings(plan)
         return
@@ -563,7 +579,7 @@ def _savings(plan: PruningPlan) -> str:
     assert after is not None
     params, macs = (_change(getattr(plan.dense, what), after, what, digits=3) for what in ("params", "macs"))
     fewer, faster = _times(plan.dense.params, after.params), _times(plan.dense.macs, after.macs)
-    certain = "." if plan.pruned else ", if every structure gave the same share."
+    certain = "." if plan.pruned or plan.budget else ", if every structure gave the same share."
     return f"{params} parameters ({fewer}), {macs} MACs ({faster}){certain}"
 
 
@@ -582,7 +598,8 @@ def _unit_table(plan: PruningPlan) -> Table:
         table.add_row(*row)
     table.add_section()
     whole = (_change(plan.dense.params, plan.pruned, "params"), _change(plan.dense.macs, plan.pruned, "macs"))
-    table.add_row("whole model", f"{plan.kept:,} of {plan.total:,} units", *whole)
+    about = "about " if plan.budget else ""
+    table.add_row("whole model", f"{about}{plan.kept:,} of {plan.total:,} units", *whole)
     return table
 
 
@@ -604,11 +621,12 @@ def _weight_table(plan: PruningPlan) -> Table:
     return table
 
 
-def _schedule_table(points: Sequence[tuple[float, float]]) -> Table:
+def _schedule_table(plan: PruningPlan) -> Table:
+    points, gone = plan.schedule, [f"{KINDS[kind]} gone" for kind in plan.budget]
     last = len(points) - 1
     places = sorted({round(i * last / (POINTS - 1)) for i in range(POINTS)}) if last >= POINTS else range(last + 1)
     table = _table("epoch", *(f"{round(points[i][0], 2):g}" for i in places))
-    table.add_row("sparsity", *(_percent(points[i][1]) for i in places))
+    table.add_row(*(gone or ["sparsity"]), *(_percent(points[i][1]) for i in places))
     return table
 
 

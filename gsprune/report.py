@@ -358,7 +358,7 @@ def _groups(found: Sequence[Point], fronts: Mapping[str, set[tuple[str, float | 
 
 
 def _target_text(target: float | None) -> str:
-    return "sparsity unknown" if target is None else f"{round(100 * target, 4):g} % sparsity"
+    return "sparsity not asked for" if target is None else f"{round(100 * target, 4):g} % sparsity"
 
 
 def _band(target: float | None) -> str:

@@ -46,7 +46,7 @@ def stat(values: Iterable[float | None]) -> Stat | None:
 
 @dataclass(frozen=True)
 class Point:
-    """One variant at one wanted sparsity (None: no job says which)."""
+    """One variant at one wanted sparsity (None: no job says which, or a budget was wanted)."""
 
     variant: str
     target: float | None
@@ -209,7 +209,12 @@ def _pruner(job: JobResult) -> str:
 
 
 def _target(job: JobResult) -> float | None:
-    """What sparsity was wanted: as written, else as overridden, else what was reached in whole per cent."""
+    """What sparsity was wanted: as written, else as overridden, else what was reached in whole per cent.
+
+    Under a budget none was: the same one leaves another sparsity with every seed.
+    """
+    if job.result.get("budget"):
+        return None
     target = job.number("target_sparsity")
     if target is None and _is_number(job.overrides.get(TARGET, "")):
         target = float(job.overrides[TARGET])
