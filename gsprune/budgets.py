@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gsprune.selection import PRUNED, pruned_count, select
+from gsprune.selection import PRUNED, select
 
 if TYPE_CHECKING:
     from gsprune.structures import Structure
@@ -27,6 +27,7 @@ TOLERANCE = 0.02  # of the wanted cost: what is farther off is worth a warning
 CLEAR = 0.005  # of the wanted cost: what is nearer is not made better
 CORRECTIONS = 3  # how often a cut that was measured is made again
 RECHECK = 0.05  # share of the dense cost by which the wanted one has to fall for another look at the clock
+GUARD = 0.03  # share of the dense cost above the budget that stays until the clock has seen the last cut: it is final
 
 Keeps = Sequence[Tensor]  # bool (units,) of each structure
 
@@ -109,9 +110,11 @@ class Budget:
         return f"{_percent(self.share)} of the {KINDS[self.kind]}"
 
     def cut(self, scores: Sequence[Tensor], wanted: float) -> list[Tensor]:
-        """What stays of one ranking over all structures so that the cost is as near to `wanted` as it can be.
+        """What stays of one ranking over all structures so that the cost is `wanted`, or a little more on the way.
 
-        The lowest scores go, as many as needed, at least those that are -inf already. Under a latency budget each
+        The lowest scores go, as many as needed, at least those that are -inf already. What is gone stays gone, so only
+        the cut to the budget itself may fall below what is wanted: it is the nearest, and where the next unit of the
+        ranking is too large a step, those after it go that still fit. Under a latency budget each
         structure's count is then rounded to a multiple of 8, and now and then the cut network is timed beside the
         dense one and, where it misses, the table corrected and the ranking cut again.
 
@@ -123,22 +126,26 @@ class Budget:
             bool (units,) of each structure, True = kept.
         """
         device, scores = scores[0].device, [score.cpu() for score in scores]
-        if self._cost.clocked and (self._checked - wanted >= RECHECK or wanted <= self.share + 1e-9 < self._checked):
+        is_final = self._is_final(wanted)
+        if not self._cost.clocked:
+            keeps = self._ranked(scores, wanted)
+        elif self._checked - wanted >= RECHECK or (is_final and not self._is_final(self._checked)):
             self._checked = wanted
             keeps, self._reached = self._settled(lambda share: self._ranked(scores, share), wanted)
         else:
-            keeps = self._ranked(scores, wanted)
+            keeps = self._ranked(scores, wanted if is_final else max(wanted, self.share + GUARD))
         return [keep.to(device) for keep in keeps]
 
     def even(self, wanted: float | None = None) -> list[Tensor]:
         """The first units of each structure, about the same share of all: what stays if nobody knows the scores."""
         total = sum(structure.units for structure in self.structures)
 
-        def keeps(gone: int) -> list[Tensor]:
-            shares = (structure.units - pruned_count(gone / total, structure.units) for structure in self.structures)
-            return [self._first(i, count) for i, count in enumerate(shares)]
+        def keeps(gone: int) -> list[Tensor]:  # structures of equal size take turns, so that the steps are small
+            turns = ((i + 0.5) / len(self.structures) for i in range(len(self.structures)))
+            lost = (math.floor(gone / total * s.units + turn) for s, turn in zip(self.structures, turns, strict=True))
+            return [self._first(i, self.structures[i].units - n) for i, n in enumerate(lost)]
 
-        return self._nearest(keeps, 0, total, self.share if wanted is None else wanted)
+        return self._around(keeps, 0, total, self.share if wanted is None else wanted)[1]
 
     def remaining(self, keeps: Keeps) -> float:
         """The share of the dense network's cost that stays with these units, as counted or as the table says."""
@@ -179,19 +186,51 @@ class Budget:
             found = select(rows, k, min_kept=self.min_kept)
             return [self._rounded(i, row, keep) for i, (row, keep) in enumerate(zip(rows, found, strict=True))]
 
-        return self._nearest(keeps, gone, sum(row.numel() for row in rows), wanted)
+        dearer, best = self._around(keeps, gone, sum(row.numel() for row in rows), wanted)
+        if not self._is_final(wanted):
+            return dearer
+        return best if self._off(best, wanted) <= CLEAR * wanted else self._refined(rows, dearer, best, wanted)
 
-    def _nearest(self, keeps: Callable[[int], list[Tensor]], low: int, high: int, wanted: float) -> list[Tensor]:
-        """`keeps(k)` with the cost nearest to `wanted`, which does not grow with k; of two equally near the dearer."""
-        if self._cost(keeps(low)) <= wanted:
-            return keeps(low)
+    def _is_final(self, wanted: float) -> bool:
+        return wanted <= self.share + 1e-9
+
+    def _around(
+        self, keeps: Callable[[int], list[Tensor]], low: int, high: int, wanted: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """`keeps(k)`, whose cost does not grow with k, with the last cost above `wanted`, and with the nearest."""
         while high - low > 1:
             middle = (low + high) // 2
             if self._cost(keeps(middle)) <= wanted:
                 high = middle
             else:
                 low = middle
-        return min((keeps(low), keeps(high)), key=lambda found: abs(self._cost(found) - wanted))
+        dearer = keeps(low)
+        if self._cost(dearer) <= wanted:  # what is gone already is enough
+            return dearer, dearer
+        return dearer, min((dearer, keeps(high)), key=lambda found: self._off(found, wanted))
+
+    def _off(self, keeps: Keeps, wanted: float) -> float:
+        return round(abs(self._cost(keeps) - wanted), 12)  # two that are equally near can differ in the last bit
+
+    def _refined(self, rows: Sequence[Tensor], keeps: list[Tensor], best: list[Tensor], wanted: float) -> list[Tensor]:
+        """Where the next unit of the ranking is too large a step, those after it that still fit, lowest first."""
+        before = None
+        while before is not keeps:
+            before = keeps
+            for _, i, width in sorted(self._steps(rows, keeps)):
+                row = rows[i]
+                fewer = [*keeps[:i], select([row], row.numel() - width)[0].reshape(-1), *keeps[i + 1 :]]
+                if self._cost(fewer) >= wanted * (1 - CLEAR):
+                    keeps = fewer
+        return min((best, keeps), key=lambda found: self._off(found, wanted))
+
+    def _steps(self, rows: Sequence[Tensor], keeps: Keeps) -> Iterator[tuple[float, int, int]]:
+        """(the best score lost, structure, its next smaller width)."""
+        for i, (row, keep) in enumerate(zip(rows, keeps, strict=True)):
+            count = int(keep.sum())
+            smaller = [width for width in self._widths(i, count) if width < count]
+            if smaller:
+                yield float(row.flatten().topk(smaller[-1] + 1).values[-1]), i, smaller[-1]
 
     def _settled(self, search: Callable[[float], list[Tensor]], wanted: float) -> tuple[list[Tensor], float]:
         """A cut and its true cost: compared with the truth, and made again where the estimate is off.

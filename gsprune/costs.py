@@ -178,11 +178,11 @@ class _Latency(Cost):
 class Table:
     """Milliseconds of one layer by the rows and columns of its weight (dimensions 0 and 1), both rising.
 
-    Between two points the value is interpolated along both; below the first it stays, which is dear but no less.
+    Between two points the value is interpolated along both, and below the first the same line goes on, not below 0.
 
     >>> table = Table(rows=[8, 16], columns=[4, 8], ms=[[1.0, 2.0], [2.0, 4.0]])
-    >>> table(12, 6), table(16, 8), table(2, 8), table.saved(16, 4)
-    (2.25, 4.0, 2.0, 2.0)
+    >>> table(12, 6), table(16, 8), table(4, 8), table.saved(16, 4)
+    (2.25, 4.0, 1.0, 2.0)
     """
 
     rows: list[int]
@@ -191,22 +191,25 @@ class Table:
 
     def __call__(self, rows: int, columns: int) -> float:
         (r, down), (c, right) = _place(self.rows, rows), _place(self.columns, columns)
-        upper, lower = (line[c[0]] * (1 - right) + line[c[1]] * right for line in (self.ms[r[0]], self.ms[r[1]]))
-        return upper * (1 - down) + lower * down
+        low, high = (self.ms[min(r + n, len(self.rows) - 1)] for n in (0, 1))
+        upper, lower = (line[c] * (1 - right) + line[min(c + 1, len(line) - 1)] * right for line in (low, high))
+        return max(0.0, upper * (1 - down) + lower * down)
 
     def saved(self, rows: int, columns: int) -> float:
         """What the dense layer takes longer."""
         return self.ms[-1][-1] - self(rows, columns)
 
 
-def _place(points: Sequence[int], value: int) -> tuple[tuple[int, int], float]:
-    """Between which two points a value lies, and how far on the way."""
-    after = bisect_left(points, value)
-    if after == 0 or after == len(points):
-        end = min(after, len(points) - 1)
-        return (end, end), 0.0
-    low, high = points[after - 1], points[after]
-    return (after - 1, after), (value - low) / (high - low)
+def _place(points: Sequence[int], value: int) -> tuple[int, float]:
+    """The point to start from, and how far it is on the way to the next, below 0 in front of the first.
+
+    >>> _place([8, 16, 32], 20), _place([8, 16, 32], 32), _place([8, 16], 4), _place([6], 3)
+    ((1, 0.25), (1, 1.0), (0, -0.5), (0, 0.0))
+    """
+    if len(points) == 1:
+        return 0, 0.0
+    at = min(max(bisect_left(points, value) - 1, 0), len(points) - 2)
+    return at, (value - points[at]) / (points[at + 1] - points[at])
 
 
 # ---- the table of a device

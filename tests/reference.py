@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from gsprune.structures import Member
+from gsprune.shrink import apply_plan, plan_shrink
+from gsprune.structures import Member, Structure
 
 
 def select(parts: Sequence[Sequence[float]], k: int, *, min_kept: int = 0) -> list[list[bool]]:
@@ -74,3 +76,22 @@ def gate_sums(model: nn.Module, members: Sequence[Member]) -> Tensor:
         change = (parameter * parameter.grad).detach().movedim(member.dim, 0)
         parts.append(torch.stack([change[index].sum() for index in member.index]))
     return torch.stack(parts).sum(0)
+
+
+def budget_cut(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    scores: Sequence[Sequence[float]],
+    wanted: float,
+    cost: Callable[[nn.Module], int],
+) -> list[list[bool]]:
+    """Of every count of removed units, the masks whose really smaller copy costs nearest to `wanted` of the model."""
+    best, distance = [[True] * len(part) for part in scores], (1 - wanted) * cost(model)
+    for k in range(1, sum(map(len, scores)) - len(scores) + 1):
+        keeps = select(scores, k, min_kept=1)
+        twin = copy.deepcopy(model)
+        apply_plan(twin, plan_shrink(structures, [torch.tensor(keep) for keep in keeps]))
+        off = abs(cost(twin) - wanted * cost(model))
+        if off < distance:
+            best, distance = keeps, off
+    return best

@@ -320,6 +320,8 @@ def test_counts_to_keep(override: str, keep: dict[str, int | None] | None, compo
     [
         ("pruner.sparsityy=0.9", "Key 'sparsityy' not in 'PrunerConfig'"),
         ("pruner.keep.head=8", "Key 'head' not in 'KeepConfig'"),
+        ("pruner.target.maccs=0.5", "Key 'maccs' not in 'BudgetConfig'"),
+        ("pruner.target.macs=half", "Value 'half' of type 'str' could not be converted to Float"),
         ("pruner.criterion.decayy=0.9", "Key 'decayy' not in 'GateConfig'"),
         ("pruner.schedule.end=3", "Key 'end' not in 'RampConfig'"),
         ("trainer.epochs=3", "Key 'epochs' not in 'TrainerConfig'"),

@@ -104,6 +104,16 @@ def test_points_are_means_over_seeds_with_deltas_by_job() -> None:
     assert found[2].times_less("params", "params_dense") is None  # no division by nothing
 
 
+def test_jobs_of_one_budget_stand_together_whatever_sparsity_it_led_to() -> None:
+    axis, results = "pruner.target.macs", [("0", "0.5", 0.31), ("1", "0.5", 0.44), ("0", "0.3", 0.6)]
+    jobs = [
+        job(str(i), f"seed={seed}", f"{axis}={share}", accuracy=0.9, sparsity=reached, budget={"macs": float(share)})
+        for i, (seed, share, reached) in enumerate(results)
+    ]
+    found = points(jobs, variants(jobs, swept(jobs)))
+    assert sorted((p.variant, p.target, len(p.jobs)) for p in found) == [("macs=0.3", None, 1), ("macs=0.5", None, 2)]
+
+
 def test_the_wanted_sparsity_is_read_off_the_overrides_or_what_was_reached() -> None:
     jobs = [
         job("0", "pruner.target_sparsity=0.7", accuracy=0.9),
