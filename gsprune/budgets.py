@@ -213,16 +213,21 @@ class Budget:
         return round(abs(self._cost(keeps) - wanted), 12)  # two that are equally near can differ in the last bit
 
     def _refined(self, rows: Sequence[Tensor], keeps: list[Tensor], best: list[Tensor], wanted: float) -> list[Tensor]:
-        """Where the next unit of the ranking is too large a step, those after it that still fit, lowest first."""
+        """Where the next unit of the ranking is too large a step, those after it that still fit, lowest first.
+
+        Returns:
+            The nearest of all cuts on the way, `best` included.
+        """
         before = None
         while before is not keeps:
             before = keeps
             for _, i, width in sorted(self._steps(rows, keeps)):
                 row = rows[i]
                 fewer = [*keeps[:i], select([row], row.numel() - width)[0].reshape(-1), *keeps[i + 1 :]]
+                best = min((best, fewer), key=lambda found: self._off(found, wanted))
                 if self._cost(fewer) >= wanted * (1 - CLEAR):
                     keeps = fewer
-        return min((best, keeps), key=lambda found: self._off(found, wanted))
+        return best
 
     def _steps(self, rows: Sequence[Tensor], keeps: Keeps) -> Iterator[tuple[float, int, int]]:
         """(the best score lost, structure, its next smaller width)."""
@@ -287,9 +292,13 @@ class Budget:
         def cost(others: Sequence[Tensor], width: int) -> float:
             return self._cost([*others[:i], units < width, *others[i + 1 :]])
 
-        least = bisect_left(widths, self.share * (1 - TOLERANCE), key=lambda width: cost(whole, width))
-        most = bisect_right(widths, self.share * (1 + TOLERANCE), key=lambda width: cost(floor, width))
-        return widths[min(least, len(widths) - 1)], widths[max(most - 1, 0)]
+        enough, most = self.share * (1 - TOLERANCE), self.share * (1 + TOLERANCE)
+        first, last = 0, len(widths) - 1
+        if cost(whole, widths[first]) < enough:  # the ends come first: most structures reach them
+            first = bisect_left(widths, enough, lo=1, hi=last, key=lambda width: cost(whole, width))
+        if cost(floor, widths[last]) > most:
+            last = bisect_right(widths, most, lo=1, hi=last, key=lambda width: cost(floor, width)) - 1
+        return widths[first], widths[last]
 
 
 def _nearest_to(count: int, widths: Sequence[int]) -> int:
