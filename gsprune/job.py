@@ -431,7 +431,7 @@ class _Job:
             build(self.cfg.pruner),
             self.model,
             optimizer=optimizer,
-            example_input=self.latency_example if "latency" in budget_of(self.cfg.pruner) else self.example,
+            example_input=self.latency_example if _is_timed(self.cfg.pruner) else self.example,
             steps_per_epoch=self.steps_per_epoch,
             epochs=self.trainer.prune_epochs,
         )
@@ -660,6 +660,11 @@ def run_name(cfg: DictConfig) -> str | None:
 def budget_of(pruner: DictConfig) -> dict[str, float]:
     """What the configuration of a pruner says that may stay: {"macs": 0.5}, or nothing."""
     return {str(kind): share for kind, share in (pruner.get("target") or {}).items() if share is not None}
+
+
+def _is_timed(pruner: DictConfig) -> bool:
+    """Whether it, or one of several, has a budget of milliseconds: those of `trainer.latency_batch` samples."""
+    return any("latency" in budget_of(part) for part in (pruner, *(pruner.get("pruners") or ())))
 
 
 def _first(inputs: Any, count: int) -> Any:

@@ -142,7 +142,9 @@ class Pruner(Attachable):
         target: share of the dense network's cost that may stay, as {"macs": 0.5}, {"params": 0.3} or {"latency": 0.6}
             (of a forward pass of `example_input`, on the model's device), instead of a share of units: one ranking
             over all structures is cut where that is met. It wins over `target_sparsity`, and the schedule then says
-            what share of the cost is gone. Needs units. A latency budget measures at once, for some seconds.
+            what share of the cost is gone. Needs units. A latency budget measures at once, for some seconds, and looks
+            at the clock again on the way; a resumed run does that too, so it goes on bit-identically only between two
+            such looks. Of several pruners each counts as if the others removed nothing.
         schedule: training progress -> sparsity, from `gsprune.schedules`.
         pattern: selection groups of single-weight pruning: "1x1", a tile "NxM", or a block "N:M".
         per_channel: every output channel (row of tiles) reaches the sparsity, not only every tensor.

@@ -7,6 +7,8 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nets
@@ -14,9 +16,10 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from jobs import configure
 from torch import Tensor, nn
 
-from gsprune import NoPruning, Pruner, budgets, costs, planner
+from gsprune import NoPruning, Pruner, budgets, costs, job, planner
 from gsprune.budgets import Budget, read_target
 from gsprune.criteria import Elementwise, Magnitude, Weighted
 from gsprune.metrics import count_macs, count_parameters
@@ -63,7 +66,7 @@ def bert(name: str = "BertForSequenceClassification", **sizes: int) -> Callable[
         config = getattr(transformers, name.partition("For")[0] + "Config")
         return getattr(transformers, name)(
             config(
-                vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=12, **sizes
+                vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=12, **sizes
             )
         )
 
@@ -433,6 +436,39 @@ def test_a_plan_says_the_budget_its_even_share_and_bounds_that_hold() -> None:
         "The structures are ranked together, and the ranking is cut where 50 % of the MACs are left: the scores will "
         "say how many units of which structure that takes, so there are only bounds for each.",
     )
+
+
+# ---- the reference application
+
+
+def test_a_job_with_a_budget_says_it_and_meets_it(tmp_path: Path) -> None:
+    cfg = configure("pruner=weighted", "pruner.target.macs=0.5", "model.width=16", "trainer.latency_repeats=0")
+    result = job.run(cfg, output_dir=tmp_path)
+    assert (result["budget"], result["target_sparsity"], result["shrunk"]) == ({"macs": 0.5}, None, True)
+    assert result["macs"] / result["macs_dense"] == pytest.approx(0.5, rel=0.02)
+
+
+def test_a_jobs_name_says_the_budget_instead_of_the_sparsity(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = {"pruner": "weighted", "model": "convnet", "dataset": "digits"}
+    hydra = SimpleNamespace(runtime=SimpleNamespace(choices=choices))
+    monkeypatch.setattr(job, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
+    named = [job.run_name(configure("pruner=weighted", *more)) for more in ((), ("pruner.target.latency=0.6",))]
+    assert named == ["weighted 0.5, seed 0, convnet, digits", "weighted latency 0.6, seed 0, convnet, digits"]
+
+
+def test_milliseconds_are_those_of_the_batch_that_the_result_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def latency_ms(models: Mapping[str, nn.Module], example: Any, **settings: Any) -> dict[str, float]:
+        seen.extend(len(x) for x in (example, *(m.args[0] for m in models.values() if isinstance(m, costs._Call))))
+        return clock()(models, example, **settings)
+
+    monkeypatch.setattr(costs, "latency_ms", latency_ms)
+    overrides = ("pruner.target.latency=0.8", "trainer.latency_batch=3", "model.width=16")
+    job.show_plan(configure("pruner=weighted", *overrides), output_dir=tmp_path)
+    assert set(seen) == {0, 3}
 
 
 # ---- mistakes
