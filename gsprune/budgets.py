@@ -277,8 +277,12 @@ class Budget:
         return [self._first(i, least) for i, least in enumerate(self._least)]
 
     def _check_floor(self) -> None:
-        floor = self._cost(self._floor())
-        if floor > self.share * (1 + TOLERANCE):
+        keeps, most = self._floor(), self.share * (1 + TOLERANCE)
+        floor = self._cost(keeps)
+        if floor > most and self._cost.clocked:
+            # a table says little of so small a network: the clock has to say it too
+            floor = min(floor, self._cost.truth(keeps))
+        if floor > most:
             raise ValueError(
                 f"target asks for {self}, but {_percent(floor)} stay with everything gone that can be removed "
                 f"(min_kept={self.min_kept} in each of {len(self.structures)} structures): ask for a larger share"

@@ -26,6 +26,7 @@ from gsprune.structures import Structure, same_randomness
 __all__ = ["Cost", "Table", "make_cost"]
 
 MULTIPLE = 8  # of channels and neurons: a convolution of 100 or 101 channels takes the time of one of 104
+DOUBT = 2.0  # times the savings of the table: what a clock says beyond that is a busy machine's noise
 WIDTHS = (1 / 8, 1 / 4, 1 / 2)  # of a layer's rows and columns that are measured beside the full ones
 
 Keeps = Sequence[Tensor]  # bool (units,) of each structure
@@ -163,6 +164,11 @@ class _Latency(Cost):
         with same_randomness(self._twin):
             found = latency_ms(both, self._example_input, repeats=30, max_seconds=2.0)
         return found["cut"] / found["dense"]
+
+    def correct(self, keeps: Keeps, truth: float) -> bool:
+        is_known = super().correct(keeps, truth)
+        self._factor = min(max(self._factor, 1 / DOUBT), DOUBT)
+        return is_known
 
     def state_dict(self) -> dict[str, Any]:
         tables = {name: asdict(table) for name, table in self._tables.items()}

@@ -350,6 +350,26 @@ def test_widths_are_rounded_to_what_is_left_and_to_min_kept(monkeypatch: pytest.
     assert keep.tolist() == (scores >= 4).tolist()
 
 
+def test_a_clock_that_contradicts_the_table_is_believed_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine on which the smaller network seems to save nothing: no budget is refused for that."""
+    calm = clock(always=0)
+
+    def latency_ms(models: Mapping[str, nn.Module], example: Any, **settings: Any) -> dict[str, float]:
+        if set(models) == {"dense", "cut"} and count_macs(models["cut"], example) > 300_000:
+            return {"dense": 1.0, "cut": 0.99}
+        return calm(models, example, **settings)
+
+    monkeypatch.setattr(costs, "latency_ms", latency_ms)
+    model, x = Net(32), nets.images(1)
+    structures = find_structures(model, x).structures
+    cost = costs.make_cost("latency", model, structures, x)
+    half = [torch.arange(s.units) < s.units // 2 for s in structures]
+    saved = 1 - cost(half)
+    assert cost.correct(half, 0.99)
+    assert 1 - cost(half) == pytest.approx(saved / 2)
+    assert Budget("latency", 0.3, model, structures, x).share == 0.3
+
+
 def noisy() -> Callable[..., dict[str, float]]:
     generator = torch.Generator().manual_seed(11)
     return clock(lambda: 1 + 0.05 * float(torch.rand((), generator=generator)))
