@@ -156,9 +156,10 @@ class Budget:
         reached = self._reached if self._reached is not None else self._cost(keeps)
         if abs(reached - self.share) <= TOLERANCE * self.share:
             return None
+        unsteady = "the machine is too busy to time it, " if self._cost.clocked else ""
         return (
             f"{_percent(reached)} of the network's {KINDS[self.kind]} stay instead of {_percent(self.share)}: "
-            f"its units are too coarse, or min_kept={self.min_kept} allows no more"
+            f"{unsteady}its units are too coarse, or min_kept={self.min_kept} allows no more"
         )
 
     def bounds(self) -> list[tuple[int, int]]:
