@@ -6,6 +6,7 @@ Imports the standard library only.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import uuid
@@ -14,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["aside", "number", "plain", "read_json", "write_atomic", "write_json"]
+__all__ = ["aside", "number", "plain", "read_json", "reason", "spared", "write_atomic", "write_json"]
+
+log = logging.getLogger(__name__)
 
 _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
@@ -58,6 +61,42 @@ def write_json(path: str | os.PathLike[str], obj: object) -> None:
     """Write `obj` as indented JSON, atomically. NaN and infinities become strings, see `plain`."""
     text = json.dumps(plain(obj), indent=2, allow_nan=False, ensure_ascii=False)
     write_atomic(path, (text + "\n").encode())
+
+
+@contextmanager
+def spared(name: str, unwritten: list[str]) -> Iterator[None]:
+    """Write a file that a run can do without: a fault of the disk is one warning, and the block is left.
+
+    `unwritten` lists the names of such files that are not on the disk as they should be. A name that is in it already
+    is not warned of again, and goes out of it when a later write ends well. With `aside` the last good file stays.
+
+    >>> unwritten = []
+    >>> with spared("history.png", unwritten):
+    ...     raise OSError(28, "No space left on device")
+    >>> unwritten
+    ['history.png']
+    >>> with spared("history.png", unwritten):
+    ...     pass
+    >>> unwritten
+    []
+    """
+    try:
+        yield
+    except OSError as error:
+        if name not in unwritten:
+            log.warning("%s could not be written, the run goes on without it: %s", name, reason(error))
+            unwritten.append(name)
+    else:
+        if name in unwritten:
+            unwritten.remove(name)
+
+
+def reason(error: OSError) -> str:
+    """
+    >>> reason(OSError(28, "No space left on device", "a/b.png")), reason(OSError("gone"))
+    ('No space left on device', 'gone')
+    """
+    return error.strerror or str(error)
 
 
 def plain(obj: object) -> Any:

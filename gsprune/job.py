@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import OutOfMemoryError, Tensor, nn
 from torch import __version__ as torch_version
 from torch.optim import Optimizer
 
 from gsprune import drawing, figures, metrics, planner
-from gsprune.checkpoint import save_masks, save_pruned, save_scores, state_tensors
+from gsprune.checkpoint import WEIGHTS, save_masks, save_pruned, save_scores, state_tensors
 from gsprune.console import Progress, make_progress, print_summary
 from gsprune.dense_cache import DenseCache, DenseRecord
-from gsprune.files import write_atomic, write_json
+from gsprune.files import reason, spared, write_atomic, write_json
 from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
 from gsprune.pruner import NoPruning
 from gsprune.pruners import Pruners
@@ -107,12 +107,13 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner
 def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
     job = _Job(cfg, folder, sweep)
     try:
-        job.prepare()
-        job.dense_phase()
-        job.prune_phase()
-        job.measure()
-        job.write_files()
-        return job.finish()
+        with job.enough_memory():
+            job.prepare()
+            job.dense_phase()
+            job.prune_phase()
+            job.measure()
+            job.write_files()
+            return job.finish()
     except BaseException as error:
         job.fail(error)
         raise
@@ -219,15 +220,24 @@ class _Job:
         self.cfg, self.output_dir, self.sweep = copy.deepcopy(cfg), output_dir, sweep
         self.watch = metrics.Stopwatch(*PARTS)
         self.rows: list[Mapping[str, float]] = []  # the metrics of each epoch
+        self.unwritten: list[str] = []  # files that a fault of the disk has kept from being written
         self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS)}
-        self.result |= {"mlflow_run_id": None, "config_hash": None, "device": None, "shrunk": False, "dense": None}
+        self.result |= {
+            "mlflow_run_id": None,
+            "config_hash": None,
+            "device": None,
+            "shrunk": False,
+            "dense": None,
+            "unwritten": [],
+        }
         self.result |= {"name": run_name(cfg), "seed": cfg.get("seed"), **hydra_choices()}
 
     # --- the steps ---
 
     def prepare(self) -> None:
         """Settings, data, model, display, tracking; a mistake in the configuration ends here, before any work."""
-        write_json(self.output_dir / "result.json", self.result)  # a job that gets killed leaves this
+        with self.spared("result.json"):
+            write_json(self.output_dir / "result.json", self.result)  # a job that gets killed leaves this
         self._set_up()
         self._rehearse()
         for old in ("masks", "figures"):  # of an earlier job in the same directory
@@ -273,14 +283,15 @@ class _Job:
             if record is None:
                 record = self._train_dense()
                 if cache:
-                    cache.store(state_tensors(self.model)[0], record)
+                    with self.spared(os.path.relpath(cache.folder, self.output_dir)):
+                        cache.store(state_tensors(self.model)[0], record)
         if source == "cache":
             self._replay(record)
         if cache:
             self._note_dense(record, key=cache.key, source=source, seconds=time.perf_counter() - began)
         self.result |= {f"baseline_{name}": value for name, value in record.baseline.items()}
         self.dense, self.dense_val, self.cache = copy.deepcopy(self.model), self.last.get("val/accuracy"), cache
-        with self.watch.part("files"):  # what `model.weights` takes
+        with self.watch.part("files"), self.spared("checkpoint/dense.safetensors"):  # what `model.weights` takes
             write_atomic(self.output_dir / "checkpoint" / "dense.safetensors", save(state_tensors(self.model)[0]))
 
     def prune_phase(self) -> None:
@@ -299,15 +310,26 @@ class _Job:
             self._measure()
 
     def write_files(self) -> None:
-        """Masks, model and figures; `result.json` and `metrics.jsonl` are written elsewhere."""
+        """Model, masks and figures; `result.json` and `metrics.jsonl` are written elsewhere.
+
+        Raises:
+            ValueError: the model cannot be written; a run can do without any other file.
+        """
         with self.watch.part("files"):
-            masks = self._save_model()
             folder = self.output_dir / "figures"
-            figures.save_layer_sparsity(folder / "sparsity_by_layer.png", masks)
+            try:
+                masks = self._save_model()
+            except OSError as error:
+                self.unwritten.append(WEIGHTS)
+                raise ValueError(f"the model could not be written to {self.output_dir}: {reason(error)}") from error
+            with self.spared("figures/sparsity_by_layer.png"):
+                figures.save_layer_sparsity(folder / "sparsity_by_layer.png", masks)
             rows = read_metrics(self.output_dir / "metrics.jsonl")
             if self.picture is not None:  # of the last masks
-                drawing.save_picture(folder / "masks.png", self.picture)
-            figures.save_history(folder / "history.png", rows, baseline=self.dense_val)
+                with self.spared("figures/masks.png"):
+                    drawing.save_picture(folder / "masks.png", self.picture)
+            with self.spared("figures/history.png"):
+                figures.save_history(folder / "history.png", rows, baseline=self.dense_val)
 
     def finish(self) -> dict[str, Any]:
         self._write_result("finished")
@@ -327,11 +349,29 @@ class _Job:
             interrupted = isinstance(error, KeyboardInterrupt)
             self._write_result("interrupted" if interrupted else "failed")
             if self.result["baseline_accuracy"] is not None:  # what was trained is not thrown away
-                self._save_model()
+                with self.spared(WEIGHTS):
+                    self._save_model()
             if hasattr(self, "tracker"):
                 self.tracker.finish("KILLED" if interrupted else "FAILED")
         except Exception:
             log.exception("the failure could not be recorded in %s", self.output_dir)
+
+    # --- what may go wrong with the machine ---
+
+    def spared(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Write a file that the run can do without: if the disk is full, say so, list it in the result, go on."""
+        return spared(name, self.unwritten)
+
+    @contextlib.contextmanager
+    def enough_memory(self) -> Iterator[None]:
+        """Where memory, the device's or the machine's, is too small, one sentence says what to try."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            device = self.result["device"] or self.cfg.trainer.device
+            raise ValueError(f"{device} ran out of memory{smaller_steps(self.cfg)}") from error
 
     # --- their parts ---
 
@@ -369,10 +409,12 @@ class _Job:
         return self.trainer.steps_per_epoch(self.data.train)
 
     def _save_model(self) -> Mapping[str, Tensor]:
-        masks: Mapping[str, Tensor] = self.pruner.masks()
-        save_masks(self.output_dir / "masks.safetensors", masks)
+        """The model first: the one file that a run must leave."""
         plan = self.pruner.plan or Plan(kept={}, sizes={}, attributes={})
         save_pruned(self.output_dir, self.model, plan, extra={"config_hash": self.result["config_hash"]})
+        masks: Mapping[str, Tensor] = self.pruner.masks()
+        with self.spared("masks.safetensors"):
+            save_masks(self.output_dir / "masks.safetensors", masks)
         return masks
 
     def _seed(self, *, phase: int) -> None:
@@ -440,11 +482,16 @@ class _Job:
         known = {**dict.fromkeys(NUMBERS), **self.last}  # a number that the last epoch has logged is not repeated
         final = {name: self.result[name] for name in NUMBERS if self.result[name] != known[name]}
         self.tracker.log_metrics(final, step=self.result["epochs"])
-        for name in ("result.json", "masks.safetensors", "model.safetensors", "pruning.json"):
-            self.tracker.log_artifact(self.output_dir / name)
+        for name in ("result.json", "masks.safetensors", WEIGHTS, "pruning.json"):
+            self._log_file(name)
         for path in sorted((self.output_dir / "figures").glob("*.png")):
-            self.tracker.log_artifact(path, folder="figures")
+            self._log_file(f"figures/{path.name}", folder="figures")
         self.tracker.finish("FINISHED")
+
+    def _log_file(self, name: str, *, folder: str | None = None) -> None:
+        """Give a file to the tracker, unless what is there is of an earlier write."""
+        if name not in self.unwritten:
+            self.tracker.log_artifact(self.output_dir / name, folder=folder)
 
     def _dense_cache(self) -> DenseCache | None:
         """Where this job's dense network is kept for others; None outside a sweep, or if nothing is to be trained."""
@@ -520,10 +567,10 @@ class _Job:
             return
         if not given:
             self._score_dense(optimizer)
-        with self.watch.part("files"):
+        with self.watch.part("files"), self.spared(SCORES):
             self._save_scores(self.output_dir / SCORES)
         with self.watch.part("tracking"):
-            self.tracker.log_artifact(self.output_dir / SCORES, folder="checkpoint")
+            self._log_file(SCORES, folder="checkpoint")
 
     def _score_dense(self, optimizer: Optimizer) -> None:
         cache, key = self.cache, scores_key(self.cfg)
@@ -539,7 +586,8 @@ class _Job:
                     self.model, self.data.train, optimizer=optimizer, pruner=self.pruner, steps=self._score_steps
                 )
             if cache:
-                self._save_scores(cache.scores(key))
+                with self.spared(os.path.relpath(cache.scores(key), self.output_dir)):
+                    self._save_scores(cache.scores(key))
 
     @property
     def _score_steps(self) -> int:
@@ -583,19 +631,23 @@ class _Job:
         if self.recorded == self.pruner.updates:
             return
         self.recorded, masks = self.pruner.updates, self.pruner.masks()
-        path = self.output_dir / "masks" / f"epoch_{trained:04d}.safetensors"
+        name = f"masks/epoch_{trained:04d}.safetensors"
         with self.watch.part("files"):
-            save_masks(path, masks)
             self.picture = figures.mask_image(masks)
+            with self.spared(name):
+                save_masks(self.output_dir / name, masks)
         with self.watch.part("tracking"):
-            self.tracker.log_artifact(path, folder="masks")
+            self._log_file(name, folder="masks")
             self.tracker.log_image(self.picture, key="masks", step=trained)
 
     def _write_result(self, status: str) -> None:
         self.result["status"] = status
         self.result["timings"] = self.watch.read()
         self.result["seconds"] = sum(self.result["timings"].values())
-        write_json(self.output_dir / "result.json", self.result)
+        lost = [*self.unwritten, *(self.tracker.unwritten if hasattr(self, "tracker") else [])]
+        self.result["unwritten"] = list(dict.fromkeys(lost))
+        with self.spared("result.json"):
+            write_json(self.output_dir / "result.json", self.result)
 
 
 def smaller(model: nn.Module, pruner: Any) -> nn.Module:
@@ -626,6 +678,36 @@ def objective_names(wanted: str | Sequence[str]) -> list[str]:
     """
     several = isinstance(wanted, Sequence) and not isinstance(wanted, str)
     return [str(name) for name in wanted] if several else [str(wanted)]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """
+    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    True
+    >>> is_out_of_memory(RuntimeError("shapes do not match"))
+    False
+    """
+    said = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
+
+
+def smaller_steps(cfg: DictConfig) -> str:
+    """What to try when a batch does not fit.
+
+    >>> cfg = OmegaConf.create({"dataset": {"batch_size": 256}, "trainer": {"accumulate_steps": 1, "precision": "fp32"}})
+    >>> print("cuda ran out of memory" + smaller_steps(cfg))
+    cuda ran out of memory with dataset.batch_size=256: try dataset.batch_size=128 trainer.accumulate_steps=2 (as large \
+a step, in smaller parts), trainer.precision=bf16, or a smaller model
+    """
+    size, parts = cfg.dataset.get("batch_size"), cfg.trainer.accumulate_steps
+    tips = []
+    if isinstance(size, int) and size > 1:
+        fewer = f"dataset.batch_size={size // 2} trainer.accumulate_steps={2 * parts}"
+        tips.append(f"{fewer} (as large a step, in smaller parts)")
+    if cfg.trainer.precision == "fp32":
+        tips.append("trainer.precision=bf16")
+    given = f" with dataset.batch_size={size}" if isinstance(size, int) else ""
+    return f"{given}: try {', '.join([*tips, 'or a smaller model'])}" if tips else f"{given}: try a smaller model"
 
 
 def hydra_choices() -> dict[str, Any]:

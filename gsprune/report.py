@@ -86,22 +86,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = build_report(parser.parse_args(arguments).directory)
     except (ValueError, OSError) as error:
-        _say(f"Error: {error}", file=sys.stderr)
+        say(f"Error: {error}", file=sys.stderr)
         return 1
     for path in report.paths:
-        _say(f"Wrote {path}")
+        say(f"Wrote {path}")
     for index, (folder, reason) in enumerate(report.left_out.items()):
         if index == _MAX_PRINTED:
-            _say(f"Skipped {len(report.left_out) - index} more, see the page")
+            say(f"Skipped {len(report.left_out) - index} more, see the page")
             break
-        _say(f"Skipped {folder}: {reason}")
+        say(f"Skipped {folder}: {reason}")
     if not report.usable:
-        _say(f"Error: no job in {report.directory} has finished with an accuracy", file=sys.stderr)
+        say(f"Error: no job in {report.directory} has finished with an accuracy", file=sys.stderr)
         return 1
     return 0
 
 
-def _say(text: str, file: Any = None) -> None:
+def say(text: str, file: Any = None) -> None:
     stream = file or sys.stdout
     encoding = stream.encoding or "utf-8"
     print(_clean(text, 1000).encode(encoding, "replace").decode(encoding), file=stream)

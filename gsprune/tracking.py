@@ -1,14 +1,16 @@
 """The record of a run: always on the local disk, and in MLflow too when asked for and reachable.
 
 A fault of tracking never ends a training run and costs it seconds at most. Everything is written to the output
-directory first; after the first call to MLflow that fails or takes too long no further one is made, and what was not
-sent is listed in `unsent.jsonl` for a later upload. Imports the standard library; mlflow only in `start`.
+directory first; after the first call to MLflow that fails or takes too long the run makes no further one, also when the
+server is back, and what was not sent is listed in `unsent.jsonl`: `python -m gsprune.sync` uploads it. Imports the
+standard library; mlflow only in `start`.
 
 In the output directory:
 
     metrics.jsonl                  one JSON object a line: {"step": 3, "time": 1753000000.0, "val/loss": 0.1, ...}
     config.yaml                    the resolved configuration
     tracking.json                  where the run was sent, under which id, and whether that stopped
+    tracking.lock                  held while the run goes on, so that nobody uploads it under its hands
     figures/<key>/0003.png         every picture given to `log_image`
     unsent.jsonl                   only after a fault: the calls that did not reach MLflow, in order
 """
@@ -26,13 +28,14 @@ import shutil
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from gsprune.files import number, plain, write_atomic, write_json
+from gsprune.files import aside, number, plain, spared, write_atomic, write_json
 from gsprune.locks import Lock
 from gsprune.views import experiment_tags
 
@@ -46,6 +49,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 Event = dict[str, Any]
 log = logging.getLogger(__name__)
 _THREAD = "gsprune-tracking"
+RECORD, LOCK = "tracking.json", "tracking.lock"
+RECORD_TAG = "gsprune.record"
 
 
 # --- the local record --------------------------------------------------------------------------------------
@@ -70,15 +75,18 @@ class Tracker:
 
     def __init__(self, output_dir: str | os.PathLike[str], **_: object) -> None:
         self.output_dir = Path(output_dir).absolute()
-        self._warned = False
+        self.unwritten: list[str] = []  # files that a fault of the disk has kept out of the record
+        self._metrics = _Log(self.output_dir / "metrics.jsonl")
         self._finished = False
 
     def start(self, *, config: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Begin the record: `config` is the resolved configuration as a plain nested dict."""
-        self._locally(lambda: self.output_dir.mkdir(parents=True, exist_ok=True))
+        self._locally(self.output_dir, lambda: self.output_dir.mkdir(parents=True, exist_ok=True))
         for old in ("metrics.jsonl", "unsent.jsonl"):  # of an earlier run into the same directory
-            self._locally(lambda old=old: (self.output_dir / old).unlink(missing_ok=True))  # type: ignore[misc]
-        self._locally(lambda: _write_yaml(self.output_dir / "config.yaml", config))
+            path = self.output_dir / old
+            self._locally(path, lambda path=path: path.unlink(missing_ok=True))  # type: ignore[misc]
+        path = self.output_dir / "config.yaml"
+        self._locally(path, lambda: _write_yaml(path, config))
 
     def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """One line of metrics.jsonl. NaN and infinities are written as strings that `float()` reads."""
@@ -107,6 +115,7 @@ class Tracker:
     def finish(self, status: Status) -> None:
         """Close the record. Calls after the first do nothing."""
         self._finished = True
+        self._locally(self._metrics.path, self._metrics.flush)  # there may be room by now
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +129,7 @@ class Tracker:
     def _record_metrics(self, values: Mapping[str, float], step: int) -> Event:
         now, numbers = time.time(), {name: number(value) for name, value in values.items()}
         row = {"step": step, "time": round(now, 3), **plain(numbers)}
-        self._locally(lambda: _append(self.output_dir / "metrics.jsonl", row))
+        self._locally(self._metrics.path, lambda: self._metrics.append(row))
         return {"values": plain(numbers), "step": step, "time_ms": int(now * 1000)}
 
     def _keep(self, path: str | os.PathLike[str], folder: str | None) -> Path:
@@ -128,26 +137,23 @@ class Tracker:
         if source.is_relative_to(self.output_dir):
             return source
         target = self.output_dir / (folder or "") / source.name
-        copied = self._locally(lambda: _copy(source, target))
+        copied = self._locally(target, lambda: _copy(source, target))
         return target if copied else source
 
     def _save_image(self, array: np.ndarray, key: str, step: int) -> Path:
         from gsprune.drawing import save_picture
 
         path = self.output_dir / "figures" / re.sub(r"[^\w.\-]", "_", key) / f"{step:04d}.png"
-        self._locally(lambda: save_picture(path, array))
+        self._locally(path, lambda: save_picture(path, array))
         return path
 
-    def _locally(self, write: Callable[[], object]) -> bool:
-        """Do a local write; a fault (disk full, no right to write) is one warning for the whole run."""
-        try:
+    def _locally(self, path: Path, write: Callable[[], object]) -> bool:
+        """Do a local write; a fault (disk full, no right to write) is one warning for each file."""
+        done = False
+        with spared(os.path.relpath(path, self.output_dir).replace(os.sep, "/"), self.unwritten):
             write()
-        except OSError as error:
-            if not self._warned:
-                log.warning("the record in %s is incomplete, the run goes on: %s", self.output_dir, _brief(error))
-            self._warned = True
-            return False
-        return True
+            done = True
+        return done
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
@@ -163,22 +169,48 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     return rows
 
 
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line. A line that an earlier fault left unfinished is closed first, so that it spoils only itself."""
-    line = json.dumps(row, allow_nan=False) + "\n"
-    with path.open("ab+") as file:  # opened each time: 0.1 ms, and nothing to lose in a crash
-        if file.seek(0, os.SEEK_END):
+class _Log:
+    """A file of JSON lines. What could not be written (disk full) is kept, and written with the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._kept: list[str] = []
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self._kept.append(json.dumps(row, allow_nan=False) + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        if self._kept:
+            _append(self.path, "".join(self._kept).encode())
+            self._kept.clear()
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Add lines, all or none. One that a crash left unfinished is closed first, so that it spoils only itself."""
+    with path.open("ab+", buffering=0) as file:  # opened each time: 0.1 ms, and nothing to lose in a crash
+        size = file.seek(0, os.SEEK_END)
+        if size:
             file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else "\n" + line
-        file.write(line.encode())
+            lines = lines if file.read(1) == b"\n" else b"\n" + lines
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        shutil.copytree(source, target, dirs_exist_ok=True, copy_function=_copy_file)
     else:
-        shutil.copy2(source, target)
+        _copy_file(source, target)
+
+
+def _copy_file(source: str | Path, target: str | Path) -> None:
+    with aside(target) as temporary:
+        shutil.copy2(source, temporary)
 
 
 def _write_yaml(path: Path, config: Mapping[str, Any]) -> None:
@@ -207,9 +239,9 @@ def _brief(error: BaseException) -> str:
 class MLflowTracker(Tracker):
     """The local record of `Tracker`, and the same in one MLflow run.
 
-    Every call to MLflow has a deadline and stands behind a circuit breaker: after the first that fails or is
-    late, or when slow answers have cost `timeout_s` in all beyond half a second each, one warning says so and MLflow
-    is left alone.
+    Every call to MLflow has a deadline and stands behind a circuit breaker: after the first that fails (at once: made
+    a second time) or is late, or when slow answers of a server have cost `timeout_s` in all beyond 0.1 s each (a local
+    database: half a second), one warning says so and MLflow is left alone until `python -m gsprune.sync`.
 
     Args:
         tracking_uri: MLflow's own; None takes `MLFLOW_TRACKING_URI`, else `sqlite:///<cwd>/mlflow.db`.
@@ -241,20 +273,33 @@ class MLflowTracker(Tracker):
         super().__init__(output_dir)
         uri = resolve_tracking_uri(tracking_uri)
         self.tracking_uri, self.experiment, self.timeout_s = uri, experiment, timeout_s
-        self._store = _Store(uri, experiment, artifact_root, run_name, parent_run_id, run_id)
-        local = _database_file(uri) is not None
+        self._store = Store(uri, experiment, artifact_root, run_name, parent_run_id, run_id)
+        local = database_file(uri) is not None
         self._limit = max(timeout_s, 30.0) if local else timeout_s
         self._start_limit = max(timeout_s, 120.0) if local else timeout_s  # other jobs may be creating it first
         self._caller = _Caller()
         self._patience = self._limit  # seconds that slow answers may still cost
-        self._names = _Names()
+        self._normal = 0.5 if local else 0.1  # seconds that an answer may take for nothing
+        self._names = Names()
+        self._unsent = _Log(self.output_dir / "unsent.jsonl")
+        self._lock = Lock(self.output_dir / LOCK)
+        self._identity = {
+            "record": uuid.uuid4().hex,  # a tag of the run, which is found by it when its id was never heard
+            "run_name": run_name,
+            "parent_run_id": parent_run_id,
+            "artifact_root": None if artifact_root is None else without_passwords(os.fspath(artifact_root)),
+        }
+        self._continued = run_id
         self.stopped: str | None = None  # why MLflow is no longer called
 
     def start(self, *, config: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         super().start(config=config, tags=tags)
+        self._lock.acquire()
+        self._note("RUNNING")
         params = {self._names[key]: value for key, value in flatten(config).items()}
         self._connect()
-        self._send("start", params=params, tags=dict(tags), time_ms=int(time.time() * 1000))
+        tags = {**_origin(), **tags, RECORD_TAG: str(self._identity["record"])}
+        self._send("start", params=params, tags=tags, time_ms=int(time.time() * 1000))
         self.run_id = self._store.run_id
         if (self.output_dir / "config.yaml").is_file():
             self._send("artifact", path=str(self.output_dir / "config.yaml"), folder=None)
@@ -267,12 +312,14 @@ class MLflowTracker(Tracker):
 
     def log_artifact(self, path: str | os.PathLike[str], *, folder: str | None = None) -> None:
         kept = self._keep(path, folder)
-        self._send("artifact", path=str(kept), folder=folder)
+        if kept.exists():  # a full disk may have kept it from being written
+            self._send("artifact", path=str(kept), folder=folder)
 
     def log_image(self, array: np.ndarray, *, key: str, step: int) -> None:
         path, now = self._save_image(array, key, step), int(time.time() * 1000)
         key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", key)
-        self._send("image", path=str(path), key=key, step=step, time_ms=now)
+        if path.exists():
+            self._send("image", path=str(path), key=key, step=step, time_ms=now)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         self._send("tags", tags=dict(tags))
@@ -291,7 +338,9 @@ class MLflowTracker(Tracker):
             return
         super().finish(status)
         self._send("finish", status=status, time_ms=int(time.time() * 1000))
+        self._locally(self._unsent.path, self._unsent.flush)
         self._note(status)
+        self._lock.release()
 
     def _connect(self) -> None:
         try:
@@ -303,28 +352,48 @@ class MLflowTracker(Tracker):
         """Make one call to MLflow, unless the breaker is open: then list it in unsent.jsonl."""
         if self.stopped is None:
             transfer, begin = _megabytes(event.get("path")), time.monotonic()
-            limit = self._start_limit if kind == "start" else self._limit + transfer
             try:
-                self._caller.call(lambda: getattr(self._store, kind)(**event), limit)
+                self._call(kind, event, transfer)
             except Exception as error:
                 self._stop(error)
             else:
                 self._lose_patience(kind, time.monotonic() - begin - transfer)
                 return
         if kind != "children":  # which runs are open is true of now only
-            self._locally(lambda: _append(self.output_dir / "unsent.jsonl", {"kind": kind, **event}))
+            event = {**event, "path": self._inside(event["path"])} if "path" in event else event
+            self._locally(self._unsent.path, lambda: self._unsent.append({"kind": kind, **event}))
+
+    def _call(self, kind: str, event: Event, transfer: float) -> None:
+        """A call that fails at once is made once more if twice does no harm: the server may have hung up just then."""
+        left = min(self._limit, self._patience + self._normal)
+        limit = self._start_limit if kind == "start" else left + transfer
+        begin = time.monotonic()
+        try:
+            self._caller.call(lambda: getattr(self._store, kind)(**event), limit)
+        except TimeoutError as error:
+            if left == self._limit or kind == "start":
+                raise
+            raise TimeoutError(f"answers take too long, the last one more than {left:.1f} s") from error
+        except Exception:
+            seconds = time.monotonic() - begin
+            if kind in ("start", "image") or seconds > self._normal:
+                raise
+            self._caller.call(lambda: getattr(self._store, kind)(**event), limit - seconds)
 
     def _lose_patience(self, kind: str, seconds: float) -> None:
-        if kind == "start" and self._start_limit > self.timeout_s:
-            return
-        self._patience -= max(0.0, seconds - 0.5)
-        if self._patience < 0:
-            self._stop(TimeoutError(f"answers take too long, the last one {seconds:.1f} s"))
+        if kind != "start" or self._start_limit == self.timeout_s:
+            self._patience = max(0.0, self._patience - max(0.0, seconds - self._normal))
+
+    def _inside(self, path: str) -> str:
+        """A path as seen from the output directory, which may be moved before somebody reads this."""
+        kept = Path(path)
+        return kept.relative_to(self.output_dir).as_posix() if kept.is_relative_to(self.output_dir) else path
 
     def _stop(self, error: BaseException) -> None:
         self.stopped = _brief(error)
         log.warning(
-            "tracking to MLflow at %s stopped (%s); the run goes on, and its record is in %s",
+            "tracking to MLflow at %s stopped (%s); the run goes on, and its record is in %s: "
+            "`python -m gsprune.sync` with that directory uploads it",
             without_passwords(self.tracking_uri),
             self.stopped,
             self.output_dir,
@@ -335,11 +404,13 @@ class MLflowTracker(Tracker):
         note = {
             "tracking_uri": without_passwords(self.tracking_uri),
             "experiment": self.experiment,
-            "run_id": self._store.run_id,
+            "run_id": self._store.run_id or self._continued,
             "status": status,
             "stopped": self.stopped,
+            **self._identity,
         }
-        self._locally(lambda: write_json(self.output_dir / "tracking.json", note))
+        path = self.output_dir / RECORD
+        self._locally(path, lambda: write_json(path, note))
 
 
 class _Caller:
@@ -376,7 +447,7 @@ class _Caller:
                 answer.put(None)
 
 
-class _Store:
+class Store:
     """What a run asks of MLflow, one method for each kind of event; arguments are plain JSON values.
 
     Uses a client with an explicit run id: mlflow's global active run and tracking URI stay as they are.
@@ -402,7 +473,7 @@ class _Store:
         experiment_id = self._open()
         if self._reopen():
             return self.tags(tags=tags)
-        tags = _fit_tags({**_origin(), **self._parent, **tags})
+        tags = fit_tags({**self._parent, **tags})
         run = self._client.create_run(
             experiment_id, start_time=time_ms, run_name=self._run_name, tags=dict(islice(tags.items(), 50))
         )
@@ -427,7 +498,7 @@ class _Store:
     def tags(self, *, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        for some in _chunks([RunTag(key, value) for key, value in _fit_tags(tags).items()], 100):
+        for some in _chunks([RunTag(key, value) for key, value in fit_tags(tags).items()], 100):
             self._client.log_batch(self.run_id, tags=some)
 
     def artifact(self, *, path: str, folder: str | None) -> None:
@@ -457,6 +528,32 @@ class _Store:
     def finish(self, *, status: str, time_ms: int) -> None:
         self._client.set_terminated(self.run_id, status, end_time=time_ms)
 
+    def attach(self, run_id: str | None, record: str | None) -> Any:
+        """Go on with the run of that id, or else of that record, as it is; returns it, or None if there is neither."""
+        experiment_id = self._open()
+        found = self._find(run_id) if run_id else None
+        if found is None and record:
+            tagged = f"tags.`{RECORD_TAG}` = '{record}'"
+            order = ["attributes.start_time ASC"]
+            found = next(iter(self._client.search_runs([experiment_id], tagged, max_results=1, order_by=order)), None)
+        self.run_id = found.info.run_id if found is not None else None
+        return found
+
+    def steps(self, key: str) -> set[int]:
+        """The steps at which the run has that metric."""
+        return {metric.step for metric in self._client.get_metric_history(self.run_id, key)}
+
+    def many_metrics(self, entries: Iterable[tuple[str, float, int, int]]) -> None:
+        """(name, value, time in milliseconds, step) each."""
+        from mlflow.entities import Metric
+
+        for some in _chunks((Metric(*entry) for entry in entries), 1000):
+            self._client.log_batch(self.run_id, metrics=some)
+
+    def files(self, folder: str) -> set[str]:
+        """The names of the run's artifacts in a folder."""
+        return {posixpath.basename(found.path) for found in self._client.list_artifacts(self.run_id, folder)}
+
     def _reopen(self) -> bool:
         """Go on with the run of that id; False when there is none, or it was deleted."""
         found = self._find(self._continued) if self._continued else None
@@ -479,7 +576,7 @@ class _Store:
 
     def _open(self) -> str:
         """Connect and return the experiment's id. Under a lock: two processes that create one database break it."""
-        file = _database_file(self._uri)
+        file = database_file(self._uri)
         if file is None:
             return self._find_experiment()
         lock = Lock(Path(f"{file}.lock"))
@@ -510,14 +607,13 @@ class _Store:
 def _import_client(timeout_s: float) -> None:
     """Import mlflow with short HTTP time-outs (its own add up to minutes) and without chatter on the console.
 
-    What the user has set in the environment stays. MLflow's usage reports are off unless the user sets
+    MLflow makes no call twice by itself: one that was only slow would leave two runs. What the user has set in the
+    environment stays. MLflow's usage reports are off unless the user sets
     MLFLOW_DISABLE_TELEMETRY=false: without a network they would hold up the end of the process.
     """
     settings = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(timeout_s))),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -537,17 +633,31 @@ def _not_ours(record: logging.LogRecord) -> bool:
     return record.threadName != _THREAD
 
 
+def connect(
+    uri: str,
+    *,
+    experiment: str,
+    artifact_root: str | None = None,
+    run_name: str | None = None,
+    parent_run_id: str | None = None,
+    timeout_s: float = 30,
+) -> Store:
+    """A store without deadlines but those of HTTP, for uploads that nobody's training waits for."""
+    _import_client(timeout_s)
+    return Store(uri, experiment, artifact_root, run_name, parent_run_id, None)
+
+
 def resolve_tracking_uri(uri: str | None) -> str:
     """The tracking URI with an absolute path: the current folder may change under a run, its store must not."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    file = _database_file(uri)
+    file = database_file(uri)
     return uri if file is None else f"sqlite:///{file.as_posix()}"
 
 
-def _database_file(uri: str) -> Path | None:
+def database_file(uri: str) -> Path | None:
     """The file behind a SQLite URI, None for servers and databases elsewhere.
 
-    >>> _database_file("sqlite:////data/mlflow.db").as_posix(), _database_file("http://host:5000")
+    >>> database_file("sqlite:////data/mlflow.db").as_posix(), database_file("http://host:5000")
     ('/data/mlflow.db', None)
     """
     prefix = "sqlite:///"
@@ -557,7 +667,7 @@ def _database_file(uri: str) -> Path | None:
 
 
 def _artifact_location(uri: str, experiment: str, root: str | os.PathLike[str] | None) -> str | None:
-    file = _database_file(uri)
+    file = database_file(uri)
     name = re.sub(r"[^\w.\-]", "_", experiment)
     if isinstance(root, str) and "://" in root:
         return f"{root.rstrip('/')}/{name}"
@@ -577,8 +687,8 @@ def _origin() -> dict[str, str]:
         return tags
 
 
-def _fit_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {_Names.clean(key): str(value)[:5000] for key, value in tags.items()}
+def fit_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {Names.clean(key): str(value)[:5000] for key, value in tags.items()}
 
 
 def _megabytes(path: str | None) -> float:
@@ -594,10 +704,10 @@ def _chunks(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
         yield some
 
 
-class _Names:
+class Names:
     """Names that MLflow accepts, one for each of ours, the same every time, no two alike.
 
-    >>> names = _Names()
+    >>> names = Names()
     >>> names["kept/layers[0].heads"], names["kept/layers(0).heads"], names["kept/layers[0].heads"]
     ('kept/layers_0_.heads', 'kept/layers_0_.heads_2', 'kept/layers_0_.heads')
     """

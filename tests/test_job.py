@@ -61,7 +61,7 @@ def test_result_json_has_the_promised_keys_and_is_what_run_returns(weighted):
     result, folder = weighted
     assert json.loads((folder / "result.json").read_text()) == result
     extra = {"status", "mlflow_run_id", "config_hash", "device", "shrunk", "skipped"}
-    extra |= {"name", "seed", "overrides", "choices", "timings", "dense"}
+    extra |= {"name", "seed", "overrides", "choices", "timings", "dense", "unwritten"}
     assert set(result) == {*NUMBERS, *extra}
     assert result["status"] == "finished"
     assert result["mlflow_run_id"] is None

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from gsprune import tracking
-from gsprune.tracking import MLflowTracker, Tracker, _Names, flatten, read_metrics, resolve_tracking_uri
+from gsprune.tracking import MLflowTracker, Tracker, Names, flatten, read_metrics, resolve_tracking_uri
 
 CONFIG = {"pruner": {"target_sparsity": 0.9, "keep": None, "include": ["*"]}, "seed": 1, "note": "x" * 9000}
 PICTURE = np.zeros((6, 8, 3), np.uint8)
@@ -169,11 +169,11 @@ def test_the_end_of_a_with_block_is_the_status(tmp_path: Path, error: type[BaseE
     ],
 )
 def test_names_are_what_mlflow_takes(name: str, clean: str) -> None:
-    assert _Names()[name] == clean
+    assert Names()[name] == clean
 
 
 def test_names_that_become_alike_stay_apart() -> None:
-    names = _Names()
+    names = Names()
     assert [names[name] for name in ("a[0]", "a(0)", "a_0_", "a[0]")] == ["a_0_", "a_0__2", "a_0__3", "a_0_"]
 
 
@@ -243,7 +243,7 @@ def test_a_run_is_in_mlflow_as_it_is_on_the_disk(tmp_path: Path, database: str) 
     history = client.get_metric_history(tracker.run_id, "val/accuracy")
     assert [(m.step, m.value) for m in history] == [(0, 0.5), (1, 0.6), (2, 0.7)]
     assert run.data.metrics["sparsity/layers_0_.weight"] == 0.1
-    root = Path(tracking._database_file(database).parent) / "mlartifacts" / "real" / tracker.run_id / "artifacts"
+    root = Path(tracking.database_file(database).parent) / "mlartifacts" / "real" / tracker.run_id / "artifacts"
     assert (root / "masks" / "epoch_0002.safetensors").read_bytes() == b"masks"
     assert yaml.safe_load((root / "config.yaml").read_text()) == CONFIG
     assert len(list((root / "images").glob("masks+step+2+*.png"))) == 1
@@ -397,7 +397,8 @@ def test_a_server_that_dies_is_left_alone_and_nothing_is_lost(
     tracker = faulty(dies_at=dies_at, fault=refuse)
     a_run(tracker)
     the_local_record_is_complete(tmp_path)
-    assert tracker._store.calls == KINDS[: dies_at + 1]  # the one that failed was the last
+    again = [] if KINDS[dies_at] in ("start", "image") else [KINDS[dies_at]]  # it failed at once
+    assert tracker._store.calls == KINDS[: dies_at + 1] + again  # the one that failed was the last
     unsent = lines(tmp_path / "unsent.jsonl")
     assert [event["kind"] for event in unsent] == KINDS[dies_at:]
     (record,) = caplog.records
@@ -417,10 +418,12 @@ def test_unsent_events_hold_all_that_a_later_upload_needs(faulty: Any, tmp_path:
     a_run(faulty(dies_at=0, fault=refuse), epochs=1)
     start, config, metrics, image, masks, tags, finish = lines(tmp_path / "unsent.jsonl")
     assert start["params"]["pruner.target_sparsity"] == "0.9"
-    assert start["tags"] == {"hydra.overrides": "pruner=abs"}
+    record = json.loads((tmp_path / "tracking.json").read_text())["record"]
+    assert {"hydra.overrides": "pruner=abs", "gsprune.record": record}.items() <= start["tags"].items()
     assert metrics["values"] == {"val/accuracy": 0.5, "sparsity/layers_0_.weight": 0.1}
     assert (metrics["step"], type(metrics["time_ms"])) == (0, int)
-    assert [Path(event["path"]).is_file() for event in (config, image, masks)] == [True] * 3
+    paths = [event["path"] for event in (config, image, masks)]  # as seen from the directory, which may be moved
+    assert paths == ["config.yaml", "figures/masks/0002.png", "masks/epoch_0002.safetensors"]
     assert masks["folder"] == "masks"
     assert tags["tags"] == {"late": "yes"}
     assert finish["status"] == "FINISHED"
@@ -441,12 +444,13 @@ def test_a_call_that_never_returns_costs_its_time_limit_once(faulty: Any, tmp_pa
 
 
 def test_slow_answers_use_up_the_patience(faulty: Any, tmp_path: Path) -> None:
-    tracker = faulty(dies_at=1, fault=lambda: time.sleep(0.62), timeout_s=0.7)
-    tracker._patience = 0.3  # each call costs 0.12 more than it may
+    tracker = faulty(dies_at=1, fault=lambda: time.sleep(0.35), timeout_s=0.6)  # 0.25 more than is normal
+    begin = time.monotonic()
     a_run(tracker)
+    assert time.monotonic() - begin < 0.35 + 0.35 + 0.2 + 0.4  # the third such call has 0.1 + 0.1 s left
     assert tracker._store.calls == KINDS[:4]
-    assert tracker.stopped.startswith("TimeoutError: answers take too long, the last one 0.6 s")
-    assert [event["kind"] for event in lines(tmp_path / "unsent.jsonl")] == KINDS[4:]
+    assert tracker.stopped == "TimeoutError: answers take too long, the last one more than 0.2 s"
+    assert [event["kind"] for event in lines(tmp_path / "unsent.jsonl")] == KINDS[3:]
     the_local_record_is_complete(tmp_path)
 
 
@@ -464,7 +468,7 @@ def test_the_users_own_mlflow_settings_stay(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "mlflow", type(sys)("mlflow"))
     tracking._import_client(5.0)
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
-    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
 
 
 @pytest.fixture
