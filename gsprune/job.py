@@ -221,15 +221,8 @@ class _Job:
         self.watch = metrics.Stopwatch(*PARTS)
         self.rows: list[Mapping[str, float]] = []  # the metrics of each epoch
         self.unwritten: list[str] = []  # files that a fault of the disk has kept from being written
-        self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS)}
-        self.result |= {
-            "mlflow_run_id": None,
-            "config_hash": None,
-            "device": None,
-            "shrunk": False,
-            "dense": None,
-            "unwritten": [],
-        }
+        self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS), "unwritten": []}
+        self.result |= {"mlflow_run_id": None, "config_hash": None, "device": None, "shrunk": False, "dense": None}
         self.result |= {"name": run_name(cfg), "seed": cfg.get("seed"), **hydra_choices()}
 
     # --- the steps ---
@@ -694,10 +687,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def smaller_steps(cfg: DictConfig) -> str:
     """What to try when a batch does not fit.
 
-    >>> cfg = OmegaConf.create({"dataset": {"batch_size": 256}, "trainer": {"accumulate_steps": 1, "precision": "fp32"}})
-    >>> print("cuda ran out of memory" + smaller_steps(cfg))
-    cuda ran out of memory with dataset.batch_size=256: try dataset.batch_size=128 trainer.accumulate_steps=2 (as large \
-a step, in smaller parts), trainer.precision=bf16, or a smaller model
+    >>> trainer = {"accumulate_steps": 1, "precision": "fp32"}
+    >>> print(smaller_steps(OmegaConf.create({"dataset": {"batch_size": 2}, "trainer": trainer})).strip())
+    with dataset.batch_size=2: try dataset.batch_size=1 trainer.accumulate_steps=2 (as large a step, in smaller \
+parts), trainer.precision=bf16, or a smaller model
     """
     size, parts = cfg.dataset.get("batch_size"), cfg.trainer.accumulate_steps
     tips = []

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any
@@ -216,14 +217,15 @@ class _Record:
                     found[key] = value
         return found
 
+    @cached_property
     def metrics(self) -> dict[tuple[str, int], tuple[float, int]]:
         """(name, step) -> value and time, each once: of metrics.jsonl, and what only unsent.jsonl has."""
         found: dict[tuple[str, int], tuple[float, int]] = {}
         names = Names()
         for row in self._lines("metrics.jsonl"):
             step, moment = row.pop("step", None), _number(row.pop("time", None))
-            values = {names[key]: value for key, value in row.items() if key.strip()}
-            _add(found, values, step, None if moment is None else moment * 1000)
+            named = {names[key]: value for key, value in row.items() if key.strip()}
+            _add(found, named, step, None if moment is None else moment * 1000)
         for event in self.of_kind("metrics"):
             values = event.get("values")
             _add(found, values if isinstance(values, dict) else {}, event.get("step"), _number(event.get("time_ms")))
@@ -310,7 +312,7 @@ def _add(
     for key, value in values.items():
         known = _number(value)
         if known is not None:
-            found.setdefault((key, step), (known, int(time_ms)))
+            found.setdefault((key, step), (known, round(time_ms)))
 
 
 def _number(value: object) -> float | None:
@@ -437,7 +439,7 @@ class _Upload:
         self.sent.add("tags", len(tags))
 
     def _send_metrics(self, store: Store, run: Any) -> None:
-        wanted = self.record.metrics()
+        wanted = self.record.metrics
         there = {key: store.steps(key) for key in dict.fromkeys(key for key, _ in wanted) if key in run.data.metrics}
         missing = {at: found for at, found in wanted.items() if at[1] not in there.get(at[0], ())}
         store.many_metrics((key, value, moment, step) for (key, step), (value, moment) in missing.items())
@@ -464,7 +466,7 @@ class _Upload:
         status = str(ends[-1]["status"]) if ends else self.record.status or "KILLED"
         moment = _number(ends[-1].get("time_ms")) if ends else None
         if moment is None or not 0 <= moment < 2**53:
-            moment = max((moment for _, moment in self.record.metrics().values()), default=run.info.start_time)
+            moment = max((moment for _, moment in self.record.metrics.values()), default=run.info.start_time)
         if run.info.status != status:
             store.finish(status=status, time_ms=int(moment))
             self.sent.ended = status
