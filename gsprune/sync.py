@@ -214,7 +214,7 @@ class _Record:
             entries = event.get(field_name)
             for key, value in entries.items() if isinstance(entries, dict) else ():
                 if isinstance(value, str) and key.strip():
-                    found[key] = value
+                    found[Names.clean(key)] = value
         return found
 
     @cached_property
@@ -224,7 +224,7 @@ class _Record:
         names = Names()
         for row in self._lines("metrics.jsonl"):
             step, moment = row.pop("step", None), _number(row.pop("time", None))
-            named = {names[key]: value for key, value in row.items() if key.strip()}
+            named = {names[key]: value for key, value in row.items()}
             _add(found, named, step, None if moment is None else moment * 1000)
         for event in self.of_kind("metrics"):
             values = event.get("values")
@@ -311,8 +311,8 @@ def _add(
         return
     for key, value in values.items():
         known = _number(value)
-        if known is not None:
-            found.setdefault((key, step), (known, round(time_ms)))
+        if known is not None and key.strip():
+            found.setdefault((Names.clean(key), step), (known, round(time_ms)))
 
 
 def _number(value: object) -> float | None:

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from gsprune import tracking
-from gsprune.tracking import MLflowTracker, Tracker, Names, flatten, read_metrics, resolve_tracking_uri
+from gsprune.tracking import MLflowTracker, Names, Tracker, flatten, read_metrics, resolve_tracking_uri
 
 CONFIG = {"pruner": {"target_sparsity": 0.9, "keep": None, "include": ["*"]}, "seed": 1, "note": "x" * 9000}
 PICTURE = np.zeros((6, 8, 3), np.uint8)

@@ -1,0 +1,209 @@
+"""What faults of an MLflow server cost a run, and that nothing of it is lost. Real servers, real runs of `train.py`.
+
+    python benchmarks/faults_tracking.py                 # every scenario, healthy runs in between; about 10 minutes
+    python benchmarks/faults_tracking.py slow refusing   # some
+
+For each scenario one run with a healthy server and one with the fault: seconds of the whole process, the seconds of it
+that went into tracking (`timings.tracking` of result.json, the import of mlflow included), rows of metrics.jsonl, and
+what `python -m gsprune.sync` does once the server is well: then the server is asked for every metric of metrics.jsonl.
+`full_disk` mounts a small tmpfs, for which one must be root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # the server and the proxy of the tests
+
+from servers import Proxy, Server, fill, small_disk
+
+from gsprune.tracking import Names, read_metrics
+
+EPOCHS = 14
+RUN = (
+    *("trainer.dense_epochs=6", "trainer.prune_epochs=8", "trainer.progress=none", "model.width=4"),
+    *("trainer.device=cpu", "hydra.run.dir=out", "trainer.latency_repeats=5"),
+)
+Scenario = Callable[[Path], contextlib.AbstractContextManager[tuple[str, str, Callable[[], None], Callable[[], None]]]]
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "HYDRA_"))}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def train(folder: Path, uri: str, *, in_the_middle: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """One run; `in_the_middle` is called when 5 of its epochs are on record."""
+    folder.mkdir(parents=True)
+    command = [sys.executable, str(ROOT / "train.py"), *RUN, f"tracking.tracking_uri={uri}"]
+    began = time.perf_counter()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=environment(), **pipes)
+    watcher = threading.Thread(target=_watch, args=(folder / "out" / "metrics.jsonl", process, in_the_middle))
+    watcher.start()
+    output = process.communicate()[0]
+    seconds = time.perf_counter() - began
+    watcher.join()
+    result = json.loads((folder / "out" / "result.json").read_text())
+    rows = read_metrics(folder / "out" / "metrics.jsonl")
+    whole = [row["step"] for row in rows] == [*range(1, EPOCHS + 1), EPOCHS]
+    warnings = sum("tracking to MLflow" in line for line in output.splitlines())
+    return {
+        "code": process.returncode,
+        "seconds": seconds,
+        "tracking": result["timings"]["tracking"],
+        "whole": whole,
+        "warnings": warnings,
+    }
+
+
+def _watch(metrics: Path, process: subprocess.Popen[str], act: Callable[[], None]) -> None:
+    while process.poll() is None:
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") >= 5:
+            return act()
+        time.sleep(0.02)
+
+
+def sync(folder: Path) -> tuple[int, str]:
+    command = [sys.executable, "-m", "gsprune.sync", "out"]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+def missing(folder: Path, uri: str) -> int:
+    """How many values of metrics.jsonl the server does not hold exactly once, plus what else is not as it should be."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    run_id = json.loads((folder / "out" / "tracking.json").read_text())["run_id"]
+    run, names, wanted = client.get_run(run_id), Names(), dict[str, list[int]]()
+    for row in read_metrics(folder / "out" / "metrics.jsonl"):
+        for name in row.keys() - {"step", "time"}:
+            wanted.setdefault(names[name], []).append(int(row["step"]))
+    wrong = sum(
+        sorted(m.step for m in client.get_metric_history(run_id, key)) != sorted(s) for key, s in wanted.items()
+    )
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return wrong + (run.info.status != "FINISHED") + (len(client.search_runs(experiments)) != 1)
+
+
+# --- scenarios: the address before, what happens in the middle, how it is well again, the server to ask ----------
+
+
+@contextlib.contextmanager
+def _server(folder: Path) -> Iterator[Server]:
+    folder.mkdir(parents=True, exist_ok=True)
+    server = Server(folder)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@contextlib.contextmanager
+def _proxied(
+    folder: Path, mode: Any, *, at_once: bool
+) -> Iterator[tuple[str, str, Callable[[], None], Callable[[], None]]]:
+    with _server(folder) as server:
+        proxy = Proxy(server.port)
+
+        def set_mode(value: Any) -> Callable[[], None]:
+            return lambda: setattr(proxy, "mode", value)
+
+        if at_once:
+            proxy.mode = mode
+        yield proxy.uri, server.uri, set_mode(mode), set_mode(None)
+        proxy.close()
+
+
+@contextlib.contextmanager
+def down_at_start(folder: Path) -> Iterator[Any]:
+    folder.mkdir(parents=True)
+    server = Server(folder)
+    yield server.uri, server.uri, lambda: None, server.start
+    server.kill()
+
+
+@contextlib.contextmanager
+def killed(folder: Path) -> Iterator[Any]:
+    with _server(folder) as server:
+        yield server.uri, server.uri, server.kill, server.start
+
+
+@contextlib.contextmanager
+def back_again(folder: Path) -> Iterator[Any]:
+    """Killed after 5 epochs and started again at once: the run goes on without it all the same."""
+    with _server(folder) as server:
+
+        def restart() -> None:
+            server.kill()
+            server.start()
+
+        yield server.uri, server.uri, restart, lambda: None
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path) -> Iterator[Any]:
+    with small_disk(folder / "disk", megabytes=8) as disk, _server(disk) as server:
+        yield server.uri, server.uri, lambda: fill(disk), lambda: (disk / "filler").unlink(missing_ok=True)
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "down_at_start": down_at_start,
+    "killed": killed,
+    "back_again": back_again,
+    "slow": lambda folder: _proxied(folder, 5.0, at_once=True),
+    "slow_later": lambda folder: _proxied(folder, 5.0, at_once=False),
+    "half_a_second": lambda folder: _proxied(folder, 0.5, at_once=False),
+    "refusing": lambda folder: _proxied(folder, 500, at_once=True),
+    "refusing_later": lambda folder: _proxied(folder, 500, at_once=False),
+    "full_disk": full_disk,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], help="all, if none is named")
+    chosen = parser.parse_args().scenarios or list(SCENARIOS)
+    print(
+        "| fault | run, s (healthy → fault) | of it tracking, s | cost, s | exit | metrics.jsonl | sync | lacking then |"
+    )
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as temporary, _server(Path(temporary, "healthy")) as healthy:
+        for name in chosen:
+            folder = Path(temporary, name)
+            well = train(folder / "well", healthy.uri)
+            assert (well["code"], well["warnings"]) == (0, 0), well
+            with SCENARIOS[name](folder / "server") as (uri, server, strike, mend):
+                ill = train(folder / "ill", uri, in_the_middle=strike)
+                mend()
+                code, told = sync(folder / "ill")
+                again = sync(folder / "ill")[1]
+                lacking = missing(folder / "ill", server)
+            assert ill["warnings"] == 1, ill
+            assert code == 0, told
+            assert again.startswith("Nothing to send"), again
+            print(
+                f"| {name} | {well['seconds']:.1f} → {ill['seconds']:.1f} | {well['tracking']:.1f} → "
+                f"{ill['tracking']:.1f} | {ill['tracking'] - well['tracking']:+.1f} | {ill['code']} | "
+                f"{'whole' if ill['whole'] else 'not whole'} | {told.partition(': ')[2].partition(' to http')[0]} | "
+                f"{lacking} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
