@@ -27,9 +27,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the server and the proxy of the tests
 
-from servers import Proxy, Server, fill, small_disk
+from servers import Proxy, Server, fill, small_disk  # noqa: E402
 
-from gsprune.tracking import Names, read_metrics
+from gsprune.tracking import Names, read_metrics  # noqa: E402
 
 EPOCHS = 14
 RUN = (
@@ -178,9 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], help="all, if none is named")
     chosen = parser.parse_args().scenarios or list(SCENARIOS)
-    print(
-        "| fault | run, s (healthy → fault) | of it tracking, s | cost, s | exit | metrics.jsonl | sync | lacking then |"
-    )
+    print("| fault | run, s (healthy → fault) | tracking, s | cost, s | exit | metrics.jsonl | sync | lacking then |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary, _server(Path(temporary, "healthy")) as healthy:
         for name in chosen:
