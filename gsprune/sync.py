@@ -224,7 +224,7 @@ class _Record:
         names = Names()
         for row in self._lines("metrics.jsonl"):
             step, moment = row.pop("step", None), _number(row.pop("time", None))
-            named = {names[key]: value for key, value in row.items()}
+            named = {names[key]: value for key, value in row.items() if key.strip()}
             _add(found, named, step, None if moment is None else moment * 1000)
         for event in self.of_kind("metrics"):
             values = event.get("values")
