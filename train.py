@@ -6,6 +6,7 @@ when a job runs, so that `--help` and shell completion are quick.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     from gsprune.job import objective, run, show_plan
 
     warnings.showwarning = _on_one_line
+    logging.raiseExceptions = False  # a full disk takes the log file; the screen still has every line, once
     folder = HydraConfig.get().runtime.output_dir
     try:
         if cfg.plan:
