@@ -131,7 +131,9 @@ def describe(values: Mapping[str, float]) -> str:
 # --- summary -----------------------------------------------------------------------------------------------
 
 
-def print_summary(result: Mapping[str, Any], output_dir: Path, *, tracking_uri: str | None) -> None:
+def print_summary(
+    result: Mapping[str, Any], output_dir: Path, *, tracking_uri: str | None, unsent: bool = False
+) -> None:
     """The table dense against pruned, where the outputs are, and how to open the MLflow page on them."""
     Console(file=sys.stdout, highlight=False).print(summary_table(result))
     for name, reason in (result.get("skipped") or {}).items():
@@ -140,6 +142,8 @@ def print_summary(result: Mapping[str, Any], output_dir: Path, *, tracking_uri: 
         print("Masked weights are zeros in tensors of the old size: pruner=abs or weighted makes the model smaller.")
     print(f"Outputs: {output_dir}")  # not through rich: it would break long lines, and commands get copied
     if tracking_uri is not None:
+        if unsent:
+            print(f"Unsent:  python -m gsprune.sync {shlex.quote(str(output_dir))}")
         print(f"MLflow:  {ui_command(tracking_uri)}", flush=True)
 
 

@@ -330,7 +330,8 @@ class _Job:
             self._send_files()
         self._write_result("finished")  # again, with the seconds that tracking took
         self.progress.close()
-        print_summary(self.result, self.output_dir, tracking_uri=getattr(self.tracker, "tracking_uri", None))
+        uri, unsent = (getattr(self.tracker, name, None) for name in ("tracking_uri", "stopped"))
+        print_summary(self.result, self.output_dir, tracking_uri=uri, unsent=unsent is not None)
         return self.result
 
     def fail(self, error: BaseException) -> None:

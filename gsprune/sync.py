@@ -50,6 +50,8 @@ NESTED = "mlflow.parentRunId"
 ENDED = ("FINISHED", "FAILED", "KILLED")
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 _MAX_BYTES = 16_000_000  # of a JSON file, and of one line of JSON
+_MAX_LINES = 500_000_000  # bytes of a file of JSON lines
+_MAX_PIXELS = 100_000_000
 _MAX_DEPTH = 16
 _MAX_PRINTED = 20
 
@@ -285,6 +287,8 @@ class _Record:
         """The objects in a file of JSON lines; a line that is none (torn by a crash) is counted and left out."""
         path = self.inside(name)
         bad = 0
+        if path is not None and path.stat().st_size > _MAX_LINES:
+            raise ValueError(f"{self.folder / name} has more than {_MAX_LINES:,} bytes: no run writes that much")
         if path is not None and path.is_file():
             with path.open("rb") as file:
                 while line := file.readline(_MAX_BYTES):
@@ -528,10 +532,12 @@ def _is_picture(path: Path) -> bool:
 
     try:
         with Image.open(path, formats=["PNG"]) as picture:
+            if not 0 < math.prod(picture.size) <= _MAX_PIXELS:
+                return False
             picture.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
-    return math.prod(picture.size) > 0
+    return True
 
 
 def _address(record: _Record, given: str | None) -> str:
@@ -572,7 +578,7 @@ def _fill(path: Path, key: str, value: str | None) -> None:
 
 
 def _unreachable(uri: str) -> str:
-    return f"MLflow at {without_passwords(uri)} does not answer or refuses, and the record stays as it was"
+    return f"MLflow at {without_passwords(uri)} does not answer or refuses, and what it lacks stays on record"
 
 
 if __name__ == "__main__":

@@ -538,6 +538,9 @@ def test_the_end_names_the_outputs_and_the_one_command(tmp_path, capsys):
     assert lines[-1] == f"MLflow:  mlflow ui --backend-store-uri '{uri}' --host 127.0.0.1"
     assert lines[-2] == f"Outputs: {tmp_path}"
     assert lines[-3].startswith("Masked weights are zeros in tensors of the old size")
+    job_module.print_summary(result, tmp_path / "my run", tracking_uri="http://host:5000", unsent=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [f"Unsent:  python -m gsprune.sync '{tmp_path}/my run'", "MLflow:  http://host:5000"]
     job_module.print_summary(result, tmp_path, tracking_uri=None)
     assert "mlflow" not in capsys.readouterr().out
 

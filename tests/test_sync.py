@@ -288,7 +288,7 @@ def test_a_dead_server_is_asked_once_for_many_runs_and_nothing_changes(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     memory.dies_at = 0
     assert main([str(tmp_path)]) == 1
-    said = "MLflow at http://127.0.0.1:9 does not answer or refuses, and the record stays as it was"
+    said = "MLflow at http://127.0.0.1:9 does not answer or refuses, and what it lacks stays on record"
     assert capsys.readouterr().err.splitlines() == [f"Error: {said} (no answer)", f"Error: {said}"]
     assert memory.calls == ["attach"]
     assert {path: path.read_bytes() for path in before} == before
