@@ -5,7 +5,7 @@
 
 For each scenario one run with a healthy server and one with the fault: seconds of the whole process, the seconds of it
 that went into tracking (`timings.tracking` of result.json; mlflow is imported before), whether metrics.jsonl is whole,
-and what `python -m gsprune.sync` does once the server is well: then the server is asked for every metric of metrics.jsonl.
+and what `python -m gsprune.sync` does once the server is well; then the server is asked for every metric.
 `full_disk` mounts a small tmpfs, for which one must be root.
 """
 
