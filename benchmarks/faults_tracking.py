@@ -1,21 +1,22 @@
-"""What faults of an MLflow server cost a run, and that nothing of it is lost. Real servers, real runs of `train.py`.
+"""What faults of an MLflow server cost a run, and that nothing of it is lost. Real servers, real jobs.
 
-    python benchmarks/faults_tracking.py                 # every scenario, healthy runs in between; about 15 minutes
+    python benchmarks/faults_tracking.py                 # every scenario, healthy runs in between; about 5 minutes
     python benchmarks/faults_tracking.py slow refusing   # some
 
-For each scenario one run with a healthy server and one with the fault: seconds of the whole process, the seconds of it
-that went into tracking (`timings.tracking` of result.json; mlflow is imported before), whether metrics.jsonl is whole,
-and what `python -m gsprune.sync` does once the server is well; then the server is asked for every metric.
-`full_disk` mounts a small tmpfs, for which one must be root.
+All jobs run in one process, so that imports are no part of the times. For each scenario one job with a healthy server
+and one with the fault: seconds of the whole job, the seconds of it that went into tracking (`timings.tracking` of
+result.json), how it ended, whether metrics.jsonl is whole, and what `python -m gsprune.sync` sends once the server is
+well; then the server is asked for every metric. `full_disk` mounts a small tmpfs, for which one must be root.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
+import logging
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -27,60 +28,54 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the server and the proxy of the tests
 
+from jobs import configure  # noqa: E402
 from servers import Proxy, Server, fill, small_disk  # noqa: E402
 
+from gsprune import sync  # noqa: E402
+from gsprune.job import run  # noqa: E402
 from gsprune.tracking import Names, read_metrics  # noqa: E402
 
 EPOCHS = 14
-RUN = (
-    *("trainer.dense_epochs=6", "trainer.prune_epochs=8", "trainer.progress=none", "model.width=4"),
-    *("trainer.device=cpu", "hydra.run.dir=out", "trainer.latency_repeats=5"),
-)
+JOB = ("trainer.dense_epochs=6", "trainer.prune_epochs=8", "dataset.batch_size=64", "trainer.latency_repeats=5")
 Scenario = Callable[[Path], contextlib.AbstractContextManager[tuple[str, str, Callable[[], None], Callable[[], None]]]]
+warnings: list[str] = []
 
 
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "HYDRA_"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+class Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        warnings.append(record.getMessage())
 
 
-def train(folder: Path, uri: str, *, in_the_middle: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """One run; `in_the_middle` is called when 5 of its epochs are on record."""
-    folder.mkdir(parents=True)
-    code = f"import mlflow, runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
-    command = [sys.executable, "-c", code, *RUN, f"tracking.tracking_uri={uri}"]
-    began = time.perf_counter()
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=folder, env=environment(), **pipes)
-    watcher = threading.Thread(target=_watch, args=(folder / "out" / "metrics.jsonl", process, in_the_middle))
+def job(folder: Path, uri: str, *, in_the_middle: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """One job; `in_the_middle` is called when 5 of its epochs are on record."""
+    warnings.clear()
+    ended = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(folder / "metrics.jsonl", ended, in_the_middle))
     watcher.start()
-    output = process.communicate()[0]
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = run(configure("tracking=mlflow", *JOB, f"tracking.tracking_uri={uri}"), output_dir=folder)
     seconds = time.perf_counter() - began
+    ended.set()
     watcher.join()
-    result = json.loads((folder / "out" / "result.json").read_text())
-    rows = read_metrics(folder / "out" / "metrics.jsonl")
+    rows = read_metrics(folder / "metrics.jsonl")
     whole = [row["step"] for row in rows] == [*range(1, EPOCHS + 1), EPOCHS]
-    warnings = sum("tracking to MLflow" in line for line in output.splitlines())
-    return {
-        "code": process.returncode,
-        "seconds": seconds,
-        "tracking": result["timings"]["tracking"],
-        "whole": whole,
-        "warnings": warnings,
-    }
+    told = sum(text.startswith("tracking to MLflow") for text in warnings)
+    tracking = result["timings"]["tracking"]
+    return {"status": result["status"], "seconds": seconds, "tracking": tracking, "whole": whole, "warnings": told}
 
 
-def _watch(metrics: Path, process: subprocess.Popen[str], act: Callable[[], None]) -> None:
-    while process.poll() is None:
+def _watch(metrics: Path, ended: threading.Event, act: Callable[[], None]) -> None:
+    while not ended.is_set():
         if metrics.is_file() and metrics.read_bytes().count(b"\n") >= 5:
             return act()
         time.sleep(0.02)
 
 
-def sync(folder: Path) -> tuple[int, str]:
-    command = [sys.executable, "-m", "gsprune.sync", "out"]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
-    return done.returncode, (done.stdout + done.stderr).strip()
+def upload(folder: Path) -> tuple[int, str]:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        code = sync.main([str(folder)])
+    return code, said.getvalue().strip()
 
 
 def missing(folder: Path, uri: str) -> int:
@@ -88,14 +83,13 @@ def missing(folder: Path, uri: str) -> int:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
-    run_id = json.loads((folder / "out" / "tracking.json").read_text())["run_id"]
+    run_id = json.loads((folder / "tracking.json").read_text())["run_id"]
     run, names, wanted = client.get_run(run_id), Names(), dict[str, list[int]]()
-    for row in read_metrics(folder / "out" / "metrics.jsonl"):
+    for row in read_metrics(folder / "metrics.jsonl"):
         for name in row.keys() - {"step", "time"}:
             wanted.setdefault(names[name], []).append(int(row["step"]))
-    wrong = sum(
-        sorted(m.step for m in client.get_metric_history(run_id, key)) != sorted(s) for key, s in wanted.items()
-    )
+    there = {key: sorted(metric.step for metric in client.get_metric_history(run_id, key)) for key in wanted}
+    wrong = sum(there[key] != sorted(steps) for key, steps in wanted.items())
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     return wrong + (run.info.status != "FINISHED") + (len(client.search_runs(experiments)) != 1)
 
@@ -179,27 +173,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", choices=[*SCENARIOS, []], help="all, if none is named")
     chosen = parser.parse_args().scenarios or list(SCENARIOS)
-    print("| fault | run, s (healthy → fault) | tracking, s | cost, s | exit | metrics.jsonl | sync | lacking then |")
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    logging.getLogger("gsprune").addHandler(Warnings())
+    print("| fault | job, s: healthy, with it | tracking, s | cost, s | ends | metrics.jsonl | sync | lacking then |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary, _server(Path(temporary, "healthy")) as healthy:
+        job(Path(temporary, "warm"), healthy.uri)  # imports
         for name in chosen:
             folder = Path(temporary, name)
-            well = train(folder / "well", healthy.uri)
-            assert (well["code"], well["warnings"]) == (0, 0), well
+            well = job(folder / "well", healthy.uri)
+            assert well["warnings"] == 0, well
             with SCENARIOS[name](folder / "server") as (uri, server, strike, mend):
-                ill = train(folder / "ill", uri, in_the_middle=strike)
+                ill = job(folder / "ill", uri, in_the_middle=strike)
                 mend()
-                code, told = sync(folder / "ill")
-                again = sync(folder / "ill")[1]
+                code, told = upload(folder / "ill")
+                again = upload(folder / "ill")[1]
                 lacking = missing(folder / "ill", server)
             assert ill["warnings"] == 1, ill
             assert code == 0, told
             assert again.startswith("Nothing to send"), again
+            sent = told.partition(": sent ")[2].partition(" to http")[0]
             print(
-                f"| {name} | {well['seconds']:.1f} → {ill['seconds']:.1f} | {well['tracking']:.1f} → "
-                f"{ill['tracking']:.1f} | {ill['tracking'] - well['tracking']:+.1f} | {ill['code']} | "
-                f"{'whole' if ill['whole'] else 'not whole'} | {told.partition(': ')[2].partition(' to http')[0]} | "
-                f"{lacking} |",
+                f"| {name} | {well['seconds']:.1f}, {ill['seconds']:.1f} | {well['tracking']:.1f}, "
+                f"{ill['tracking']:.1f} | {ill['tracking'] - well['tracking']:+.1f} | {ill['status']} | "
+                f"{'whole' if ill['whole'] else 'not whole'} | {sent} | {lacking} |",
                 flush=True,
             )
 
