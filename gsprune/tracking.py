@@ -49,6 +49,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 Event = dict[str, Any]
 log = logging.getLogger(__name__)
 _THREAD = "gsprune-tracking"
+_REQUESTS = {"start": 4, "image": 4}  # of calls that ask several things of a server, and would do harm twice
 RECORD, LOCK = "tracking.json", "tracking.lock"
 RECORD_TAG = "gsprune.record"
 
@@ -240,7 +241,7 @@ class MLflowTracker(Tracker):
     """The local record of `Tracker`, and the same in one MLflow run.
 
     Every call to MLflow has a deadline and stands behind a circuit breaker: after the first that fails (at once: made
-    a second time) or is late, or when slow answers of a server have cost `timeout_s` in all beyond 0.1 s each (a local
+    a second time) or is late, or when slow answers of a server have cost `timeout_s` in all beyond 0.2 s each (a local
     database: half a second), one warning says so and MLflow is left alone until `python -m gsprune.sync`.
 
     Args:
@@ -279,7 +280,7 @@ class MLflowTracker(Tracker):
         self._start_limit = max(timeout_s, 120.0) if local else timeout_s  # other jobs may be creating it first
         self._caller = _Caller()
         self._patience = self._limit  # seconds that slow answers may still cost
-        self._normal = 0.5 if local else 0.1  # seconds that an answer may take for nothing
+        self._normal = 0.5 if local else 0.2  # seconds that an answer may take for nothing
         self._names = Names()
         self._unsent = _Log(self.output_dir / "unsent.jsonl")
         self._lock = Lock(self.output_dir / LOCK)
@@ -365,7 +366,7 @@ class MLflowTracker(Tracker):
 
     def _call(self, kind: str, event: Event, transfer: float) -> None:
         """A call that fails at once is made once more if twice does no harm: the server may have hung up just then."""
-        left = min(self._limit, self._patience + self._normal)
+        left = min(self._limit, self._patience + self._usual(kind))
         limit = self._start_limit if kind == "start" else left + transfer
         begin = time.monotonic()
         try:
@@ -376,13 +377,16 @@ class MLflowTracker(Tracker):
             raise TimeoutError(f"answers take too long, the last one more than {left:.1f} s") from error
         except Exception:
             seconds = time.monotonic() - begin
-            if kind in ("start", "image") or seconds > self._normal:
+            if kind in _REQUESTS or seconds > self._normal:
                 raise
             self._caller.call(lambda: getattr(self._store, kind)(**event), limit - seconds)
 
     def _lose_patience(self, kind: str, seconds: float) -> None:
         if kind != "start" or self._start_limit == self.timeout_s:
-            self._patience = max(0.0, self._patience - max(0.0, seconds - self._normal))
+            self._patience = max(0.0, self._patience - max(0.0, seconds - self._usual(kind)))
+
+    def _usual(self, kind: str) -> float:
+        return self._normal * _REQUESTS.get(kind, 1)
 
     def _inside(self, path: str) -> str:
         """A path as seen from the output directory, which may be moved before somebody reads this."""

@@ -487,7 +487,7 @@ FAULTS: dict[str, tuple[Any, int]] = {  # the proxy's mode, and how many request
     "it says 507 in the middle": (507, 8),
     "5 seconds an answer": (5.0, 0),
     "5 seconds an answer from the middle on": (5.0, 3),
-    "0.6 seconds an answer": (0.6, 6),
+    "0.9 seconds an answer": (0.9, 6),
 }
 
 
