@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -575,7 +576,11 @@ def test_a_local_database_that_was_not_there_is_filled_later(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_page_listens_on_this_machine_only(tmp_path: Path) -> None:
-    """MLflow's own default, which the command that a run prints repeats."""
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of this machine")
+def test_the_page_listens_on_this_machine_only(server: Server) -> None:
+    """MLflow's own default, which the command that a run prints repeats; `mlflow ui` is `mlflow server`."""
+    socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):  # what listens everywhere answers here too
+        socket.create_connection(("127.0.0.2", server.port), timeout=5)
     done = subprocess.run([sys.executable, "-m", "mlflow", "ui", "--help"], capture_output=True, text=True, check=True)
     assert "(default: 127.0.0.1)" in " ".join(done.stdout.split())
