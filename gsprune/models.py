@@ -249,17 +249,11 @@ def mobilenet_v3_small(*, image_size: int, in_channels: int, num_classes: int, n
     return model  # type: ignore[no-any-return]
 
 
-class SequenceClassifier(nn.Module):
-    """A network of transformers that takes a batch of texts as the loaders give it, and returns the logits alone.
+class LogitsOnly(nn.Module):
+    """Mixed into a network of transformers: it takes a batch of texts as the loaders give it, and returns the logits.
 
-    Args:
-        network: of whatever class; its parameters are named "network.<name there>" here.
+    The network stays what it was but for this: names of parameters, configuration, and what can be done with it.
     """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.has_types = "token_type_ids" in inspect.signature(network.forward).parameters
 
     def forward(
         self,
@@ -270,8 +264,16 @@ class SequenceClassifier(nn.Module):
         """Shapes: (n, t) each -> (n, num_classes). Also takes them as one mapping by name."""
         if isinstance(input_ids, Mapping):
             return self(**input_ids)  # type: ignore[no-any-return]
-        types = {"token_type_ids": token_type_ids} if self.has_types and token_type_ids is not None else {}
-        return self.network(input_ids, attention_mask=attention_mask, **types).logits  # type: ignore[no-any-return]
+        whole = super().forward
+        takes_types = token_type_ids is not None and "token_type_ids" in inspect.signature(whole).parameters
+        types = {"token_type_ids": token_type_ids} if takes_types else {}
+        return whole(input_ids, attention_mask=attention_mask, **types).logits  # type: ignore[no-any-return]
+
+
+def logits_only(network: nn.Module) -> nn.Module:
+    """Mix `LogitsOnly` into a network, in place; its class keeps its name."""
+    network.__class__ = type(type(network).__name__, (LogitsOnly, type(network)), {"__module__": __name__})
+    return network
 
 
 def hf_sequence_classification(
@@ -282,11 +284,13 @@ def hf_sequence_classification(
     max_length: int,
     pretrained: bool = True,
     config: Mapping[str, Any] | None = None,
-) -> SequenceClassifier:
+) -> nn.Module:
     """A network for texts from transformers (extra `[hf]`), such as BERT with a linear layer on top, in float32.
 
-    Shapes: `input_ids`, `attention_mask` (and `token_type_ids`), (n, t) each -> (n, num_classes). Attention is torch's
-    fused one. Weights come from safetensors files alone; a head that does not fit `num_classes` starts at random.
+    It is the library's own network but for its forward pass, so a pruned one can be loaded into one that was made
+    by `from_pretrained`. Shapes: `input_ids`, `attention_mask` (and `token_type_ids`), (n, t) each -> (n,
+    num_classes). Attention is torch's fused one. Weights come from safetensors files alone; a head that does not
+    fit `num_classes` starts at random.
 
     Args:
         name: a folder, or a name on the Hugging Face hub; with `pretrained=False` also None.
@@ -316,7 +320,7 @@ def hf_sequence_classification(
         if most is not None and most < needed:
             raise ValueError(f"{what.format(f'{needed:,}')}, but the model's {limit} is {most:,}")
     kind = "AutoModelForSequenceClassification"
-    return SequenceClassifier(hf.make_network(kind, network_config, name=name if pretrained else None))
+    return logits_only(hf.make_network(kind, network_config, name=name if pretrained else None))
 
 
 def _resnet(build: Any, image_size: int, in_channels: int, num_classes: int) -> nn.Module:

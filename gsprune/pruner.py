@@ -205,6 +205,8 @@ class Pruner(Attachable):
         shrink: When = "at_end",
         copies: Sequence[nn.Module] = (),
     ) -> None:
+        if not isinstance(criterion, Criterion):
+            raise ValueError(f"criterion is {criterion!r}: it must be one of gsprune.criteria, such as Abs()")
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.structured = not criterion.scores_weights if structured is None else structured
         if (goal := read_target(target)) is not None:
@@ -212,7 +214,7 @@ class Pruner(Attachable):
             scope, target_sparsity = "global", round(1 - goal[1], 12)
         self.scope = scope or ("local" if self.structured else "global")
         self.min_kept, self.steps_per_epoch, self.shrink = min_kept, steps_per_epoch, shrink
-        self._example_input = example_input
+        self._example_input, self.copies = example_input, copies
         self._shrinker: Shrinker | None = None  # of units alone
         self.skipped: Mapping[str, str] = {}  # structures that cannot be pruned -> why
         self.left_out: tuple[Structure, ...] = ()  # those that could be, but for include, exclude and keep
@@ -221,7 +223,7 @@ class Pruner(Attachable):
         _check_settings(self, parsed, counts, kinds, per_channel=per_channel)
         schedule = _resolve(schedule or Cubic(), parsed, target_sparsity, epochs, counted=bool(counts))
         if self.structured:
-            self._all: Targets = self._unit_targets(include, exclude, counts, kinds, copies)
+            self._all: Targets = self._unit_targets(include, exclude, counts, kinds)
         else:
             self._all = weight_targets(model, parsed, include=include, exclude=exclude, per_channel=per_channel)
         self.targets = self._all.targets
@@ -241,10 +243,12 @@ class Pruner(Attachable):
         """Before the first epoch. Masks of a loaded state are applied.
 
         Raises:
-            ValueError: the model is to shrink while it trains, and its optimizer is not known.
+            ValueError: the model is to shrink while it trains, and its optimizer is not known; the optimizer holds
+                nothing of what is pruned.
         """
         if self.structured and self.shrink == "each_update" and self.optimizer is None:
             raise ValueError('shrink="each_update" needs the optimizer, which has to follow the model: give it')
+        self._check_optimizer()
         self._apply_masks()
 
     def on_epoch_begin(self, epoch: int) -> None:
@@ -490,7 +494,6 @@ class Pruner(Attachable):
         exclude: Sequence[str],
         counts: Mapping[str, int],
         kinds: Sequence[str] | None,
-        copies: Sequence[nn.Module],
     ) -> UnitTargets:
         from gsprune.shrink import Shrinker, check_shrink  # heavy: imports torch-pruning
         from gsprune.structures import find_structures
@@ -513,7 +516,7 @@ class Pruner(Attachable):
         # a width that is fixed somewhere in the model's code has to come out now, and not after days of training
         halves = [torch.arange(structure.units) % 2 == 0 for structure in chosen]
         check_shrink(self.model, chosen, halves, example_input=self._example_input)
-        self._shrinker = Shrinker(self.model, chosen, example_input=self._example_input, copies=copies)
+        self._shrinker = Shrinker(self.model, chosen, example_input=self._example_input, copies=self.copies)
         return UnitTargets([UnitTarget(structure, self.model) for structure in chosen])
 
     def _budget(self, kind: str, share: float) -> Budget:
@@ -572,6 +575,14 @@ class Pruner(Attachable):
                 f"min_kept={self.min_kept} in each of {len(self.targets)} tensors or structures allows no more",
                 stacklevel=3,
             )
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer is None:
+            return
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if not any(id(tensor) in held for target in self.targets for tensor in target.parameters()):
+            name = type(self.optimizer).__name__
+            raise ValueError(f"the {name} optimizer holds nothing of what is pruned: is it another model's?")
 
     def _apply_masks(self) -> None:
         with torch.no_grad():
@@ -679,6 +690,11 @@ def _check_settings(
     pruner: Pruner, pattern: Pattern, counts: Mapping[str, int], kinds: Sequence[str] | None, *, per_channel: bool
 ) -> None:
     """The contradictions and the settings without effect that can be seen before the model is."""
+    if not isinstance(pruner.model, nn.Module):
+        raise ValueError(f"model is a {type(pruner.model).__name__}: it must be a torch.nn.Module")
+    for kind, count in counts.items():
+        if type(count) is not int:
+            raise ValueError(f"keep.{kind} is {count!r}: it must be a whole number of units")
     criterion, units = pruner.criterion, pruner.structured
     if not (criterion.scores_units if units else criterion.scores_weights):
         kind, other = ("units", "false") if units else ("single weights", "true")

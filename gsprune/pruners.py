@@ -73,8 +73,9 @@ class Pruners(Attachable):
         copies: Sequence[nn.Module] = (),
         scores: Scores | None = None,
     ) -> None:
-        if not pruners:
-            raise ValueError("pruners is empty: it must list one pruner or more")
+        if not isinstance(pruners, Sequence) or not pruners:
+            given = "empty" if isinstance(pruners, Sequence) else f"a {type(pruners).__name__}"
+            raise ValueError(f"pruners is {given}: it must list what makes one pruner or more")
         self.model, self.optimizer, self.steps_per_epoch = model, optimizer, steps_per_epoch
         common = {"optimizer": optimizer, "steps_per_epoch": steps_per_epoch, "epochs": epochs}
         self.parts = [
@@ -367,12 +368,18 @@ def _scheduled(make: Callable[..., Pruner], schedule: Schedule | None) -> Callab
 
 
 def _part(number: int, make: Callable[..., Pruner], model: nn.Module, **arguments: Any) -> Pruner:
+    if isinstance(make, Pruner):
+        raise ValueError(f"pruners[{number}] is a Pruner: give what makes it, functools.partial(Pruner, ...)")
     try:
         part = make(model, **arguments)
     except ValueError as error:
         raise ValueError(f"pruners[{number}]: {error}") from error
     if not isinstance(part, Pruner):
         raise ValueError(f"pruners[{number}] makes a {type(part).__name__}: it must make a Pruner")
+    if part.model is not model:
+        raise ValueError(f"pruners[{number}] prunes another model: it must prune the one it is given")
+    if part.copies:
+        raise ValueError(f"pruners[{number}] has copies of its own: give them to Pruners, which cuts for all")
     return part
 
 

@@ -254,6 +254,9 @@ def _narrowed(structure: Structure, keep: Tensor, plan: Plan) -> Structure:
 
 
 def _check_copy(model: nn.Module, copy: nn.Module) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in own for parameter in copy.parameters()):
+        raise ValueError("a copy to be cut along shares parameters with the model: it must be a network of its own")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     others = {name: tensor.shape for name, tensor in copy.state_dict().items()}
     for name in [*shapes, *others]:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.overrides import TorchFunctionMode
 
 from gsprune.attention import no_fast_path, why_not_narrow
@@ -227,6 +228,8 @@ def counted(model: nn.Module, calls: Counter[nn.Module]) -> Iterator[None]:
 def _refuse_unknown(model: nn.Module) -> None:
     """ValueError for layers whose weights cannot be read as rows and columns."""
     for name, module in model.named_modules():
+        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+            raise ValueError(f"{name!r} is pruned by torch.nn.utils.prune: call its remove() first")
         if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
             raise ValueError(
                 f"{name!r} is a Conv1D of transformers (as in GPT-2), which is not supported: use nn.Linear"
@@ -241,6 +244,8 @@ def _refuse_unknown(model: nn.Module) -> None:
 def _check_device(model: nn.Module, example_input: Example) -> None:
     """Models spread over several devices move their inputs themselves."""
     homes = {p.device for p in model.parameters()}
+    if any(home.type == "meta" for home in homes):
+        raise ValueError("the model is on the meta device, which holds no values: build it on another one")
     given: list[Tensor] = []
     _map_example(lambda v: given.append(v) if isinstance(v, Tensor) and v.dim() else None, example_input)
     for tensor in given if len(homes) == 1 else ():
@@ -251,6 +256,8 @@ def _check_device(model: nn.Module, example_input: Example) -> None:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """ValueError for wrappers that keep parameters of their own or a compiled copy."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the model is a program of torch.jit, pass the model that it was made from")
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
@@ -424,16 +431,18 @@ def _walk_back(start: Any, stops: set[Any]) -> tuple[set[Any], set[str]]:
 
 
 def _check_static(observed: _Observed, args: Example) -> None:
-    """Raise for a model that calls modules on another input that it does not call on the example: they are not seen."""
+    """Raise for a model that calls other modules on another input than on the example: those ways are not seen."""
 
     def other(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.dim():
             return value
         return -1.5 * value if value.is_floating_point() else value.flip(-1)
 
-    calls = _called(observed.model, _map_example(other, args)) or ()
-    for module in calls:
-        if module not in observed.calls:
+    calls = _called(observed.model, _map_example(other, args))
+    if calls is None:
+        return
+    for module in observed.names:
+        if bool(calls[module]) != bool(observed.calls[module]):
             model, name = type(observed.model).__name__, observed.names[module]
             raise ValueError(
                 f"{model} cannot be traced: {name!r} is called for some inputs only (dynamic control flow)"
@@ -996,6 +1005,8 @@ def _are_silent(twin: nn.Module, args: Example, structures: list[Structure]) -> 
     saved = {m.tensor: tensors[m.tensor].clone() for m in (*producers, *consumers)}
     _zero_every_second(tensors, consumers)
     before = outputs(twin, args)
+    if not all(bool(output.isfinite().all()) for output in before):
+        raise ValueError("the model's output on the example input is not finite (did training diverge?)")
     for m in producers:
         rows = _every_second(m, tensors[m.tensor])
         tensors[m.tensor].index_copy_(0, rows, tensors[m.tensor].index_select(0, rows) * -0.7 + 0.05)

@@ -69,6 +69,10 @@ class Target(ABC):
     pruned: int = 0
 
     @abstractmethod
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """What is scored and masked."""
+
+    @abstractmethod
     def groups(self) -> Tensor:
         """Scores of the selection groups, (r, n)."""
 
@@ -152,6 +156,9 @@ class WeightTarget(Target):
             raise ValueError(f"{name} shares or skips memory (its strides are {weight.stride()}): exclude it")
         self.name, self.weight, self.pattern, self.per_channel = name, weight, pattern, per_channel
         self.total = weight.numel()
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return [self.weight]
 
     def groups(self) -> Tensor:
         groups = self.pattern.to_groups(self.score)
@@ -261,6 +268,9 @@ class UnitTarget(Target):
         self.placed = _moved(structure, _one_device(self.tensors.values()))  # as it lies in the model now
         self._left: Tensor | None = None  # units that the model still has; None: all
         self._rows: dict[Member, Tensor] = {}  # the mask as one row of each consumer
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return list(self.tensors.values())
 
     def change(self, criterion: Criterion) -> Tensor:
         """What the criterion says of this step, (units,); 0 for units that were cut out."""

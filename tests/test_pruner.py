@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -949,3 +950,29 @@ def test_deep_copies_of_a_pruner_do_not_share_scores() -> None:
     fill_gradients(pruner.model)
     pruner.on_before_optimizer_step()
     assert float(twin.targets[0].score.max()) == 0.0 < float(pruner.targets[0].score.max())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "resnet"}, "model is a str: it must be a torch.nn.Module"),
+        ({"criterion": "abs"}, "criterion is 'abs': it must be one of gsprune.criteria, such as Abs()"),
+        ({"keep": {"neurons": "4"}}, "keep.neurons is '4': it must be a whole number of units"),
+        ({"keep": {"neurons": 4.5}}, "keep.neurons is 4.5: it must be a whole number of units"),
+        ({"keep": {"neurons": True}}, "keep.neurons is True: it must be a whole number of units"),
+    ],
+)
+def test_arguments_of_another_kind(arguments: dict[str, Any], message: str) -> None:
+    settings = {"model": mlp(), "criterion": Abs(), "example_input": torch.ones(1, 6), **arguments}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Pruner(settings.pop("model"), settings.pop("criterion"), **settings)
+
+
+@pytest.mark.parametrize("criterion", [Abs(), Elementwise()])
+def test_another_models_optimizer_is_seen_before_training(criterion: Criterion) -> None:
+    pruner = Pruner(
+        mlp(), criterion, target_sparsity=0.5, example_input=torch.ones(1, 6), optimizer=sgd(mlp()), steps_per_epoch=1
+    )
+    message = "the SGD optimizer holds nothing of what is pruned: is it another model's?"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pruner.on_train_begin()

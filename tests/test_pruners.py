@@ -278,7 +278,7 @@ def test_an_early_end_sets_the_final_masks() -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([], "pruners is empty: it must list one pruner or more"),
+        ([], "pruners is empty: it must list what makes one pruner or more"),
         (
             [CHANNELS, partial(CHANNELS, include=["conv1"])],
             "pruners[0] and pruners[1] both prune conv1: give them kinds, include or exclude that do not meet",
@@ -303,9 +303,19 @@ def test_an_early_end_sets_the_final_masks() -> None:
             "exclude it",
         ),
         ([lambda model, **_: NoPruning(model)], "pruners[0] makes a NoPruning: it must make a Pruner"),
+        (WEIGHTS, "pruners is a partial: it must list what makes one pruner or more"),
+        ([WEIGHTS(nets.mlp())], "pruners[0] is a Pruner: give what makes it, functools.partial(Pruner, ...)"),
+        (
+            [lambda _, **options: WEIGHTS(nets.mlp(), **options)],
+            "pruners[0] prunes another model: it must prune the one it is given",
+        ),
+        (
+            [partial(CHANNELS, copies=[build(nets.ResNet).float()])],
+            "pruners[0] has copies of its own: give them to Pruners, which cuts for all",
+        ),
     ],
 )
-def test_what_does_not_go_together_is_refused(parts: list[Any], message: str) -> None:
+def test_what_does_not_go_together_is_refused(parts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Pruners(build(nets.ResNet), parts, example_input=batch(0, 0)[0], steps_per_epoch=STEPS)
 

@@ -233,6 +233,13 @@ def test_a_copy_of_another_architecture_is_refused() -> None:
         )
 
 
+def test_the_model_is_no_copy_of_itself() -> None:
+    model = build("resnet")
+    message = "a copy to be cut along shares parameters with the model: it must be a network of its own"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Pruner(model, Abs(), target_sparsity=0.5, example_input=batch(0, 0)[0], copies=[model])
+
+
 def test_the_time_to_shrink_has_two_values() -> None:
     with pytest.raises(ValueError, match=re.escape('shrink is \'always\': it must be "at_end" or "each_update"')):
         Pruner(nets.mlp(), Abs(), target_sparsity=0.5, example_input=torch.ones(1, 6), shrink="always")  # type: ignore[arg-type]

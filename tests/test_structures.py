@@ -533,12 +533,48 @@ class Branches(nn.Module):
         return self.b(hidden) if x.sum() > 0 else self.c(hidden)
 
 
+class Sometimes(Branches):
+    """A layer in the middle that some inputs skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.a(x))
+        return self.c(self.b(hidden) if x.sum() > 0 else hidden)
+
+
 def test_models_that_one_example_cannot_show() -> None:
-    message = "Branches cannot be traced: 'c' is called for some inputs only (dynamic control flow)"
+    message = "Branches cannot be traced: 'b' is called for some inputs only (dynamic control flow)"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         find_structures(Branches(), torch.ones(2, 6))
+    message = "Sometimes cannot be traced: 'b' is called for some inputs only (dynamic control flow)"
+    for example in (torch.ones(2, 6), -torch.ones(2, 6)):  # whichever way the example goes
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            find_structures(Sometimes(), example)
     with pytest.raises(ValueError, match=r"^the model is on cpu and the example input on meta: move one of them$"):
         find_structures(nets.mlp(), torch.ones(2, 6, device="meta"))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_models_that_cannot_be_copied_or_run_are_refused_by_name() -> None:
+    scripted = torch.jit.trace(nets.mlp(), torch.ones(2, 6))
+    with pytest.raises(
+        ValueError, match=r"^the model is a program of torch.jit, pass the model that it was made from$"
+    ):
+        find_structures(scripted, torch.ones(2, 6))
+    masked = nets.mlp()
+    torch.nn.utils.prune.l1_unstructured(masked[2], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"^'2' is pruned by torch.nn.utils.prune: call its remove\(\) first$"):
+        find_structures(masked, torch.ones(2, 6))
+    message = r"^the model is on the meta device, which holds no values: build it on another one$"
+    with pytest.raises(ValueError, match=message):
+        find_structures(nets.mlp().to("meta"), torch.ones(2, 6, device="meta"))
+    diverged = nets.mlp()
+    diverged[0].weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"^the model's output on the example input is not finite \(did training"):
+        find_structures(diverged, torch.ones(2, 6))
 
 
 class Auxiliary(nn.Module):
