@@ -136,6 +136,7 @@ class TrainerConfig:
     precision: str = "fp32"
     accumulate_steps: int = 1
     clip_norm: float | None = None
+    max_bad_steps: int = 20
     channels_last: bool = False
     compile: bool = False
     fused: bool = True

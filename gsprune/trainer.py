@@ -2,7 +2,7 @@
 
 The only caller of the pruner's hooks in this repository. There is one loop and it has no feature branches:
 what pruning needs comes in through the hooks (`Hooks`), what a screen or a log needs through two callbacks.
-May import torch and numpy, and nothing else of this package.
+May import torch and numpy, and of this package `guard` alone.
 
 One optimizer step, in order:
 
@@ -10,9 +10,11 @@ One optimizer step, in order:
     forward and backward, `accumulate_steps` times
     scaler.unscale_(optimizer)
     hooks.on_before_optimizer_step()      gradients of the whole group: unscaled, not yet clipped
-    clip, scaler.step(optimizer), scaler.update()
+    clip, optimizer.step(), scaler.update()
     hooks.on_step_end()
     optimizer.zero_grad(set_to_none=True), lr_schedule.step()
+
+A step whose gradients are not finite changes neither parameters nor optimizer nor buffers (see `guard`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from gsprune.guard import Guard
 
 Batch = tuple[Any, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
@@ -78,18 +82,26 @@ class Totals:
         wide = torch.float32 if device.type == "mps" else torch.float64
         self._loss = torch.zeros((), dtype=wide, device=device)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._left_out = torch.zeros_like(self._correct)
         self._count = 0
 
-    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self._loss += loss_sum.detach()
-        self._correct += (logits.detach().argmax(dim=1) == labels).sum()
+    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor, *, only_finite: bool = False) -> None:
+        """With `only_finite` a batch whose loss is not finite is left out."""
+        loss, correct = loss_sum.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+        if only_finite:
+            lost = loss.isfinite().logical_not()
+            loss, correct = loss.masked_fill(lost, 0), correct.masked_fill(lost, 0)
+            self._left_out += len(labels) * lost
+        self._loss += loss
+        self._correct += correct
         self._count += len(labels)
 
     def read(self) -> dict[str, float]:
-        """Mean loss and accuracy (0 to 1) so far. This is a sync point."""
+        """Mean loss and accuracy (0 to 1) so far, NaN if every batch was left out. This is a sync point."""
         if self._count == 0:
             raise ValueError("the loader gave no batch, so there is no loss or accuracy to report")
-        return {"loss": self._loss.item() / self._count, "accuracy": self._correct.item() / self._count}
+        count = self._count - int(self._left_out) or math.nan
+        return {"loss": self._loss.item() / count, "accuracy": self._correct.item() / count}
 
 
 EpochCallback = Callable[[int, dict[str, float]], None]
@@ -109,6 +121,9 @@ class Trainer:
             the group, as for one batch of that size, also when the last batch or the last group of an epoch
             is short. (BatchNorm still normalises each batch by itself.)
         clip_norm: largest global gradient norm, None for no clipping. The pruner sees gradients before it.
+        max_bad_steps: a step whose gradients are not finite is skipped: neither weights nor scores nor BatchNorm's
+            statistics change. So many in a row are put up with, and one more ends the run; 0: none is. With fp16 leave
+            room, because the scaler finds its scale by steps like that.
         channels_last: memory format of the model and of 4-D inputs; faster convolutions on most devices.
         compile: run forward through `torch.compile`; the pruner works on the plain module.
         fused: use the optimizer's fused form where it has one (one kernel instead of one per operation).
@@ -129,6 +144,7 @@ class Trainer:
     precision: str = "fp32"
     accumulate_steps: int = 1
     clip_norm: float | None = None
+    max_bad_steps: int = 20
     channels_last: bool = False
     compile: bool = False
     fused: bool = True
@@ -140,7 +156,7 @@ class Trainer:
     dense_scores: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("dense_epochs", "prune_epochs", "latency_repeats"):
+        for name in ("dense_epochs", "prune_epochs", "max_bad_steps", "latency_repeats"):
             _check(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
         for name in ("accumulate_steps", "latency_batch"):
             _check(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "1 or more")
@@ -183,8 +199,13 @@ class Trainer:
         Args:
             lr_schedule: stepped once per optimizer step.
             on_epoch: called after every epoch with its number (from 0) and `train/loss`, `train/accuracy`,
-                `val/loss`, `val/accuracy` (when there is a `val_loader`), `lr` (of the next step), `epoch_seconds`.
+                `val/loss`, `val/accuracy` (when there is a `val_loader`), `lr` (of the next step), `epoch_seconds`,
+                and `train/skipped_steps` if there were any.
             on_step: called after every optimizer step with the running `Totals`; reading it is a sync point.
+
+        Raises:
+            BadNumbers: a ValueError that names the first tensor whose gradient is not finite, after more than
+                `max_bad_steps` such steps in a row. The model is as the last good step left it.
         """
         loop = self._loop(model, optimizer, pruner)
         model.train()
@@ -225,7 +246,8 @@ class Trainer:
 
     def _loop(self, model: nn.Module, optimizer: Optimizer, pruner: Hooks) -> _Loop:
         scaler = torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
-        return _Loop(self, torch.compile(model) if self.compile else model, optimizer, pruner, scaler)
+        guard = Guard(model, optimizer, limit=self.max_bad_steps)
+        return _Loop(self, torch.compile(model) if self.compile else model, optimizer, pruner, scaler, guard)
 
     def evaluate(self, model: nn.Module, loader: Loader) -> dict[str, float]:
         """Mean `loss` and `accuracy` (0 to 1) over all samples of `loader`; the model is left as it was."""
@@ -267,18 +289,23 @@ class _Loop:
     optimizer: Optimizer
     pruner: Hooks
     scaler: torch.amp.GradScaler
+    guard: Guard
 
     def train_epoch(self, loader: Loader, lr_schedule: Schedule, on_step: StepCallback) -> dict[str, float]:
-        totals = Totals(self.trainer.torch_device)
+        totals, skipped = Totals(self.trainer.torch_device), self.guard.skipped
         for step, group in enumerate(_groups(loader, self.trainer.accumulate_steps)):
             self.pruner.on_step_begin(step)
+            self.guard.begin()
             self._show_gradients(group, totals)
             self._update()
             self.pruner.on_step_end()
             self.optimizer.zero_grad(set_to_none=True)
             lr_schedule.step()
             on_step(totals)
-        return totals.read()  # sync point, once an epoch
+            self.guard.look()
+        self.guard.look(now=True)
+        skipped = self.guard.skipped - skipped
+        return totals.read() | ({"skipped_steps": skipped} if skipped else {})  # sync point, once an epoch
 
     def score(self, loader: Loader, steps: int | None) -> int:
         totals, done = Totals(self.trainer.torch_device), 0
@@ -292,21 +319,20 @@ class _Loop:
     def _show_gradients(self, group: Sequence[Batch], totals: Totals) -> None:
         self._accumulate(group, totals)
         self.scaler.unscale_(self.optimizer)
-        self.pruner.on_before_optimizer_step()
+        self.guard.judge()
+        with self.guard.shown():
+            self.pruner.on_before_optimizer_step()
 
     def _accumulate(self, group: Sequence[Batch], totals: Totals) -> None:
         samples = sum(len(labels) for _, labels in group)
         for batch in group:
             loss, logits, labels = self.trainer.loss_sum(self.forward, batch)
             self.scaler.scale(loss / samples).backward()  # type: ignore[no-untyped-call]
-            totals.add(loss, logits, labels)
+            totals.add(loss, logits, labels, only_finite=True)
 
     def _update(self) -> None:
-        if self.trainer.clip_norm is not None:
-            # asked each time: a pruner that shrinks puts new parameters into the groups
-            nn.utils.clip_grad_norm_(parameters_of(self.optimizer), self.trainer.clip_norm)
-        # a sync point only for fp16 with an optimizer that has no fused form
-        self.scaler.step(self.optimizer)
+        self.guard.clip(self.trainer.clip_norm)
+        self.guard.step()  # in the place of the scaler's: it skips also without one
         self.scaler.update()
 
 
@@ -360,10 +386,6 @@ def make_optimizer(
         with contextlib.suppress(RuntimeError):
             return factory(parameters, fused=True, **extra)
     return factory(parameters, **extra)
-
-
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:

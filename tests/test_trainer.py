@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from gsprune import Pruner
 from gsprune.criteria import Elementwise
+from gsprune.guard import parameters_of
 from gsprune.trainer import (
     Totals,
     Trainer,
     constant,
     find_device,
     make_optimizer,
-    parameters_of,
     seed_everything,
     warmup_cosine,
 )
@@ -122,8 +122,8 @@ def test_every_event_around_the_optimizer_step_happens_in_the_promised_order(mon
         zero_grad(set_to_none)
 
     monkeypatch.setattr(optimizer, "zero_grad", recorded_zero_grad)
-    clip = nn.utils.clip_grad_norm_
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *a: (events.append("clip"), clip(*a))[1])
+    clip = nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(nn.utils, "clip_grads_with_norm_", lambda *a: (events.append("clip"), clip(*a))[1])
     fit(
         CPU(accumulate_steps=2, clip_norm=1.0),
         model,
@@ -444,7 +444,8 @@ def test_totals_wait_for_nothing_until_they_are_read():
                 yield from super().__iter__()
 
     model = mlp()
-    fit(CPU(clip_norm=1.0, accumulate_steps=2), model, Checked(batches(4, 4, 4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    fit(CPU(clip_norm=1.0, accumulate_steps=2), model, Checked(batches(*[4] * 40)), optimizer=optimizer)
     totals = Totals(torch.device("cpu"))
     totals.add(*CPU().loss_sum(model, batches(4)[0]))
     with NoSync(), pytest.raises(AssertionError, match="host sync"):
