@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gsprune.files import aside, read_json, write_atomic, write_json
+from gsprune.files import aside, read_json, refusing, write_atomic, write_json
 
 if TYPE_CHECKING:
     from gsprune.shrink import Plan
@@ -74,6 +74,7 @@ def save_masks(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> Non
     _save_tensors(path, packed, metadata)
 
 
+@refusing()
 def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read what `save_masks` wrote; ValueError when the file is anything else."""
     header = _read_header(path, MASK_FORMAT)
@@ -157,6 +158,7 @@ def save_scores(path: str | os.PathLike[str], scores: Mapping[str, Tensor], *, c
     _save_tensors(path, tensors, metadata)
 
 
+@refusing()
 def load_scores(path: str | os.PathLike[str]) -> SavedScores:
     """Read what `save_scores` wrote; ValueError when the file is anything else.
 
@@ -214,6 +216,7 @@ def save_pruned(
     write_json(Path(directory) / RECORD, {**record, "fingerprint": mark, "extra": dict(extra or {})})
 
 
+@refusing()
 def load_pruned(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
     """Rebuild a saved model: cut the freshly built `dense_model` to size, load its weights, return it in eval mode.
 

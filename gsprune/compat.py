@@ -1,8 +1,9 @@
 """Configuration files of Intel Neural Compressor (1.x and 2.x), where the method comes from, read as ours.
 
 Such a file is somebody else's: it is read with a loader that knows plain YAML and `!Pruner` and nothing else, and
-nothing in it is run or built. Imports the standard library and `schedules` (which does the same); yaml and hydra inside
-functions. `python -m gsprune.compat head_conf.yaml > conf/pruner/mine.yaml` writes a choice of our group `pruner`.
+nothing in it is run or built. Imports the standard library, `schedules` and `files` (which do the same); yaml and
+hydra inside functions. `python -m gsprune.compat head_conf.yaml > conf/pruner/mine.yaml` writes a choice of our group
+`pruner`.
 
 What becomes of the fields of a `!Pruner` (notes of the result say what was left out, and why):
 
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gsprune.files import refusing
 from gsprune.schedules import Linear, OneShot
 
 if TYPE_CHECKING:
@@ -163,6 +165,7 @@ class IncConfig:
         return f"{notes}{yaml.safe_dump(content, sort_keys=False)}"
 
 
+@refusing()
 def load_inc_config(path: str | os.PathLike[str]) -> IncConfig:
     """Read the `!Pruner` list of a neural-compressor 1.x or 2.x YAML file as configurations of `gsprune.Pruner`.
 

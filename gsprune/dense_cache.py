@@ -15,13 +15,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from gsprune.files import number, read_json, write_atomic, write_json
+from gsprune.files import number, one_line, read_json, write_atomic, write_json
 from gsprune.sweep import Sweep
 
 __all__ = ["DenseCache", "DenseRecord"]
@@ -70,8 +70,10 @@ class DenseCache:
             return None
         try:
             return _record(read_json(path), self.key)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("the dense network in %s is not used, it is trained again: %s", self.folder, error)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            log.warning(
+                "the dense network in %s is not used, it is trained again: %s", self.folder, one_line(str(error))
+            )
             return None
 
     def store(self, tensors: Mapping[str, Tensor], record: DenseRecord) -> None:
@@ -88,6 +90,11 @@ def _record(found: Any, key: str) -> DenseRecord:
         raise ValueError("its key is another")
     numbers = {name: float(found["baseline"][name]) for name in ("accuracy", "loss")}
     epochs = [{str(name): number(value) for name, value in row.items()} for row in found["epochs"]]
+    costs = [row[name] for row in epochs for name in ("params", "macs")]
+    if not costs or not all(type(cost) is int and cost >= 0 for cost in costs):
+        raise ValueError("its epochs do not say what the network costs")
     run_id = found["run_id"] if isinstance(found["run_id"], str) else None
     job, config_hash = str(found["job"]), str(found["config_hash"])
+    if PurePath(job).is_absolute() or ".." in PurePath(job).parts or "\0" in job or len(job) > 255:
+        raise ValueError("its job is not a folder of the sweep")
     return DenseRecord(numbers, epochs, run_id, job, config_hash, float(found["train_seconds"]))

@@ -15,10 +15,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["aside", "number", "plain", "read_json", "reason", "spared", "write_atomic", "write_json"]
+__all__ = [
+    "aside",
+    "number",
+    "one_line",
+    "plain",
+    "read_json",
+    "reason",
+    "refusing",
+    "spared",
+    "write_atomic",
+    "write_json",
+]
 
 log = logging.getLogger(__name__)
 
+_MAX_JSON = 256_000_000  # bytes; a plan that names every unit of a network of a million units has 10
 _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
@@ -123,17 +135,47 @@ def plain(obj: object) -> Any:
 def number(value: Any) -> float:
     """Numbers of Python, numpy and torch, and the strings that `plain` writes for NaN and infinities; integers stay.
 
+    Raises:
+        ValueError, TypeError, OverflowError: it is none of those, or an integer that is larger than any float.
+
     >>> number(3), number("-Infinity"), number(plain(0.1))
     (3, -inf, 0.1)
     """
-    return value if type(value) is int else float(value)
+    as_float = float(value)  # raises where an integer is larger than any float
+    return value if type(value) is int else as_float
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The content of a JSON file; ValueError in one sentence when it is not one."""
+    path = Path(path)
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
-        return json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"it is larger than {_MAX_JSON:,} bytes")
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
         raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {error})") from None
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Around the reading of a stranger's file: what a ValueError quotes from it comes out on one line, and not long."""
+    try:
+        yield
+    except ValueError as error:
+        told = one_line(str(error))
+        if told == str(error):
+            raise
+        raise ValueError(told) from None
+
+
+def one_line(text: str, length: int = 600) -> str:
+    """A text that may quote a stranger's, as a sentence can hold it: printable, the middle of a long one left out.
+
+    >>> one_line("a\\nb\\ud800"), one_line("0123456789", 5)
+    ('a\\\\nb\\\\ud800', '01 ... 89')
+    """
+    if len(text) > length:
+        text = f"{text[: length // 2]} ... {text[-(length // 2) :]}"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from gsprune import __version__
 
@@ -83,12 +84,16 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     """The configuration resolved, as plain dicts and lists.
 
     Raises:
-        ValueError: a value is missing (`???`).
+        ValueError: a value is missing (`???`), or refers to one that is not there.
     """
     missing = list(_missing(OmegaConf.to_container(cfg)))
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given: {missing[0]}=...")
-    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        told = " ".join(str(error.msg or error).split("\n")[0].split())
+        raise ValueError(f"{error.full_key or 'the configuration'} cannot be resolved: {told}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -105,7 +110,9 @@ def _missing(values: Any, path: str = "") -> Iterator[str]:
 def _without(config: dict[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
     for path in paths:
         group, _, key = path.rpartition(".")
-        (config.get(group) or {} if group else config).pop(key, None)
+        inside = config.get(group) if group else config
+        if isinstance(inside, dict):  # `sweep=1` is nonsense, but no reason to fail
+            inside.pop(key, None)
     return config
 
 

@@ -33,7 +33,7 @@ from gsprune import drawing, figures, metrics, planner
 from gsprune.checkpoint import WEIGHTS, save_masks, save_pruned, save_scores, state_tensors
 from gsprune.console import Progress, make_progress, print_summary
 from gsprune.dense_cache import DenseCache, DenseRecord
-from gsprune.files import reason, spared, write_atomic, write_json
+from gsprune.files import one_line, reason, refusing, spared, write_atomic, write_json
 from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
 from gsprune.pruner import NoPruning
 from gsprune.pruners import Pruners
@@ -69,6 +69,9 @@ NUMBERS = (
 )
 # Seconds of a job, by what they went to.
 PARTS = ("start", "train", "measure", "files", "tracking")
+
+
+PHASES = 3  # that draw random numbers, each from a seed of its own
 
 
 def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -163,9 +166,9 @@ def build(node: Any, **arguments: Any) -> Any:
             cause = cause.__cause__
         if isinstance(cause, ValueError):
             raise cause from None
-        if isinstance(cause, TypeError):
-            raise ValueError(f"{node.get('_target_')} cannot be made: {cause}") from error
-        raise
+        # torch says RuntimeError of a value that it cannot take, and Hydra nothing but its own of a name it cannot find
+        told = one_line(str(cause or error).split(", set env var")[0])
+        raise ValueError(f"{node.get('_target_')} cannot be made: {told}") from error
 
 
 def complete(group: str, partial: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -176,6 +179,7 @@ def complete(group: str, partial: Callable[..., Any], *arguments: Any, **named: 
         raise ValueError(f"{group} cannot be made: {error}") from error
 
 
+@refusing()
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a safetensors file that holds every tensor of the model, in shape and by name. No pickle is read.
 
@@ -250,6 +254,8 @@ class _Job:
         self.result["config_hash"] = config_hash(self.cfg)
         if type(self.cfg.seed) is not int:
             raise ValueError(f"seed={self.cfg.seed} is not allowed: it must be a whole number")
+        if not -(2**63) <= self.cfg.seed < 2**63 - PHASES:  # what torch takes, for each phase
+            raise ValueError(f"seed={self.cfg.seed} is not allowed: it must be from -2**63 to 2**63 - {PHASES + 1}")
         self.trainer = build(self.cfg.trainer)
         check_objective(self.cfg.objective, self.trainer)
         self._fetch_scores()
@@ -381,6 +387,7 @@ class _Job:
             "budget": budget and {budget.kind: budget.share},
             "updates": self.pruner.updates,
             "epochs": self.epochs,
+            "skipped_steps": int(sum(row.get("train/skipped_steps", 0) for row in self.rows)),
             "shrunk": self.pruner.plan is not None,
             "skipped": dict(self.pruner.skipped),
             "params_nonzero": sum(int(p.count_nonzero()) for p in self.model.parameters()),
@@ -522,6 +529,7 @@ class _Job:
         """The epochs of a dense network from the cache, as if they had been trained here."""
         for trained, row in enumerate(record.epochs, 1):
             self.last = row
+            self.rows.append(row)
             with self.watch.part("tracking"):
                 self.tracker.log_metrics(row, step=trained)
         self.cost = int(self.last["params"]), int(self.last["macs"])

@@ -205,8 +205,9 @@ class Pruner(Attachable):
         shrink: When = "at_end",
         copies: Sequence[nn.Module] = (),
     ) -> None:
-        if not isinstance(criterion, Criterion):
-            raise ValueError(f"criterion is {criterion!r}: it must be one of gsprune.criteria, such as Abs()")
+        for name, given, kind in (("criterion", criterion, Criterion), ("schedule", schedule or Cubic(), Schedule)):
+            if not isinstance(given, kind):
+                raise ValueError(f"{name} is a {type(given).__name__}: it must be a {kind.__module__}.{kind.__name__}")
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.structured = not criterion.scores_weights if structured is None else structured
         if (goal := read_target(target)) is not None:
@@ -265,12 +266,13 @@ class Pruner(Attachable):
     def on_before_optimizer_step(self) -> None:
         """After the backward pass, with gradients unscaled and not yet clipped: scores grow by this step's change.
 
-        A batch whose gradients (of what is pruned) are not finite adds nothing.
+        A batch whose gradients (of what is pruned) are not finite adds nothing, nor does one that the optimizer's
+        `found_inf` says will be skipped.
 
         Raises:
             ValueError: a weight to be scored has no gradient.
         """
-        self._score()
+        self._score(found_inf=getattr(self.optimizer, "found_inf", None))
 
     def on_step_end(self) -> None:
         """After the optimizer step: what is pruned is zero again."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsprune.attention import close_nested_path, narrow, why_not_narrow
+from gsprune.files import refusing
 from gsprune.structures import Example, Member, Structure, close, counted, float64_copy, outputs, refuse_wrapped, wake
 
 Cuts = Mapping[int, Tensor]  # dimension -> kept positions
@@ -52,13 +53,14 @@ class Plan:
         return {"tensors": tensors, "attributes": dict(self.attributes)}
 
     @classmethod
+    @refusing()
     def from_json(cls, data: Any) -> Plan:
         """The inverse of `to_json`; ValueError in one sentence for anything else."""
         _expect(isinstance(data, dict) and set(data) == {"tensors", "attributes"}, "it has no plan's two keys")
         _expect(isinstance(data["tensors"], dict), "'tensors' is not a mapping")
         _expect(isinstance(data["attributes"], dict), "'attributes' is not a mapping")
         for name, value in data["attributes"].items():
-            _expect(type(value) is int and value > 0, f"{name} = {value!r} is not a positive integer")
+            _expect(type(value) is int and 0 < value < 2**63, f"{name} = {value!r} is not a positive integer")
         cuts = {name: _read_cuts(name, entry) for name, entry in data["tensors"].items()}
         kept = {name: {d: kept for d, (_, kept) in entry.items()} for name, entry in cuts.items()}
         sizes = {name: {d: size for d, (size, _) in entry.items()} for name, entry in cuts.items()}
@@ -78,7 +80,7 @@ def _read_cuts(name: str, entry: Any) -> dict[int, tuple[int, Tensor]]:
 def _read_cut(where: str, cut: Any) -> tuple[int, Tensor]:
     _expect(isinstance(cut, dict) and set(cut) == {"size", "kept"}, f"{where} has no size and kept")
     size, kept = cut["size"], cut["kept"]
-    _expect(type(size) is int and size > 0, f"the size of {where} is not a positive integer")
+    _expect(type(size) is int and 0 < size < 2**63, f"the size of {where} is not a positive integer")
     whole = isinstance(kept, list) and len(kept) > 0 and all(type(k) is int for k in kept)
     _expect(whole, f"{where} keeps {'nothing' if kept == [] else 'something that is not a list of integers'}")
     _expect(min(kept) >= 0 and max(kept) < size, f"{where} keeps positions outside 0..{size - 1}")

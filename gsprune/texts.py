@@ -23,6 +23,7 @@ from torch import Generator, Tensor
 
 from gsprune import hf
 from gsprune.datasets import FetchedWhole, Splits
+from gsprune.files import refusing
 
 __all__ = ["Lines", "Texts", "divide", "read_lines", "text_classification"]
 
@@ -106,6 +107,7 @@ class Texts(FetchedWhole):
         return inputs, self.labels[chosen]
 
 
+@refusing()
 def text_classification(
     train: str | Path,
     *,

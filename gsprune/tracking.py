@@ -165,7 +165,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
         try:
             row = json.loads(line)
             rows.append({name: number(value) for name, value in row.items()})
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
     return rows
 

@@ -804,6 +804,8 @@ INPUT = torch.zeros(2, 6)
             lambda: build(pattern="5x1"),
             "pattern 5x1 does not divide 0.weight, seen as 8 x 6: take another pattern, or exclude it",
         ),
+        (lambda: build("Abs"), "criterion is a str: it must be a gsprune.criteria.base.Criterion"),
+        (lambda: build(schedule=0.5), "schedule is a float: it must be a gsprune.schedules.Schedule"),
         (
             lambda: build(Elementwise(), structured=True, example_input=INPUT),
             "Elementwise cannot score units: set structured=false or take another criterion",
@@ -956,7 +958,7 @@ def test_deep_copies_of_a_pruner_do_not_share_scores() -> None:
     ("arguments", "message"),
     [
         ({"model": "resnet"}, "model is a str: it must be a torch.nn.Module"),
-        ({"criterion": "abs"}, "criterion is 'abs': it must be one of gsprune.criteria, such as Abs()"),
+        ({"criterion": "abs"}, "criterion is a str: it must be a gsprune.criteria.base.Criterion"),
         ({"keep": {"neurons": "4"}}, "keep.neurons is '4': it must be a whole number of units"),
         ({"keep": {"neurons": 4.5}}, "keep.neurons is 4.5: it must be a whole number of units"),
         ({"keep": {"neurons": True}}, "keep.neurons is True: it must be a whole number of units"),
