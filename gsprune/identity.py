@@ -132,7 +132,7 @@ def _content(file: Path) -> str:
     start = 8 + int.from_bytes(data[:8], "little")
     try:
         header = json.dumps(json.loads(data[8:start]), sort_keys=True).encode()
-    except ValueError:
+    except (ValueError, RecursionError):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha256(header + data[start:]).hexdigest()
 

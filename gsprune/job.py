@@ -431,7 +431,7 @@ class _Job:
         weights = node.pop("weights", None)
         model: nn.Module = build(node)
         if weights is not None:
-            load_weights(model, weights)
+            load_weights(model, str(weights))  # `model.weights=1` is a name too
         return model
 
     def _note_classes(self) -> None:

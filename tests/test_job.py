@@ -357,6 +357,7 @@ def test_a_mistake_in_the_configuration_is_recorded_and_starts_no_tracking(tmp_p
         (("optimizer.lr=high",), "optimizer cannot be made: "),
         (("lr_schedule.foo=3",), "lr_schedule cannot be made: "),
         (("dataset.foo=3",), "gsprune.datasets.make_loaders cannot be made: "),
+        (("model.weights=1",), "model.weights=1 does not exist"),
         (("dataset.seed=null",), "gsprune.datasets.make_loaders cannot be made: manual_seed expected a long"),
         (("pruner.criterion._target_=gsprune.Nothing",), "gsprune.Pruner cannot be made: "),
         (
