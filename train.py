@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     logging.raiseExceptions = False  # a full disk takes the log file; the screen still has every line, once
     folder = HydraConfig.get().runtime.output_dir
     try:
-        if cfg.plan:
+        if cfg.get("plan"):
             show_plan(cfg, output_dir=folder)
             return None
         result = run(cfg, output_dir=folder)

@@ -251,6 +251,9 @@ class _Job:
         return make(self.model, pruner, self.example)
 
     def _set_up(self) -> None:
+        for key in ("seed", "objective"):
+            if key not in self.cfg:  # as ~seed leaves it
+                raise ValueError(f"{key} must be given: {key}=...")
         self.result["config_hash"] = config_hash(self.cfg)
         if type(self.cfg.seed) is not int:
             raise ValueError(f"seed={self.cfg.seed} is not allowed: it must be a whole number")

@@ -289,6 +289,10 @@ def _sample(where: str, row: dict[str, Any], text: str, label: str) -> tuple[str
             raise ValueError(f"{where} has no {column!r}")
     if not isinstance(row[text], str):
         raise ValueError(f"{where} has a {text!r} that is not a string")
+    try:
+        f"{row[text]}{row[label]}".encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds half a character (a surrogate alone), which is no text") from None
     value = row[label]
     if not isinstance(value, str | int):
         raise ValueError(f"{where} has a {label!r} that is neither a string nor a whole number")

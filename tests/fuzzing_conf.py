@@ -208,7 +208,7 @@ def attempt(overrides: list[str], folder: Path) -> tuple[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if cfg.plan:
+            if cfg.get("plan"):
                 show_plan(cfg, output_dir=folder / "out")
             else:
                 objective(run(cfg, output_dir=folder / "out"), cfg.objective)

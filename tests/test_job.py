@@ -20,7 +20,7 @@ from gsprune import job as job_module
 from gsprune import load_pruned
 from gsprune.checkpoint import load_masks
 from gsprune.console import Bar, Lines, Progress, make_progress, summary_table
-from gsprune.identity import config_hash
+from gsprune.identity import config_hash, plain_config
 from gsprune.job import NUMBERS, build, check_objective, hydra_tags, load_weights, objective, run
 from gsprune.tracking import Tracker, read_metrics
 from gsprune.trainer import Totals, Trainer
@@ -375,6 +375,11 @@ def test_a_mistake_is_one_sentence_before_any_training(tmp_path, monkeypatch, ov
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         finished(tmp_path, *overrides)
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "failed"
+
+
+def test_a_reference_to_nothing_is_one_sentence():
+    with pytest.raises(ValueError, match=r"^a\.b cannot be resolved: Interpolation key 'nothing\.here' not found$"):
+        plain_config(OmegaConf.create({"a": {"b": "${nothing.here}"}}))
 
 
 def test_outside_of_hydra_there_are_no_hydra_tags():
