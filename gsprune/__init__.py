@@ -16,14 +16,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gsprune.checkpoint import load_pruned
+    from gsprune.checkpoint import load_pruned, save_pruned
     from gsprune.pruner import NoPruning, Pruner
     from gsprune.pruners import Pruners
     from gsprune.structures import find_structures
 
 __version__ = "0.1.0"
 
-__all__ = ["NoPruning", "Pruner", "Pruners", "__version__", "find_structures", "load_pruned"]
+__all__ = ["NoPruning", "Pruner", "Pruners", "__version__", "find_structures", "load_pruned", "save_pruned"]
 
 # The function `shrink` is not here: `gsprune.shrink` is the module of that name, and an attribute cannot be both.
 _HOMES = {
@@ -32,6 +32,7 @@ _HOMES = {
     "Pruners": "gsprune.pruners",
     "find_structures": "gsprune.structures",
     "load_pruned": "gsprune.checkpoint",
+    "save_pruned": "gsprune.checkpoint",
 }
 
 

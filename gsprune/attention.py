@@ -3,7 +3,7 @@
 PyTorch's class insists that heads times head width is the width of the tokens. `narrow` turns an instance into a
 `NarrowAttention`, in place: same object, same parameter names, another forward pass. Shrinking does that to an
 attention it cuts; until then the model runs PyTorch's own.
-May import: torch. Used by structures, shrink and export.
+May import: torch. Used by structures, shrink, checkpoint and export.
 
 Shapes: n = batch, t = query tokens, s = key tokens, h = heads, d = width of a head.
 """
@@ -17,6 +17,12 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Attributes by which attentions of whatever library say how their projections are cut.
+HEAD_NAMES = ("num_heads", "num_attention_heads", "n_heads", "heads", "nhead", "n_head")
+GROUP_NAMES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+WIDTH_NAMES = ("all_head_size", "inner_dim", "attn_dim", "attention_dim")
+SIZE_NAMES = ("head_dim", "attention_head_size", "head_size", "d_head", "num_key_value_groups")  # not cut
 
 
 class NarrowAttention(nn.MultiheadAttention):

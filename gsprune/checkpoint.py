@@ -1,7 +1,8 @@
 """What a run leaves on the disk and reads back: masks, scores, and the smaller model. Nothing is ever unpickled.
 
 Files are data from strangers: names, shapes and sizes are checked before anything is allocated or changed,
-and every fault is a ValueError of one sentence. Imports torch, numpy, safetensors; shrink.py only to load.
+and every fault is a ValueError of one sentence. Imports torch, numpy, safetensors,
+gsprune.attention and gsprune.files; shrink.py and structures.py only to load.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gsprune.files import aside, read_json, refusing, write_atomic, write_json
+from gsprune.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
+from gsprune.files import aside, plain, read_json, refusing, sha256, write_atomic, write_json
 
 if TYPE_CHECKING:
     from gsprune.shrink import Plan
@@ -34,6 +36,7 @@ __all__ = [
     "load_masks",
     "load_pruned",
     "load_scores",
+    "read_plan",
     "save_masks",
     "save_pruned",
     "save_scores",
@@ -193,53 +196,138 @@ def _score_origin(where: str, metadata: Mapping[str, str]) -> tuple[str, int]:
 def save_pruned(
     directory: str | os.PathLike[str],
     model: nn.Module,
-    plan: Plan,
+    plan: Plan | None,
     *,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `model` (already shrunk by `plan`) as model.safetensors and pruning.json into `directory`.
+    """Write a pruned model as model.safetensors and pruning.json, from which `load_pruned` rebuilds it.
 
-    `load_pruned` rebuilds it from a freshly built dense model. An element-wise pruned model is saved with an empty
-    plan. Tied tensors are stored once. `extra` is put into pruning.json as it is (it must fit into JSON).
+    Tied tensors are stored once. What transformers calls a model's configuration stays that of the dense network, so
+    its own `save_pretrained` leaves files that its `from_pretrained` cannot read: this is the way to save.
+
+    Args:
+        directory: where to; made if it is not there.
+        model: as the plan has left it.
+        plan: what stays of the dense network (`Pruner.plan`); None where single weights are pruned and nothing is cut.
+            Of a model that was pruned before, loaded and pruned again, `plan.after(read_plan(first_directory))`.
+        extra: put into pruning.json as it is (it must fit into JSON).
+
+    Raises:
+        ValueError: the state holds something that is no tensor.
+        OSError: the files cannot be written.
     """
     tensors, ties = state_tensors(model)
     record = {
         "format": MODEL_FORMAT,
         "version": VERSION,
-        "plan": plan.to_json(),
+        "plan": plan.to_json() if plan else {"tensors": {}, "attributes": {}},
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "settings": _settings(model),
         "ties": ties,
     }
     mark = _fingerprint(record)
     metadata = {"format": MODEL_FORMAT, "version": str(VERSION), "fingerprint": mark}
-    _save_tensors(Path(directory) / WEIGHTS, tensors, metadata)
-    write_json(Path(directory) / RECORD, {**record, "fingerprint": mark, "extra": dict(extra or {})})
+    weights = Path(directory) / WEIGHTS
+    _save_tensors(weights, tensors, metadata)
+    marks = {"fingerprint": mark, "sha256": sha256(weights)}
+    write_json(Path(directory) / RECORD, {**record, **marks, "extra": dict(extra or {})})
 
 
 @refusing()
 def load_pruned(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn.Module:
-    """Rebuild a saved model: cut the freshly built `dense_model` to size, load its weights, return it in eval mode.
+    """Rebuild a saved model: cut a dense one to size and load the weights. No pickle is read.
 
-    `dense_model` is changed in place, and only after everything was checked against it. No pickle is read.
-    ValueError, one sentence: a file is missing, damaged or not what it says; pruning.json was edited; the model is
-    another architecture (naming the first tensor that does not fit).
+    Args:
+        directory: with model.safetensors and pruning.json, as `save_pruned` or a run leaves them.
+        dense_model: freshly built, as before pruning; changed in place, and only after everything was checked.
+
+    Returns:
+        `dense_model`, smaller, in eval mode.
+
+    Raises:
+        ValueError: a file is missing, damaged, edited or not what it says; the model is a wrapper, holds no values, or
+            is another architecture (naming the first tensor or setting that does not fit).
+
+    >>> import tempfile
+    >>> from gsprune import Pruner
+    >>> from gsprune.criteria import Magnitude
+    >>> from gsprune.schedules import OneShot
+    >>> build = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> model, x = build(), torch.ones(1, 4)
+    >>> pruner = Pruner(
+    ...     model, Magnitude(), structured=True, target_sparsity=0.5, schedule=OneShot(), example_input=x
+    ... )
+    >>> pruner.on_step_begin(0); pruner.on_train_end()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pruned(folder, model, pruner.plan)
+    ...     again = load_pruned(folder, build())
+    >>> again[0], torch.equal(again(x), model(x))
+    (Linear(in_features=4, out_features=4, bias=True), True)
     """
     from gsprune.shrink import Plan, apply_plan
+    from gsprune.structures import refuse_wrapped
 
     folder = Path(directory)
+    refuse_wrapped(dense_model)
+    if any(tensor.is_meta for tensor in dense_model.state_dict().values()):
+        raise ValueError("the dense model is on the meta device, which holds no values: build it on another one")
     record = _read_record(folder / RECORD)
     header = _read_header(folder / WEIGHTS, MODEL_FORMAT)
     if not header.metadata.get("fingerprint") == record["fingerprint"] == _fingerprint(record):
         raise ValueError(f"{folder / RECORD} was edited, or it does not belong to the {WEIGHTS} beside it")
+    if record["sha256"] != sha256(header.path):
+        raise ValueError(f"{header.path} was changed after it was saved")
     plan = Plan.from_json(record["plan"])
     _check_attributes(dense_model, plan)
     _check_tensors(dense_model, plan, header, record["ties"])
+    _check_settings(dense_model, plan, record["settings"])
     apply_plan(dense_model, plan)
     with safetensors.safe_open(header.path, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in header.shapes}
     state.update({alias: state[name] for alias, name in record["ties"].items()})
     dense_model.load_state_dict(state, strict=True)
     return dense_model.eval()
+
+
+@refusing()
+def read_plan(directory: str | os.PathLike[str]) -> Plan:
+    """What was cut out of the dense network, as `save_pruned` has noted it.
+
+    Raises:
+        ValueError: pruning.json is missing, damaged or edited.
+    """
+    from gsprune.shrink import Plan
+
+    path = Path(directory) / RECORD
+    record = _read_record(path)
+    if record["fingerprint"] != _fingerprint(record):
+        raise ValueError(f"{path} was edited")
+    return Plan.from_json(record["plan"])
+
+
+def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What shapes do not tell: heads, and how convolutions move."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        counts = {key: getattr(module, key, None) for key in (*HEAD_NAMES, *GROUP_NAMES, *SIZE_NAMES)}
+        own: dict[str, Any] = {key: value for key, value in counts.items() if type(value) is int}
+        if isinstance(module, nn.modules.conv._ConvNd):
+            own |= {key: plain(getattr(module, key)) for key in ("stride", "padding", "dilation", "padding_mode")}
+        if own:
+            found[name] = own
+    return found
+
+
+def _check_settings(model: nn.Module, plan: Plan, saved: Mapping[str, Any]) -> None:
+    here = _settings(model)
+    for name in [*here, *saved]:
+        mine, other = here.get(name, {}), saved.get(name)
+        for key in {**mine, **(other if isinstance(other, dict) else {})}:
+            path = f"{name}.{key}" if name else key
+            value = plan.attributes.get(path, mine.get(key))
+            if not isinstance(other, dict) or value != other.get(key):
+                given = str(other.get(key) if isinstance(other, dict) else None)[:80]
+                raise ValueError(f"the model does not fit the file: {path} is {value} here but {given} in the file")
 
 
 def state_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -269,7 +357,7 @@ def state_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _fingerprint(record: Mapping[str, Any]) -> str:
     """Ties the two files together: written into both, so that an edit or a mix of two runs shows."""
-    kept = {key: record[key] for key in ("format", "version", "plan", "shapes", "ties")}
+    kept = {key: record[key] for key in ("format", "version", "plan", "shapes", "settings", "ties")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -279,12 +367,14 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not the record of a pruned model")
     if record.get("version") != VERSION:
         raise ValueError(f"{path} has format version {record.get('version')!r}, this gsprune reads {VERSION}")
-    missing = {"plan", "shapes", "ties", "fingerprint"} - set(record)
+    missing = {"plan", "shapes", "settings", "ties", "fingerprint", "sha256"} - set(record)
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
     ties = record["ties"]
     if not isinstance(ties, dict) or not all(isinstance(name, str) for name in ties.values()):
         raise ValueError(f"{path}: 'ties' must map names to names")
+    if not isinstance(record["settings"], dict):
+        raise ValueError(f"{path}: 'settings' must map modules to their settings")
     return record
 
 

@@ -5,6 +5,7 @@ Imports the standard library only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -156,6 +157,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
         raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {error})") from None
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Of the file's content, as hexadecimal digits; reads it in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -115,6 +115,16 @@ class Attachable(ABC):
 class Pruner(Attachable):
     """Prune a model while it trains, by what its gradients say the loss would feel.
 
+    Every step adds to the running score, S <- decay * S + s, with w a weight, g its gradient and u a unit:
+
+        elementwise   s = abs(w * g)                                      for each weight
+        abs           s_u = abs(sum of w[:, u] * g[:, u])                 over the columns that read unit u
+        weighted      s_u = abs(sum of w[u, :] * g[u, :] + b[u] * g_b[u])  over the rows that compute it, or over the
+                      affine pair of a BatchNorm behind them
+
+    Scores and masks have the shape of their weight, or (units,). When an update is due, of n groups the
+    floor(sparsity * n + 0.5) with the lowest scores go (`gsprune.selection`).
+
     Call the hooks from a loop of your own (see the README), or `attach` the pruner to an optimizer:
 
         pruner.on_train_begin()

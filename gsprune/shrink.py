@@ -44,6 +44,31 @@ class Plan:
     sizes: Mapping[str, Mapping[int, int]]
     attributes: Mapping[str, int]
 
+    def after(self, first: Plan) -> Plan:
+        """This plan, made of a network that `first` had left, counted from that one's dense network.
+
+        Raises:
+            ValueError: the two do not follow each other.
+
+        >>> first = Plan({"w": {0: torch.tensor([0, 2, 3])}}, {"w": {0: 5}}, {"heads": 3})
+        >>> both = Plan({"w": {0: torch.tensor([1, 2])}}, {"w": {0: 3}}, {"heads": 2}).after(first)
+        >>> both.kept["w"][0].tolist(), both.sizes["w"][0], both.attributes
+        ([2, 3], 5, {'heads': 2})
+        """
+        kept = {name: dict(cuts) for name, cuts in first.kept.items()}
+        sizes = {name: dict(lengths) for name, lengths in first.sizes.items()}
+        for name, cuts in self.kept.items():
+            for dim, positions in cuts.items():
+                before = kept.setdefault(name, {}).get(dim)
+                if before is not None and len(before) != self.sizes[name][dim]:
+                    raise ValueError(
+                        f"the first plan leaves {len(before)} in dimension {dim} of {name!r}, not "
+                        f"{self.sizes[name][dim]}: the second plan is of another network"
+                    )
+                kept[name][dim] = positions if before is None else before[positions]
+                sizes.setdefault(name, {}).setdefault(dim, self.sizes[name][dim])
+        return Plan(kept, sizes, {**first.attributes, **self.attributes})
+
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and ints."""
         tensors = {

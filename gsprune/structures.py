@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.overrides import TorchFunctionMode
 
-from gsprune.attention import no_fast_path, why_not_narrow
+from gsprune.attention import GROUP_NAMES, HEAD_NAMES, WIDTH_NAMES, no_fast_path, why_not_narrow
 from gsprune.names import choose
 
 Kind = Literal["channels", "neurons", "heads"]
@@ -34,9 +34,6 @@ Example = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
 _TYPE = tp.ops.OPTYPE
 _CONV = nn.modules.conv._ConvNd
-_HEAD_NAMES = ("num_heads", "num_attention_heads", "n_heads", "heads", "nhead", "n_head")
-_GROUP_NAMES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
-_WIDTH_NAMES = ("all_head_size", "inner_dim", "attn_dim", "attention_dim")
 _VALUE_NAMES = ("v", "value", "v_proj", "value_proj", "to_v", "v_lin", "wv", "w_v")
 _MIXING = {
     _TYPE.LN: "it passes a LayerNorm, which mixes units",
@@ -815,18 +812,18 @@ def _common_module(names: Sequence[str]) -> str:
 
 def _head_count(group: _Group, name: str) -> int:
     module = group.trace.model.get_submodule(name)
-    for attribute in _HEAD_NAMES:
+    for attribute in HEAD_NAMES:
         heads = getattr(module, attribute, None)
         if type(heads) is int and heads > 0 and group.units % heads == 0:
             return heads
-    allowed = ", ".join(_HEAD_NAMES)
+    allowed = ", ".join(HEAD_NAMES)
     raise _Unprunable(f"no head count on {name or 'the model'!r} divides its width {group.units} ({allowed})")
 
 
 def _attributes(model: nn.Module, name: str, *, heads: int, head_dim: int) -> dict[str, int]:
     module, prefix = model.get_submodule(name), f"{name}." if name else ""
-    counts = {prefix + a: 1 for a in _HEAD_NAMES if getattr(module, a, None) == heads}
-    widths = {prefix + a: head_dim for a in _WIDTH_NAMES if getattr(module, a, None) == heads * head_dim}
+    counts = {prefix + a: 1 for a in HEAD_NAMES if getattr(module, a, None) == heads}
+    widths = {prefix + a: head_dim for a in WIDTH_NAMES if getattr(module, a, None) == heads * head_dim}
     return counts | widths
 
 
@@ -895,7 +892,7 @@ def _called_heads(trace: _Trace, name: str, attention: _Attention) -> Structure:
     module, prefix = trace.model.get_submodule(home), f"{home}." if home else ""
     attributes = _attributes(trace.model, home, heads=heads, head_dim=attention.head_dims[1])
     attributes = {n: amount * heads // groups for n, amount in attributes.items()}
-    attributes |= {prefix + a: 1 for a in _GROUP_NAMES if getattr(module, a, None) == groups}
+    attributes |= {prefix + a: 1 for a in GROUP_NAMES if getattr(module, a, None) == groups}
     return _enough_units(
         Structure(
             name=name or attention.producers[0],

@@ -35,7 +35,7 @@ from gsprune.checkpoint import _fingerprint, load_masks, load_pruned, load_score
 from gsprune.compat import load_inc_config
 from gsprune.criteria import Elementwise
 from gsprune.dense_cache import DenseCache, DenseRecord
-from gsprune.files import write_json
+from gsprune.files import sha256, write_json
 from gsprune.identity import _content
 from gsprune.job import load_weights
 from gsprune.report import _Sweep
@@ -205,13 +205,14 @@ def _read_forged(folder: Path) -> None:
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         record = json.loads((folder / "pruning.json").read_bytes())
         record["fingerprint"] = _fingerprint(record)
-        (folder / "pruning.json").write_text(json.dumps(record))
         weights = (folder / "model.safetensors").read_bytes()
         (length,) = struct.unpack("<Q", weights[:8])
         header = json.loads(weights[8 : 8 + length])
         header["__metadata__"]["fingerprint"] = record["fingerprint"]
         text = json.dumps(header).encode()
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + weights[8 + length :])
+        record["sha256"] = sha256(folder / "model.safetensors")
+        (folder / "pruning.json").write_text(json.dumps(record))
     load_pruned(folder, net())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import gsprune
-from gsprune import files
+from gsprune import Pruner, files
 from gsprune.checkpoint import (
     SavedScores,
     load_masks,
     load_pruned,
     load_scores,
+    read_plan,
     save_masks,
     save_pruned,
     save_scores,
@@ -29,7 +31,9 @@ from gsprune.checkpoint import (
     write_atomic,
     write_json,
 )
+from gsprune.criteria import Magnitude
 from gsprune.files import plain, read_json
+from gsprune.schedules import OneShot
 from gsprune.shrink import Plan, apply_plan, plan_shrink
 from gsprune.structures import find_structures
 
@@ -444,3 +448,79 @@ def test_truncated_weights_and_missing_files_are_refused(saved: Path) -> None:
         load_pruned(saved, Net())
     with pytest.raises(ValueError, match=r"pruning.json does not exist"):
         load_pruned(saved / "nowhere", Net())
+
+
+def test_weights_that_were_changed_are_refused(saved: Path) -> None:
+    data = bytearray((saved / "model.safetensors").read_bytes())
+    data[-2] ^= 1
+    (saved / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"model.safetensors was changed after it was saved$"):
+        load_pruned(saved, Net())
+
+
+def encoder(heads: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, heads, 16, batch_first=True), 1)
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+def test_an_attention_cut_in_other_heads_is_another_architecture(kind: str, tmp_path: Path) -> None:
+    """All its tensors have the same shapes."""
+    model, x = encoder(4), torch.randn(2, 3, 32)
+    pruner = Pruner(
+        model, Magnitude(), structured=True, kinds=[kind], target_sparsity=0.5, schedule=OneShot(), example_input=x
+    )
+    pruner.on_step_begin(0)
+    pruner.on_train_end()
+    save_pruned(tmp_path, model.eval(), pruner.plan)
+    other = encoder(8)
+    before = copy.deepcopy(other.state_dict())
+    message = {
+        "heads": "layers.0.self_attn.head_dim is 4 here but 8 in the file",
+        "neurons": "layers.0.self_attn.num_heads is 8 here but 4 in the file",
+    }
+    with pytest.raises(ValueError, match=f"^the model does not fit the file: {message[kind]}$"):
+        load_pruned(tmp_path, other)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    assert torch.equal(load_pruned(tmp_path, encoder(4))(x), model(x))
+
+
+def test_a_convolution_with_another_stride_is_another_architecture(tmp_path: Path) -> None:
+    save_pruned(tmp_path, nn.Conv2d(1, 2, 3, stride=2), None)
+    with pytest.raises(ValueError, match=r"^the model does not fit the file: stride is \[1, 1\] here but \[2, 2\] in"):
+        load_pruned(tmp_path, nn.Conv2d(1, 2, 3))
+
+
+def test_a_model_that_cannot_take_weights_is_refused(saved: Path) -> None:
+    message = "the dense model is on the meta device, which holds no values: build it on another one"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        load_pruned(saved, Net().to("meta"))
+    with pytest.raises(ValueError, match=r"^OptimizedModule is a wrapper, pass the model inside it"):
+        load_pruned(saved, torch.compile(Net()))
+    with pytest.raises(ValueError, match=r"model.safetensors.*does not exist$|is not a folder$|Not a directory"):
+        load_pruned(saved / "model.safetensors", Net())
+
+
+def test_a_model_pruned_twice_is_rebuilt_from_the_dense_one(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 32)
+
+    def prune(model: nn.Module) -> Plan:
+        settings = {"target_sparsity": 0.5, "schedule": OneShot(), "example_input": x}
+        pruner = Pruner(model, Magnitude(), structured=True, **settings)
+        pruner.on_step_begin(0)
+        pruner.on_train_end()
+        assert pruner.plan is not None
+        return pruner.plan
+
+    model = encoder(4).eval()
+    save_pruned(tmp_path / "first", model, prune(model))
+    again = load_pruned(tmp_path / "first", encoder(4))
+    second = prune(again)
+    save_pruned(tmp_path / "second", again, second.after(read_plan(tmp_path / "first")))
+    rebuilt = load_pruned(tmp_path / "second", encoder(4))
+    assert (rebuilt.layers[0].self_attn.num_heads, rebuilt.layers[0].linear1.out_features) == (1, 4)
+    assert torch.equal(rebuilt(x), again(x))
+    with pytest.raises(
+        ValueError, match=r"^the first plan leaves \d+ in dimension \d of '.*', not \d+: the second plan"
+    ):
+        second.after(second)
