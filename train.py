@@ -7,7 +7,6 @@ when a job runs, so that `--help` and shell completion are quick.
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -22,9 +21,10 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """One job; returns what a sweeper optimises. With `plan=true` what it would prune is printed, and no more."""
+    from gsprune.console import warn_on_one_line
     from gsprune.job import objective, run, show_plan
 
-    warnings.showwarning = _on_one_line
+    warnings.showwarning = warn_on_one_line
     logging.raiseExceptions = False  # a full disk takes the log file; the screen still has every line, once
     folder = HydraConfig.get().runtime.output_dir
     try:
@@ -35,11 +35,6 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     except ValueError as error:  # the user's mistake: Hydra shows this class without a traceback
         raise CompactHydraException(str(error)) from error
     return objective(result, cfg.objective)
-
-
-def _on_one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """A warning is for the user: what it says, not where in the library it was raised."""
-    print(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,11 @@ def describe(values: Mapping[str, float]) -> str:
     return "  ".join(texts).replace("%", " %")
 
 
+def warn_on_one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """`warnings.showwarning` for users: what the warning says, not where in the library it was raised."""
+    print(f"{category.__name__}: {message}", file=sys.stderr)
+
+
 # --- summary -----------------------------------------------------------------------------------------------
 
 

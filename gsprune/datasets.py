@@ -314,6 +314,11 @@ class _Collate:
 
     generator: Generator | None
 
+    @property
+    def whole_batches(self) -> bool:
+        """Whether random numbers are drawn for a batch as a whole, so that a part of it would draw others."""
+        return self.generator is not None
+
     def __call__(self, batch: Any) -> Any:
         inputs, labels = batch
         return (inputs if self.generator is None else shift_and_mirror(inputs, self.generator)), labels

@@ -21,6 +21,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from gsprune import distributed
 from gsprune.files import number, one_line, read_json, write_atomic, write_json
 from gsprune.sweep import Sweep
 
@@ -61,7 +62,7 @@ class DenseCache:
         """Keep the other jobs that want this network (or these scores of it) waiting while one makes them."""
         verb = "scores" if scores else "trains"
         name = f"dense {self.key[:16]} {scores[:16]}".rstrip()
-        return self._sweep.lock(name).held(waiting_for=f"that {verb} the same dense network")
+        return distributed.held(self._sweep.lock(name), waiting_for=f"that {verb} the same dense network")
 
     def find(self) -> DenseRecord | None:
         """The entry's record, or None if there is no whole one."""

@@ -32,6 +32,8 @@ NOT_HASHED = (
     "objective",
     "trainer.progress",
     "trainer.dense_cache",
+    "trainer.rendezvous",
+    "trainer.timeout_minutes",
     "dataset.root",
 )
 # What has no part in training the dense network: the whole second phase, and what is only measured.

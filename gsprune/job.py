@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log, setup_globals
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -29,18 +30,18 @@ from torch import OutOfMemoryError, Tensor, nn
 from torch import __version__ as torch_version
 from torch.optim import Optimizer
 
-from gsprune import drawing, figures, metrics, planner
+from gsprune import distributed, drawing, figures, metrics, planner
 from gsprune.checkpoint import WEIGHTS, save_masks, save_pruned, save_scores, state_tensors
-from gsprune.console import Progress, make_progress, print_summary
+from gsprune.console import Progress, make_progress, print_summary, warn_on_one_line
 from gsprune.dense_cache import DenseCache, DenseRecord
-from gsprune.files import one_line, reason, refusing, spared, write_atomic, write_json
+from gsprune.files import one_line, read_json, reason, refusing, spared, write_atomic, write_json
 from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
 from gsprune.pruner import NoPruning
 from gsprune.pruners import Pruners
 from gsprune.results import read_results
 from gsprune.shrink import Plan, apply_plan
 from gsprune.sweep import Sweep, current_sweep, last_line, set_aside, without_sweep_settings
-from gsprune.tracking import Tracker, download_artifact, read_metrics
+from gsprune.tracking import SilentTracker, Tracker, download_artifact, read_metrics
 from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
 
 log = logging.getLogger(__name__)
@@ -86,11 +87,14 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
     """
     folder, sweep = Path(output_dir).absolute(), current_sweep()
     folder.mkdir(parents=True, exist_ok=True)
+    if distributed.under_torchrun():
+        return _run_under_torchrun(cfg, folder, sweep)
+    start = _run if cfg.trainer.devices == cfg.trainer.nodes == 1 else _run_in_several
     if sweep is None:
-        return _run(cfg, folder, None)
+        return start(cfg, folder, None)
     with sweep.lock(f"job {sweep.name_of(folder)}").held(waiting_for="that runs this job"):
         found = _finished_before(cfg, folder, sweep)
-        return _run(cfg, folder, sweep) if found is None else found
+        return start(cfg, folder, sweep) if found is None else found
 
 
 def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner.PruningPlan | planner.PruningPlans:
@@ -108,7 +112,7 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner
 
 
 def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
-    job = _Job(cfg, folder, sweep)
+    job = (_Follower if distributed.rank() else _Job)(cfg, folder, sweep)
     try:
         with job.enough_memory():
             job.prepare()
@@ -116,10 +120,94 @@ def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
             job.prune_phase()
             job.measure()
             job.write_files()
-            return job.finish()
+            return distributed.broadcast(job.finish())
     except BaseException as error:
+        distributed.undisturbed()
         job.fail(error)
         raise
+
+
+def _run_in_several(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
+    """The same in processes of their own, of which the first writes and reports; its result."""
+    trainer: Trainer = build(cfg.trainer)  # a mistake there ends here, before anything is started
+    if trainer.nodes > 1 and sweep is not None:
+        raise ValueError(
+            f"trainer.nodes={trainer.nodes} is not allowed in a sweep, which one machine runs: it must be 1"
+        )
+    processes = distributed.Processes(
+        trainer.devices, trainer.nodes, trainer.rendezvous, trainer.timeout_minutes, name=config_hash(cfg)[:16]
+    )
+    hydra = HydraConfig.instance().cfg if HydraConfig.initialized() else None
+    kind = trainer.torch_device.type
+    try:
+        return distributed.launch(processes, kind, _run_as_one_of_several, cfg, folder, sweep, hydra)
+    except (distributed.ProcessFailed, ValueError) as error:
+        _note_failure(folder, error)
+        raise
+
+
+def _run_as_one_of_several(
+    cfg: DictConfig, folder: Path, sweep: Sweep | None, hydra: DictConfig | None
+) -> dict[str, Any]:
+    """One process's part. What Hydra and `train.py` have set up in the process that started it is set up here, too."""
+    quiet = distributed.rank() != 0
+    if hydra is not None:
+        setup_globals()
+        HydraConfig.instance().set_config(hydra)
+        if not quiet:
+            configure_log(HydraConfig.get().job_logging, HydraConfig.get().verbose)
+    _speak_once(quiet=quiet)
+    return _run(cfg, folder, sweep)
+
+
+def _run_under_torchrun(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
+    """This process's part of a job that torchrun has started several processes for."""
+    if sweep is not None:
+        raise ValueError("torchrun cannot run a sweep: python train.py --multirun trainer.devices=<number> can")
+    if HydraConfig.initialized() and "${now:" in str(_unresolved(HydraConfig.instance().cfg, "hydra.run.dir")):
+        raise ValueError(
+            "torchrun starts every process at another moment, so they need a directory without the time in its name: "
+            "hydra.run.dir=<directory>"
+        )
+    cfg = copy.deepcopy(cfg)
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else int(os.environ["WORLD_SIZE"])
+    there = int(os.environ["WORLD_SIZE"]) // here
+    if (cfg.trainer.devices, cfg.trainer.nodes) not in ((1, 1), (here, there)):
+        raise ValueError(
+            f"trainer.devices={cfg.trainer.devices} is not allowed: torchrun has started {here} on each of {there} "
+            f"machines, so leave it out"
+        )
+    cfg.trainer.devices, cfg.trainer.nodes = here, there
+    cfg.trainer.rendezvous = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    trainer: Trainer = build(cfg.trainer)
+    with distributed.taking_part(trainer.torch_device.type, timeout_minutes=trainer.timeout_minutes):
+        _speak_once(quiet=distributed.rank() != 0)
+        return _run(cfg, folder, None)
+
+
+def _unresolved(cfg: DictConfig, key: str) -> Any:
+    node: Any = OmegaConf.to_container(cfg, resolve=False)
+    for name in key.split("."):
+        node = node[name]
+    return node
+
+
+def _speak_once(*, quiet: bool) -> None:
+    """Of several processes one says what all of them would say."""
+    if quiet:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+    else:
+        warnings.showwarning = warn_on_one_line
+
+
+def _note_failure(folder: Path, error: Exception) -> None:
+    """What ended the job, in place of what the first process knew of it (if it had time to write anything)."""
+    path = folder / "result.json"
+    with contextlib.suppress(ValueError, OSError):
+        result = read_json(path) if path.is_file() else {}
+        if result.get("status") != "finished":
+            write_json(path, {**result, "status": "failed", "error": last_line(error)})
 
 
 def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, Any] | None:
@@ -265,7 +353,8 @@ class _Job:
         self.progress = make_progress(self.trainer.progress, epochs=self.epochs)
         self.result["device"] = str(self.trainer.torch_device)
         self._seed(phase=0)
-        self.data = build(self.cfg.dataset)
+        with distributed.one_after_the_first():
+            self.data = build(self.cfg.dataset)
         self._note_classes()
         inputs = next(iter(self.data.val))[0]
         self.example = self.trainer.to_device(_first(inputs, 1))
@@ -285,16 +374,15 @@ class _Job:
             if record is None:
                 record = self._train_dense()
                 if cache:
-                    with self.spared(os.path.relpath(cache.folder, self.output_dir)):
-                        cache.store(state_tensors(self.model)[0], record)
+                    self._store_dense(cache, record)
         if source == "cache":
             self._replay(record)
         if cache:
             self._note_dense(record, key=cache.key, source=source, seconds=time.perf_counter() - began)
         self.result |= {f"baseline_{name}": value for name, value in record.baseline.items()}
         self.dense, self.dense_val, self.cache = copy.deepcopy(self.model), self.last.get("val/accuracy"), cache
-        with self.watch.part("files"), self.spared("checkpoint/dense.safetensors"):  # what `model.weights` takes
-            write_atomic(self.output_dir / "checkpoint" / "dense.safetensors", save(state_tensors(self.model)[0]))
+        with self.watch.part("files"), self.spared("checkpoint/dense.safetensors"):
+            self._save_dense()
 
     def prune_phase(self) -> None:
         """Training with the pruner's hooks; at its end the final mask is set and a structured model is smaller."""
@@ -412,6 +500,10 @@ class _Job:
     def steps_per_epoch(self) -> int:
         return self.trainer.steps_per_epoch(self.data.train)
 
+    def _save_dense(self) -> None:
+        """What `model.weights` takes."""
+        write_atomic(self.output_dir / "checkpoint" / "dense.safetensors", save(state_tensors(self.model)[0]))
+
     def _save_model(self) -> Mapping[str, Tensor]:
         """The model first: the one file that a run must leave."""
         plan = self.pruner.plan or Plan(kept={}, sizes={}, attributes={})
@@ -528,6 +620,10 @@ class _Job:
         mine, seconds = self.result["config_hash"], time.perf_counter() - began
         return DenseRecord(baseline, self.rows, self.tracker.run_id, job, mine, seconds)
 
+    def _store_dense(self, cache: DenseCache, record: DenseRecord) -> None:
+        with self.spared(os.path.relpath(cache.folder, self.output_dir)):
+            cache.store(state_tensors(self.model)[0], record)
+
     def _replay(self, record: DenseRecord) -> None:
         """The epochs of a dense network from the cache, as if they had been trained here."""
         for trained, row in enumerate(record.epochs, 1):
@@ -562,7 +658,7 @@ class _Job:
                 f"pruner.scores={given} is neither a file of scores, nor the output directory of a run that has "
                 f"{SCORES}, nor the id of an MLflow run"
             )
-        self.cfg.pruner.scores = str(path)
+        self.cfg.pruner.scores = distributed.broadcast(str(path))
 
     def _start_scores(self, optimizer: Optimizer) -> None:
         """What the pruner begins with: given scores, or those of the dense network, which a sweep takes once."""
@@ -653,6 +749,46 @@ class _Job:
         self.result["unwritten"] = list(dict.fromkeys(lost))
         with self.spared("result.json"):
             write_json(self.output_dir / "result.json", self.result)
+
+
+class _Follower(_Job):
+    """A process that trains along with the first one. It writes, tracks and shows nothing."""
+
+    def prepare(self) -> None:
+        self._set_up()
+        self.progress, self.tracker = Progress(self.epochs), SilentTracker(self.output_dir)
+        self._rehearse()
+
+    def measure(self) -> None:
+        self.trainer.evaluate(self.model, self.data.test)  # its part of the test split; the rest is the first one's
+
+    def write_files(self) -> None:
+        pass
+
+    def finish(self) -> dict[str, Any]:
+        return {}
+
+    def fail(self, error: BaseException) -> None:
+        pass
+
+    def _fetch_scores(self) -> None:
+        if self.cfg.pruner.get("scores") is not None:
+            self.cfg.pruner.scores = distributed.broadcast("")
+
+    def _record(self, trained: int, values: dict[str, float]) -> None:
+        self.last = values
+
+    def _record_masks(self, trained: int) -> None:
+        pass
+
+    def _save_dense(self) -> None:
+        pass
+
+    def _store_dense(self, cache: DenseCache, record: DenseRecord) -> None:
+        pass
+
+    def _save_scores(self, path: Path) -> None:
+        pass
 
 
 def smaller(model: nn.Module, pruner: Any) -> nn.Module:

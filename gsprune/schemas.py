@@ -146,6 +146,10 @@ class TrainerConfig:
     latency_batch: int = 1
     dense_cache: bool = True
     dense_scores: bool = True
+    devices: int = 1
+    nodes: int = 1
+    rendezvous: str | None = None
+    timeout_minutes: float = 30.0
 
 
 SCHEMAS: dict[str, type] = {

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Self
 
-__all__ = ["MLflowTracker", "Tracker", "read_metrics"]
+__all__ = ["MLflowTracker", "SilentTracker", "Tracker", "read_metrics"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Event = dict[str, Any]
@@ -155,6 +155,13 @@ class Tracker:
             write()
             done = True
         return done
+
+
+class SilentTracker(Tracker):
+    """Records nothing at all: of several processes that train together, one has the record."""
+
+    def _locally(self, path: Path, write: Callable[[], object]) -> bool:
+        return True
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:

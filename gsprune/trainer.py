@@ -2,7 +2,8 @@
 
 The only caller of the pruner's hooks in this repository. There is one loop and it has no feature branches:
 what pruning needs comes in through the hooks (`Hooks`), what a screen or a log needs through two callbacks.
-May import torch and numpy, and of this package `guard` alone.
+May import torch and numpy, and of this package `guard` and `distributed` alone: in several processes every one runs
+this loop, on its part of each batch, with averaged gradients.
 
 One optimizer step, in order:
 
@@ -25,6 +26,7 @@ import inspect
 import itertools
 import math
 import random
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +40,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from gsprune import distributed
 from gsprune.guard import Guard
 
 Batch = tuple[Any, Tensor]
@@ -96,8 +99,21 @@ class Totals:
         self._correct += correct
         self._count += len(labels)
 
+    def together(self) -> Totals:
+        """Those of all processes, each of which has to ask; in a process that is alone, as they are."""
+        if distributed.world_size() == 1:
+            return self
+        counts = (self._correct, self._left_out, torch.full_like(self._correct, self._count))
+        loss, *summed = distributed.summed(torch.stack([self._loss, *(count.to(self._loss) for count in counts)]))
+        self._loss, self._correct, self._left_out = loss, summed[0].long(), summed[1].long()
+        self._count = int(summed[2])
+        return self
+
     def read(self) -> dict[str, float]:
-        """Mean loss and accuracy (0 to 1) so far, NaN if every batch was left out. This is a sync point."""
+        """Mean loss and accuracy (0 to 1) so far, of this process alone; NaN if every batch was left out.
+
+        This is a sync point.
+        """
         if self._count == 0:
             raise ValueError("the loader gave no batch, so there is no loss or accuracy to report")
         count = self._count - int(self._left_out) or math.nan
@@ -130,6 +146,11 @@ class Trainer:
         deterministic: ask also CUDA for the same numbers twice (slower). On CPU they are the same anyway.
         progress, latency_repeats, latency_batch: read by `gsprune.job`: how to show progress, and on how many
             repeats and samples to measure latency (0 repeats: not at all).
+        devices: processes on this machine that train one network together, each on its part of every batch: a batch
+            size is that of all of them. On CUDA each takes a GPU of its own.
+        nodes: machines that do so; the same command is started on each of them.
+        rendezvous: "host:port" of one of the machines, where they find each other. Needed for more than one.
+        timeout_minutes: how long a process waits for another one before the run ends with an error.
         dense_cache, dense_scores: read by `gsprune.job`: jobs of a sweep that share their dense phase train it once;
             the dense network is scored before pruning begins, so that the first mask does not rest on a few batches.
 
@@ -154,6 +175,10 @@ class Trainer:
     latency_batch: int = 1
     dense_cache: bool = True
     dense_scores: bool = True
+    devices: int = 1
+    nodes: int = 1
+    rendezvous: str | None = None
+    timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("dense_epochs", "prune_epochs", "max_bad_steps", "latency_repeats"):
@@ -167,6 +192,23 @@ class Trainer:
             value = getattr(self, name)
             _check(value in choices, f"trainer.{name}", value, f"one of {', '.join(choices)}")
         find_device(self.device)
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        for name in ("devices", "nodes"):
+            _check(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "1 or more")
+        _check(self.timeout_minutes > 0, "trainer.timeout_minutes", self.timeout_minutes, "above 0")
+        if self.nodes > 1 and not re.fullmatch(r".+:\d+", self.rendezvous or ""):
+            given = "null" if self.rendezvous is None else self.rendezvous
+            _check(False, "trainer.rendezvous", given, "host:port of one of the machines for trainer.nodes above 1")
+        if self.devices * self.nodes == 1:
+            return
+        kind = find_device(self.device).type
+        alone = ":" not in self.device and kind != "mps"
+        _check(alone, "trainer.device", self.device, "auto, cuda or cpu where several processes train together")
+        if kind == "cuda":
+            count = torch.cuda.device_count()
+            _check(self.devices <= count, "trainer.devices", self.devices, f"at most {count}, the GPUs of this machine")
 
     @functools.cached_property
     def torch_device(self) -> torch.device:
@@ -175,6 +217,7 @@ class Trainer:
     def place(self, model: Model) -> Model:
         """The same module, moved to the device and the memory format. Do this before making an optimizer."""
         layout = torch.channels_last if self.channels_last else torch.preserve_format
+        model = distributed.prepared(model, self.torch_device)
         return model.to(device=self.torch_device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
     def steps_per_epoch(self, loader: Loader) -> int:
@@ -217,10 +260,11 @@ class Trainer:
                 values = _named("train", loop.train_epoch(train_loader, lr_schedule, on_step))
                 pruner.on_epoch_end()
                 if val_loader is not None:
-                    values |= _named("val", self._evaluate(model, loop.forward, val_loader))
+                    values |= _named("val", self._evaluate(model, loop.plain, val_loader))
                 values |= {"lr": _lr(optimizer), "epoch_seconds": time.perf_counter() - start}
                 on_epoch(epoch, values)
         pruner.on_train_end()
+        loop.check_masks()
 
     def score(
         self, model: nn.Module, loader: Loader, *, optimizer: Optimizer, pruner: Hooks, steps: int | None = None
@@ -247,7 +291,8 @@ class Trainer:
     def _loop(self, model: nn.Module, optimizer: Optimizer, pruner: Hooks) -> _Loop:
         scaler = torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
         guard = Guard(model, optimizer, limit=self.max_bad_steps)
-        return _Loop(self, torch.compile(model) if self.compile else model, optimizer, pruner, scaler, guard)
+        plain: nn.Module = torch.compile(model) if self.compile else model  # type: ignore[assignment]
+        return _Loop(self, plain, distributed.data_parallel(plain), optimizer, pruner, scaler, guard)
 
     def evaluate(self, model: nn.Module, loader: Loader) -> dict[str, float]:
         """Mean `loss` and `accuracy` (0 to 1) over all samples of `loader`; the model is left as it was."""
@@ -257,9 +302,9 @@ class Trainer:
         totals = Totals(self.torch_device)
         with _kept_modes(model), torch.no_grad():
             model.eval()
-            for batch in loader:
+            for batch in distributed.shares(loader, training=False):
                 totals.add(*self.loss_sum(forward, batch))
-        return totals.read()  # sync point, once
+        return totals.together().read()  # sync point, once
 
     def loss_sum(self, forward: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy summed over the batch, the logits, and the labels on the device."""
@@ -280,21 +325,24 @@ class Trainer:
         return type(value)(self.to_device(item) for item in value)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Loop:
     """One `fit` or `score`: the trainer's settings and what it works on."""
 
     trainer: Trainer
-    forward: Callable[..., Tensor]
+    plain: nn.Module
+    forward: nn.Module  # the same; in several processes what also averages its gradients
     optimizer: Optimizer
     pruner: Hooks
     scaler: torch.amp.GradScaler
     guard: Guard
+    checked: int = 0  # mask updates that have been compared between processes
 
     def train_epoch(self, loader: Loader, lr_schedule: Schedule, on_step: StepCallback) -> dict[str, float]:
         totals, skipped = Totals(self.trainer.torch_device), self.guard.skipped
-        for step, group in enumerate(_groups(loader, self.trainer.accumulate_steps)):
+        for step, group in enumerate(self._groups(loader)):
             self.pruner.on_step_begin(step)
+            self.check_masks()
             self.guard.begin()
             self._show_gradients(group, totals)
             self._update()
@@ -305,11 +353,13 @@ class _Loop:
             self.guard.look()
         self.guard.look(now=True)
         skipped = self.guard.skipped - skipped
+        distributed.broadcast_buffers(self.plain)
+        totals.together()
         return totals.read() | ({"skipped_steps": skipped} if skipped else {})  # sync point, once an epoch
 
     def score(self, loader: Loader, steps: int | None) -> int:
         totals, done = Totals(self.trainer.torch_device), 0
-        for group in itertools.islice(_groups(loader, self.trainer.accumulate_steps), steps):
+        for group in itertools.islice(self._groups(loader), steps):
             self._show_gradients(group, totals)
             self.scaler.update()  # a scale too large for this network shrinks here as it does in training
             self.optimizer.zero_grad(set_to_none=True)
@@ -324,11 +374,23 @@ class _Loop:
             self.pruner.on_before_optimizer_step()
 
     def _accumulate(self, group: Sequence[Batch], totals: Totals) -> None:
-        samples = sum(len(labels) for _, labels in group)
+        samples = distributed.weight(group)
         for batch in group:
-            loss, logits, labels = self.trainer.loss_sum(self.forward, batch)
-            self.scaler.scale(loss / samples).backward()  # type: ignore[no-untyped-call]
-            totals.add(loss, logits, labels, only_finite=True)
+            with distributed.averaging(self.forward, last=batch is group[-1]):
+                loss, logits, labels = self.trainer.loss_sum(self.forward, batch)
+                self.scaler.scale(loss / samples).backward()  # type: ignore[no-untyped-call]
+            if distributed.own_samples(batch):
+                totals.add(loss, logits, labels, only_finite=True)
+
+    def _groups(self, loader: Loader) -> Iterator[list[Batch]]:
+        return _groups(distributed.shares(loader, training=True), self.trainer.accumulate_steps)
+
+    def check_masks(self) -> None:
+        """Whether all processes have the same masks, where they have changed."""
+        updates = getattr(self.pruner, "updates", 0)
+        if updates != self.checked and distributed.world_size() > 1:
+            self.checked = updates
+            distributed.check_masks(self.pruner.masks())  # type: ignore[attr-defined]
 
     def _update(self) -> None:
         self.guard.clip(self.trainer.clip_norm)

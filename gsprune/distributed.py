@@ -1,0 +1,522 @@
+"""Several processes that train one network: who they are, how they start, what each of them works on.
+
+Every function is the identity in a process that is alone, so that the training loop has no branches for it. A process
+is one of several as soon as `torch.distributed` has a process group, whoever made it: `launch` below, `torchrun`
+(through `taking_part`), or an application of your own. Imports torch alone.
+
+Data parallel: each process works through its part of every global batch, `DistributedDataParallel` averages the
+gradients, and so weights, scores and masks stay the same everywhere. The order of the data is that of one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import logging
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+if TYPE_CHECKING:
+    from gsprune.locks import Lock
+
+__all__ = [
+    "ProcessFailed",
+    "Processes",
+    "Share",
+    "broadcast",
+    "broadcast_buffers",
+    "check_masks",
+    "data_parallel",
+    "held",
+    "launch",
+    "one_after_the_first",
+    "rank",
+    "shares",
+    "summed",
+    "taking_part",
+    "under_torchrun",
+    "undisturbed",
+    "world_size",
+]
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[Any, Tensor]
+Result = TypeVar("Result")
+Model = TypeVar("Model", bound=nn.Module)
+NO_LABEL = -100  # what cross-entropy leaves out, in loss and gradient
+_SPREAD = 1 << 32  # between the seeds of two processes' workers
+
+
+def rank() -> int:
+    """This process's number, from 0; process 0 is the one that writes and reports."""
+    return dist.get_rank() if _together() else 0
+
+
+def world_size() -> int:
+    """How many processes train together; 1 in a process that is alone."""
+    return dist.get_world_size() if _together() else 1
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+# --- what one process tells the others ---------------------------------------------------------------------
+
+
+def broadcast(value: Result) -> Result:
+    """Process 0's value, in every process. It is pickled: between our own processes only, never from a file."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Process 0's buffers for all: a BatchNorm on CPU has seen other samples in each of them."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer.detach(), src=0)
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of everybody's tensor; the same one in every process."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+@contextlib.contextmanager
+def held(lock: Lock, *, waiting_for: str) -> Iterator[None]:
+    """`lock.held` for all processes: the first one takes it, and the others do not time out while it has to wait."""
+    if world_size() == 1:
+        with lock.held(waiting_for=waiting_for):
+            yield
+        return
+    mine, waited = rank() == 0, 0.0
+    while not broadcast(mine and lock.acquire(seconds=waited)):
+        if mine and not waited:
+            log.info("waiting for another process %s", waiting_for)
+        waited = 1.0
+    try:
+        yield
+    finally:
+        if mine:
+            lock.release()
+
+
+@contextlib.contextmanager
+def one_after_the_first() -> Iterator[None]:
+    """Process 0 goes first, then the others: what it downloads lies there for them."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+
+
+def check_masks(masks: Mapping[str, Tensor]) -> None:
+    """Compare a hash of the masks over all processes: 32 bytes from each. Every process has to call it.
+
+    Raises:
+        ValueError: they differ; names the processes whose masks are not those of process 0. In every process.
+    """
+    if world_size() == 1:
+        return
+    mine = torch.frombuffer(bytearray(_fingerprint(masks)), dtype=torch.uint8).to(_wire())
+    all_of_them = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(all_of_them, mine)
+    found = [bytes(one.tolist()) for one in all_of_them]
+    others = [number for number, one in enumerate(found) if one != found[0]]
+    if others:
+        raise ValueError(
+            f"the masks are no longer the same in all {world_size()} processes: process "
+            f"{', '.join(map(str, others))} has others than process 0, so training was stopped"
+        )
+
+
+def _fingerprint(masks: Mapping[str, Tensor]) -> bytes:
+    """sha256 over names, shapes and bits."""
+    found = hashlib.sha256()
+    for name, mask in masks.items():
+        found.update(f"{name} {list(mask.shape)}\n".encode())
+        found.update(np.packbits(mask.detach().cpu().numpy()).tobytes())
+    return found.digest()
+
+
+def _wire() -> torch.device:
+    """Where a tensor has to be for the process group to send it."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+# --- the network -------------------------------------------------------------------------------------------
+
+
+def prepared(model: Model, device: torch.device) -> Model:
+    """The network as several processes can train it: on CUDA, BatchNorm takes its statistics over all of them.
+
+    Elsewhere torch has no such BatchNorm: it sees each process's own samples, which a warning says.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if world_size() == 1 or not norms:
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
+    if rank() == 0:
+        warnings.warn(
+            f"BatchNorm on {device.type} normalises each process's samples by themselves: with {world_size()} processes "
+            f"results are a little different from those of one",
+            stacklevel=3,
+        )
+    return model
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The network behind `DistributedDataParallel`, which averages gradients; in a process that is alone, itself.
+
+    Buffers are not sent at every step, as training does not read them: see `broadcast_buffers`.
+    """
+    if world_size() == 1:
+        return model
+    wrapper = nn.parallel.DistributedDataParallel
+    settings = inspect.signature(wrapper).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in settings else "broadcast_buffers"  # until torch 2.13
+    return wrapper(model, **{buffers: False})
+
+
+@contextlib.contextmanager
+def averaging(forward: object, *, last: bool) -> Iterator[None]:
+    """Around forward and backward of one batch: gradients are averaged after the `last` one of a group only.
+
+    Raises:
+        ValueError: some parameter takes no part in the loss, for whose gradient the other processes would wait.
+    """
+    if not isinstance(forward, nn.parallel.DistributedDataParallel):
+        yield
+        return
+    with contextlib.nullcontext() if last else forward.no_sync():
+        try:
+            yield
+        except RuntimeError as error:
+            if "Expected to have finished reduction" not in str(error):
+                raise
+            raise ValueError(
+                "a parameter takes no part in the loss, so several processes would wait for its gradient for ever: "
+                "freeze it (requires_grad=False), or train in one process"
+            ) from error
+
+
+# --- the data ----------------------------------------------------------------------------------------------
+
+
+class Share(tuple[Any, Tensor]):
+    """This process's part of a global batch: (inputs, labels).
+
+    A process that a short batch leaves without a sample gets one that counts for nothing, so that it takes part in
+    what all do together; its label is `NO_LABEL`.
+
+    Attributes:
+        whole: samples in the global batch.
+        own: those of them that are here.
+    """
+
+    whole: int
+    own: int
+
+    @classmethod
+    def of(cls, inputs: Any, labels: Tensor, *, whole: int, own: int) -> Share:
+        share = cls((inputs, labels if own else torch.full_like(labels, NO_LABEL)))
+        share.whole, share.own = whole, own
+        return share
+
+
+def weight(group: Sequence[Batch]) -> float:
+    """What to divide summed losses by, so that the average of everybody's gradients is that of the mean loss.
+
+    With S samples in a group over all N processes it is S / N: each process's gradient is then N / S times that of its
+    own sum, and their average 1 / S times that of the whole.
+
+    >>> weight([(None, torch.zeros(3)), (None, torch.zeros(2))])
+    5.0
+    """
+    return sum(batch.whole if isinstance(batch, Share) else len(batch[1]) for batch in group) / world_size()
+
+
+def own_samples(batch: Batch) -> int:
+    """How many samples of the batch count."""
+    return batch.own if isinstance(batch, Share) else len(batch[1])
+
+
+def part(n: int, number: int, world: int) -> range:
+    """Which of `n` samples process `number` of `world` takes: runs as even as can be, the longer ones first.
+
+    >>> [list(part(5, number, 3)) for number in range(3)]
+    [[0, 1], [2, 3], [4]]
+    """
+    size, longer = divmod(n, world)
+    start = number * size + min(number, longer)
+    return range(start, start + size + (number < longer))
+
+
+def shares(loader: Any, *, training: bool) -> Iterator[Batch]:
+    """This process's part of every batch of a loader that gives global ones, in the same order everywhere.
+
+    A `DataLoader` fetches that part only, unless its collate function draws random numbers for whole batches
+    (`whole_batches`); of any other loader the batches are cut.
+
+    Args:
+        training: every process gets equally many batches, and random numbers of its own (for dropout, and for data
+            that is drawn on the fly). Otherwise a process without samples in a batch goes without it.
+    """
+    if world_size() == 1:
+        yield from loader
+        return
+    _same_random_state()
+    sliceable = isinstance(loader, DataLoader) and loader.batch_sampler is not None
+    if sliceable and not getattr(loader.collate_fn, "whole_batches", False):
+        found = _fetched(loader, training=training)
+    else:
+        found = _cut(loader, training=training)
+    for i, share in enumerate(found):
+        if training and i == 0 and rank():
+            torch.manual_seed(int(torch.randint(2**62, ())) + rank())
+        yield share
+
+
+def _same_random_state() -> None:
+    """Process 0's random numbers for all: a sampler without a generator of its own draws its order from them."""
+    state = torch.get_rng_state().to(_wire())
+    dist.broadcast(state, src=0)
+    torch.set_rng_state(state.cpu())
+
+
+def _fetched(loader: DataLoader[Any], *, training: bool) -> Iterator[Share]:
+    # In the order in which an epoch of one process draws them: the seed of its workers, then its batches.
+    seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.generator))
+    assert loader.batch_sampler is not None
+    mine: list[tuple[list[int], int, int]] = []
+    for batch in loader.batch_sampler:
+        indices = list(batch)
+        own = [indices[i] for i in part(len(indices), rank(), world_size())]
+        if own or training:
+            mine.append((own or indices[:1], len(indices), len(own)))
+    workers = {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
+    local = DataLoader(
+        loader.dataset,
+        batch_sampler=[indices for indices, _, _ in mine],
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator().manual_seed((seed + rank() * _SPREAD) % 2**63),
+        **workers,  # type: ignore[arg-type]
+    )
+    for (inputs, labels), (_, whole, own_count) in zip(local, mine, strict=True):
+        yield Share.of(inputs, labels, whole=whole, own=own_count)
+
+
+def _cut(loader: Any, *, training: bool) -> Iterator[Share]:
+    for inputs, labels in loader:
+        mine = part(len(labels), rank(), world_size())
+        if mine or training:
+            here = mine or range(1)
+            at = slice(here.start, here.stop)
+            yield Share.of(_rows(inputs, at), labels[at], whole=len(labels), own=len(mine))
+
+
+def _rows(value: Any, at: slice) -> Any:
+    if isinstance(value, Tensor):
+        return value[at]
+    if isinstance(value, Mapping):
+        return {name: _rows(item, at) for name, item in value.items()}
+    return type(value)(_rows(item, at) for item in value)
+
+
+# --- starting ----------------------------------------------------------------------------------------------
+
+
+class ProcessFailed(RuntimeError):
+    """One of several processes failed, with another error than a user's mistake; the others were ended."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes, and how they find each other.
+
+    Attributes:
+        devices: processes on this machine (node).
+        nodes: machines; the same command is started on each.
+        rendezvous: "host:port" of one of them, which listens there. Needed for more than one node.
+        timeout_minutes: how long a process waits for the others before it gives up.
+        name: of the job; only processes with the same one join.
+    """
+
+    devices: int
+    nodes: int = 1
+    rendezvous: str | None = None
+    timeout_minutes: float = 30.0
+    name: str = ""
+
+
+def under_torchrun() -> bool:
+    """Whether somebody else has started this process as one of several, and they have not joined yet."""
+    named = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return named and int(os.environ["WORLD_SIZE"]) > 1 and not _together()
+
+
+@contextlib.contextmanager
+def taking_part(device: str, *, timeout_minutes: float) -> Iterator[None]:
+    """Join the processes that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, ...), as torchrun sets it.
+
+    Args:
+        device: "cuda", where the process takes GPU number LOCAL_RANK and speaks NCCL; anything else speaks gloo.
+    """
+    local, beside = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // beside))
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    yield
+    dist.destroy_process_group()  # not after an error: what the others still wait for would have to end first
+
+
+def launch(processes: Processes, device: str, work: Callable[..., Result], *arguments: Any) -> Result:
+    """Call `work(*arguments)` in each of several new processes that can reach each other, and wait for them.
+
+    When one of them fails, the others are ended and its error is raised here: a ValueError as it is, any other as a
+    `ProcessFailed` that carries the process's own traceback.
+
+    Args:
+        device: as for `taking_part`.
+        work: a function of a module, which is imported anew in each process; what it is given and returns is pickled.
+
+    Returns:
+        What `work` returned in the lowest-numbered process of this machine.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    alone = processes.nodes == 1
+    with tempfile.TemporaryDirectory(prefix="gsprune-") as folder, _quiet_launcher():
+        config = LaunchConfig(
+            min_nodes=processes.nodes,
+            max_nodes=processes.nodes,
+            nproc_per_node=processes.devices,
+            run_id=uuid.uuid4().hex if alone else processes.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint=processes.rendezvous or "localhost:0",
+            rdzv_configs={"join_timeout": max(1, round(60 * processes.timeout_minutes))},
+            local_addr="localhost" if alone else None,
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            returned = elastic_launch(config, _member)(folder, device, processes.timeout_minutes, work, arguments)
+        except ChildFailedError as error:
+            raise _root_cause(Path(folder), error)
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + int(error.sigval)) from None
+    return returned[min(returned)]  # type: ignore[no-any-return]
+
+
+def _member(
+    folder: str, device: str, timeout_minutes: float, work: Callable[..., Result], arguments: Sequence[Any]
+) -> Result:
+    """One of the processes. An error is left in a file: what comes through the launcher is a traceback as text."""
+    from gsprune.sweep import last_line  # with hydra, which training alone does not need
+
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        with taking_part(device, timeout_minutes=timeout_minutes):
+            return work(*arguments)
+    except Exception as error:
+        told = {
+            "rank": int(os.environ["RANK"]),
+            "time": time.time(),
+            "mistake": isinstance(error, ValueError),
+            "text": str(error) if isinstance(error, ValueError) else last_line(error),
+            "traceback": traceback.format_exc(),
+        }
+        (Path(folder) / f"error-{told['rank']}.json").write_text(json.dumps(told))
+        if isinstance(error, RuntimeError):
+            time.sleep(2.0)  # often another process's end: the launcher has to see that one first
+        raise
+
+
+def _end(number: int, _: object) -> None:
+    """The launcher ends the others when one has failed: they get to close what they have open."""
+    raise SystemExit(128 + number)
+
+
+def undisturbed() -> None:
+    """This process is ending already: another signal to do so would only cut that short."""
+    if world_size() > 1 and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _root_cause(folder: Path, error: Any) -> Exception:
+    """The error of the process that failed first, of all that left one."""
+    number, failure = error.get_first_failure()
+    told = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
+    if not any(one["rank"] == number for one in told):  # it had no time to say so
+        code = failure.exitcode
+        how = f"was ended by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
+        return ProcessFailed(f"process {number} {how}")
+    first = min(told, key=lambda one: one["time"])
+    if first["mistake"]:
+        return ValueError(first["text"])
+    failed = ProcessFailed(f"process {first['rank']} failed: {first['text']}")
+    failed.__cause__ = _Traceback(first["traceback"])
+    return failed
+
+
+class _Traceback(Exception):
+    """Where another process was, to be printed above the error that it ended with."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@contextlib.contextmanager
+def _quiet_launcher() -> Iterator[None]:
+    """The launcher logs tracebacks that we put better, and leaves handlers of signals behind that raise its own."""
+    launcher = logging.getLogger("torch.distributed.elastic")
+    level, names = launcher.level, [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    launcher.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        launcher.setLevel(level)
+        for name, handler in handlers.items() if main else ():
+            signal.signal(getattr(signal, name), handler)
