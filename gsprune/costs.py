@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gsprune.distributed import broadcast
 from gsprune.metrics import LAYERS, count_macs, count_macs_by_module, latency_ms
 from gsprune.shrink import Plan, apply_plan, plan_shrink
 from gsprune.structures import Structure, same_randomness
@@ -162,7 +163,7 @@ class _Latency(Cost):
             return 1.0
         both = {"dense": self._twin, "cut": _shrunk(self._twin, self._structures, keeps)}
         with same_randomness(self._twin):
-            found = latency_ms(both, self._example_input, repeats=30, max_seconds=2.0)
+            found = broadcast(latency_ms(both, self._example_input, repeats=30, max_seconds=2.0))
         return found["cut"] / found["dense"]
 
     def correct(self, keeps: Keeps, truth: float) -> bool:
@@ -247,7 +248,7 @@ def _measure(
                 stages |= {f"{key} {r} {c}": _narrowed(layers[name], x, r, c) for r in rows for c in columns}
             keys[name].append(key)
     stages |= {f"call {i} of {n}": _Call(m, *call) for n, m in attentions.items() for i, call in enumerate(calls[n])}
-    ms = latency_ms(stages, (), repeats=20, warmup=3, max_seconds=6.0)
+    ms = broadcast(latency_ms(stages, (), repeats=20, warmup=3, max_seconds=6.0))  # all processes believe one clock
     tables = {
         name: _table(rows, columns, [[[ms[f"{key} {r} {c}"] for c in columns] for r in rows] for key in keys[name]])
         for name, (rows, columns) in grids.items()

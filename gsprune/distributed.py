@@ -182,11 +182,11 @@ def prepared(model: Model, device: torch.device) -> Model:
     if world_size() == 1 or not norms:
         return model
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
     if rank() == 0:
         warnings.warn(
-            f"BatchNorm on {device.type} normalises each process's samples by themselves: with {world_size()} processes "
-            f"results are a little different from those of one",
+            f"BatchNorm on {device.type} normalises each process's samples by themselves: with {world_size()} "
+            f"processes results are a little different from those of one",
             stacklevel=3,
         )
     return model
@@ -202,7 +202,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
     wrapper = nn.parallel.DistributedDataParallel
     settings = inspect.signature(wrapper).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in settings else "broadcast_buffers"  # until torch 2.13
-    return wrapper(model, **{buffers: False})
+    return wrapper(model, **{buffers: False})  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -439,7 +439,8 @@ def launch(processes: Processes, device: str, work: Callable[..., Result], *argu
         try:
             returned = elastic_launch(config, _member)(folder, device, processes.timeout_minutes, work, arguments)
         except ChildFailedError as error:
-            raise _root_cause(Path(folder), error)
+            failed, cause = _root_cause(Path(folder), error)
+            raise failed from cause
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -483,20 +484,18 @@ def undisturbed() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _root_cause(folder: Path, error: Any) -> Exception:
-    """The error of the process that failed first, of all that left one."""
+def _root_cause(folder: Path, error: Any) -> tuple[Exception, Exception | None]:
+    """The error of the process that failed first, of all that left one, and where that was."""
     number, failure = error.get_first_failure()
     told = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
     if not any(one["rank"] == number for one in told):  # it had no time to say so
         code = failure.exitcode
         how = f"was ended by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
-        return ProcessFailed(f"process {number} {how}")
+        return ProcessFailed(f"process {number} {how}"), None
     first = min(told, key=lambda one: one["time"])
-    if first["mistake"]:
-        return ValueError(first["text"])
-    failed = ProcessFailed(f"process {first['rank']} failed: {first['text']}")
-    failed.__cause__ = _Traceback(first["traceback"])
-    return failed
+    mistake = ValueError(first["text"])
+    other = ProcessFailed(f"process {first['rank']} failed: {first['text']}")
+    return mistake if first["mistake"] else other, _Traceback(first["traceback"])
 
 
 class _Traceback(Exception):
@@ -509,14 +508,17 @@ class _Traceback(Exception):
 @contextlib.contextmanager
 def _quiet_launcher() -> Iterator[None]:
     """The launcher logs tracebacks that we put better, and leaves handlers of signals behind that raise its own."""
-    launcher = logging.getLogger("torch.distributed.elastic")
-    level, names = launcher.level, [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("distributed.elastic", "multiprocessing")]
+    levels = [logger.level for logger in loggers]
     main = threading.current_thread() is threading.main_thread()
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
-    launcher.setLevel(logging.CRITICAL)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        launcher.setLevel(level)
-        for name, handler in handlers.items() if main else ():
-            signal.signal(getattr(signal, name), handler)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for number, handler in handlers.items() if main else ():
+            signal.signal(number, handler)

@@ -155,7 +155,7 @@ def _run_as_one_of_several(
         setup_globals()
         HydraConfig.instance().set_config(hydra)
         if not quiet:
-            configure_log(HydraConfig.get().job_logging, HydraConfig.get().verbose)
+            configure_log(hydra.hydra.job_logging, hydra.hydra.verbose)
     _speak_once(quiet=quiet)
     return _run(cfg, folder, sweep)
 
@@ -164,7 +164,7 @@ def _run_under_torchrun(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> d
     """This process's part of a job that torchrun has started several processes for."""
     if sweep is not None:
         raise ValueError("torchrun cannot run a sweep: python train.py --multirun trainer.devices=<number> can")
-    if HydraConfig.initialized() and "${now:" in str(_unresolved(HydraConfig.instance().cfg, "hydra.run.dir")):
+    if "${now:" in _run_dir():
         raise ValueError(
             "torchrun starts every process at another moment, so they need a directory without the time in its name: "
             "hydra.run.dir=<directory>"
@@ -185,11 +185,12 @@ def _run_under_torchrun(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> d
         return _run(cfg, folder, None)
 
 
-def _unresolved(cfg: DictConfig, key: str) -> Any:
-    node: Any = OmegaConf.to_container(cfg, resolve=False)
-    for name in key.split("."):
-        node = node[name]
-    return node
+def _run_dir() -> str:
+    """`hydra.run.dir` as it was written, with the resolvers in it; empty outside Hydra."""
+    if not HydraConfig.initialized():
+        return ""
+    written: Any = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=False)
+    return str(written["hydra"]["run"]["dir"])
 
 
 def _speak_once(*, quiet: bool) -> None:

@@ -23,8 +23,17 @@ from gsprune.budgets import Budget, read_target
 from gsprune.criteria import Criterion
 from gsprune.patterns import Pattern, parse_pattern
 from gsprune.schedules import Cubic, Ramp, Schedule
-from gsprune.selection import pruned_count, select
-from gsprune.targets import Target, Targets, UnitTarget, UnitTargets, Verdict, WeightTarget, weight_targets
+from gsprune.selection import pruned_count
+from gsprune.targets import (
+    Target,
+    Targets,
+    UnitTarget,
+    UnitTargets,
+    Verdict,
+    WeightTarget,
+    is_sharded,
+    weight_targets,
+)
 
 if TYPE_CHECKING:
     from gsprune.shrink import Plan, Shrinker
@@ -368,11 +377,11 @@ class Pruner(Attachable):
 
     def masks(self) -> dict[str, Tensor]:
         """bool masks, True = kept: tensor name -> its weight's shape, or structure name -> (units,)."""
-        return {target.name: target.keep.clone() for target in self.targets}
+        return {target.name: target.outside(target.keep.clone()) for target in self.targets}
 
     def scores(self) -> dict[str, Tensor]:
         """The running score, float32 and 0 or more, with the names and shapes of `masks`; what is pruned has 0."""
-        return {target.name: target.score.masked_fill(~target.keep, 0.0) for target in self.targets}
+        return {t.name: t.outside(t.score.masked_fill(~t.keep, 0.0)) for t in self.targets}
 
     def next_plan(self) -> Plan | None:
         """What a cut would leave of the model if training ended now; None if there is nothing to be cut any more."""
@@ -422,8 +431,8 @@ class Pruner(Attachable):
         """Everything a resumed run needs to go on bit-identically: scores, masks, progress."""
         measured = self.budget.state_dict() if self.budget is not None else {}
         return {
-            "scores": {target.name: target.score.clone() for target in self.targets},
-            "masks": {target.name: target.keep.clone() for target in self.targets},
+            "scores": {target.name: target.outside(target.score.clone()) for target in self.targets},
+            "masks": self.masks(),
             "applied": list(self._applied),
             "scored": int(self._scored),
             "epoch": self.epoch,
@@ -496,8 +505,8 @@ class Pruner(Attachable):
             warnings.warn(f"{where} are of {source}, but {name} goes on from them here", stacklevel=3)
         with torch.no_grad():
             for target in self.targets:
-                target.score.copy_(scores[target.name])
-            self._scored.fill_(int(self._all.score.any()))
+                target.score.copy_(target.here(scores[target.name]))
+            self._scored.fill_(int(self._all.any_score()))
             self._all.settle_()
 
     def _unit_targets(
@@ -510,6 +519,12 @@ class Pruner(Attachable):
         from gsprune.shrink import Shrinker, check_shrink  # heavy: imports torch-pruning
         from gsprune.structures import find_structures
 
+        cut = next((name for name, tensor in self.model.named_parameters() if is_sharded(tensor)), None)
+        if cut is not None:
+            raise ValueError(
+                f"{cut} is cut over several processes, and units can only be cut out of a whole model: prune single "
+                f"weights, or prune units before fully_shard"
+            )
         if self._example_input is None:
             raise ValueError("pruning units needs example_input, a batch to trace the model with")
         offered = find_structures(self.model, self._example_input, include=include, exclude=exclude)
@@ -566,12 +581,7 @@ class Pruner(Attachable):
         ]
 
     def _select_together(self, groups: Sequence[Tensor], share: float, targets: Sequence[Target]) -> list[Tensor]:
-        n, rows = sum(group.shape[1] for group in groups), len(groups[0])
-        gone = sum(target.pruned * group.numel() // target.total for target, group in zip(targets, groups, strict=True))
-        k = max(pruned_count(share, n), gone // rows)  # what is pruned stays pruned
-        protected = [target.protected(group) for target, group in zip(targets, groups, strict=True)]
-        known = [safe for safe in protected if safe is not None]
-        return select(groups, k, protected=known or None, min_kept=self.min_kept)
+        return self._all.select(groups, share, targets, min_kept=self.min_kept)
 
     def _check_reached(self) -> None:
         """Warn where `min_kept` (or a pattern) kept more than the target allows, or a budget is missed."""
@@ -814,10 +824,11 @@ def _check_scores(targets: Sequence[Target], scores: object, where: str) -> None
 def _score_fault(target: Target, score: object) -> str | None:
     if not isinstance(score, Tensor):
         return f"is a {type(score).__name__}, but scores are tensors"
-    if score.shape != target.score.shape:
-        return f"has shape {list(target.score.shape)} here but {list(score.shape)} in the scores"
+    if score.shape != target.shape:
+        return f"has shape {list(target.shape)} here but {list(score.shape)} in the scores"
     if score.dtype != torch.float32:
         return f"is {score.dtype}, but scores are torch.float32"
+    score = target.here(score)
     if not bool(score.isfinite().all()):
         return "holds a value that is not finite"
     if bool((score < 0).any()):
@@ -828,7 +839,7 @@ def _score_fault(target: Target, score: object) -> str | None:
 def _checked(target: Target) -> Tensor:
     """The target's group scores, or an error if the running score holds an inf or a NaN."""
     groups = target.groups()
-    if not math.isfinite(best := float(groups.max())):  # the maximum of a NaN is NaN; -inf is what is pruned already
+    if not math.isfinite(best := target.best(groups)):  # -inf is what is pruned already
         raise ValueError(f"the score of {target.name} is not finite ({best}): its gradients or weights grew too large")
     return groups
 

@@ -21,7 +21,7 @@ from gsprune.blocks import BLOCK, Scratch
 from gsprune.criteria import Criterion
 from gsprune.names import choose
 from gsprune.patterns import Pattern, Tile
-from gsprune.selection import PRUNED
+from gsprune.selection import PRUNED, pruned_count, select
 
 if TYPE_CHECKING:
     from gsprune.structures import Member, Structure
@@ -84,16 +84,33 @@ class Target(ABC):
     def set_keep(self, keep_rn: Tensor) -> None:
         """Take over a selection."""
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole score, also where this process has a part of it."""
+        return self.score.shape
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor of that shape that this process has: all of it."""
+        return tensor
+
+    def outside(self, tensor: Tensor) -> Tensor:
+        """What this process has of a score or mask, as others are to see it."""
+        return tensor
+
+    def best(self, groups: Tensor) -> float:
+        """The highest of the group scores; NaN or inf if one of them is."""
+        return float(groups.max())  # the maximum of a NaN is NaN
+
     def check(self, score: Tensor, keep: Tensor) -> None:
         """Raise a ValueError if a saved score or mask has another shape."""
         for saved in (score, keep):
-            if saved.shape != self.score.shape:
-                raise ValueError(f"{self.name} has shape {_dims(self.score)}, the saved state {_dims(saved)}")
+            if saved.shape != self.shape:
+                raise ValueError(f"{self.name} has shape {_dims(self.shape)}, the saved state {_dims(saved.shape)}")
 
     def load(self, score: Tensor, keep: Tensor) -> None:
         """Take over a saved score and mask of this target's shape."""
-        self.score.copy_(score)
-        self._take(keep)
+        self.score.copy_(self.here(score))
+        self._take(self.here(keep))
 
     def _take(self, keep: Tensor) -> None:
         self.keep.copy_(keep)
@@ -110,9 +127,8 @@ class Targets(ABC):
 
     kind: ClassVar[str]
 
-    def __init__(self, targets: Sequence[Target], device: torch.device) -> None:
+    def __init__(self, targets: Sequence[Target], total: int, device: torch.device) -> None:
         self.targets = targets
-        total = sum(target.total for target in targets)
         self.score = torch.zeros(total, device=device)
         self.keep = torch.ones(total, dtype=torch.bool, device=device)
         self.scratch = Scratch()
@@ -121,6 +137,21 @@ class Targets(ABC):
     def pruned(self) -> bool:
         """Whether there is anything to mask."""
         return any(target.pruned for target in self.targets)
+
+    def any_score(self) -> bool:
+        """Whether any running score is not 0."""
+        return bool(self.score.any())
+
+    def select(
+        self, groups: Sequence[Tensor], share: float, targets: Sequence[Target], *, min_kept: int
+    ) -> list[Tensor]:
+        """What to keep of some targets' groups, ranked together, to prune that share of them."""
+        n, rows = sum(group.shape[1] for group in groups), len(groups[0])
+        gone = sum(target.pruned * group.numel() // target.total for target, group in zip(targets, groups, strict=True))
+        k = max(pruned_count(share, n), gone // rows)  # what is pruned stays pruned
+        protected = [target.protected(group) for target, group in zip(targets, groups, strict=True)]
+        known = [safe for safe in protected if safe is not None]
+        return select(groups, k, protected=known or None, min_kept=min_kept)
 
     @abstractmethod
     def probe(self, criterion: Criterion) -> Tensor:
@@ -152,8 +183,9 @@ class WeightTarget(Target):
 
     def __init__(self, name: str, weight: nn.Parameter, pattern: Pattern, *, per_channel: bool = False) -> None:
         pattern.check(name, weight.shape)
-        if weight.stride() != torch.empty_like(weight).stride():
-            raise ValueError(f"{name} shares or skips memory (its strides are {weight.stride()}): exclude it")
+        here = self.here(weight)
+        if here.stride() != torch.empty_like(here).stride():
+            raise ValueError(f"{name} shares or skips memory (its strides are {here.stride()}): exclude it")
         self.name, self.weight, self.pattern, self.per_channel = name, weight, pattern, per_channel
         self.total = weight.numel()
 
@@ -185,16 +217,17 @@ class WeightTarget(Target):
         Raises:
             ValueError: the weight was moved or laid out anew since the pruner was made.
         """
-        if self.weight.stride() != self.score.stride() or self.weight.device != self.score.device:
+        weight = self.here(self.weight)
+        if weight.stride() != self.score.stride() or weight.device != self.score.device:
             raise ValueError(
                 f"{self.name} changed its device or memory format: move the model before making the Pruner"
             )
-        return _line(self.weight)
+        return _line(weight)
 
     def grad_line(self) -> Tensor:
         """The gradient as one line, in the weight's own memory format."""
-        grad = _grad(self.name, self.weight)
-        return _line(grad if grad.stride() == self.weight.stride() else torch.empty_like(self.weight).copy_(grad))
+        grad, weight = self.here(_grad(self.name, self.weight)), self.here(self.weight)
+        return _line(grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad))
 
 
 class WeightTargets(Targets):
@@ -204,19 +237,20 @@ class WeightTargets(Targets):
     targets: Sequence[WeightTarget]
 
     def __init__(self, targets: Sequence[WeightTarget]) -> None:
-        super().__init__(targets, _one_device(target.weight for target in targets))
-        start = 0
-        for target in targets:
-            shape, stride = target.weight.shape, target.weight.stride()
-            target.score = self.score[start : start + target.total].as_strided(shape, stride)
-            target.keep = self.keep[start : start + target.total].as_strided(shape, stride)
-            start += target.total
-        largest = max(target.total for target in targets)
-        self._blocks = _cut([t.total for t in targets], BLOCK if self.score.is_cpu else max(BLOCK, largest))
+        weights = [target.here(target.weight) for target in targets]
+        sizes, start = [weight.numel() for weight in weights], 0
+        super().__init__(targets, sum(sizes), _one_device(weights))
+        for target, weight, size in zip(targets, weights, sizes, strict=True):
+            shape, stride = weight.shape, weight.stride()
+            target.score = self.score[start : start + size].as_strided(shape, stride)
+            target.keep = self.keep[start : start + size].as_strided(shape, stride)
+            start += size
+        largest = max(sizes)
+        self._blocks = _cut(sizes, BLOCK if self.score.is_cpu else max(BLOCK, largest))
 
     def probe(self, criterion: Criterion) -> Tensor:
         # a sum is the cheapest pass that inf and NaN survive; it overflows only where the gradient is useless anyway
-        sums = [_grad(target.name, target.weight).sum(dtype=torch.float32) for target in self.targets]
+        sums = [target.here(_grad(target.name, target.weight)).sum(dtype=torch.float32) for target in self.targets]
         return torch.stack(sums).isfinite().all()
 
     def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
@@ -251,7 +285,7 @@ class WeightTargets(Targets):
     def mask_state_(self, optimizer: Optimizer) -> None:
         for target in self.targets:
             for state in _state(optimizer, target.weight):
-                state.mul_(target.keep)
+                target.here(state).mul_(target.keep)
 
     def _mask(self, start: int, stop: int) -> Tensor:
         """The flat mask as ones and zeros; by way of uint8, whose conversion is vectorised."""
@@ -327,8 +361,8 @@ class UnitTargets(Targets):
     targets: Sequence[UnitTarget]
 
     def __init__(self, targets: Sequence[UnitTarget]) -> None:
-        super().__init__(targets, _one_device(t for target in targets for t in target.tensors.values()))
-        start = 0
+        total, start = sum(target.total for target in targets), 0
+        super().__init__(targets, total, _one_device(t for target in targets for t in target.tensors.values()))
         for target in targets:
             target.score, target.keep = (flat[start : start + target.total] for flat in (self.score, self.keep))
             start += target.total
@@ -382,8 +416,21 @@ def weight_targets(
         first = seen.setdefault(id(named[name]), name)
         if first != name:
             raise ValueError(f"{first} and {name} are one tensor and would be pruned twice: exclude one of them")
-    weights = ((name, named[name]) for name in chosen)
-    return WeightTargets([WeightTarget(n, w, pattern, per_channel=per_channel) for n, w in weights if w is not None])
+    weights = [(name, weight) for name in chosen if (weight := named[name]) is not None]
+    pieces = [name for name, weight in weights if is_sharded(weight)]
+    if not pieces:
+        return WeightTargets([WeightTarget(n, w, pattern, per_channel=per_channel) for n, w in weights])
+    from gsprune.sharded import ShardedWeight, ShardedWeights  # slow to import
+
+    for name, weight in weights:
+        if not is_sharded(weight):
+            raise ValueError(f"{pieces[0]} is cut over several processes and {name} is not: exclude one of them")
+    return ShardedWeights([ShardedWeight(n, w, pattern, per_channel=per_channel) for n, w in weights])
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether other processes have parts of it (a `DTensor`, as `fully_shard` makes them)."""
+    return hasattr(weight, "placements")
 
 
 def _refuse_transposed(model: nn.Module, names: Iterable[str]) -> None:
@@ -456,8 +503,8 @@ def _state(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     return [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
 
 
-def _dims(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape)) if tensor.dim() else "one number"
+def _dims(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape)) or "one number"
 
 
 assert math.isinf(PRUNED)  # a pruned score has to survive decay * score + change
