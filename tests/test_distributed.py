@@ -1,0 +1,437 @@
+"""Several processes train one network: the same masks and weights as one, the data shared out, faults that end it.
+
+What the processes do is in `ranks.py`. Starting two of them takes seconds, so one start serves many tests.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+
+import pytest
+import ranks
+import torch
+from jobs import ROOT, configure, train
+from torch import nn
+from torch.testing import assert_close
+
+from gsprune.checkpoint import load_masks
+from gsprune.distributed import Processes, ProcessFailed, Share, averaging, data_parallel, launch, part, shares, weight
+from gsprune.identity import config_hash
+from gsprune.job import run
+from gsprune.locks import Lock
+from gsprune.pruner import NoPruning
+from gsprune.sharded import _in_order
+from gsprune.tracking import read_metrics
+from gsprune.trainer import Trainer
+
+PARTS = (
+    ranks.elementwise,
+    ranks.accumulated,
+    ranks.units,
+    ranks.at_random,
+    ranks.reductions,
+    ranks.buffers,
+    ranks.orders,
+    ranks.sharded,
+    ranks.resumed,
+    ranks.not_finite,
+    ranks.trained_sharded,
+    ranks.refusals,
+)
+
+
+@pytest.fixture(scope="module")
+def two():
+    """What every part returned in process 0 and in process 1."""
+    return launch(Processes(2, timeout_minutes=2), "cpu", ranks.everything, *PARTS)
+
+
+# --- the same as one process -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [ranks.elementwise, ranks.accumulated, ranks.units, ranks.at_random])
+def test_masks_weights_and_metrics_are_those_of_one_process_on_the_same_global_batches(two, case):
+    alone = case()
+    assert alone["updates"] == 5
+    for found in (process[case.__name__] for process in two):
+        assert (found["updates"], found["scored"]) == (alone["updates"], alone["scored"])
+        assert found["masks"].keys() == alone["masks"].keys()
+        assert all(torch.equal(found["masks"][name], mask) for name, mask in alone["masks"].items())
+        assert_close(found["weights"], alone["weights"], rtol=1e-10, atol=1e-12)
+        assert_close(found["metrics"], alone["metrics"], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_all_processes_have_the_same_weights_to_the_last_bit(two):
+    for case in ("elementwise", "accumulated", "units"):
+        first, second = (process[case]["weights"] for process in two)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert two[0][case]["metrics"] == two[1][case]["metrics"]
+
+
+@pytest.mark.slow
+def test_gradients_are_averaged_once_a_step_however_many_batches_are_in_it(two):
+    assert [process["reductions"] for process in two] == [3, 3]  # 5 batches, 2 to a step
+
+
+@pytest.mark.slow
+def test_batchnorm_statistics_are_the_same_after_an_epoch_and_dropout_differs(two):
+    first, second = (process["buffers"] for process in two)
+    assert torch.equal(first["mean"], second["mean"])
+    assert all(first["drawn"] != second["drawn"])
+
+
+def flat(lists):
+    return [item for one in lists for item in one]
+
+
+# --- the data ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["own", "ours"])
+def test_each_batch_is_that_of_one_process_shared_out(two, kind):
+    alone = ranks.orders()
+    first, second = (process["orders"][kind] for process in two)
+    assert [a + b for a, b in zip(first, second, strict=True)] == alone[kind]
+    assert [(len(a), len(b)) for a, b in zip(first, second, strict=True)] == [(2, 2), (2, 2), (2, 1)] * 2
+
+
+@pytest.mark.slow
+def test_a_process_fetches_its_own_samples_only(two):
+    assert [process["orders"]["fetched"] for process in two] == [process["orders"]["ours"] for process in two]
+
+
+@pytest.mark.slow
+def test_a_sampler_without_a_generator_gives_one_order_although_random_states_differ(two):
+    first, second = (process["orders"]["global"] for process in two)
+    for epoch in (slice(0, 3), slice(3, 6)):
+        assert sorted(flat(first[epoch] + second[epoch])) == list(range(11))
+    assert first[:3] + second[:3] != first[3:] + second[3:]
+
+
+@pytest.mark.slow
+def test_batches_of_other_loaders_are_cut_and_a_process_without_samples_gets_one_that_does_not_count(two):
+    first, second = (process["orders"] for process in two)
+    assert first["list"] == [[0, 1, 2], [5]] * 2
+    assert second["list"] == [[3, 4], [-100]] * 2
+    assert second["inputs"] == [[3, 4], [5]]
+
+
+@pytest.mark.slow
+def test_pictures_are_augmented_as_in_one_process(two):
+    alone = ranks.orders()["pictures"]
+    for whole, *halves in zip(alone, *(process["orders"]["pictures"] for process in two), strict=True):
+        assert torch.equal(torch.cat(halves), whole)
+
+
+def test_parts_are_even_runs():
+    assert [list(part(3, number, 4)) for number in range(4)] == [[0], [1], [2], []]
+    for n in range(9):
+        assert flat(part(n, number, 4) for number in range(4)) == list(range(n))
+
+
+def test_in_a_process_that_is_alone_nothing_changes():
+    model, batches = nn.Linear(2, 2), [(torch.zeros(3, 2), torch.zeros(3))]
+    assert data_parallel(model) is model
+    assert list(shares(batches, training=True)) == batches
+    assert weight(batches) == 3
+
+
+def test_a_share_weighs_what_the_whole_batch_does():
+    share = Share.of(torch.zeros(2, 1), torch.zeros(2), whole=5, own=2)
+    assert weight([share, share]) == 10
+    assert Share.of(None, torch.zeros(1, dtype=torch.int64), whole=1, own=0)[1].tolist() == [-100]
+
+
+# --- FSDP --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(ranks.CASES)), ids=["-".join(map(str, case)) for case in ranks.CASES])
+def test_a_sharded_model_gets_the_masks_of_the_model_in_one_piece_at_every_step(two, index):
+    criterion, scope, least = ranks.CASES[index]
+    alone = ranks.pruned(criterion, scope=scope, min_kept=least, sharded=False)
+    assert len({row["report"]["sparsity"] for row in alone}) > 4  # the schedule ran
+    for process in two:
+        for found, expected in zip(process["sharded"][index], alone, strict=True):
+            assert found["report"] == expected["report"]
+            for what in ("masks", "scores", "weights", "momenta"):
+                for name, tensor in expected[what].items():
+                    assert torch.equal(found[what][name], tensor), (what, name)
+
+
+@pytest.mark.slow
+def test_a_sharded_pruner_goes_on_from_a_state_whoever_saved_it(two):
+    for process in two:
+        for found in process["resumed"]:
+            assert found["sparsity"][0] == found["sparsity"][1] > 0
+            for other in (*found["masks"][1:], *found["scores"][1:]):
+                first = found["masks"][0] if other["a.weight"].dtype == torch.bool else found["scores"][0]
+                assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_in_one_process_counts_in_none(two):
+    assert [process["not_finite"] for process in two] == [[1, 1], [1, 1]]
+
+
+@pytest.mark.slow
+def test_a_loop_of_ones_own_with_fully_shard_prunes_as_on_one_process(two):
+    alone = ranks.trained_sharded()
+    for found in (process["trained_sharded"] for process in two):
+        assert found["sparsity"] == alone["sparsity"] == pytest.approx(0.7, abs=1 / 324)
+        assert all(torch.equal(found["masks"][name], mask) for name, mask in alone["masks"].items())
+        assert_close(found["weights"], alone["weights"], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_what_a_sharded_model_cannot_have_is_said_in_one_sentence(two):
+    said = two[0]["refusals"]
+    rows = "a.weight is cut over several processes, where only single weights are ranked: take pattern 1x1 without "
+    assert said == {
+        "tiles": f"{rows}per_channel",
+        "channels": f"{rows}per_channel",
+        "units": "a.weight is cut over several processes, and units can only be cut out of a whole model: prune single "
+        "weights, or prune units before fully_shard",
+        "mixed": "0.a.weight is cut over several processes and 1.weight is not: exclude one of them",
+    }
+
+
+def test_keys_order_as_the_floats_do():
+    values = torch.tensor([-torch.inf, -3.0, -1e-40, -0.0, 0.0, 1e-40, 2.0, torch.inf])
+    keys = _in_order(values).tolist()
+    assert keys == sorted(keys)
+    assert keys[3] == keys[4]
+    assert len(set(keys)) == 7
+
+
+# --- faults ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_masks_that_differ_stop_the_run_with_the_processes_named():
+    sentence = (
+        "the masks are no longer the same in all 2 processes: process 1 has others than process 0, so training was "
+        "stopped"
+    )
+    with pytest.raises(ValueError, match="^" + sentence + "$"):
+        launch(Processes(2, timeout_minutes=1), "cpu", ranks.drifting)
+
+
+FAULTS = {
+    "killed": (ProcessFailed, "^process 1 was ended by SIGKILL$"),
+    "mistake": (ValueError, "^this is the user's mistake, in one sentence$"),
+    "error": (ProcessFailed, "^process 1 failed: KeyError: 'what went wrong'$"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", FAULTS)
+def test_a_process_that_dies_ends_the_others_with_its_error(tmp_path, how):
+    handlers, began = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], time.monotonic()
+    kind, sentence = FAULTS[how]
+    with pytest.raises(kind, match=sentence) as caught:
+        launch(Processes(2, timeout_minutes=5), "cpu", ranks.gone, how, str(tmp_path))
+    assert time.monotonic() - began < 60
+    assert (tmp_path / "left-0").exists()  # it was not just killed, but got to close what it had open
+    if how == "error":
+        assert 'raise KeyError("what went wrong")' in str(caught.value.__cause__)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run_after_the_time_out(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(ProcessFailed, match=r"^process 0 failed: .*[Tt]imed out"):
+        launch(Processes(2, timeout_minutes=0.05), "cpu", ranks.gone, "hangs", str(tmp_path))
+    assert time.monotonic() - began < 60
+
+
+def test_a_parameter_without_gradient_is_said_so(monkeypatch):
+    class Wrapped(nn.Module):
+        pass
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Wrapped)
+    with (
+        pytest.raises(ValueError, match=r"^a parameter takes no part in the loss, so several processes would wait "),
+        averaging(Wrapped(), last=True),
+    ):
+        raise RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one.")
+
+
+WRONG = {
+    "devices=0": ({"devices": 0}, "trainer.devices=0 is not allowed: it must be 1 or more"),
+    "nodes": (
+        {"nodes": 2},
+        "trainer.rendezvous=null is not allowed: it must be host:port of one of the machines for trainer.nodes above 1",
+    ),
+    "timeout": ({"timeout_minutes": 0}, "trainer.timeout_minutes=0 is not allowed: it must be above 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_settings_outside_their_range_are_one_sentence(case):
+    settings, sentence = WRONG[case]
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        Trainer(device="cpu", **settings)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    few = "trainer.devices=4 is not allowed: it must be at most 1, the GPUs of this machine"
+    with pytest.raises(ValueError, match=f"^{few}$"):
+        Trainer(device="cuda", devices=4)
+    one = "trainer.device=cuda:0 is not allowed: it must be auto, cuda or cpu where several processes train together"
+    with pytest.raises(ValueError, match=f"^{one}$"):
+        Trainer(device="cuda:0", devices=2)
+
+
+# --- jobs --------------------------------------------------------------------------------------------------
+
+
+def finished(folder, *overrides):
+    """A job with a network without BatchNorm, whose samples do not see each other."""
+    cfg = configure("pruner=elementwise", "dataset.batch_size=250", *overrides)
+    cfg.model = {"_target_": "gsprune.models.lenet_300_100", "image_size": 8, "in_channels": 1, "num_classes": 10}
+    with redirect_stdout(io.StringIO()):
+        return run(cfg, output_dir=folder)
+
+
+def test_how_long_to_wait_changes_no_result_but_the_number_of_processes_may():
+    base = config_hash(configure())
+    assert config_hash(configure("trainer.timeout_minutes=5", "trainer.rendezvous=here:1")) == base
+    assert config_hash(configure("trainer.devices=2")) != base
+
+
+@pytest.mark.slow
+def test_a_job_in_two_processes_leaves_what_a_job_in_one_does(tmp_path):
+    alone, both = finished(tmp_path / "1"), finished(tmp_path / "2", "trainer.devices=2")
+    assert json.loads((tmp_path / "2" / "result.json").read_text()) == both
+    for name in ("accuracy", "baseline_accuracy", "val_accuracy", "sparsity", "updates", "params_nonzero", "macs"):
+        assert both[name] == alone[name], name
+    assert both["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    names = [sorted(p.relative_to(tmp_path / n).as_posix() for p in (tmp_path / n).rglob("*")) for n in "12"]
+    assert names[0] == names[1]
+    masks = [load_masks(tmp_path / number / "masks.safetensors") for number in "12"]
+    different = sum(int((masks[0][name] != masks[1][name]).sum()) for name in masks[0])
+    assert different <= 4  # float32: a near tie may fall the other way
+    rows = [read_metrics(tmp_path / number / "metrics.jsonl") for number in "12"]
+    assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]] == [1, 2, 3]
+    assert_close(*([row["train/loss"] for row in found] for found in rows), rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_process_comes_out_as_in_one_and_is_on_record(tmp_path):
+    with pytest.raises(ValueError, match=r"^target_sparsity is 1.0: it must be in \[0, 1\)$"):
+        finished(tmp_path, "trainer.devices=2", "pruner.target_sparsity=1.0")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["status"], result["error"]) == (
+        "failed",
+        "ValueError: target_sparsity is 1.0: it must be in [0, 1)",
+    )
+
+
+TINY = (
+    "model=lenet_300_100",
+    "pruner=elementwise",
+    "dataset.batch_size=256",
+    "trainer.device=cpu",
+    "trainer.dense_epochs=1",
+    "trainer.prune_epochs=2",
+    "trainer.latency_repeats=0",
+)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_jobs_in_two_processes_is_one_run_a_job_and_trains_dense_once(tmp_path):
+    more = ("pruner.target_sparsity=0.5,0.8", "trainer.devices=2", "hydra.sweep.dir=sweep")
+    done = train(tmp_path, "--multirun", *TINY, *more)
+    assert (done.returncode, done.stderr) == (0, "")
+    results = [json.loads((tmp_path / "sweep" / job / "result.json").read_text()) for job in "01"]
+    assert [result["status"] for result in results] == ["finished"] * 2
+    assert [result["sparsity"] for result in results] == [pytest.approx(share, abs=1e-4) for share in (0.5, 0.8)]
+    assert [result["dense"]["source"] for result in results] == ["trained", "cache"]
+    assert done.stdout.count("dense  epoch   1/3") == 1
+    assert done.stdout.count("prune  epoch   3/3") == 2
+    check_runs(f"sqlite:///{tmp_path}/mlflow.db", results)
+
+
+def check_runs(store, results):
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=store)
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    runs = {found.info.run_id: found for found in client.search_runs(experiments)}
+    parent = {runs[result["mlflow_run_id"]].data.tags["mlflow.parentRunId"] for result in results}
+    assert len(parent) == 1
+    assert set(runs) == {*parent, *(result["mlflow_run_id"] for result in results)}
+    assert {found.info.status for found in runs.values()} == {"FINISHED"}
+    history = client.get_metric_history(results[0]["mlflow_run_id"], "val/accuracy")
+    assert [metric.step for metric in history] == [1, 2, 3]
+
+
+def torchrun(folder, *arguments):
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "HYDRA_"))}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(ROOT / "train.py"), "tracking=none", *TINY, *arguments],
+        cwd=folder,
+        env={**ours, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_works_in_a_fixed_directory_and_says_that_it_needs_one(tmp_path):
+    done = torchrun(tmp_path, "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("prune  epoch   3/3") == 1
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["status"] == "finished"
+    assert "devices: 2" in (tmp_path / "out" / "config.yaml").read_text()
+    refused = torchrun(tmp_path)
+    assert refused.returncode == 1
+    assert (
+        "torchrun starts every process at another moment, so they need a directory without the time in its name: "
+        "hydra.run.dir=<directory>"
+    ) in refused.stderr
+
+
+def test_machines_are_no_matter_for_a_sweep(tmp_path, monkeypatch):
+    from gsprune import job
+    from gsprune.sweep import Sweep
+
+    cfg = configure("trainer.devices=2", "trainer.nodes=2", "trainer.rendezvous=here:1")
+    with pytest.raises(
+        ValueError, match=r"^trainer.nodes=2 is not allowed in a sweep, which one machine runs: it must "
+    ):
+        job._run_in_several(cfg, tmp_path, Sweep(tmp_path))
+
+
+def test_a_lock_in_a_process_that_is_alone_is_the_lock_itself(tmp_path):
+    from gsprune.distributed import held
+
+    lock, other = Lock(tmp_path / "a.lock"), Lock(tmp_path / "a.lock")
+    with held(lock, waiting_for="that does the same"):
+        assert other.acquire() is False
+    assert other.acquire() is True
+    other.release()
+
+
+def test_pruners_that_prune_nothing_have_masks_that_agree():
+    from gsprune.distributed import check_masks
+
+    check_masks(NoPruning(nn.Linear(2, 2)).masks())
