@@ -23,6 +23,7 @@ import time
 import traceback
 import uuid
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 if TYPE_CHECKING:
     from gsprune.locks import Lock
@@ -314,17 +315,21 @@ def _same_random_state() -> None:
 def _fetched(loader: DataLoader[Any], *, training: bool) -> Iterator[Share]:
     # In the order in which an epoch of one process draws them: the seed of its workers, then its batches.
     seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.generator))
-    assert loader.batch_sampler is not None
-    mine: list[tuple[list[int], int, int]] = []
-    for batch in loader.batch_sampler:
-        indices = list(batch)
-        own = [indices[i] for i in part(len(indices), rank(), world_size())]
-        if own or training:
-            mine.append((own or indices[:1], len(indices), len(own)))
+    counts: deque[tuple[int, int]] = deque()  # samples in the batches on their way, and how many of them are ours
+
+    def own_parts() -> Iterator[list[int]]:
+        assert loader.batch_sampler is not None
+        for batch in loader.batch_sampler:
+            indices = list(batch)
+            own = [indices[i] for i in part(len(indices), rank(), world_size())]
+            if own or training:
+                counts.append((len(indices), len(own)))
+                yield own or indices[:1]
+
     workers = {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
     local = DataLoader(
         loader.dataset,
-        batch_sampler=[indices for indices, _, _ in mine],
+        batch_sampler=_Once(own_parts()),
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
@@ -334,8 +339,19 @@ def _fetched(loader: DataLoader[Any], *, training: bool) -> Iterator[Share]:
         generator=torch.Generator().manual_seed((seed + rank() * _SPREAD) % 2**63),
         **workers,  # type: ignore[arg-type]
     )
-    for (inputs, labels), (_, whole, own_count) in zip(local, mine, strict=True):
-        yield Share.of(inputs, labels, whole=whole, own=own_count)
+    for inputs, labels in local:
+        whole, own = counts.popleft()
+        yield Share.of(inputs, labels, whole=whole, own=own)
+
+
+@dataclass(frozen=True)
+class _Once(Sampler[list[int]]):
+    """Index lists as a batch sampler, for one epoch."""
+
+    batches: Iterator[list[int]]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.batches
 
 
 def _cut(loader: Any, *, training: bool) -> Iterator[Share]:
