@@ -3,7 +3,7 @@
 A cost is the share of the dense network's own (1.0 is all of it). Parameters and MACs are counted, milliseconds come
 from a table of the layers, measured at several widths on the model's device. Everything is read off the dense model
 once, without changing it or the random numbers of others; only milliseconds are looked at again later, with a copy.
-May import: torch, gsprune.metrics, gsprune.shrink, gsprune.structures. Used by budgets.
+May import: torch, gsprune.distributed, gsprune.metrics, gsprune.shrink, gsprune.structures. Used by budgets.
 """
 
 from __future__ import annotations

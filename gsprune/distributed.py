@@ -193,17 +193,25 @@ def prepared(model: Model, device: torch.device) -> Model:
     return model
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
+def data_parallel(model: nn.Module, before: nn.Module | None = None) -> nn.Module:
     """The network behind `DistributedDataParallel`, which averages gradients; in a process that is alone, itself.
 
     Buffers are not sent at every step, as training does not read them: see `broadcast_buffers`.
+
+    Args:
+        before: what this returned for the model earlier; it is returned again if the parameters are still the same.
     """
     if world_size() == 1:
         return model
+    covered = [(id(parameter), parameter.shape) for parameter in model.parameters()]
+    if before is not None and before.covered == covered:
+        return before
     wrapper = nn.parallel.DistributedDataParallel
     settings = inspect.signature(wrapper).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in settings else "broadcast_buffers"  # until torch 2.13
-    return wrapper(model, **{buffers: False})  # type: ignore[arg-type]
+    wrapped = wrapper(model, **{buffers: False})  # type: ignore[arg-type]
+    wrapped.covered = covered  # type: ignore[assignment]
+    return wrapped
 
 
 @contextlib.contextmanager

@@ -342,7 +342,8 @@ class _Loop:
         totals, skipped = Totals(self.trainer.torch_device), self.guard.skipped
         for step, group in enumerate(self._groups(loader)):
             self.pruner.on_step_begin(step)
-            self.check_masks()
+            if self.check_masks():  # units that were cut out have left other parameters behind
+                self.forward = distributed.data_parallel(self.plain, self.forward)
             self.guard.begin()
             self._show_gradients(group, totals)
             self._update()
@@ -385,12 +386,14 @@ class _Loop:
     def _groups(self, loader: Loader) -> Iterator[list[Batch]]:
         return _groups(distributed.shares(loader, training=True), self.trainer.accumulate_steps)
 
-    def check_masks(self) -> None:
-        """Whether all processes have the same masks, where they have changed."""
+    def check_masks(self) -> bool:
+        """Compare masks that have changed over all processes; whether there was something to compare."""
         updates = getattr(self.pruner, "updates", 0)
-        if updates != self.checked and distributed.world_size() > 1:
-            self.checked = updates
-            distributed.check_masks(self.pruner.masks())  # type: ignore[attr-defined]
+        if updates == self.checked or distributed.world_size() == 1:
+            return False
+        self.checked = updates
+        distributed.check_masks(self.pruner.masks())  # type: ignore[attr-defined]
+        return True
 
     def _update(self) -> None:
         self.guard.clip(self.trainer.clip_norm)

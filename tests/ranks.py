@@ -100,6 +100,11 @@ def units() -> dict[str, Any]:
     return trained(Weighted(), example_input=torch.zeros(1, 6, dtype=torch.float64))
 
 
+def cut() -> dict[str, Any]:
+    """Units leave the model at each update, and new parameters take the place of the old ones."""
+    return trained(Weighted(), example_input=torch.zeros(1, 6, dtype=torch.float64), shrink="each_update")
+
+
 def at_random() -> dict[str, Any]:
     return trained(Random())
 
@@ -120,7 +125,7 @@ def reductions() -> int:
     from gsprune import distributed
 
     data, trainer = loader(), Trainer(device="cpu", accumulate_steps=2)
-    plain, distributed.data_parallel = distributed.data_parallel, lambda _: model
+    plain, distributed.data_parallel = distributed.data_parallel, lambda *_: model
     try:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         pruner = Pruner(model.module, Elementwise(), target_sparsity=0.5, schedule=OneShot(start_epoch=9))

@@ -36,6 +36,7 @@ PARTS = (
     ranks.elementwise,
     ranks.accumulated,
     ranks.units,
+    ranks.cut,
     ranks.at_random,
     ranks.reductions,
     ranks.buffers,
@@ -58,7 +59,7 @@ def two():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [ranks.elementwise, ranks.accumulated, ranks.units, ranks.at_random])
+@pytest.mark.parametrize("case", PARTS[:5])
 def test_masks_weights_and_metrics_are_those_of_one_process_on_the_same_global_batches(two, case):
     alone = case()
     assert alone["updates"] == 5
@@ -72,7 +73,7 @@ def test_masks_weights_and_metrics_are_those_of_one_process_on_the_same_global_b
 
 @pytest.mark.slow
 def test_all_processes_have_the_same_weights_to_the_last_bit(two):
-    for case in ("elementwise", "accumulated", "units"):
+    for case in ("elementwise", "accumulated", "units", "cut"):
         first, second = (process[case]["weights"] for process in two)
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert two[0][case]["metrics"] == two[1][case]["metrics"]
