@@ -532,17 +532,14 @@ class _Traceback(Exception):
 @contextlib.contextmanager
 def _quiet_launcher() -> Iterator[None]:
     """The launcher logs tracebacks that we put better, and leaves handlers of signals behind that raise its own."""
-    loggers = [logging.getLogger(f"torch.{name}") for name in ("distributed.elastic", "multiprocessing")]
-    levels = [logger.level for logger in loggers]
+    level = logging.root.manager.disable  # its loggers have levels of their own; here nobody but it has anything to log
     main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(level)
         for number, handler in handlers.items() if main else ():
             signal.signal(number, handler)
