@@ -35,8 +35,8 @@ class Progress:
     def __init__(self, epochs: int) -> None:
         """A job of that many epochs, over its phases."""
 
-    def phase(self, name: str, *, epochs: int, steps_per_epoch: int) -> None:
-        """A phase of that many epochs begins."""
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0) -> None:
+        """A phase of that many epochs begins, or goes on after so many steps."""
 
     def on_step(self, totals: Totals) -> None:
         """An optimizer step was made. `totals` runs over the epoch; reading it waits for the device."""
@@ -54,7 +54,7 @@ class Lines(Progress):
     def __init__(self, epochs: int) -> None:
         self._name, self._epochs = "", epochs
 
-    def phase(self, name: str, *, epochs: int, steps_per_epoch: int) -> None:
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0) -> None:
         self._name = name
 
     def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
@@ -76,11 +76,11 @@ class Bar(Progress):
         self._task: TaskID | None = None
         self._read_at, self._sparsity = 0.0, 0.0
 
-    def phase(self, name: str, *, epochs: int, steps_per_epoch: int) -> None:
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0) -> None:
         if epochs == 0:
             return
         self._rich.start()
-        self._task = self._rich.add_task(name, total=epochs * steps_per_epoch, values="")
+        self._task = self._rich.add_task(name, total=epochs * steps_per_epoch, completed=done, values="")
 
     def on_step(self, totals: Totals) -> None:
         assert self._task is not None

@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +20,15 @@ from typing import Any
 
 __all__ = [
     "aside",
+    "folder_aside",
     "number",
     "one_line",
     "plain",
     "read_json",
     "reason",
     "refusing",
+    "remove_folder",
+    "remove_leftovers",
     "spared",
     "write_atomic",
     "write_json",
@@ -45,7 +50,7 @@ def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         _flush(temporary)
@@ -54,6 +59,48 @@ def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is all there is
         _flush(path.parent)
+
+
+@contextmanager
+def folder_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`aside` for a folder of files: it appears with all of them or not at all.
+
+    A folder that is there already is replaced, with a moment in between when there is none.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        if os.name == "posix":
+            _flush(temporary)
+        remove_folder(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if os.name == "posix":
+        _flush(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that may be missing; interrupted, it leaves the whole folder or none of that name."""
+    if path.is_dir():
+        temporary = _temporary(path)
+        os.replace(path, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def _flush(path: Path) -> None:

@@ -143,6 +143,15 @@ class Guard:
         """Bad steps in a row, up to the last one; 0 after a good step. This is a sync point."""
         return int(self._streak)
 
+    def state_dict(self) -> dict[str, int]:
+        """The counts, for a run that goes on later. This is a sync point."""
+        return {"skipped": self.skipped, "streak": self.streak, "longest": int(self._longest), "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        for counter, name in ((self._skipped, "skipped"), (self._streak, "streak"), (self._longest, "longest")):
+            counter.fill_(state[name])
+        self._steps = state["steps"]
+
     def look(self, *, now: bool = False) -> None:
         """After every step: see whether too many were bad, without waiting, so a little late. `now` waits.
 

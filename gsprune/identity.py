@@ -34,6 +34,8 @@ NOT_HASHED = (
     "trainer.dense_cache",
     "trainer.rendezvous",
     "trainer.timeout_minutes",
+    "trainer.resume",
+    "trainer.checkpoint_minutes",
     "dataset.root",
 )
 # What has no part in training the dense network: the whole second phase, and what is only measured.

@@ -17,8 +17,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log, setup_globals
 from hydra.errors import InstantiationException
@@ -34,12 +36,15 @@ from gsprune import distributed, drawing, figures, metrics, planner
 from gsprune.checkpoint import WEIGHTS, save_masks, save_pruned, save_scores, state_tensors
 from gsprune.console import Progress, make_progress, print_summary, warn_on_one_line
 from gsprune.dense_cache import DenseCache, DenseRecord
-from gsprune.files import one_line, read_json, reason, refusing, spared, write_atomic, write_json
+from gsprune.files import one_line, read_json, reason, refusing, remove_leftovers, spared, write_atomic, write_json
 from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
+from gsprune.position import Position
 from gsprune.pruner import NoPruning
 from gsprune.pruners import Pruners
 from gsprune.results import read_results
+from gsprune.run_state import Checkpoints, Saved, file_sha256
 from gsprune.shrink import Plan, apply_plan
+from gsprune.signals import Interrupted, Stop
 from gsprune.sweep import Sweep, current_sweep, last_line, set_aside, without_sweep_settings
 from gsprune.tracking import SilentTracker, Tracker, download_artifact, read_metrics
 from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
@@ -70,6 +75,27 @@ NUMBERS = (
 )
 # Seconds of a job, by what they went to.
 PARTS = ("start", "train", "measure", "files", "tracking")
+DENSE = Path("checkpoint", "dense.safetensors")
+# What a checkpoint of a job holds; `job` is what the job itself has noted up to then.
+SAVED: Mapping[str, Any] = {
+    **dict.fromkeys(("config_hash", "made_on", "phase"), str),
+    **dict.fromkeys(("model", "optimizer", "lr_schedule", "pruner", "position", "job"), dict),
+    "dense": (str, NoneType),
+}
+NOTES: Mapping[str, Any] = {
+    **dict.fromkeys(("rows", "overrides"), list),
+    **dict.fromkeys(("costed", "recorded"), int),
+    **dict.fromkeys(("baseline", "seconds"), dict),
+    "cost": tuple,
+    "dense_note": (dict, NoneType),
+    "dense_val": (float, int, NoneType),
+}
+POSITION: Mapping[str, Any] = {
+    **dict.fromkeys(("epoch", "step"), int),
+    **dict.fromkeys(("parts", "order", "random"), dict),
+    "seconds": float,
+    "totals": (dict, NoneType),
+}
 
 
 PHASES = 3  # that draw random numbers, each from a seed of its own
@@ -79,11 +105,13 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
     """Run the job that `cfg` describes; return what it also writes to `result.json`.
 
     In a sweep a job that has finished before, in this folder or another, is not done again: its result is returned.
-    On any exception `result.json` says `failed` (`interrupted` after Ctrl-C) with the error's last line,
-    tracking is told, and the exception goes on.
+    A job that was interrupted or killed goes on from the newest checkpoint in its folder. On any exception
+    `result.json` says `failed` (`interrupted` after SIGTERM or Ctrl-C) with the error's last line, tracking is told,
+    and the exception goes on.
 
     Raises:
         ValueError: a mistake in the configuration, in one sentence.
+        Interrupted: SIGTERM or SIGINT has come; the step was finished and a checkpoint written.
     """
     folder, sweep = Path(output_dir).absolute(), current_sweep()
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +142,7 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner
 def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
     job = (_Follower if distributed.rank() else _Job)(cfg, folder, sweep)
     try:
-        with job.enough_memory():
+        with job.stop, job.enough_memory():
             job.prepare()
             job.dense_phase()
             job.prune_phase()
@@ -308,10 +336,14 @@ class _Job:
     picture: Any = None  # of the masks
     cost: tuple[int, int] = (0, 0)  # parameters and MACs of the network as pruned so far
     costed = recorded = 0  # mask updates that `cost` and the mask files have seen
+    saved: Saved | None = None  # what this job goes on from
+    dense_file: str | None = None  # sha256 of DENSE
+    dense_val: float | None = None
 
     def __init__(self, cfg: DictConfig, output_dir: Path, sweep: Sweep | None) -> None:
         self.cfg, self.output_dir, self.sweep = copy.deepcopy(cfg), output_dir, sweep
         self.watch = metrics.Stopwatch(*PARTS)
+        self.stop, self.checkpoints = Stop(), Checkpoints(output_dir / "checkpoint")
         self.rows: list[Mapping[str, float]] = []  # the metrics of each epoch
         self.unwritten: list[str] = []  # files that a fault of the disk has kept from being written
         self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS), "unwritten": []}
@@ -322,14 +354,22 @@ class _Job:
 
     def prepare(self) -> None:
         """Settings, data, model, display, tracking; a mistake in the configuration ends here, before any work."""
+        before = _object(self.output_dir / "result.json")
         with self.spared("result.json"):
             write_json(self.output_dir / "result.json", self.result)  # a job that gets killed leaves this
         self._set_up()
+        if self.trainer.resume == "auto" and before.get("status") != "finished":
+            self._find_saved()
         self._rehearse()
-        for old in ("masks", "figures"):  # of an earlier job in the same directory
+        with self.spared("result.json"):
+            write_json(self.output_dir / "result.json", self.result)
+        for folder in (".", "checkpoint", "masks", "figures", "figures/masks"):
+            remove_leftovers(self.output_dir / folder)
+        self.checkpoints.remove_after(self.saved.path if self.saved else None)
+        for old in ("masks", "figures") if self.saved is None else ():  # of another job in the same directory
             shutil.rmtree(self.output_dir / old, ignore_errors=True)
         with self.watch.part("tracking"):
-            self._open_tracker()
+            self._open_tracker(before)
 
     def plan(self) -> planner.PruningPlan | planner.PruningPlans:
         """What the second phase's pruner would do; nothing is trained."""
@@ -368,21 +408,25 @@ class _Job:
 
         Jobs of a sweep that want the same network train it once.
         """
+        if self._goes_on("prune"):
+            return self._restore_dense()
         began, cache = time.perf_counter(), self._dense_cache()
         with cache.held() if cache else contextlib.nullcontext():
             record = self._from_cache(cache) if cache else None
-            source = "trained" if record is None else "cache"
+            found = record is not None
             if record is None:
                 record = self._train_dense()
                 if cache:
                     self._store_dense(cache, record)
-        if source == "cache":
+        if found:
             self._replay(record)
         if cache:
+            own = record.config_hash == self.result["config_hash"]  # it may have been killed right after training
+            source = "cache" if found and not own else "trained"
             self._note_dense(record, key=cache.key, source=source, seconds=time.perf_counter() - began)
         self.result |= {f"baseline_{name}": value for name, value in record.baseline.items()}
         self.dense, self.dense_val, self.cache = copy.deepcopy(self.model), self.last.get("val/accuracy"), cache
-        with self.watch.part("files"), self.spared("checkpoint/dense.safetensors"):
+        with self.watch.part("files"), self.spared(DENSE.as_posix()):
             self._save_dense()
 
     def prune_phase(self) -> None:
@@ -390,7 +434,8 @@ class _Job:
         trainer = self.trainer
         optimizer, lr_schedule = self._build_optimizer(trainer.prune_epochs, trainer.prune_lr)
         self.pruner = self._build_pruner(optimizer)
-        self._start_scores(optimizer)
+        if not self._goes_on("prune"):
+            self._start_scores(optimizer)
         self._seed(phase=1)  # so that a dense network from a file goes on exactly like one trained here
         self._fit("prune", optimizer, lr_schedule, epochs=trainer.prune_epochs, offset=trainer.dense_epochs)
         self._record_masks(self.epochs)
@@ -438,7 +483,7 @@ class _Job:
         try:
             if hasattr(self, "progress"):
                 self.progress.close()
-            interrupted = isinstance(error, KeyboardInterrupt)
+            interrupted = isinstance(error, (KeyboardInterrupt, Interrupted))
             self._write_result("interrupted" if interrupted else "failed")
             if self.result["baseline_accuracy"] is not None:  # what was trained is not thrown away
                 with self.spared(WEIGHTS):
@@ -537,12 +582,18 @@ class _Job:
         labels = getattr(getattr(self.data, "splits", None), "labels", ())
         self.result |= {"labels": list(labels)} if labels else {}
 
-    def _open_tracker(self) -> None:
+    def _open_tracker(self, before: Mapping[str, Any]) -> None:
+        """Begin the record, or go on with that of `before`, if that is an unfinished job of this configuration."""
         name = self.cfg.tracking.get("run_name") or run_name(self.cfg)
-        parent = {"parent_run_id": self.sweep.parent_run_id} if self.sweep else {}
-        self.tracker = build(self.cfg.tracking, output_dir=str(self.output_dir), run_name=name, **parent)
+        more = {"parent_run_id": self.sweep.parent_run_id} if self.sweep else {}
+        rows: dict[str, Any] = {}
+        same = before.get("status") != "finished" and before.get("config_hash") == self.result["config_hash"]
+        if self.trainer.resume == "auto" and (same or self.saved):
+            rows, run_id = {"rows": self.rows}, _object(self.output_dir / "tracking.json").get("run_id")
+            more |= {"run_id": run_id} if isinstance(run_id, str) else {}
+        self.tracker = build(self.cfg.tracking, output_dir=str(self.output_dir), run_name=name, **more)
         tags = {"config_hash": self.result["config_hash"], **hydra_tags()}
-        self.tracker.start(config=plain_config(self.cfg), tags=tags)
+        self.tracker.start(config=plain_config(self.cfg), tags=tags, **rows)
         # The name of the option is what a person compares by; in the configuration it is spread over many values.
         self.tracker.log_params({key: value for key, value in self.result["choices"].items() if key in self.cfg})
         self.result["mlflow_run_id"] = self.tracker.run_id
@@ -627,9 +678,9 @@ class _Job:
 
     def _replay(self, record: DenseRecord) -> None:
         """The epochs of a dense network from the cache, as if they had been trained here."""
-        for trained, row in enumerate(record.epochs, 1):
-            self.last = row
-            self.rows.append(row)
+        logged, self.rows = len(self.rows), list(record.epochs)
+        self.last = self.rows[-1]
+        for trained, row in enumerate(self.rows[logged:], logged + 1):
             with self.watch.part("tracking"):
                 self.tracker.log_metrics(row, step=trained)
         self.cost = int(self.last["params"]), int(self.last["macs"])
@@ -700,8 +751,11 @@ class _Job:
         save_scores(path, self.pruner.scores(), criterion=self.pruner.criterion_name, steps=self._score_steps)
 
     def _fit(self, name: str, optimizer: Optimizer, lr_schedule: Schedule, *, epochs: int, offset: int = 0) -> None:
-        self.progress.phase(name, epochs=epochs, steps_per_epoch=self.steps_per_epoch)
-        with self.watch.part("train"):
+        start = self._restore(optimizer, lr_schedule) if self._goes_on(name) else None
+        done = start["epoch"] * self.steps_per_epoch + start["step"] if start else 0
+        self.progress.phase(name, epochs=epochs, steps_per_epoch=self.steps_per_epoch, done=done)
+        self.written_at = time.monotonic()
+        with self.watch.part("train"), self.stop.deferred():
             self.trainer.fit(
                 self.model,
                 self.data.train,
@@ -712,6 +766,8 @@ class _Job:
                 epochs=epochs,
                 on_epoch=lambda epoch, values: self._record(epoch + offset + 1, values),
                 on_step=self.progress.on_step,
+                on_rest=lambda at: self._rest(name, at, offset, optimizer, lr_schedule),
+                start=start,
             )
 
     def _record(self, trained: int, values: dict[str, float]) -> None:
@@ -741,6 +797,132 @@ class _Job:
         with self.watch.part("tracking"):
             self._log_file(name, folder="masks")
             self.tracker.log_image(self.picture, key="masks", step=trained)
+
+    # --- checkpoints ---
+
+    def _rest(self, phase: str, at: Position, offset: int, optimizer: Optimizer, lr_schedule: Any) -> None:
+        """Between two steps: write a checkpoint if it is time, and end here if a signal wants that."""
+        minutes = self.trainer.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self.written_at >= 60 * minutes
+        if at.step and not due and not self.stop.requested:
+            return
+        with self.watch.part("files"):
+            self._write_checkpoint(phase, at, offset, optimizer, lr_schedule)
+        self.written_at = time.monotonic()
+        if self.stop.requested:
+            more = "sweep.resume=true" if self.sweep else f"hydra.run.dir={self.output_dir}"
+            log.warning("stopping on a signal; the same command with %s goes on from the newest checkpoint", more)
+        self.stop.check()
+
+    def _write_checkpoint(self, phase: str, at: Position, offset: int, optimizer: Optimizer, lr_schedule: Any) -> None:
+        state = {
+            "config_hash": self.result["config_hash"],
+            "made_on": self._surroundings(),
+            "phase": phase,
+            "dense": self.dense_file,
+            "model": state_tensors(self.model)[0],
+            "optimizer": optimizer.state_dict(),
+            "lr_schedule": lr_schedule.state_dict(),
+            "pruner": self.pruner.state_dict(),
+            "position": at.state_dict(),
+            "job": self._notes(),
+        }
+        try:
+            with self.spared("checkpoint"):
+                self.checkpoints.write(state, epoch=offset + at.epoch, step=at.step)
+        except ValueError as error:
+            log.warning("no checkpoint was written, the run goes on: %s", error)
+
+    def _notes(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "cost": self.cost,
+            "costed": self.costed,
+            "recorded": self.recorded,
+            "baseline": {key: self.result[key] for key in ("baseline_accuracy", "baseline_loss")},
+            "dense_note": self.result["dense"],
+            "dense_val": self.dense_val,
+            "seconds": self.watch.read(),
+            "overrides": self.result["overrides"],
+        }
+
+    def _find_saved(self) -> None:
+        """Choose what to go on from, and take over what the job had noted by then.
+
+        Raises:
+            ValueError: there is a checkpoint of another configuration, which must not be lost by mistake.
+        """
+        saved = self.checkpoints.newest(self._check_saved)
+        if saved is None:
+            return
+        notes = saved.state["job"]
+        if saved.state["config_hash"] != self.result["config_hash"]:
+            if self.sweep is not None:  # which numbers its jobs anew when it is extended
+                log.info("%s holds the checkpoint of another job: this one starts anew", self.output_dir)
+                return
+            raise ValueError(
+                f"{self.output_dir} holds an unfinished run of another configuration "
+                f"(overrides: {' '.join(notes['overrides']) or 'none'}): give the same one to go on with it, "
+                f"trainer.resume=never to write over it, or another hydra.run.dir"
+            )
+        log.info("going on from the checkpoint %s", saved.path)
+        self.saved, self.rows, self.last = saved, list(notes["rows"]), notes["rows"][-1] if notes["rows"] else {}
+        self.cost, self.costed, self.recorded = tuple(notes["cost"]), notes["costed"], notes["recorded"]
+        self.dense_file, self.dense_val = saved.state["dense"], notes["dense_val"]
+        self.watch.add(notes["seconds"])
+        if (made_on := saved.state["made_on"]) != self._surroundings():
+            log.warning(
+                "it was written on %s, and this is %s: numbers may differ a little", made_on, self._surroundings()
+            )
+
+    def _check_saved(self, state: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a checkpoint, which is whole, is not one of a job or lacks its dense network."""
+        whole = _has(state, SAVED) and _has(state["job"], NOTES) and _has(state["position"], POSITION)
+        numbers = [state["job"]["seconds"], *state["job"]["rows"]] if whole else []
+        if not whole or set(numbers[0]) != set(PARTS) or not all(_are_numbers(values) for values in numbers):
+            raise ValueError("it is not that of a job")
+        dense = self.output_dir / DENSE
+        if state["phase"] == "prune" and not (dense.is_file() and file_sha256(dense) == state["dense"]):
+            raise ValueError(f"{dense} is not the dense network that it belongs to")
+
+    def _surroundings(self) -> str:
+        return f"torch {torch_version}, {self.trainer.torch_device.type}"
+
+    def _goes_on(self, phase: str) -> bool:
+        return self.saved is not None and self.saved.state["phase"] == phase
+
+    def _restore_dense(self) -> None:
+        assert self.saved is not None
+        notes = self.saved.state["job"]
+        load_weights(self.model, self.output_dir / DENSE)
+        self.dense, self.pruner = copy.deepcopy(self.model), NoPruning(self.model)
+        self.result |= {**notes["baseline"], "dense": notes["dense_note"]}
+
+    def _restore(self, optimizer: Optimizer, lr_schedule: Any) -> Mapping[str, Any]:
+        """Put a checkpoint's state into what was built anew; returns the position in the phase.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        assert self.saved is not None
+        path, state = self.saved
+        try:
+            self.pruner.load_state_dict(state["pruner"])  # a pruner that has cut the model cuts it, and the optimizer
+            ties = state_tensors(self.model)[1]
+            weights = state["model"]
+            self.model.load_state_dict({**weights, **{alias: weights[name] for alias, name in ties.items()}})
+            optimizer.load_state_dict(state["optimizer"])
+            lr_schedule.load_state_dict(state["lr_schedule"])
+            _like_parameters(optimizer)
+            if self.recorded and self.recorded == self.pruner.updates:
+                self.picture = figures.mask_image(self.pruner.masks())
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"the checkpoint {path} does not fit this job ({last_line(error)}): trainer.resume=never starts anew"
+            ) from error
+        self.saved = None  # its tensors are no longer needed
+        position: Mapping[str, Any] = state["position"]
+        return position
 
     def _write_result(self, status: str) -> None:
         self.result["status"] = status
@@ -889,6 +1071,31 @@ def budget_of(pruner: DictConfig) -> dict[str, float]:
 def _is_timed(pruner: DictConfig) -> bool:
     """Whether it, or one of several, has a budget of milliseconds: those of `trainer.latency_batch` samples."""
     return any("latency" in budget_of(part) for part in (pruner, *(pruner.get("pruners") or ())))
+
+
+def _has(found: Any, kinds: Mapping[str, Any]) -> bool:
+    """Whether it is a dict that has all these keys, with values of these types."""
+    return isinstance(found, dict) and all(name in found and isinstance(found[name], kinds[name]) for name in kinds)
+
+
+def _are_numbers(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(value, (int, float)) for value in found.values())
+
+
+def _like_parameters(optimizer: Optimizer) -> None:
+    """Give a loaded state the memory format of the parameters, as a state that grew with them has."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is none that can be read."""
+    with contextlib.suppress(ValueError, OSError):
+        found = read_json(path)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _first(inputs: Any, count: int) -> Any:

@@ -244,6 +244,11 @@ class Stopwatch:
         finally:
             self._switch(outer)
 
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """What an earlier process has spent on these parts."""
+        for name, more in seconds.items():
+            self._seconds[name] += more
+
     def read(self) -> dict[str, float]:
         self._switch(self._open)
         return dict(self._seconds)

@@ -150,6 +150,8 @@ class TrainerConfig:
     nodes: int = 1
     rendezvous: str | None = None
     timeout_minutes: float = 30.0
+    resume: str = "auto"
+    checkpoint_minutes: float | None = 10.0
 
 
 SCHEMAS: dict[str, type] = {

@@ -17,6 +17,7 @@ In the output directory:
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import logging
@@ -80,10 +81,23 @@ class Tracker:
         self._metrics = _Log(self.output_dir / "metrics.jsonl")
         self._finished = False
 
-    def start(self, *, config: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Begin the record: `config` is the resolved configuration as a plain nested dict."""
+    def start(
+        self,
+        *,
+        config: Mapping[str, Any],
+        tags: Mapping[str, str],
+        rows: Sequence[Mapping[str, float]] | None = None,
+    ) -> None:
+        """Begin the record: `config` is the resolved configuration as a plain nested dict.
+
+        Args:
+            rows: to go on with the record of a run that was interrupted, the metrics of step 1, 2, ... that it is known
+                to have logged; what it has recorded after them is dropped, and comes again. None: a new record.
+        """
         self._locally(self.output_dir, lambda: self.output_dir.mkdir(parents=True, exist_ok=True))
-        for old in ("metrics.jsonl", "unsent.jsonl"):  # of an earlier run into the same directory
+        if rows is not None:
+            self._locally(self._metrics.path, lambda: _rewind(self.output_dir, rows))
+        for old in ("metrics.jsonl", "unsent.jsonl") if rows is None else ():  # of another run in the same directory
             path = self.output_dir / old
             self._locally(path, lambda path=path: path.unlink(missing_ok=True))  # type: ignore[misc]
         path = self.output_dir / "config.yaml"
@@ -209,6 +223,40 @@ def _append(path: Path, lines: bytes) -> None:
             raise
 
 
+def _rewind(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Make metrics.jsonl the `rows` of step 1, 2, ..., and leave out of unsent.jsonl what comes after them."""
+    kept = {row["step"]: row for row in reversed(_json_lines(folder / "metrics.jsonl")) if type(row.get("step")) is int}
+    lines = []
+    for step, values in enumerate(rows, 1):
+        known = {name: number(value) for name, value in values.items()}
+        old = {name: value for name, value in kept.get(step, {}).items() if name not in ("step", "time")}
+        same = step in kept and old == plain(known)  # it has the time at which it was logged
+        lines.append(kept[step] if same else {"step": step, "time": round(time.time(), 3), **plain(known)})
+    _write_lines(folder / "metrics.jsonl", lines)
+    unsent, events = folder / "unsent.jsonl", dict[str, Event]()
+    for place, event in enumerate(_json_lines(unsent)):
+        at = event.get("step") if event.get("kind") in ("metrics", "image") else None
+        if type(at) is not int:
+            events[str(place)] = event
+        elif at <= len(rows):
+            events.setdefault(f"{event['kind']} {at}", event)  # the numbers at the end have the last epoch's step
+    if unsent.exists():
+        _write_lines(unsent, events.values())
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one a line; a line torn by a crash is left out."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [item for item in found if isinstance(item, dict)]
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+
+
 def _copy(source: Path, target: Path) -> None:
     if source.is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True, copy_function=_copy_file)
@@ -300,8 +348,15 @@ class MLflowTracker(Tracker):
         self._continued = run_id
         self.stopped: str | None = None  # why MLflow is no longer called
 
-    def start(self, *, config: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        super().start(config=config, tags=tags)
+    def start(
+        self,
+        *,
+        config: Mapping[str, Any],
+        tags: Mapping[str, str],
+        rows: Sequence[Mapping[str, float]] | None = None,
+    ) -> None:
+        super().start(config=config, tags=tags, rows=rows)
+        self._store.once = rows is not None
         self._lock.acquire()
         self._note("RUNNING")
         params = {self._names[key]: value for key, value in flatten(config).items()}
@@ -475,6 +530,10 @@ class Store:
     ) -> None:
         self.run_id: str | None = None
         self._continued = run_id
+        self.once = False  # whether what the run has already of the following is not sent again
+        self._params: set[str] = set()
+        self._steps: dict[str, int] = {}  # the last step of each metric: steps only grow
+        self._images: set[tuple[str, str]] = set()  # key and step
         self._uri, self._experiment, self._run_name = uri, experiment, run_name
         self._location = _artifact_location(uri, experiment, artifact_root)
         self._parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
@@ -495,14 +554,15 @@ class Store:
     def params(self, *, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        entries = [Param(key, value[:6000]) for key, value in params.items()]
+        entries = [Param(key, value[:6000]) for key, value in params.items() if key not in self._params]
         for some in _chunks(entries, 100):
             self._client.log_batch(self.run_id, params=some)
 
     def metrics(self, *, values: Mapping[str, float], step: int, time_ms: int) -> None:
         from mlflow.entities import Metric
 
-        entries = [Metric(name, float(value), time_ms, step) for name, value in values.items()]
+        new = {name: value for name, value in values.items() if step > self._steps.get(name, step - 1)}
+        entries = [Metric(name, float(value), time_ms, step) for name, value in new.items()]
         for some in _chunks(entries, 1000):
             self._client.log_batch(self.run_id, metrics=some)
 
@@ -519,6 +579,8 @@ class Store:
     def image(self, *, path: str, key: str, step: int, time_ms: int) -> None:
         from PIL import Image
 
+        if (key, str(step)) in self._images:
+            return
         with Image.open(path) as picture:
             self._client.log_image(self.run_id, picture, key=key, step=step, timestamp=time_ms, synchronous=True)
 
@@ -572,6 +634,11 @@ class Store:
             return False
         self.run_id = self._continued
         self._client.update_run(self.run_id, status="RUNNING", name=self._run_name)
+        if self.once:
+            self._params = set(found.data.params)
+            self._steps = {metric.key: metric.step for metric in found.data.to_proto().metrics}
+            names = [posixpath.basename(file.path) for file in self._client.list_artifacts(self.run_id, "images")]
+            self._images = {_image_of(name) for name in names}
         return True
 
     def _find(self, run_id: str) -> Any:
@@ -613,6 +680,16 @@ class Store:
                 if found is None:
                     raise
         return str(found.experiment_id)
+
+
+def _image_of(name: str) -> tuple[str, str]:
+    """Key and step of a picture, by the file name that MLflow gave it; its releases differ in the signs between.
+
+    >>> _image_of("masks~a+step+3+timestamp+1753000000000+b7d1.png")
+    ('masks/a', '3')
+    """
+    key, _, step, *_ = [*re.split("[+%]", name), "", "", ""]
+    return re.sub("[~#]", "/", key), step
 
 
 def _import_client(timeout_s: float) -> None:

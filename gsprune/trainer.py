@@ -1,9 +1,9 @@
 """The training loop: `Trainer.fit`, `score` and `evaluate`, learning-rate schedules, optimizers, seeds.
 
 The only caller of the pruner's hooks in this repository. There is one loop and it has no feature branches:
-what pruning needs comes in through the hooks (`Hooks`), what a screen or a log needs through two callbacks.
-May import torch and numpy, and of this package `guard` and `distributed` alone: in several processes every one runs
-this loop, on its part of each batch, with averaged gradients.
+what pruning needs comes in through the hooks (`Hooks`), what a screen, a log or a checkpoint needs through callbacks.
+May import torch and numpy, and of this package `guard`, `position` and `distributed` alone: in several processes every
+one runs this loop, on its part of each batch, with averaged gradients.
 
 One optimizer step, in order:
 
@@ -14,6 +14,7 @@ One optimizer step, in order:
     clip, optimizer.step(), scaler.update()
     hooks.on_step_end()
     optimizer.zero_grad(set_to_none=True), lr_schedule.step()
+    on_step(totals), on_rest(position)    between two steps: what can be saved, and gone on from
 
 A step whose gradients are not finite changes neither parameters nor optimizer nor buffers (see `guard`).
 """
@@ -27,7 +28,6 @@ import itertools
 import math
 import random
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,11 +42,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gsprune import distributed
 from gsprune.guard import Guard
+from gsprune.position import Position
 
 Batch = tuple[Any, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROGRESS = ("auto", "bar", "lines", "none")
+RESUME = ("auto", "never")
 
 
 class Hooks(Protocol):
@@ -80,7 +82,8 @@ class Totals:
     The averages are over samples, not over batches, so a short last batch weighs what it holds.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, skipped: int = 0) -> None:
+        self.skipped = skipped  # steps that were left out before these
         # float64 keeps the sum exact over a long epoch; MPS has none
         wide = torch.float32 if device.type == "mps" else torch.float64
         self._loss = torch.zeros((), dtype=wide, device=device)
@@ -119,9 +122,18 @@ class Totals:
         count = self._count - int(self._left_out) or math.nan
         return {"loss": self._loss.item() / count, "accuracy": self._correct.item() / count}
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self._loss, "correct": self._correct, "count": self._count, "skipped": self.skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._loss.copy_(state["loss"])
+        self._correct.copy_(state["correct"])
+        self._count, self.skipped = state["count"], state["skipped"]
+
 
 EpochCallback = Callable[[int, dict[str, float]], None]
 StepCallback = Callable[[Totals], None]
+RestCallback = Callable[[Position], None]
 
 
 @dataclass(frozen=True)
@@ -153,6 +165,10 @@ class Trainer:
         timeout_minutes: how long a process waits for another one before the run ends with an error.
         dense_cache, dense_scores: read by `gsprune.job`: jobs of a sweep that share their dense phase train it once;
             the dense network is scored before pruning begins, so that the first mask does not rest on a few batches.
+        resume: read by `gsprune.job`: "auto" goes on from the newest checkpoint of an unfinished run of the same
+            configuration in the output directory, "never" starts anew.
+        checkpoint_minutes: read by `gsprune.job`: write a checkpoint also within an epoch when the last one is older
+            than that; 0 after every step, None at the end of epochs alone.
 
     Raises:
         ValueError: one sentence for each setting outside its range, and for a device that is not here.
@@ -179,6 +195,8 @@ class Trainer:
     nodes: int = 1
     rendezvous: str | None = None
     timeout_minutes: float = 30.0
+    resume: str = "auto"
+    checkpoint_minutes: float | None = 10.0
 
     def __post_init__(self) -> None:
         for name in ("dense_epochs", "prune_epochs", "max_bad_steps", "latency_repeats"):
@@ -188,7 +206,9 @@ class Trainer:
         for name in ("clip_norm", "prune_lr"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"trainer.{name}", value, "above 0, or null")
-        for name, choices in (("precision", AUTOCAST), ("progress", PROGRESS)):
+        minutes = self.checkpoint_minutes
+        _check(minutes is None or minutes >= 0, "trainer.checkpoint_minutes", minutes, "0 or more, or null")
+        for name, choices in (("precision", AUTOCAST), ("progress", PROGRESS), ("resume", RESUME)):
             value = getattr(self, name)
             _check(value in choices, f"trainer.{name}", value, f"one of {', '.join(choices)}")
         find_device(self.device)
@@ -236,6 +256,8 @@ class Trainer:
         epochs: int,
         on_epoch: EpochCallback = lambda epoch, values: None,
         on_step: StepCallback = lambda totals: None,
+        on_rest: RestCallback = lambda position: None,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         """Train `model` in place for `epochs` epochs, calling the pruner's hooks in the order above.
 
@@ -245,24 +267,31 @@ class Trainer:
                 `val/loss`, `val/accuracy` (when there is a `val_loader`), `lr` (of the next step), `epoch_seconds`,
                 and `train/skipped_steps` if there were any.
             on_step: called after every optimizer step with the running `Totals`; reading it is a sync point.
+            on_rest: called after `on_step`, after each batch of `val_loader` and after `on_epoch`, with the `Position`:
+                what is between two steps can be saved here. An exception ends the training.
+            start: a `Position.state_dict()` to go on from, as if never interrupted. The states of model, optimizer,
+                schedule and pruner at that position are loaded already.
 
         Raises:
             BadNumbers: a ValueError that names the first tensor whose gradient is not finite, after more than
                 `max_bad_steps` such steps in a row. The model is as the last good step left it.
         """
         loop = self._loop(model, optimizer, pruner)
+        at = Position(self.torch_device, {"scaler": loop.scaler, "guard": loop.guard}, start)
         model.train()
         pruner.on_train_begin()
         with _first_skipped_step_is_fine():
-            for epoch in range(epochs):
-                start = time.perf_counter()
+            for epoch in range(at.epoch, epochs):
                 pruner.on_epoch_begin(epoch)
-                values = _named("train", loop.train_epoch(train_loader, lr_schedule, on_step))
+                values = _named("train", loop.train_epoch(train_loader, lr_schedule, on_step, on_rest, at))
                 pruner.on_epoch_end()
                 if val_loader is not None:
-                    values |= _named("val", self._evaluate(model, loop.plain, val_loader))
-                values |= {"lr": _lr(optimizer), "epoch_seconds": time.perf_counter() - start}
+                    batches = at.resting(distributed.shares(val_loader, training=False), on_rest)
+                    values |= _named("val", self._evaluate(model, loop.plain, batches))
+                values |= {"lr": _lr(optimizer), "epoch_seconds": at.seconds}
                 on_epoch(epoch, values)
+                at.end_epoch()
+                on_rest(at)
         pruner.on_train_end()
         loop.check_masks()
 
@@ -296,13 +325,13 @@ class Trainer:
 
     def evaluate(self, model: nn.Module, loader: Loader) -> dict[str, float]:
         """Mean `loss` and `accuracy` (0 to 1) over all samples of `loader`; the model is left as it was."""
-        return self._evaluate(model, model, loader)
+        return self._evaluate(model, model, distributed.shares(loader, training=False))
 
-    def _evaluate(self, model: nn.Module, forward: Callable[..., Tensor], loader: Loader) -> dict[str, float]:
+    def _evaluate(self, model: nn.Module, forward: Callable[..., Tensor], batches: Iterable[Batch]) -> dict[str, float]:
         totals = Totals(self.torch_device)
         with _kept_modes(model), torch.no_grad():
             model.eval()
-            for batch in distributed.shares(loader, training=False):
+            for batch in batches:
                 totals.add(*self.loss_sum(forward, batch))
         return totals.together().read()  # sync point, once
 
@@ -338,9 +367,11 @@ class _Loop:
     guard: Guard
     checked: int = 0  # mask updates that have been compared between processes
 
-    def train_epoch(self, loader: Loader, lr_schedule: Schedule, on_step: StepCallback) -> dict[str, float]:
-        totals, skipped = Totals(self.trainer.torch_device), self.guard.skipped
-        for step, group in enumerate(self._groups(loader)):
+    def train_epoch(
+        self, loader: Loader, lr_schedule: Schedule, on_step: StepCallback, on_rest: RestCallback, at: Position
+    ) -> dict[str, float]:
+        totals = Totals(self.trainer.torch_device, skipped=self.guard.skipped)
+        for step, group in at.steps(loader, self._groups(loader), totals):
             self.pruner.on_step_begin(step)
             if self.check_masks():  # units that were cut out have left other parameters behind
                 self.forward = distributed.data_parallel(self.plain, self.forward)
@@ -350,10 +381,12 @@ class _Loop:
             self.pruner.on_step_end()
             self.optimizer.zero_grad(set_to_none=True)
             lr_schedule.step()
+            at.step = step + 1
             on_step(totals)
             self.guard.look()
+            on_rest(at)
         self.guard.look(now=True)
-        skipped = self.guard.skipped - skipped
+        skipped = self.guard.skipped - totals.skipped
         distributed.broadcast_buffers(self.plain)
         totals.together()
         return totals.read() | ({"skipped_steps": skipped} if skipped else {})  # sync point, once an epoch

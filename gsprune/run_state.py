@@ -1,0 +1,251 @@
+"""Checkpoints of a run that is under way: nested data with tensors in it, in a folder each, the last two kept.
+
+Files are data from strangers, as in `checkpoint.py`: nothing is unpickled, everything is checked before it is used, and
+every fault is a ValueError of one sentence; the checkpoint before is then taken. Imports torch, safetensors, and
+`checkpoint` and `files` of this package.
+
+In the folder `checkpoint/` of a run:
+
+    epoch_0003_step_000020/        3 epochs and 20 steps of the fourth have been trained
+        state.safetensors          every tensor
+        state.json                 everything else, and the sha256 of both
+
+Folders appear whole: they are written aside, flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gsprune.checkpoint import _read_header
+from gsprune.files import folder_aside, number, plain, read_json, remove_folder
+
+__all__ = ["Checkpoints", "Saved", "file_sha256", "read_state", "write_state"]
+
+FORMAT = "gsprune-run-state"
+VERSION = 1
+TENSORS, RECORD = "state.safetensors", "state.json"
+KEPT = 2
+_NAME = re.compile(r"epoch_(\d{4,9})_step_(\d{6,12})")
+_MAX_RECORD = 256_000_000  # bytes of state.json: the metrics of a hundred thousand epochs
+_KIND = "$"  # marks what JSON has no word for
+log = logging.getLogger(__name__)
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was read: its folder, and the state that `write` was given."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in a folder.
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> checkpoints = Checkpoints(Path(folder.name))
+    >>> for step in (7, 8, 9):
+    ...     _ = checkpoints.write({"step": step}, epoch=3, step=step)
+    >>> [path.name for path in checkpoints.paths()], checkpoints.newest().state
+    (['epoch_0003_step_000008', 'epoch_0003_step_000009'], {'step': 9})
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def paths(self) -> list[Path]:
+        """Those that are there, the oldest first."""
+        found = [path for path in self.folder.glob("epoch_*_step_*") if path.is_dir() and _NAME.fullmatch(path.name)]
+        return sorted(found, key=_place)
+
+    def write(self, state: Mapping[str, Any], *, epoch: int, step: int) -> Path:
+        """Write one, then remove all but the last two.
+
+        Args:
+            epoch, step: trained epochs of the whole run, and steps of the next one.
+
+        Raises:
+            ValueError: something in the state cannot be written as data.
+            OSError: the disk is full or the like; the checkpoints before are as they were.
+        """
+        path = self.folder / f"epoch_{epoch:04d}_step_{step:06d}"
+        write_state(path, state)
+        for old in self.paths()[:-KEPT]:
+            remove_folder(old)
+        return path
+
+    def newest(self, check: Callable[[Mapping[str, Any]], None] = lambda state: None) -> Saved | None:
+        """The newest that can be read and that `check` (which raises ValueError) lets pass; a warning names others."""
+        paths = self.paths()[::-1]
+        for path in paths:
+            try:
+                state = read_state(path)
+                check(state)
+                return Saved(path, state)
+            except ValueError as error:
+                last = path == paths[-1]
+                then = "no other is left, and the run starts anew" if last else "the one before it is tried"
+                log.warning("the checkpoint %s cannot be used, %s: %s", path.name, then, error)
+        return None
+
+    def remove_after(self, path: Path | None) -> None:
+        """Remove those that are newer than `path`; all of them, if it is None."""
+        for newer in self.paths():
+            if path is None or _place(newer) > _place(path):
+                remove_folder(newer)
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write nested dicts, lists, tuples, numbers, strings, None and tensors as one folder, whole or not at all.
+
+    Raises:
+        ValueError: there is something else in the state.
+        OSError: it could not be written.
+    """
+    packer = _Packer()
+    tree = packer.pack(state)
+    with folder_aside(path) as temporary:
+        metadata = {"format": FORMAT, "version": str(VERSION)}
+        try:
+            save_file(packer.tensors, temporary / TENSORS, metadata=metadata)
+        except safetensors.SafetensorError as error:  # a full disk too
+            raise OSError(str(error)) from error
+        record = {"format": FORMAT, "version": VERSION, "tensors": file_sha256(temporary / TENSORS), "state": tree}
+        text = json.dumps({**record, "sha256": _digest(record)}, allow_nan=False)
+        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `write_state` was given.
+
+    Raises:
+        ValueError: a file is missing, damaged, or not what it says.
+    """
+    tree, mark = _read_tree(path / RECORD)
+    header = _read_header(path / TENSORS, FORMAT)
+    if file_sha256(header.path) != mark:
+        raise ValueError(f"{header.path} is damaged, or it does not belong to the {RECORD} beside it")
+    try:
+        with safetensors.safe_open(header.path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in header.shapes}
+    except Exception as error:  # SafetensorError derives from Exception only
+        raise ValueError(f"{header.path} is a damaged safetensors file ({error})") from None
+    try:
+        state = _unpack(tree, tensors)
+    except (KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{path / RECORD} is not the record of a checkpoint ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path / RECORD} is not the record of a checkpoint")
+    return state
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file; a gigabyte takes about a second."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _read_tree(path: Path) -> tuple[Any, str]:
+    try:
+        size = path.stat().st_size if path.is_file() else 0
+        if size > _MAX_RECORD:
+            raise ValueError(f"{path} has {size:,} bytes, which no record of a checkpoint has")
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ValueError(f"{path} is not the record of a checkpoint")
+        if record.get("version") != VERSION:
+            raise ValueError(
+                f"{path} has format version {str(record.get('version'))[:20]}, this gsprune reads {VERSION}"
+            )
+        mark = record.pop("sha256", None)
+        if mark != _digest(record):
+            raise ValueError(f"{path} is damaged or was edited: its sha256 is another")
+        return record["state"], str(record["tensors"])
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except (KeyError, RecursionError, TypeError) as error:
+        raise ValueError(f"{path} is not the record of a checkpoint ({type(error).__name__})") from None
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _place(path: Path) -> tuple[int, int]:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+# --- nested data as JSON, its tensors apart ---------------------------------------------------------------
+
+
+class _Packer:
+    """Turns values into JSON; what JSON has no word for becomes {"$": kind, ...}, and tensors are collected."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._places: set[int] = set()  # in memory
+
+    def pack(self, value: Any, where: str = "") -> Any:
+        if value is None or isinstance(value, (bool, int, str)):
+            return value
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else {_KIND: "float", "value": plain(value)}
+        if isinstance(value, Tensor):
+            return {_KIND: "tensor", "name": self._keep(value, where)}
+        if isinstance(value, Mapping):
+            if all(isinstance(key, str) for key in value) and _KIND not in value:
+                return {key: self.pack(item, f"{where}/{key}") for key, item in value.items()}
+            items = [[self.pack(key, where), self.pack(item, f"{where}/{key}")] for key, item in value.items()]
+            return {_KIND: "dict", "items": items}
+        if isinstance(value, (list, tuple)):
+            items = [self.pack(item, f"{where}/{i}") for i, item in enumerate(value)]
+            return items if isinstance(value, list) else {_KIND: "tuple", "items": items}
+        if hasattr(value, "item"):  # a number of numpy
+            return self.pack(value.item(), where)
+        raise ValueError(f"{where.strip('/')} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+    def _keep(self, tensor: Tensor, where: str) -> str:
+        """Collect it as safetensors takes it: on the CPU, contiguous, sharing no memory with another."""
+        name = where.strip("/") if where.strip("/") not in self.tensors else f"{where}#{len(self.tensors)}"
+        own = tensor.detach().cpu().contiguous()
+        if own.untyped_storage().nbytes() != own.nbytes or own.data_ptr() in self._places:
+            own = own.clone()
+        self._places.add(own.data_ptr())
+        self.tensors[name] = own
+        return name
+
+
+def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_unpack(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    kind = tree.get(_KIND)
+    if kind is None:
+        return {key: _unpack(item, tensors) for key, item in tree.items()}
+    if kind == "tensor":
+        return tensors[tree["name"]]
+    if kind == "float":
+        return number(tree["value"])
+    if kind == "tuple":
+        return tuple(_unpack(tree["items"], tensors))
+    if kind == "dict":
+        return {_unpack(key, tensors): _unpack(item, tensors) for key, item in tree["items"]}
+    raise ValueError(f"unknown kind {kind!r}")
