@@ -1,0 +1,507 @@
+"""Jobs that are interrupted, killed or find damaged checkpoints end with the bits of one that was left alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+from jobs import ROOT, TINY, configure
+from kills import differences
+from safetensors.torch import load_file, save_file
+
+from gsprune import job as job_module
+from gsprune.identity import config_hash, dense_key
+from gsprune.job import run
+from gsprune.run_state import RECORD, TENSORS, Checkpoints
+from gsprune.signals import Interrupted, Stop
+from gsprune.sweep import Sweep
+from gsprune.tracking import MLflowTracker, Tracker, read_metrics
+from gsprune.trainer import Trainer
+
+WEIGHTED = ("pruner=weighted", "trainer.latency_repeats=0")
+
+
+def go(folder, *overrides):
+    with redirect_stdout(io.StringIO()):
+        return run(configure(*WEIGHTED, *overrides), output_dir=folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    go(folder)
+    return folder
+
+
+class AtStep:
+    """Does something at the n-th optimizer step of a job; a job has 15 here, 5 in each of 3 epochs."""
+
+    def __init__(self, monkeypatch):
+        self.count, self.plan, self.place = 0, {}, None
+        rest = job_module._Job._rest
+
+        def counted(job, phase, at, *others):
+            before, self.place = self.place, (phase, at.epoch, at.step)
+            if at.step and self.place != before:  # a rest while it validates is at the same place
+                self.count += 1
+                self.plan.get(self.count, lambda: None)()
+            rest(job, phase, at, *others)
+
+        monkeypatch.setattr(job_module._Job, "_rest", counted)
+
+    def do(self, number, action):
+        self.count, self.plan, self.place = 0, {number: action}, None
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    return AtStep(monkeypatch)
+
+
+def crash():
+    raise MemoryError("gone")
+
+
+def names(folder):
+    return [path.name for path in Checkpoints(folder / "checkpoint").paths()]
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_checkpoints_of_its_last_two_epochs(whole):
+    assert names(whole) == ["epoch_0002_step_000000", "epoch_0003_step_000000"]
+    for name in names(whole):
+        assert sorted(os.listdir(whole / "checkpoint" / name)) == [RECORD, TENSORS]
+
+
+@pytest.mark.parametrize(("minutes", "place"), [("null", "epoch_0001_step_000000"), ("0", "epoch_0001_step_000002")])
+def test_after_a_crash_a_job_goes_on_where_the_last_checkpoint_is(tmp_path, whole, at_step, caplog, minutes, place):
+    at_step.do(8, crash)
+    with pytest.raises(MemoryError):
+        go(tmp_path, f"trainer.checkpoint_minutes={minutes}")
+    assert names(tmp_path)[-1] == place
+    assert result_of(tmp_path)["status"] == "failed"
+    at_step.do(0, crash)
+    with caplog.at_level(logging.INFO):
+        go(tmp_path)
+    assert f"going on from the checkpoint {tmp_path / 'checkpoint' / place}" in caplog.text
+    assert at_step.count == (10 if minutes == "null" else 8)
+    assert list(differences(whole, tmp_path)) == []
+
+
+def test_a_crash_in_the_dense_phase_or_right_after_training_is_made_good_too(tmp_path, whole, at_step, monkeypatch):
+    at_step.do(3, crash)
+    with pytest.raises(MemoryError):
+        go(tmp_path, "trainer.checkpoint_minutes=0")
+    at_step.do(0, crash)
+    with monkeypatch.context() as patched:
+        patched.setattr(job_module._Job, "write_files", lambda self: crash())
+        with pytest.raises(MemoryError):
+            go(tmp_path)
+    assert at_step.count == 13
+    at_step.do(0, crash)
+    go(tmp_path)
+    assert at_step.count == 0  # only what comes after training is done again
+    assert list(differences(whole, tmp_path)) == []
+
+
+def test_settings_of_checkpoints_change_no_result():
+    plain = configure(*WEIGHTED)
+    other = configure(*WEIGHTED, "trainer.resume=never", "trainer.checkpoint_minutes=null")
+    assert config_hash(plain) == config_hash(other)
+    assert dense_key(plain) == dense_key(other)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.resume=always", "trainer.resume=always is not allowed: it must be one of auto, never"),
+        (
+            "trainer.checkpoint_minutes=-1.0",
+            "trainer.checkpoint_minutes=-1.0 is not allowed: it must be 0 or more, or null",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(tmp_path, override, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        go(tmp_path, override)
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_a_warning(tmp_path, whole, monkeypatch, caplog):
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "write", full)
+    go(tmp_path)
+    assert "no checkpoint was written, the run goes on: [Errno 28] No space left on device" in caplog.messages
+    assert list(differences(whole, tmp_path)) == []
+
+
+# --- what is gone on from -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crashed(tmp_path, at_step):
+    """A run that has crashed in its third epoch, with the checkpoints of the first two."""
+    tmp_path /= "run"
+    at_step.do(12, crash)
+    with pytest.raises(MemoryError):
+        go(tmp_path)
+    assert names(tmp_path) == ["epoch_0001_step_000000", "epoch_0002_step_000000"]
+    at_step.do(0, crash)
+    return tmp_path
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(crashed, whole, at_step, caplog):
+    damage(crashed / "checkpoint" / "epoch_0002_step_000000" / TENSORS)
+    go(crashed)
+    assert "the checkpoint epoch_0002_step_000000 cannot be used, the one before it is tried: " in caplog.text
+    assert at_step.count == 10
+    assert list(differences(whole, crashed)) == []
+
+
+def test_with_both_damaged_the_run_starts_anew_and_says_so(crashed, whole, at_step, caplog):
+    for name in names(crashed):
+        damage(crashed / "checkpoint" / name / RECORD)
+    go(crashed)
+    assert "epoch_0001_step_000000 cannot be used, no other is left, and the run starts anew: " in caplog.text
+    assert at_step.count == 15
+    assert list(differences(whole, crashed)) == []
+
+
+def test_a_checkpoint_is_no_good_without_its_dense_network(crashed, whole, at_step, caplog):
+    dense = crashed / "checkpoint" / "dense.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(dense).items()}, dense)
+    go(crashed)
+    assert f"{dense} is not the dense network that it belongs to" in caplog.text
+    assert at_step.count == 10  # that of the dense phase's end needs none
+    assert list(differences(whole, crashed)) == []
+
+
+def test_a_run_of_another_configuration_is_not_lost_by_mistake(crashed, at_step):
+    message = (
+        f"{crashed} holds an unfinished run of another configuration (overrides: none): give the same one to go on "
+        f"with it, trainer.resume=never to write over it, or another hydra.run.dir"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        go(crashed, "seed=1")
+    assert names(crashed) == ["epoch_0001_step_000000", "epoch_0002_step_000000"]
+    go(crashed, "seed=1", "trainer.resume=never")
+    assert at_step.count == 15
+
+
+def test_in_a_sweep_which_numbers_its_jobs_anew_another_job_starts_anew(crashed, at_step, monkeypatch):
+    monkeypatch.setattr(job_module, "current_sweep", lambda: Sweep(crashed.parent))
+    go(crashed, "seed=1")
+    assert at_step.count == 15
+
+
+def test_never_starts_anew(crashed, whole, at_step):
+    go(crashed, "trainer.resume=never")
+    assert at_step.count == 15
+    assert list(differences(whole, crashed)) == ["config.yaml differs"]  # which has that setting
+
+
+def test_a_run_that_has_finished_is_done_anew(crashed, at_step):
+    go(crashed)
+    at_step.do(0, crash)
+    go(crashed)
+    assert at_step.count == 15
+
+
+def test_seconds_are_those_of_all_tries(crashed):
+    spent = Checkpoints(crashed / "checkpoint").newest().state["job"]["seconds"]
+    go(crashed)
+    assert all(result_of(crashed)["timings"][part] > seconds for part, seconds in spent.items() if part != "files")
+
+
+def test_a_checkpoint_that_is_whole_and_does_not_fit_is_one_sentence(crashed):
+    checkpoints = Checkpoints(crashed / "checkpoint")
+    state = checkpoints.newest().state
+    state["optimizer"]["param_groups"] = []
+    checkpoints.write(state, epoch=2, step=0)
+    with pytest.raises(
+        ValueError, match=r"epoch_0002_step_000000 does not fit this job \(ValueError: loaded state dict"
+    ):
+        go(crashed)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("job", "rows", [3]),
+        ("job", "seconds", {"train": 1.0}),
+        ("job", "cost", None),
+        ("position", "step", "1"),
+        ("position", "random", None),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_passed_over(crashed, at_step, caplog, part, key, value):
+    checkpoints = Checkpoints(crashed / "checkpoint")
+    state = checkpoints.newest().state
+    state[part][key] = value
+    checkpoints.write(state, epoch=2, step=0)
+    go(crashed)
+    assert "epoch_0002_step_000000 cannot be used, the one before it is tried: it is not that of a job" in caplog.text
+    assert at_step.count == 10
+
+
+def test_metrics_of_a_killed_try_are_dropped_and_a_torn_line_with_them(crashed, whole):
+    record = crashed / "metrics.jsonl"
+    lines = record.read_text().splitlines(keepends=True)
+    assert len(lines) == 2
+    record.write_text("".join(lines) + '{"step": 3, "time": 1.0, "train/loss": 99.0}\n{"step": 3, "tra')
+    go(crashed)
+    assert list(differences(whole, crashed)) == []
+    assert record.read_text().splitlines(keepends=True)[:2] == lines  # with their time and seconds
+
+
+def test_metrics_that_were_lost_come_back_from_the_checkpoint(crashed, whole):
+    (crashed / "metrics.jsonl").unlink()
+    go(crashed)
+    assert list(differences(whole, crashed)) == []
+
+
+# --- signals ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_writes_a_checkpoint_and_ends_with_its_code(tmp_path, whole, at_step, signum, code):
+    before = signal.getsignal(signum)
+    at_step.do(7, lambda: signal.raise_signal(signum))
+    with pytest.raises(Interrupted) as caught:
+        go(tmp_path)
+    assert caught.value.code == code
+    assert signal.getsignal(signum) is before
+    assert names(tmp_path) == ["epoch_0001_step_000000", "epoch_0001_step_000002"]
+    result = result_of(tmp_path)
+    assert (result["status"], result["error"]) == ("interrupted", f"Interrupted: stopped by {signum.name}")
+    at_step.do(0, crash)
+    go(tmp_path)
+    assert at_step.count == 8
+    assert list(differences(whole, tmp_path)) == []
+
+
+def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
+    seen = []
+
+    def twice(self, totals):
+        signal.raise_signal(signal.SIGINT)
+        seen.append("after the first")
+        signal.raise_signal(signal.SIGINT)
+        seen.append("after the second")
+
+    monkeypatch.setattr(job_module.Progress, "on_step", twice)
+    with pytest.raises(Interrupted):
+        go(tmp_path)
+    assert seen == ["after the first"]
+    assert names(tmp_path) == []
+
+
+def test_outside_of_training_a_signal_ends_the_run_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module._Job, "measure", lambda self: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        go(tmp_path)
+    assert result_of(tmp_path)["status"] == "interrupted"
+    assert names(tmp_path)[-1] == "epoch_0003_step_000000"
+
+
+def test_a_signal_while_it_validates_does_not_wait_for_the_end_of_it(tmp_path, whole, at_step, monkeypatch):
+    evaluate = Trainer._evaluate
+
+    def signalled(self, model, forward, loader):
+        def seen():
+            for batch in loader:
+                signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+        return evaluate(self, model, forward, seen())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_evaluate", signalled)
+        with pytest.raises(Interrupted):
+            go(tmp_path)
+    assert names(tmp_path) == ["epoch_0000_step_000005"]
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    at_step.do(0, crash)
+    go(tmp_path)
+    assert at_step.count == 1 + 10  # first it validates
+    assert list(differences(whole, tmp_path)) == []
+
+
+def test_the_exit_of_a_worker_process_reaches_its_parent_as_it_was():
+    again = pickle.loads(pickle.dumps(Interrupted(signal.SIGINT)))
+    assert (again.code, str(again)) == (130, "stopped by SIGINT")
+
+
+def test_signals_are_left_alone_where_they_are_ignored_and_in_other_threads():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    handlers = []
+
+    def elsewhere():
+        with Stop():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert handlers == [before]
+
+
+def test_a_signal_right_after_the_last_step_is_not_lost():
+    with pytest.raises(Interrupted), Stop() as stop, stop.deferred():
+        signal.raise_signal(signal.SIGTERM)
+
+
+# --- tracking -----------------------------------------------------------------------------------------------
+
+
+def test_unsent_calls_of_a_killed_try_come_only_once(tmp_path):
+    tracker = Tracker(tmp_path)
+    tracker.start(config={}, tags={})
+    for step in (1, 2, 3):
+        tracker.log_metrics({"loss": step / 10}, step=step)
+    events = [{"kind": "metrics", "step": step, "values": {}} for step in (1, 2, 3)]
+    events = [{"kind": "start"}, *events, {"kind": "image", "step": 3}, {"kind": "artifact", "path": "a"}]
+    events += [{"kind": "metrics", "step": 2, "values": {"accuracy": 1.0}}]  # as the numbers of the end come
+    (tmp_path / "unsent.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"kind"')
+    Tracker(tmp_path).start(config={}, tags={}, rows=[{"loss": 0.1}, {"loss": 0.2}])
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.1, 0.2]
+    kept = [json.loads(line) for line in (tmp_path / "unsent.jsonl").read_text().splitlines()]
+    assert kept == [events[0], events[1], events[2], events[5]]
+
+
+@pytest.mark.slow
+def test_mlflow_gets_each_metric_and_picture_of_a_step_once(tmp_path):
+    import numpy as np
+    from mlflow import MlflowClient
+
+    uri, picture = f"sqlite:///{tmp_path / 'mlflow.db'}", np.zeros((4, 4, 3), np.uint8)
+
+    def start(**more):
+        tracker = MLflowTracker(tmp_path / "run", tracking_uri=uri, run_id=more.pop("run_id", None))
+        tracker.start(config={"a": 1}, tags={}, **more)
+        return tracker
+
+    def log(tracker, steps):
+        for step in steps:
+            tracker.log_metrics({"loss": step / 10, **({"late": 1.0} if step > 2 else {})}, step=step)
+            tracker.log_image(picture, key="masks", step=step)
+
+    killed = start()
+    killed.log_params({"dense.source": "trained"})
+    log(killed, (1, 2, 3))
+    again = start(run_id=killed.run_id, rows=[{"loss": 0.1}, {"loss": 0.2}])
+    again.log_params({"dense.source": "cache", "new": "1"})  # a parameter cannot change: that would be refused
+    log(again, (3, 4))
+    again.finish("FINISHED")
+    assert (again.run_id, again.stopped) == (killed.run_id, None)
+    client = MlflowClient(tracking_uri=uri)
+    assert [(m.step, m.value) for m in client.get_metric_history(again.run_id, "loss")] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+        (4, 0.4),
+    ]
+    assert [m.step for m in client.get_metric_history(again.run_id, "late")] == [3, 4]
+    images = [Path(file.path).name for file in client.list_artifacts(again.run_id, "images")]
+    assert sorted(re.split("[+%]", name)[2] for name in images if name.endswith(".png")) == ["1", "2", "3", "4"]
+    assert client.get_run(again.run_id).data.params == {"a": "1", "dense.source": "trained", "new": "1"}
+
+
+# --- whole processes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments_a_run_ends_with_the_same_bits():
+    """Also inside the write of a checkpoint; what is compared, and how, is in kills.py."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"python tests/kills.py --count 20 --seed {seed}")  # shown when it fails
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "kills.py"), "--count", "20", "--seed", str(seed)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tried = json.loads(done.stdout.splitlines()[-1])
+    assert (tried["kills"], tried["differences"]) == (20, [])
+    assert tried["inside_write"] > 0
+    assert tried["continued"] > 0
+
+
+def started(folder, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, *TINY, *WEIGHTED, "trainer.dense_epochs=60"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+
+
+def signalled(process, folder, signum, *, after):
+    """Send a signal once the checkpoint of epoch `after` is there; returns code and output."""
+    end = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < end and not any(name >= after for name in names(folder)):
+        time.sleep(0.01)
+    process.send_signal(signum)
+    output = process.communicate(timeout=120)[0]
+    return process.returncode, output
+
+
+@pytest.mark.slow
+def test_train_py_ends_with_the_code_of_the_signal_and_goes_on_with_the_same_command(tmp_path):
+    here = ("hydra.run.dir=out",)
+    code, output = signalled(started(tmp_path, *here), tmp_path / "out", signal.SIGTERM, after="epoch_0003")
+    assert code == 143, output
+    assert "Traceback" not in output
+    assert f"the same command with hydra.run.dir={tmp_path / 'out'} goes on from the newest checkpoint" in output
+    code, output = signalled(started(tmp_path, *here), tmp_path / "out", signal.SIGINT, after="epoch_0020")
+    assert code == 130, output
+    assert "Traceback" not in output
+    assert "going on from the checkpoint" in output
+    last = started(tmp_path, *here)
+    output = last.communicate(timeout=120)[0]
+    assert last.returncode == 0, output
+    alone = go(tmp_path / "alone", "trainer.dense_epochs=60")
+    result = result_of(tmp_path / "out")
+    same = ("config_hash", "loss", "baseline_loss", "accuracy", "sparsity", "updates")
+    assert {name: result[name] for name in same} == {name: alone[name] for name in same}
+
+
+@pytest.mark.slow
+def test_a_job_of_a_sweep_that_was_killed_midway_goes_on_from_its_checkpoint(tmp_path):
+    sweep = ("--multirun", "seed=0,1", "hydra.sweep.dir=sweep")
+    code, output = signalled(started(tmp_path, *sweep), tmp_path / "sweep" / "0", signal.SIGKILL, after="epoch_0005")
+    assert code == -signal.SIGKILL, output
+    again = started(tmp_path, *sweep)
+    output = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, output
+    assert output.count("going on from the checkpoint") == 1
+    alone = go(tmp_path / "alone", "trainer.dense_epochs=60")
+    first, second = (result_of(tmp_path / "sweep" / name) for name in "01")
+    assert [first["status"], second["status"]] == ["finished", "finished"]
+    assert (first["loss"], first["baseline_loss"]) == (alone["loss"], alone["baseline_loss"])
+    assert second["loss"] != first["loss"]
