@@ -141,18 +141,20 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner
 
 def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
     job = (_Follower if distributed.rank() else _Job)(cfg, folder, sweep)
-    try:
-        with job.stop, job.enough_memory():
-            job.prepare()
-            job.dense_phase()
-            job.prune_phase()
-            job.measure()
-            job.write_files()
-            return distributed.broadcast(job.finish())
-    except BaseException as error:
-        distributed.undisturbed()
-        job.fail(error)
-        raise
+    # several processes are stopped by the one that has started them, and go on from the last whole epoch
+    with contextlib.nullcontext() if distributed.world_size() > 1 else job.stop:
+        try:
+            with job.enough_memory():
+                job.prepare()
+                job.dense_phase()
+                job.prune_phase()
+                job.measure()
+                job.write_files()
+                return distributed.broadcast(job.finish())
+        except BaseException as error:
+            distributed.undisturbed()
+            job.fail(error)
+            raise
 
 
 def _run_in_several(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
