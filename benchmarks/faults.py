@@ -82,13 +82,12 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """As a job's: `gsprune.job` adds the metrics so far."""
-        scaler = torch.amp.GradScaler(self.batch.device.type, enabled=False)
         return {
             "model": state_tensors(self.model)[0],
             "optimizer": self.optimizer.state_dict(),
             "lr_schedule": self.schedule.state_dict(),
             "pruner": self.pruner.state_dict(),
-            "position": Position(self.batch.device, scaler).state_dict(),
+            "position": Position(self.batch.device, {}).state_dict(),
         }
 
 

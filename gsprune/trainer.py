@@ -123,11 +123,13 @@ class Totals:
         return {"loss": self._loss.item() / count, "accuracy": self._correct.item() / count}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss": self._loss, "correct": self._correct, "count": self._count, "skipped": self.skipped}
+        sums = {"loss": self._loss, "correct": self._correct, "left_out": self._left_out}
+        return {**sums, "count": self._count, "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._loss.copy_(state["loss"])
         self._correct.copy_(state["correct"])
+        self._left_out.copy_(state["left_out"])
         self._count, self.skipped = state["count"], state["skipped"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 
 import numpy as np
@@ -116,10 +117,29 @@ def test_a_gradient_scaler_goes_on_with_its_scale():
     whole = Training(own_generator(), precision="fp16")
     whole.fit(on_rest=lambda at: saved.append(whole.state(at)))
     again = Training(own_generator(), precision="fp16")
-    again.fit(start=again.load(saved[4]), on_rest=lambda at: scales.append(at.state_dict()["scaler"]))
-    assert scales == [state[3]["scaler"] for state, _ in saved[5:]]
+    again.fit(start=again.load(saved[4]), on_rest=lambda at: scales.append(at.state_dict()["parts"]["scaler"]))
+    assert scales == [state[3]["parts"]["scaler"] for state, _ in saved[5:]]
     assert scales[-1]["scale"] > 0
-    assert scales[-1]["_growth_tracker"] != saved[0][0][3]["scaler"]["_growth_tracker"]
+    assert scales[-1]["_growth_tracker"] != saved[0][0][3]["parts"]["scaler"]["_growth_tracker"]
+
+
+def test_steps_that_were_left_out_are_counted_over_both_processes():
+    class Bad(Noisy):
+        def __getitem__(self, index):
+            inputs, label = super().__getitem__(index)
+            return (inputs * math.nan if index == 3 else inputs), label
+
+    def loader():
+        return DataLoader(Bad(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+    saved = []
+    whole = Training(loader(), max_bad_steps=5)
+    whole.fit(on_rest=lambda at: saved.append(whole.state(at)))
+    assert [row["train/skipped_steps"] for row in whole.rows] == [1, 1]
+    for state in saved:
+        again = Training(loader(), max_bad_steps=5)
+        again.fit(start=again.load(state))
+        assert repr(again.rows) == repr(whole.rows)
 
 
 def test_random_state_holds_every_generator_as_data():
@@ -145,13 +165,12 @@ def test_random_state_holds_every_generator_as_data():
 
 
 def test_the_seconds_of_an_epoch_count_in_all_processes():
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    at = Position(CPU, scaler)
+    at = Position(CPU, {})
     at.steps([1, 2, 3], [1, 2, 3], _Nothing())
     assert at.state_dict()["seconds"] == 0.0
     at.step = 1
     assert 0.0 < at.state_dict()["seconds"] < 10.0
-    later = Position(CPU, scaler, {**at.state_dict(), "seconds": 100.0})
+    later = Position(CPU, {}, {**at.state_dict(), "seconds": 100.0})
     assert list(later.steps([1, 2, 3], [1, 2, 3], _Nothing())) == [(1, 2), (2, 3)]
     assert 100.0 <= later.seconds < 110.0
 
