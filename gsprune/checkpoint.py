@@ -80,7 +80,7 @@ def save_masks(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> Non
 @refusing()
 def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read what `save_masks` wrote; ValueError when the file is anything else."""
-    header = _read_header(path, MASK_FORMAT)
+    header = read_header(path, MASK_FORMAT)
     shapes = _mask_shapes(header)
     masks = {}
     with safetensors.safe_open(header.path, framework="np") as file:
@@ -167,7 +167,7 @@ def load_scores(path: str | os.PathLike[str]) -> SavedScores:
 
     The values are as the file has them: `Pruner.load_scores` refuses those that no score can have.
     """
-    header = _read_header(path, SCORE_FORMAT)
+    header = read_header(path, SCORE_FORMAT)
     criterion, steps = _score_origin(str(header.path), header.metadata)
     for name, shape in header.shapes.items():
         if header.dtypes[name] != "F32":
@@ -272,7 +272,7 @@ def load_pruned(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn
     if any(tensor.is_meta for tensor in dense_model.state_dict().values()):
         raise ValueError("the dense model is on the meta device, which holds no values: build it on another one")
     record = _read_record(folder / RECORD)
-    header = _read_header(folder / WEIGHTS, MODEL_FORMAT)
+    header = read_header(folder / WEIGHTS, MODEL_FORMAT)
     if not header.metadata.get("fingerprint") == record["fingerprint"] == _fingerprint(record):
         raise ValueError(f"{folder / RECORD} was edited, or it does not belong to the {WEIGHTS} beside it")
     if record["sha256"] != sha256(header.path):
@@ -443,7 +443,7 @@ def _save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
-def _read_header(path: str | os.PathLike[str], wanted: str) -> _Header:
+def read_header(path: str | os.PathLike[str], wanted: str) -> _Header:
     """Names, shapes and metadata, after checking that the file is whole and of the wanted format."""
     path = Path(path)
     table = _read_table(path)

@@ -36,13 +36,23 @@ from gsprune import distributed, drawing, figures, metrics, planner
 from gsprune.checkpoint import WEIGHTS, save_masks, save_pruned, save_scores, state_tensors
 from gsprune.console import Progress, make_progress, print_summary, warn_on_one_line
 from gsprune.dense_cache import DenseCache, DenseRecord
-from gsprune.files import one_line, read_json, reason, refusing, remove_leftovers, spared, write_atomic, write_json
+from gsprune.files import (
+    one_line,
+    read_json,
+    reason,
+    refusing,
+    remove_leftovers,
+    sha256,
+    spared,
+    write_atomic,
+    write_json,
+)
 from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
 from gsprune.position import Position
 from gsprune.pruner import NoPruning
 from gsprune.pruners import Pruners
 from gsprune.results import read_results
-from gsprune.run_state import Checkpoints, Saved, file_sha256
+from gsprune.run_state import Checkpoints, Saved, read_state
 from gsprune.shrink import Plan, apply_plan
 from gsprune.signals import Interrupted, Stop
 from gsprune.sweep import Sweep, current_sweep, last_line, set_aside, without_sweep_settings
@@ -362,6 +372,7 @@ class _Job:
         self._set_up()
         if self.trainer.resume == "auto" and before.get("status") != "finished":
             self._find_saved()
+        distributed.broadcast(self.saved and self.saved.path)
         self._rehearse()
         with self.spared("result.json"):
             write_json(self.output_dir / "result.json", self.result)
@@ -550,7 +561,8 @@ class _Job:
 
     def _save_dense(self) -> None:
         """What `model.weights` takes."""
-        write_atomic(self.output_dir / "checkpoint" / "dense.safetensors", save(state_tensors(self.model)[0]))
+        write_atomic(self.output_dir / DENSE, save(state_tensors(self.model)[0]))
+        self.dense_file = sha256(self.output_dir / DENSE)
 
     def _save_model(self) -> Mapping[str, Tensor]:
         """The model first: the one file that a run must leave."""
@@ -803,7 +815,12 @@ class _Job:
     # --- checkpoints ---
 
     def _rest(self, phase: str, at: Position, offset: int, optimizer: Optimizer, lr_schedule: Any) -> None:
-        """Between two steps: write a checkpoint if it is time, and end here if a signal wants that."""
+        """Between two steps: write a checkpoint if it is time, and end here if a signal wants that.
+
+        In several processes only between epochs, where all of them draw the same random numbers.
+        """
+        if at.step and distributed.world_size() > 1:
+            return
         minutes = self.trainer.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self.written_at >= 60 * minutes
         if at.step and not due and not self.stop.requested:
@@ -868,7 +885,7 @@ class _Job:
                 f"trainer.resume=never to write over it, or another hydra.run.dir"
             )
         log.info("going on from the checkpoint %s", saved.path)
-        self.saved, self.rows, self.last = saved, list(notes["rows"]), notes["rows"][-1] if notes["rows"] else {}
+        self._take_over(saved)
         self.cost, self.costed, self.recorded = tuple(notes["cost"]), notes["costed"], notes["recorded"]
         self.dense_file, self.dense_val = saved.state["dense"], notes["dense_val"]
         self.watch.add(notes["seconds"])
@@ -877,6 +894,10 @@ class _Job:
                 "it was written on %s, and this is %s: numbers may differ a little", made_on, self._surroundings()
             )
 
+    def _take_over(self, saved: Saved) -> None:
+        rows = saved.state["job"]["rows"]
+        self.saved, self.rows, self.last = saved, list(rows), rows[-1] if rows else {}
+
     def _check_saved(self, state: Mapping[str, Any]) -> None:
         """Raise a ValueError if a checkpoint, which is whole, is not one of a job or lacks its dense network."""
         whole = _has(state, SAVED) and _has(state["job"], NOTES) and _has(state["position"], POSITION)
@@ -884,7 +905,7 @@ class _Job:
         if not whole or set(numbers[0]) != set(PARTS) or not all(_are_numbers(values) for values in numbers):
             raise ValueError("it is not that of a job")
         dense = self.output_dir / DENSE
-        if state["phase"] == "prune" and not (dense.is_file() and file_sha256(dense) == state["dense"]):
+        if state["phase"] == "prune" and not (dense.is_file() and sha256(dense) == state["dense"]):
             raise ValueError(f"{dense} is not the dense network that it belongs to")
 
     def _surroundings(self) -> str:
@@ -941,6 +962,9 @@ class _Follower(_Job):
 
     def prepare(self) -> None:
         self._set_up()
+        path = distributed.broadcast(None)
+        if path is not None:
+            self._take_over(Saved(path, read_state(path)))
         self.progress, self.tracker = Progress(self.epochs), SilentTracker(self.output_dir)
         self._rehearse()
 
@@ -967,6 +991,9 @@ class _Follower(_Job):
         pass
 
     def _save_dense(self) -> None:
+        pass
+
+    def _write_checkpoint(self, phase: str, at: Position, offset: int, optimizer: Optimizer, lr_schedule: Any) -> None:
         pass
 
     def _store_dense(self, cache: DenseCache, record: DenseRecord) -> None:

@@ -28,10 +28,10 @@ import safetensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gsprune.checkpoint import _read_header
-from gsprune.files import folder_aside, number, plain, read_json, remove_folder
+from gsprune.checkpoint import read_header
+from gsprune.files import folder_aside, number, plain, read_json, remove_folder, sha256
 
-__all__ = ["Checkpoints", "Saved", "file_sha256", "read_state", "write_state"]
+__all__ = ["Checkpoints", "Saved", "read_state", "write_state"]
 
 FORMAT = "gsprune-run-state"
 VERSION = 1
@@ -122,7 +122,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
             save_file(packer.tensors, temporary / TENSORS, metadata=metadata)
         except safetensors.SafetensorError as error:  # a full disk too
             raise OSError(str(error)) from error
-        record = {"format": FORMAT, "version": VERSION, "tensors": file_sha256(temporary / TENSORS), "state": tree}
+        record = {"format": FORMAT, "version": VERSION, "tensors": sha256(temporary / TENSORS), "state": tree}
         text = json.dumps({**record, "sha256": _digest(record)}, allow_nan=False)
         (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
 
@@ -134,8 +134,8 @@ def read_state(path: Path) -> dict[str, Any]:
         ValueError: a file is missing, damaged, or not what it says.
     """
     tree, mark = _read_tree(path / RECORD)
-    header = _read_header(path / TENSORS, FORMAT)
-    if file_sha256(header.path) != mark:
+    header = read_header(path / TENSORS, FORMAT)
+    if sha256(header.path) != mark:
         raise ValueError(f"{header.path} is damaged, or it does not belong to the {RECORD} beside it")
     try:
         with safetensors.safe_open(header.path, framework="pt") as file:
@@ -149,15 +149,6 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"{path / RECORD} is not the record of a checkpoint")
     return state
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file; a gigabyte takes about a second."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _read_tree(path: Path) -> tuple[Any, str]:

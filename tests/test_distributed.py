@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import ranks
 import torch
 from jobs import ROOT, configure, train
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -330,6 +332,28 @@ def test_a_job_in_two_processes_leaves_what_a_job_in_one_does(tmp_path):
     rows = [read_metrics(tmp_path / number / "metrics.jsonl") for number in "12"]
     assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]] == [1, 2, 3, 3]
     assert_close(*([row["train/loss"] for row in found[:3]] for found in rows), rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_processes_go_on_from_their_checkpoint_with_the_same_bits(tmp_path):
+    """As a run that was killed after its second epoch has left the directory."""
+    whole = finished(tmp_path / "1", "trainer.devices=2")
+    assert [path.name for path in sorted((tmp_path / "1" / "checkpoint").glob("epoch_*"))] == [
+        "epoch_0002_step_000000",
+        "epoch_0003_step_000000",
+    ]
+    shutil.copytree(tmp_path / "1", tmp_path / "2")
+    shutil.rmtree(tmp_path / "2" / "checkpoint" / "epoch_0003_step_000000")
+    (tmp_path / "2" / "model.safetensors").unlink()
+    (tmp_path / "2" / "result.json").write_text('{"status": "running"}')
+    again = finished(tmp_path / "2", "trainer.devices=2")
+    for name in ("accuracy", "loss", "baseline_loss", "val_accuracy", "sparsity", "updates", "params_nonzero"):
+        assert again[name] == whole[name], name
+    models = [load_file(tmp_path / number / "model.safetensors") for number in "12"]
+    assert all(torch.equal(models[1][name], tensor) for name, tensor in models[0].items())
+    rows = [read_metrics(tmp_path / number / "metrics.jsonl") for number in "12"]
+    assert [row["step"] for row in rows[1]] == [1, 2, 3, 3]
+    assert [row["train/loss"] for row in rows[1][:3]] == [row["train/loss"] for row in rows[0][:3]]
 
 
 @pytest.mark.slow
