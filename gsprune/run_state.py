@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gsprune.checkpoint import read_header
-from gsprune.files import folder_aside, number, plain, read_json, remove_folder, sha256
+from gsprune.files import folder_aside, number, plain, read_json, refusing, remove_folder, sha256
 
 __all__ = ["Checkpoints", "Saved", "read_state", "write_state"]
 
@@ -127,6 +127,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
+@refusing()
 def read_state(path: Path) -> dict[str, Any]:
     """What `write_state` was given.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import resource
 import signal
@@ -40,8 +41,10 @@ from gsprune.identity import _content
 from gsprune.job import load_weights
 from gsprune.report import _Sweep
 from gsprune.results import read_results
+from gsprune.run_state import _digest, read_state, write_state
 from gsprune.shrink import Plan
-from gsprune.sweep import Sweep, _run_of
+from gsprune.sweep import Sweep, _run_of, last_line
+from gsprune.sync import _Picture, _Record
 from gsprune.texts import text_classification
 from gsprune.tracking import read_metrics
 
@@ -403,6 +406,65 @@ def _read_weights(folder: Path) -> None:
         raise
 
 
+STEP = "epoch_0001_step_000002"
+
+
+def _make_state(folder: Path) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    pruner = Pruner(model, Elementwise(), target_sparsity=0.5, epochs=3)
+    state = {"pruner": pruner.state_dict(), "optimizer": optimizer.state_dict(), "seed": (1, -2.5, math.inf), 3: None}
+    write_state(folder / STEP, state)
+
+
+def _read_state(folder: Path) -> None:
+    state = read_state(folder / STEP)
+    model = net()
+    try:
+        Pruner(model, Elementwise(), target_sparsity=0.5, epochs=3).load_state_dict(state["pruner"])
+        torch.optim.AdamW(model.parameters()).load_state_dict(state["optimizer"])
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # as a job that goes on does
+        raise ValueError(f"it does not fit: {last_line(error)}") from None
+
+
+def _read_forged_state(folder: Path) -> None:
+    """As `read_state`, but the digest fits, so that all the later checks are reached."""
+    path = folder / STEP / "state.json"
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, AttributeError):
+        record = json.loads(path.read_bytes())
+        record.pop("sha256")
+        path.write_text(json.dumps({**record, "sha256": _digest(record)}))
+    _read_state(folder)
+
+
+def _make_unsent(folder: Path) -> None:
+    write_json(folder / "tracking.json", {"tracking_uri": "x", "run_id": "a" * 32, "status": "FINISHED"})
+    (folder / "figures").mkdir()
+    (folder / "figures" / "a.png").write_bytes(b"no picture")
+    events: list[dict[str, Any]] = [
+        {"kind": "params", "params": {"seed": "0"}},
+        {"kind": "tags", "tags": {"a": "b"}},
+        {"kind": "metrics", "step": 1, "time_ms": 1e12, "values": {"train/loss": 0.5}},
+        {"kind": "artifact", "path": "figures/a.png", "folder": "figures"},
+        {"kind": "artifact", "path": "figures", "folder": None},
+        {"kind": "image", "path": "figures/a.png", "key": "masks", "step": 1, "time_ms": 1e12},
+    ]
+    (folder / "unsent.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    _make_metrics(folder)
+
+
+def _read_unsent(folder: Path) -> None:
+    record = _Record(folder)
+    assert isinstance(record.complete, bool)
+    assert all(isinstance(value, float) for value, _ in record.metrics.values())
+    for field in ("params", "tags"):
+        assert all(isinstance(value, str) for value in record.texts(field, field).values())
+    for path, _ in record.files():
+        assert path.resolve().is_relative_to(folder.resolve())
+    for event in record.events:
+        _Picture.of(event, record)
+
+
 KINDS: dict[str, Kind] = {
     "masks": Kind("masks.safetensors", "safetensors", _make_masks, lambda f: load_masks(f / "masks.safetensors")),
     "scores": Kind("scores.safetensors", "safetensors", _make_scores, _read_scores),
@@ -415,6 +477,10 @@ KINDS: dict[str, Kind] = {
     "sweep.json": Kind("sweep.json", "json", _make_sweep, _read_sweep),
     "tracking.json": Kind("0/tracking.json", "json", _make_sweep, _read_sweep),
     "overrides.yaml": Kind("1/.hydra/overrides.yaml", "text", _make_sweep, _read_sweep),
+    "run checkpoint": Kind(f"{STEP}/state.safetensors", "safetensors", _make_state, _read_state),
+    "run checkpoint, state.json": Kind(f"{STEP}/state.json", "json", _make_state, _read_state),
+    "run checkpoint, forged": Kind(f"{STEP}/state.json", "json", _make_state, _read_forged_state),
+    "unsent.jsonl": Kind("unsent.jsonl", "jsonl", _make_unsent, _read_unsent),
     "metrics.jsonl": Kind("metrics.jsonl", "jsonl", _make_metrics, _read_metrics),
     "dense.json": Kind(f"dense_cache/{'k' * 16}/dense.json", "json", _make_dense, _read_dense),
     "the ancestor's YAML": Kind("inc.yaml", "text", lambda f: (f / "inc.yaml").write_text(INC) and None, _read_inc),

@@ -14,7 +14,14 @@ from fuzzing import KINDS, fuzz, outcome
 
 EXAMPLES = int(os.environ.get("GSPRUNE_FUZZ", "1000"))
 SLOW = ("the ancestor's YAML", "texts, CSV", "result.json", "sweep.json", "tracking.json", "overrides.yaml")
-LEFT_OUT = ("result.json", "sweep.json", "tracking.json", "overrides.yaml", "metrics.jsonl")  # what is bad, in silence
+LEFT_OUT = (
+    "result.json",
+    "sweep.json",
+    "tracking.json",
+    "overrides.yaml",
+    "metrics.jsonl",
+    "unsent.jsonl",
+)  # what is bad, in silence
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited the way Linux does")
 
 
