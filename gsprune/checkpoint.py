@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gsprune.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
-from gsprune.files import aside, plain, read_json, refusing, sha256, write_atomic, write_json
+from gsprune.files import MAX_HEADER, aside, plain, read_json, refusing, sha256, write_atomic, write_json
 
 if TYPE_CHECKING:
     from gsprune.shrink import Plan
@@ -50,7 +50,6 @@ MODEL_FORMAT = "gsprune-pruned-model"
 VERSION = 1
 WEIGHTS = "model.safetensors"
 RECORD = "pruning.json"
-_MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
 
 
 # --- masks: 1 bit a weight ---------------------------------------------------------------------------------
@@ -467,7 +466,7 @@ def _read_table(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if size > 8 and length <= _MAX_HEADER else b""
+        text = file.read(length) if size > 8 and length <= MAX_HEADER else b""
     if not text.startswith(b"{"):
         raise ValueError(f"{path} is not a safetensors file")
     if len(text) < length:

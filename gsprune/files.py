@@ -14,9 +14,9 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 __all__ = [
     "aside",
@@ -36,6 +36,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
 _MAX_JSON = 256_000_000  # bytes; a plan that names every unit of a network of a million units has 10
 _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
@@ -207,12 +208,27 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Of the file's content, as hexadecimal digits; reads it in pieces."""
+    """Of the file's content, as hexadecimal digits; reads it in pieces.
+
+    Of a safetensors file, whose header comes in any order, of the sorted header and the data.
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
+        digest.update(_sorted_header(file))
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _sorted_header(file: BinaryIO) -> bytes:
+    """A safetensors header in an order that is always the same, and the file read on to its data; else nothing."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if 8 + length <= size and length <= MAX_HEADER:
+        with suppress(ValueError, RecursionError):
+            return json.dumps(json.loads(file.read(length)), sort_keys=True).encode()
+    file.seek(0)
+    return b""
 
 
 @contextmanager

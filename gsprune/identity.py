@@ -3,7 +3,7 @@
 Each hash leaves out what it names and takes everything else, so a setting that is new counts until someone says that it
 does not. Part of it are the content of the files that `model.weights` and `pruner.scores` name, this package's version,
 and the source of every `_target_` in a file of the user's own. The data under a data set's path are taken to stay as
-they are. Imports omegaconf alone.
+they are. Imports omegaconf, and gsprune.files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gsprune import __version__
+from gsprune.files import sha256
 
 __all__ = ["config_hash", "dense_key", "plain_config", "scores_key", "scores_path"]
 
@@ -126,19 +127,8 @@ def _with_contents(config: dict[str, Any]) -> dict[str, Any]:
         given = (config.get(group) or {}).get(key)
         file = scores_path(str(given)) if given else None
         if file is not None and file.is_file():
-            config[group][key] = _content(file)
+            config[group][key] = sha256(file)
     return config
-
-
-def _content(file: Path) -> str:
-    """sha256 of a file; of a safetensors file, whose header comes in any order, the sorted header and the data."""
-    data = file.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    try:
-        header = json.dumps(json.loads(data[8:start]), sort_keys=True).encode()
-    except (ValueError, RecursionError):
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha256(header + data[start:]).hexdigest()
 
 
 def _code(config: Any) -> dict[str, str]:

@@ -467,7 +467,7 @@ class _Job:
         with self.watch.part("files"):
             folder = self.output_dir / "figures"
             try:
-                masks = self._save_model()
+                masks = self._save_model_somehow()
             except OSError as error:
                 self.unwritten.append(WEIGHTS)
                 raise ValueError(f"the model could not be written to {self.output_dir}: {reason(error)}") from error
@@ -572,6 +572,14 @@ class _Job:
         with self.spared("masks.safetensors"):
             save_masks(self.output_dir / "masks.safetensors", masks)
         return masks
+
+    def _save_model_somehow(self) -> Mapping[str, Tensor]:
+        """On a full disk the older checkpoint makes room; the newest stays, to go on from."""
+        try:
+            return self._save_model()
+        except OSError:
+            self.checkpoints.keep(1)
+            return self._save_model()
 
     def _seed(self, *, phase: int) -> None:
         """Seed everything for a phase, the order of the training data included."""

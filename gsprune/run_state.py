@@ -82,9 +82,13 @@ class Checkpoints:
         """
         path = self.folder / f"epoch_{epoch:04d}_step_{step:06d}"
         write_state(path, state)
-        for old in self.paths()[:-KEPT]:
-            remove_folder(old)
+        self.keep(KEPT)
         return path
+
+    def keep(self, count: int) -> None:
+        """Remove all but the last few."""
+        for old in self.paths()[:-count]:
+            remove_folder(old)
 
     def newest(self, check: Callable[[Mapping[str, Any]], None] = lambda state: None) -> Saved | None:
         """The newest that can be read and that `check` (which raises ValueError) lets pass; a warning names others."""

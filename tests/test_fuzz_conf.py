@@ -15,7 +15,7 @@ from fuzzing_conf import GROUPS, RARE, ROOT, attempt, combination
 from hydra.core.global_hydra import GlobalHydra
 
 NOT_DRAWN = {"mlflow", "resnet50", "digits_sweep", "cifar10_resnet18_weighted", "imagenet_resnet50_elementwise"}
-TRIES = int(os.environ.get("GSPRUNE_FUZZ_CONF", "60"))
+TRIES = int(os.environ.get("GSPRUNE_FUZZ_CONF", "30"))
 
 
 @pytest.fixture(autouse=True)

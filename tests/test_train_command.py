@@ -122,7 +122,10 @@ def imported(stderr):
 def test_help_lists_the_groups_and_imports_nothing_heavy(tmp_path):
     done = train(tmp_path, "--help", python=("-X", "importtime"))
     assert done.returncode == 0
-    assert "pruner: abs, elementwise, magnitude, none, random, weighted" in done.stdout
+    assert (
+        "pruner: abs, elementwise, heads_and_neurons, magnitude, none, random, units_and_weights, weighted"
+        in done.stdout
+    )
     assert "hydra" in imported(done.stderr)
     assert imported(done.stderr).isdisjoint(HEAVY)
     assert list(tmp_path.iterdir()) == []
