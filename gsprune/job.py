@@ -410,11 +410,12 @@ class _Job:
         with distributed.one_after_the_first():
             self.data = build(self.cfg.dataset)
         self._note_classes()
-        inputs = next(iter(self.data.val))[0]
+        inputs, labels = next(iter(self.data.val))
         self.example = self.trainer.to_device(_first(inputs, 1))
         self.latency_example = self.trainer.to_device(_first(inputs, self.trainer.latency_batch))
         self._seed(phase=0)  # the model starts the same whatever the data drew
         self.model = self.trainer.place(self._build_model())
+        self._check_outputs(labels)
 
     def dense_phase(self) -> None:
         """Ordinary training, and the dense network's accuracy on the test split; a copy of it is kept to compare.
@@ -596,6 +597,21 @@ class _Job:
         if weights is not None:
             load_weights(model, str(weights))  # `model.weights=1` is a name too
         return model
+
+    def _check_outputs(self, labels: Tensor) -> None:
+        """Raise a ValueError if the network does not run on the data, or has fewer outputs than there are classes."""
+        try:
+            with torch.no_grad():
+                outputs = copy.deepcopy(self.model).eval()(self.example).shape[1]
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"the model does not run on the data: {last_line(error)}") from error
+        classes = max(self.cfg.dataset.get("num_classes") or 0, int(labels.max()) + 1)
+        if outputs < classes:
+            raise ValueError(
+                f"the model has {outputs} outputs, and the data has {classes} classes: set model.num_classes={classes}"
+            )
 
     def _note_classes(self) -> None:
         """How many classes there are where only the data can tell, for the model, and their names, for the record."""

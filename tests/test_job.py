@@ -572,3 +572,15 @@ def test_the_plan_of_two_pruners_is_printed(tmp_path, capsys):
     assert "Pruner 2 of 2" in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())["parts"][0]["criterion"] == "Weighted"
     assert len(planned.parts) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_classes=7", "the model has 7 outputs, and the data has 10 classes: set model.num_classes=10"),
+        ("model.in_channels=3", "the model does not run on the data: RuntimeError: "),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_ends_before_any_work(override, message, tmp_path):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        finished(tmp_path, override, "pruner=elementwise")
