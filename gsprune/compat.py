@@ -47,7 +47,7 @@ __all__ = ["IncConfig", "load_inc_config"]
 
 Fields = Mapping[str, Any]
 
-_MAX_BYTES = 256 * 1024  # the largest of the ancestor's own examples has 5 kB
+_MAX_BYTES = 64 * 1024  # the largest of the ancestor's own examples has 5 kB
 _PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq")
 _PRUNER_TAG = "!Pruner"
 _MOST = 1_000_000_000  # of epochs or units: nobody has so many
@@ -172,7 +172,7 @@ def load_inc_config(path: str | os.PathLike[str]) -> IncConfig:
     What the file says counts; where the ancestor did something else with it, a note tells.
 
     Args:
-        path: the file, UTF-8, of 256 KiB at most; its list is pruning.approach.weight_compression.pruners.
+        path: the file, UTF-8, of 64 KiB at most; its list is pruning.approach.weight_compression.pruners.
 
     Raises:
         ValueError: not such a file, a tag other than `!Pruner`, an unknown field, or one that cannot be followed here.

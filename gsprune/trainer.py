@@ -482,10 +482,21 @@ def make_optimizer(
     if not parameters:
         raise ValueError("the model has no trainable parameter, so there is nothing to optimize")
     extra: dict[str, Any] = {} if lr is None else {"lr": lr}
+    _check_types(factory)
     if fused and _unset(factory, "fused") and _unset(factory, "foreach"):
         with contextlib.suppress(RuntimeError):
             return factory(parameters, fused=True, **extra)
     return factory(parameters, **extra)
+
+
+def _check_types(factory: Callable[..., Optimizer]) -> None:
+    """A text in the place of a number or a switch: some optimizers notice it only when they make a step."""
+    given = getattr(factory, "keywords", {})
+    for name, parameter in inspect.signature(getattr(factory, "func", factory)).parameters.items():
+        is_plain = isinstance(parameter.default, (bool, int, float))
+        if is_plain and isinstance(given.get(name), str):
+            what = "true or false" if isinstance(parameter.default, bool) else "a number"
+            raise ValueError(f"optimizer.{name}={given[name]} is not allowed: it must be {what}")
 
 
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:

@@ -503,7 +503,7 @@ UNREADABLE: dict[str, tuple[str | bytes, str]] = {
     ),
     "a zero byte": (b"pruning: \x00\n", "it is not YAML (special characters are not allowed)"),
     "not UTF-8": (b"pruning: \xff\xfe\n", "it is not UTF-8 text"),
-    "too large": ("#" * 262145, "it is larger than 256 KiB, which no such configuration is"),
+    "too large": ("#" * 262145, "it is larger than 64 KiB, which no such configuration is"),
     "too deep": ("[" * 5000, "it is nested too deep"),
     "aliases": (BOMB, "the alias in line 2 is refused: write what it stands for in its place"),
     "itself": ("a: &a [*a]\n", "the alias in line 1 is refused: write what it stands for in its place"),

@@ -660,3 +660,15 @@ def test_seeding_covers_python_numpy_and_torch():
     assert torch.are_deterministic_algorithms_enabled() is True
     seed_everything(7)
     assert torch.are_deterministic_algorithms_enabled() is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nesterov": "abc", "momentum": 0.9}, "optimizer.nesterov=abc is not allowed: it must be true or false"),
+        ({"momentum": "much"}, "optimizer.momentum=much is not allowed: it must be a number"),
+    ],
+)
+def test_a_text_in_the_place_of_a_number_is_refused_before_a_step(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make_optimizer(partial(torch.optim.SGD, lr=0.1, **settings), nn.Linear(2, 2))
