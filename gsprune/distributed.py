@@ -68,6 +68,9 @@ NO_LABEL = -100  # what cross-entropy leaves out, in loss and gradient
 _SPREAD = 1 << 32  # between the seeds of two processes' workers
 
 
+_HOSTS: dict[Any, Any] = {}  # default group -> the one that speaks gloo
+
+
 def rank() -> int:
     """This process's number, from 0; process 0 is the one that writes and reports."""
     return dist.get_rank() if _together() else 0
@@ -92,6 +95,33 @@ def broadcast(value: Result) -> Result:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gathered(value: Result) -> list[Result]:
+    """Everybody's value, by rank, in every process; pickled as by `broadcast`."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def agreed(number: int) -> int:
+    """The largest of everybody's numbers. It waits for the other processes, but not for their devices."""
+    if world_size() == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_hosts())
+    return int(largest)
+
+
+def _hosts() -> Any:
+    """A group that speaks gloo, made when it is first asked for."""
+    if dist.get_backend() == "gloo":
+        return None
+    if dist.group.WORLD not in _HOSTS:
+        _HOSTS[dist.group.WORLD] = dist.new_group(backend="gloo")
+    return _HOSTS[dist.group.WORLD]
 
 
 def broadcast_buffers(model: nn.Module) -> None:

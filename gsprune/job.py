@@ -91,6 +91,7 @@ SAVED: Mapping[str, Any] = {
     **dict.fromkeys(("config_hash", "made_on", "phase"), str),
     **dict.fromkeys(("model", "optimizer", "lr_schedule", "pruner", "position", "job"), dict),
     "dense": (str, NoneType),
+    "others": list,
 }
 NOTES: Mapping[str, Any] = {
     **dict.fromkeys(("rows", "overrides"), list),
@@ -151,8 +152,7 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner
 
 def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
     job = (_Follower if distributed.rank() else _Job)(cfg, folder, sweep)
-    # several processes are stopped by the one that has started them, and go on from the last whole epoch
-    with contextlib.nullcontext() if distributed.world_size() > 1 else job.stop:
+    with job.stop:
         try:
             with job.enough_memory():
                 job.prepare()
@@ -355,7 +355,8 @@ class _Job:
     def __init__(self, cfg: DictConfig, output_dir: Path, sweep: Sweep | None) -> None:
         self.cfg, self.output_dir, self.sweep = copy.deepcopy(cfg), output_dir, sweep
         self.watch = metrics.Stopwatch(*PARTS)
-        self.stop, self.checkpoints = Stop(), Checkpoints(output_dir / "checkpoint")
+        self.stop = Stop(patient=distributed.world_size() > 1)
+        self.checkpoints = Checkpoints(output_dir / "checkpoint")
         self.rows: list[Mapping[str, float]] = []  # the metrics of each epoch
         self.unwritten: list[str] = []  # files that a fault of the disk has kept from being written
         self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS), "unwritten": []}
@@ -841,23 +842,23 @@ class _Job:
     def _rest(self, phase: str, at: Position, offset: int, optimizer: Optimizer, lr_schedule: Any) -> None:
         """Between two steps: write a checkpoint if it is time, and end here if a signal wants that.
 
-        In several processes only between epochs, where all of them draw the same random numbers.
+        Of several processes all do what one of them wants.
         """
-        if at.step and distributed.world_size() > 1:
-            return
         minutes = self.trainer.checkpoint_minutes
-        due = minutes is not None and time.monotonic() - self.written_at >= 60 * minutes
-        if at.step and not due and not self.stop.requested:
+        is_due = minutes is not None and time.monotonic() - self.written_at >= 60 * minutes
+        signum, due = divmod(distributed.agreed(2 * self.stop.signum + is_due), 2)
+        if at.step and not due and not signum:
             return
         with self.watch.part("files"):
             self._write_checkpoint(phase, at, offset, optimizer, lr_schedule)
         self.written_at = time.monotonic()
-        if self.stop.requested:
+        if signum:
             more = "sweep.resume=true" if self.sweep else f"hydra.run.dir={self.output_dir}"
             log.warning("stopping on a signal; the same command with %s goes on from the newest checkpoint", more)
-        self.stop.check()
+            raise Interrupted(signum)
 
     def _write_checkpoint(self, phase: str, at: Position, offset: int, optimizer: Optimizer, lr_schedule: Any) -> None:
+        position, *others = distributed.gathered(at.state_dict())
         state = {
             "config_hash": self.result["config_hash"],
             "made_on": self._surroundings(),
@@ -867,7 +868,8 @@ class _Job:
             "optimizer": optimizer.state_dict(),
             "lr_schedule": lr_schedule.state_dict(),
             "pruner": self.pruner.state_dict(),
-            "position": at.state_dict(),
+            "position": position,
+            "others": others,  # positions of the processes beside this one
             "job": self._notes(),
         }
         try:
@@ -924,7 +926,8 @@ class _Job:
 
     def _check_saved(self, state: Mapping[str, Any]) -> None:
         """Raise a ValueError if a checkpoint, which is whole, is not one of a job or lacks its dense network."""
-        whole = _has(state, SAVED) and _has(state["job"], NOTES) and _has(state["position"], POSITION)
+        whole = _has(state, SAVED) and _has(state["job"], NOTES)
+        whole = whole and all(_has(position, POSITION) for position in (state["position"], *state["others"]))
         numbers = [state["job"]["seconds"], *state["job"]["rows"]] if whole else []
         if not whole or set(numbers[0]) != set(PARTS) or not all(_are_numbers(values) for values in numbers):
             raise ValueError("it is not that of a job")
@@ -968,7 +971,7 @@ class _Job:
                 f"the checkpoint {path} does not fit this job ({last_line(error)}): trainer.resume=never starts anew"
             ) from error
         self.saved = None  # its tensors are no longer needed
-        position: Mapping[str, Any] = state["position"]
+        position: Mapping[str, Any] = [state["position"], *state["others"]][distributed.rank()]
         return position
 
     def _write_result(self, status: str) -> None:
@@ -1018,7 +1021,7 @@ class _Follower(_Job):
         pass
 
     def _write_checkpoint(self, phase: str, at: Position, offset: int, optimizer: Optimizer, lr_schedule: Any) -> None:
-        pass
+        distributed.gathered(at.state_dict())
 
     def _store_dense(self, cache: DenseCache, record: DenseRecord) -> None:
         pass

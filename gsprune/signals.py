@@ -40,17 +40,22 @@ class Stop:
 
     A signal that is ignored (nohup) stays ignored. Outside the main thread, where Python has no signals, nothing
     changes.
+
+    Args:
+        patient: within `deferred` a second signal waits too: whoever has started this process passes on what it gets
+            itself, and has the last word.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self._signum: int | None = None
+        self._patient = patient
         self._deferring = False
         self._before: dict[signal.Signals, Any] = {}
 
     @property
-    def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self._signum is not None
+    def signum(self) -> int:
+        """The signal that has come; 0 for none."""
+        return self._signum or 0
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal has come."""
@@ -59,7 +64,7 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """In here somebody asks `requested` often and calls `check` at a good moment; the end of the block does too."""
+        """In here somebody asks for `signum` often and ends at a good moment; the end of the block does too."""
         self._deferring = True
         try:
             yield
@@ -80,7 +85,7 @@ class Stop:
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
-        waits = self._deferring and self._signum is None
+        waits = self._deferring and (self._signum is None or self._patient)
         self._signum = signum
         if not waits:
             raise Interrupted(signum)

@@ -288,7 +288,9 @@ class Trainer:
                 values = _named("train", loop.train_epoch(train_loader, lr_schedule, on_step, on_rest, at))
                 pruner.on_epoch_end()
                 if val_loader is not None:
-                    batches = at.resting(distributed.shares(val_loader, training=False), on_rest)
+                    batches = distributed.shares(val_loader, training=False)
+                    if distributed.world_size() == 1:  # of several, one may have fewer batches than another
+                        batches = at.resting(batches, on_rest)
                     values |= _named("val", self._evaluate(model, loop.plain, batches))
                 values |= {"lr": _lr(optimizer), "epoch_seconds": at.seconds}
                 on_epoch(epoch, values)

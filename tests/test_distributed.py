@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -335,25 +334,35 @@ def test_a_job_in_two_processes_leaves_what_a_job_in_one_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_go_on_from_their_checkpoint_with_the_same_bits(tmp_path):
-    """As a run that was killed after its second epoch has left the directory."""
-    whole = finished(tmp_path / "1", "trainer.devices=2")
-    assert [path.name for path in sorted((tmp_path / "1" / "checkpoint").glob("epoch_*"))] == [
-        "epoch_0002_step_000000",
-        "epoch_0003_step_000000",
-    ]
-    shutil.copytree(tmp_path / "1", tmp_path / "2")
-    shutil.rmtree(tmp_path / "2" / "checkpoint" / "epoch_0003_step_000000")
-    (tmp_path / "2" / "model.safetensors").unlink()
-    (tmp_path / "2" / "result.json").write_text('{"status": "running"}')
-    again = finished(tmp_path / "2", "trainer.devices=2")
+def test_a_signal_ends_all_processes_at_a_checkpoint_and_they_go_on_with_the_same_bits(tmp_path):
+    """SIGTERM in the middle of an epoch, to the process that has started the others."""
+    more = ("model.width=4", "dataset.batch_size=64", "trainer.devices=2", "trainer.prune_epochs=6", "tracking=none")
+    arguments = [*(a for a in TINY if "model" not in a and "epochs" not in a and "batch" not in a), *more]
+    arguments += ["trainer.dense_epochs=1", "pruner.target_sparsity=0.8"]
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "hydra.run.dir=stopped"], cwd=tmp_path, env=environment)
+    rows = tmp_path / "stopped" / "metrics.jsonl"
+    while not rows.is_file() or len(rows.read_text().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    result = json.loads((tmp_path / "stopped" / "result.json").read_text())
+    assert (result["status"], result["error"]) == ("interrupted", "Interrupted: stopped by SIGTERM")
+    assert list((tmp_path / "stopped" / "checkpoint").glob("epoch_*"))
+    for folder in ("stopped", "whole"):
+        done = train(tmp_path, *arguments, f"hydra.run.dir={folder}")
+        assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("stopped", "whole")]
     for name in ("accuracy", "loss", "baseline_loss", "val_accuracy", "sparsity", "updates", "params_nonzero"):
-        assert again[name] == whole[name], name
-    models = [load_file(tmp_path / number / "model.safetensors") for number in "12"]
-    assert all(torch.equal(models[1][name], tensor) for name, tensor in models[0].items())
-    rows = [read_metrics(tmp_path / number / "metrics.jsonl") for number in "12"]
-    assert [row["step"] for row in rows[1]] == [1, 2, 3, 3]
-    assert [row["train/loss"] for row in rows[1][:3]] == [row["train/loss"] for row in rows[0][:3]]
+        assert results[0][name] == results[1][name], name
+    models = [load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole")]
+    assert all(torch.equal(models[0][name], tensor) for name, tensor in models[1].items())
+    logged = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("stopped", "whole")]
+    assert [row["step"] for row in logged[0]] == [*range(1, 8), 7]
+    assert [row["train/loss"] for row in logged[0][:7]] == [row["train/loss"] for row in logged[1][:7]]
 
 
 @pytest.mark.slow
