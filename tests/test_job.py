@@ -354,7 +354,7 @@ def test_a_mistake_in_the_configuration_is_recorded_and_starts_no_tracking(tmp_p
         (("lr_schedule.warmup=2.0",), "lr_schedule.warmup=2.0 is not allowed"),
         (("trainer.prune_epochs=0",), "trainer.prune_epochs=0 leaves no gradient to score by"),
         (("optimizer.foo=3",), "optimizer cannot be made: SGD.__init__() got an unexpected keyword argument 'foo'"),
-        (("optimizer.lr=high",), "optimizer cannot be made: "),
+        (("optimizer.lr=high",), "optimizer.lr=high is not allowed: it must be a number"),
         (("lr_schedule.foo=3",), "lr_schedule cannot be made: "),
         (("dataset.foo=3",), "gsprune.datasets.make_loaders cannot be made: "),
         (("model.weights=1",), "model.weights=1 does not exist"),
