@@ -333,7 +333,7 @@ def test_a_job_in_two_processes_leaves_what_a_job_in_one_does(tmp_path):
     assert_close(*([row["train/loss"] for row in found[:3]] for found in rows), rtol=1e-4, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_ends_all_processes_at_a_checkpoint_and_they_go_on_with_the_same_bits(tmp_path):
     """SIGTERM in the middle of an epoch, to the process that has started the others."""
     more = ("model.width=4", "dataset.batch_size=64", "trainer.devices=2", "trainer.prune_epochs=6", "tracking=none")
@@ -387,7 +387,7 @@ TINY = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_of_jobs_in_two_processes_is_one_run_a_job_and_trains_dense_once(tmp_path):
     more = ("pruner.target_sparsity=0.5,0.8", "trainer.devices=2", "hydra.sweep.dir=sweep")
     done = train(tmp_path, "--multirun", *TINY, *more)

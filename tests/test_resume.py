@@ -476,7 +476,7 @@ def signalled(process, folder, signum, *, after):
     return process.returncode, output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_py_ends_with_the_code_of_the_signal_and_goes_on_with_the_same_command(tmp_path):
     here = ("hydra.run.dir=out",)
     code, output = signalled(started(tmp_path, *here), tmp_path / "out", signal.SIGTERM, after="epoch_0003")
@@ -496,7 +496,7 @@ def test_train_py_ends_with_the_code_of_the_signal_and_goes_on_with_the_same_com
     assert {name: result[name] for name in same} == {name: alone[name] for name in same}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_of_a_sweep_that_was_killed_midway_goes_on_from_its_checkpoint(tmp_path):
     sweep = ("--multirun", "seed=0,1", "hydra.sweep.dir=sweep")
     code, output = signalled(started(tmp_path, *sweep), tmp_path / "sweep" / "0", signal.SIGKILL, after="epoch_0005")
