@@ -60,7 +60,7 @@ def local_history(file):
     return {name: sorted(values) for name, values in found.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_joblib_with_two_workers_on_a_fresh_store(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
@@ -69,7 +69,7 @@ def test_joblib_with_two_workers_on_a_fresh_store(tmp_path):
     check_jobs(tmp_path, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_submitit_on_this_machine(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     done = sweep(tmp_path, "hydra/launcher=submitit_local", "pruner=elementwise,weighted")

@@ -528,7 +528,7 @@ def test_an_upload_that_is_cut_off_again_and_again_ends_with_everything_once(
     the_server_has_it_once(server.uri, "cut off")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_that_is_killed_comes_back_and_fills_its_disk(tmp_path: Path) -> None:
     """SIGKILL between two epochs; then, with the same database, no room for what comes."""
     try:
