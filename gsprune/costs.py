@@ -61,6 +61,14 @@ class Cost(ABC):
     def _parts(self, keeps: Keeps) -> float:
         """The sum of all parts as a share of the dense network's."""
 
+    def _of_heads(self, costs: Mapping[str, float], keeps: Keeps) -> float:
+        """What goes with the heads that go, of what attentions cost by themselves."""
+        return sum(
+            costs.get(structure.name, 0.0) * (1 - int(keep.sum()) / structure.units)
+            for structure, keep in zip(self._structures, keeps, strict=True)
+            if structure.kind == "heads"
+        )
+
     def truth(self, keeps: Keeps) -> float:
         """The share that the network really has which is left when these units are cut out of a copy."""
         return self(keeps)
@@ -119,11 +127,7 @@ class _Macs(Cost):
     def _parts(self, keeps: Keeps) -> float:
         plan = plan_shrink(self._structures, keeps)
         gone = sum(macs * (1 - _left(plan, _weight(name))) for name, macs in self._layers.items())
-        gone += sum(
-            self._heads.get(structure.name, 0) * (1 - int(keep.sum()) / structure.units)
-            for structure, keep in zip(self._structures, keeps, strict=True)
-            if structure.kind == "heads"
-        )
+        gone += self._of_heads(self._heads, keeps)
         return 1 - gone / self._total
 
     def truth(self, keeps: Keeps) -> float:
@@ -151,11 +155,7 @@ class _Latency(Cost):
     def _parts(self, keeps: Keeps) -> float:
         plan = plan_shrink(self._structures, keeps)
         gone = sum(table.saved(*_lengths(plan, _weight(name), table)) for name, table in self._tables.items())
-        gone += sum(
-            self._heads.get(structure.name, 0.0) * (1 - int(keep.sum()) / structure.units)
-            for structure, keep in zip(self._structures, keeps, strict=True)
-            if structure.kind == "heads"
-        )
+        gone += self._of_heads(self._heads, keeps)
         return 1 - gone / self._ms
 
     def truth(self, keeps: Keeps) -> float:
