@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Tests run side by side, and networks this small gain nothing from a second thread, which only gets in the way.
 # Before torch is imported, and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Behind a shell's `&` Ctrl-C is ignored, here and in the processes that tests start; tests send it as a terminal does.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
