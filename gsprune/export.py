@@ -1,6 +1,7 @@
 """Networks that leave PyTorch: ONNX files checked with onnxruntime, and `torch.export` programs.
 
-Dense, masked (zeros in place) and shrunk networks alike; the batch stays free, every other size is the example's.
+Dense, masked (zeros in place) and shrunk networks alike; the batch stays free, every other size is the example's. Of a
+decoder of transformers its forward pass leaves, without the cache of keys and values that `generate` passes on.
 All work happens on a copy in evaluation mode. The extra `[onnx]` is imported only where a file is written.
 May import: torch, gsprune.attention, gsprune.files, gsprune.structures.
 
@@ -161,9 +162,14 @@ def _arguments(model: nn.Module, example_input: Example) -> tuple[tuple[Any, ...
 def _copy(model: nn.Module) -> nn.Module:
     refuse_wrapped(model)
     try:
-        return copy.deepcopy(model).eval()
+        twin = copy.deepcopy(model).eval()
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be copied: {_first_line(error)}") from error
+    for module in twin.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+    return twin
 
 
 def _run(model: nn.Module, example_input: Example) -> Any:

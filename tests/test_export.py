@@ -288,6 +288,20 @@ def test_bert_shrunk(tmp_path: Path, onnx: Any, capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
+def test_a_decoder_leaves_without_its_cache(tmp_path: Path, onnx: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model, tokens = transformers.LlamaForCausalLM(config).eval(), torch.randint(20, (2, 6))
+    assert to_onnx(model, {"input_ids": tokens}, tmp_path / "llama.onnx") < 1e-5
+    assert axes(session(tmp_path / "llama.onnx").get_outputs()) == {"logits": ["batch", 6, 20]}
+    assert model.config.use_cache
+    program = to_exported_program(model, {"input_ids": tokens}).module()
+    torch.testing.assert_close(program(input_ids=tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.slow
 def test_weights_too_large_for_one_file_lie_beside_it(
     tmp_path: Path, onnx: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
