@@ -1,11 +1,12 @@
 """What a run shows on the screen: progress while it trains, and the summary at its end.
 
-A bar when stdout is a terminal, one plain line an epoch otherwise. May import rich; knows the trainer's `Totals` and
-the keys of `result.json`, nothing else of this package.
+A bar when stdout is a terminal, one plain line an epoch otherwise; the log file has those lines in any case. May import
+rich; knows the trainer's `Totals` and the keys of `result.json`, nothing else of this package.
 """
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 import time
@@ -23,6 +24,7 @@ from gsprune.tracking import without_passwords
 if TYPE_CHECKING:
     from gsprune.trainer import Totals
 
+log = logging.getLogger(__name__)
 READ_EVERY = 0.5  # seconds between two looks at the running loss: each is a sync point
 
 
@@ -58,7 +60,7 @@ class Lines(Progress):
         self._name = name
 
     def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        print(f"{self._name:<5}  epoch {epoch:>3}/{self._epochs}  {describe(values)}", flush=True)
+        print(f"{self._name:<5}  {epoch_line(epoch, self._epochs, values)}", flush=True)
 
 
 class Bar(Progress):
@@ -111,14 +113,24 @@ def make_progress(mode: str, *, epochs: int) -> Progress:
     return displays[mode](epochs)
 
 
+def epoch_line(epoch: int, epochs: int, values: Mapping[str, float]) -> str:
+    """
+    >>> epoch_line(3, 14, {"train/loss": 0.25})
+    'epoch   3/14  loss 0.2500'
+    """
+    return f"epoch {epoch:>3}/{epochs}  {describe(values)}"
+
+
 def describe(values: Mapping[str, float]) -> str:
     """The metrics of an epoch that fit on a line, in a fixed order.
 
     >>> describe({"train/loss": 0.25, "train/accuracy": 0.9, "val/accuracy": 0.875, "sparsity": 0.5})
     'loss 0.2500  accuracy  90.00 %  val  87.50 %  sparsity 50.0 %'
+    >>> describe({"train/loss": 8.8e33})
+    'loss 8.8e+33'
     """
     forms = {
-        "train/loss": "loss {:.4f}",
+        "train/loss": "loss {:.4f}" if values.get("train/loss", 0.0) < 1e6 else "loss {:.4g}",
         "train/accuracy": "accuracy {:7.2%}",
         "val/accuracy": "val {:7.2%}",
         "sparsity": "sparsity {:5.1%}",
@@ -131,6 +143,15 @@ def describe(values: Mapping[str, float]) -> str:
 def warn_on_one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """`warnings.showwarning` for users: what the warning says, not where in the library it was raised."""
     print(f"{category.__name__}: {message}", file=sys.stderr)
+    to_log_file(logging.WARNING, str(message))
+
+
+def to_log_file(level: int, text: str) -> None:
+    """A line for the log files alone: the screen shows it in a way of its own."""
+    record = log.makeRecord(log.name, level, __file__, 0, text, (), None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 # --- summary -----------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 
 from gsprune import distributed, drawing, figures, metrics, planner
 from gsprune.checkpoint import WEIGHTS, save_masks, save_pruned, save_scores, state_tensors
-from gsprune.console import Progress, make_progress, print_summary, warn_on_one_line
+from gsprune.console import Progress, epoch_line, make_progress, print_summary, to_log_file, warn_on_one_line
 from gsprune.dense_cache import DenseCache, DenseRecord
 from gsprune.files import (
     one_line,
@@ -822,6 +822,7 @@ class _Job:
             self.tracker.log_metrics(self.last, step=trained)
         self._record_masks(trained)
         self.progress.on_epoch(trained, self.last)
+        to_log_file(logging.INFO, epoch_line(trained, self.epochs, self.last))
 
     def _record_masks(self, trained: int) -> None:
         """The masks, if they changed since the last time."""

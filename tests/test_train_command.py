@@ -37,6 +37,8 @@ def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["status"] == "finished"
     assert (tmp_path / "out" / ".hydra" / "config.yaml").is_file()
+    logged = [line.split(" - ")[1] for line in (tmp_path / "out" / "train.log").read_text().splitlines()]
+    assert logged == [line[7:] for line in lines[:3]]  # the epochs
     check_mlflow(store, result)
 
 
