@@ -34,6 +34,7 @@ from gsprune.tracking import (
     LOCK,
     RECORD,
     RECORD_TAG,
+    SENDING,
     Names,
     Store,
     connect,
@@ -49,6 +50,7 @@ PARENT = ".gsprune"  # where a sweep keeps the record of its parent run
 NESTED = "mlflow.parentRunId"
 ENDED = ("FINISHED", "FAILED", "KILLED")
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 _MAX_BYTES = 16_000_000  # of a JSON file, and of one line of JSON
 _MAX_LINES = 500_000_000  # bytes of a file of JSON lines
 _MAX_PIXELS = 100_000_000
@@ -180,7 +182,9 @@ class _Record:
         if note is None:
             raise ValueError(f"{folder / RECORD} is not the record of a run: it is damaged, or of another program")
         self.note = note
-        self.events = [event for event in self._lines("unsent.jsonl") if isinstance(event.get("kind"), str)]
+        listed = list(self._lines("unsent.jsonl"))
+        listed += [event for event in self._lines(SENDING) if event not in listed]
+        self.events = [event for event in listed if isinstance(event.get("kind"), str)]
         self.run_id, self.parent_run_id, self.record = map(self._id, ("run_id", "parent_run_id", "record"))
 
     def text(self, key: str) -> str | None:
@@ -199,12 +203,12 @@ class _Record:
             self.note.get("stopped") is None
             and self.run_id is not None
             and self.status is not None
-            and not self.unsent.exists()
+            and not any(path.exists() for path in self.unsent)
         )
 
     @property
-    def unsent(self) -> Path:
-        return self.folder / "unsent.jsonl"
+    def unsent(self) -> tuple[Path, ...]:
+        return self.folder / "unsent.jsonl", self.folder / SENDING
 
     def of_kind(self, *kinds: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["kind"] in kinds]
@@ -479,7 +483,8 @@ class _Upload:
     def _close(self) -> None:
         """The record says that all is sent: first in the note, for a call that is killed between the two."""
         self._note(status=self._status, stopped=None, parent_run_id=self.parent)
-        self.record.unsent.unlink(missing_ok=True)
+        for path in self.record.unsent:
+            path.unlink(missing_ok=True)
 
     def _note(self, **values: Any) -> None:
         self.record.note |= values
@@ -551,7 +556,17 @@ def _address(record: _Record, given: str | None) -> str:
         raise ValueError(f"{record.folder / RECORD} names no tracking server: give one with --tracking-uri")
     if "***@" in noted:
         raise ValueError(f"{noted} needs its password, which is on no record: give it all with --tracking-uri")
+    if noted.startswith("http") and _has_credentials():
+        raise ValueError(
+            f"{noted} is named by {record.folder / RECORD} alone, and MLflow would send it the password that the "
+            "environment has: give it with --tracking-uri if it is yours"
+        )
     return resolve_tracking_uri(noted)
+
+
+def _has_credentials() -> bool:
+    """Whether MLflow's client logs in, at whatever server it talks to, with what only its user's own may see."""
+    return any(os.environ.get(name) for name in CREDENTIALS) or Path("~/.mlflow/credentials").expanduser().exists()
 
 
 def _parent_of(folder: Path) -> str | None:
@@ -568,9 +583,9 @@ def _parent_of(folder: Path) -> str | None:
 
 
 def _fill(path: Path, key: str, value: str | None) -> None:
-    """Put a run's id into a record that had to do without."""
+    """Put a run's id into a record that had to do without. What a link leads to would become a file of the run's."""
     try:
-        found = read_json(path) if path.is_file() and _is_small(path) else None
+        found = read_json(path) if path.is_file() and not path.is_symlink() and _is_small(path) else None
     except (ValueError, OSError):
         return
     if isinstance(found, dict) and found.get(key, value) is None:

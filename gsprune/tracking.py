@@ -13,6 +13,7 @@ In the output directory:
     tracking.lock                  held while the run goes on, so that nobody uploads it under its hands
     figures/<key>/0003.png         every picture given to `log_image`
     unsent.jsonl                   only after a fault: the calls that did not reach MLflow, in order
+    sending.jsonl                  only while a call is under way, or after a kill in it: that call
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ Event = dict[str, Any]
 log = logging.getLogger(__name__)
 _THREAD = "gsprune-tracking"
 _REQUESTS = {"start": 4, "image": 4}  # of calls that ask several things of a server, and would do harm twice
-RECORD, LOCK = "tracking.json", "tracking.lock"
+_SECONDS_A_MB = 0.1  # that a file may take for nothing
+_BRIEF = 1.0  # seconds for a server that has left this process waiting
+_silent: dict[str, float] = {}  # servers that left this process waiting -> until when they are asked only briefly
+RECORD, LOCK, SENDING = "tracking.json", "tracking.lock", "sending.jsonl"
 RECORD_TAG = "gsprune.record"
 
 
@@ -297,7 +301,8 @@ class MLflowTracker(Tracker):
 
     Every call to MLflow has a deadline and stands behind a circuit breaker: after the first that fails (at once: made
     a second time) or is late, or when slow answers of a server have cost `timeout_s` in all beyond 0.2 s each (a local
-    database: half a second), one warning says so and MLflow is left alone until `python -m gsprune.sync`.
+    database: half a second), one warning says so and MLflow is left alone until `python -m gsprune.sync`. A run that
+    the same process begins within ten minutes of a server's silence gives that server a second to speak.
 
     Args:
         tracking_uri: MLflow's own; None takes `MLFLOW_TRACKING_URI`, else `sqlite:///<cwd>/mlflow.db`.
@@ -307,7 +312,7 @@ class MLflowTracker(Tracker):
         run_name: shown in MLflow; None lets MLflow invent one.
         parent_run_id: nests this run under that one (a sweep).
         run_id: goes on with that run, which may have ended, if it is still there.
-        timeout_s: seconds a server may take for one call (files: and one more for each MB). A local
+        timeout_s: seconds a server may take for one call (files: and one more for every 10 MB). A local
             database, which other processes may keep waiting, is given 30 at least.
 
     `run_id` is None until `start` has reached MLflow.
@@ -332,7 +337,8 @@ class MLflowTracker(Tracker):
         self._store = Store(uri, experiment, artifact_root, run_name, parent_run_id, run_id)
         local = database_file(uri) is not None
         self._limit = max(timeout_s, 30.0) if local else timeout_s
-        self._start_limit = max(timeout_s, 120.0) if local else timeout_s  # other jobs may be creating it first
+        brief = _BRIEF if _silent.get(uri, 0.0) > time.monotonic() else timeout_s
+        self._start_limit = max(timeout_s, 120.0) if local else min(timeout_s, brief)  # another may be creating it
         self._caller = _Caller()
         self._patience = self._limit  # seconds that slow answers may still cost
         self._normal = 0.5 if local else 0.2  # seconds that an answer may take for nothing
@@ -358,6 +364,7 @@ class MLflowTracker(Tracker):
         super().start(config=config, tags=tags, rows=rows)
         self._store.once = rows is not None
         self._lock.acquire()
+        self._sent()  # what a run that was killed was at is done again by one that goes on
         self._note("RUNNING")
         params = {self._names[key]: value for key, value in flatten(config).items()}
         self._connect()
@@ -413,18 +420,34 @@ class MLflowTracker(Tracker):
 
     def _send(self, kind: str, **event: Any) -> None:
         """Make one call to MLflow, unless the breaker is open: then list it in unsent.jsonl."""
+        listed = {"kind": kind, **event, **({"path": self._inside(event["path"])} if "path" in event else {})}
         if self.stopped is None:
-            transfer, begin = _megabytes(event.get("path")), time.monotonic()
+            transfer, begin = _SECONDS_A_MB * _megabytes(event.get("path")), time.monotonic()
+            self._sending(listed)
             try:
                 self._call(kind, event, transfer)
             except Exception as error:
                 self._stop(error)
+                if isinstance(error, TimeoutError) and kind == "start":
+                    _silent[self.tracking_uri] = time.monotonic() + 600
             else:
                 self._lose_patience(kind, time.monotonic() - begin - transfer)
-                return
+                if kind == "start":
+                    _silent.pop(self.tracking_uri, None)
+                return self._sent()
         if kind != "children":  # which runs are open is true of now only
-            event = {**event, "path": self._inside(event["path"])} if "path" in event else event
-            self._locally(self._unsent.path, lambda: self._unsent.append({"kind": kind, **event}))
+            self._locally(self._unsent.path, lambda: self._unsent.append(listed))
+        self._sent()
+
+    def _sending(self, event: Event) -> None:
+        """Say what is under way, for a run that is killed in it; metrics are on record anyhow."""
+        if event["kind"] not in ("metrics", "children"):
+            with contextlib.suppress(OSError):
+                (self.output_dir / SENDING).write_text(json.dumps(event) + "\n", encoding="utf-8")
+
+    def _sent(self) -> None:
+        with contextlib.suppress(OSError):
+            (self.output_dir / SENDING).unlink(missing_ok=True)
 
     def _call(self, kind: str, event: Event, transfer: float) -> None:
         """A call that fails at once is made once more if twice does no harm: the server may have hung up just then."""
@@ -444,7 +467,7 @@ class MLflowTracker(Tracker):
             self._caller.call(lambda: getattr(self._store, kind)(**event), limit - seconds)
 
     def _lose_patience(self, kind: str, seconds: float) -> None:
-        if kind != "start" or self._start_limit == self.timeout_s:
+        if kind != "start" or self._start_limit <= self.timeout_s:
             self._patience = max(0.0, self._patience - max(0.0, seconds - self._usual(kind)))
 
     def _usual(self, kind: str) -> float:

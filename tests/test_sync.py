@@ -96,7 +96,7 @@ class MemoryStore:
         parent = {"mlflow.parentRunId": self.names["parent_run_id"]} if self.names["parent_run_id"] else {}
         self.run_id = f"{len(self.memory.runs):032x}"
         self.memory.runs[self.run_id] = SimpleNamespace(
-            info=info, params={}, tags={**tags, **parent}, metrics=[], files=[], name=self.names["run_name"]
+            info=info, params={**params}, tags={**tags, **parent}, metrics=[], files=[], name=self.names["run_name"]
         )
         self._called("start")
 
@@ -108,6 +108,9 @@ class MemoryStore:
     def tags(self, *, tags: dict[str, str]) -> None:
         self.run.tags.update(tags)
         self._called("tags")
+
+    def metrics(self, *, values: dict[str, float], step: int, time_ms: int) -> None:
+        self.run.metrics += [(name, (name, float(value), time_ms, step)) for name, value in values.items()]
 
     def steps(self, key: str) -> set[int]:
         self._called("steps")
@@ -140,11 +143,17 @@ class MemoryStore:
         self._called("finish")
 
 
+@pytest.fixture(autouse=True)
+def _nobody_s_own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("MLFLOW_TRACKING_URI", *room.CREDENTIALS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     made = Memory()
     monkeypatch.setattr(room, "connect", made.connect)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return made
 
 
@@ -242,6 +251,51 @@ def test_a_killed_run_is_ended_when_its_last_metrics_came(memory: Memory, unsent
     (run,) = memory.runs.values()
     assert run.info.end_time == max(entry[2] for _, entry in run.metrics)
     assert json.loads((folder / "tracking.json").read_text())["status"] == "KILLED"
+
+
+class Killed(BaseException):
+    """What stands on the disk after it is what SIGKILL leaves."""
+
+
+@pytest.mark.parametrize("arrived", [False, True])
+def test_a_call_that_a_kill_has_cut_off_is_made_again(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrived: bool
+) -> None:
+    monkeypatch.setattr(tracking, "_import_client", lambda timeout_s: None)
+
+    def killed_at(number: int) -> Path:
+        tracker = MLflowTracker(tmp_path / str(number), tracking_uri=DOWN)
+        tracker._store = memory.connect(DOWN, parent_run_id=None, run_name=None)  # type: ignore[assignment]
+        calls = iter(range(99))
+
+        def call(job: Any, seconds: float) -> None:
+            here = next(calls)
+            if here < number or arrived:
+                job()
+            if here == number:
+                raise Killed
+
+        tracker._caller.call = call  # type: ignore[method-assign]
+        with pytest.raises(Killed):
+            a_run(tracker)
+        tracker._lock.release()
+        return tracker.output_dir
+
+    made = ["start", "config.yaml", "params", *["metrics"] * 3, "image", "masks/epoch_0002.safetensors", "result.json"]
+    made += ["tags", "finish"]
+    for number in range(len(made)):
+        memory.runs.clear()
+        folder, until = killed_at(number), made[: number + 1]
+        assert sync(folder).ended == (None if arrived and "finish" in until else memory.runs["0" * 32].info.status)
+        (run,) = memory.runs.values()
+        assert [name for name in run.files if "images" not in name] == [name for name in until if "." in name]
+        assert len([name for name in run.files if "images" in name]) == 2 * ("image" in until)
+        assert len(run.metrics) == 3 * until.count("metrics")
+        assert len(run.params) == 4 + ("params" in until)
+        assert run.tags.get("late") == ("yes" if "tags" in until else None)
+        assert run.info.status == ("FINISHED" if "finish" in until else "KILLED")
+        assert not sync(folder)
+        assert not (folder / "sending.jsonl").exists()
 
 
 def test_a_run_that_goes_on_is_left_alone(memory: Memory, unsent: Any, tmp_path: Path, capsys: Any) -> None:
@@ -343,6 +397,30 @@ def test_the_environment_may_hold_the_password(
     assert asked == ["http://ann:secret@host:5000"]
 
 
+def test_a_password_goes_to_no_server_that_only_a_record_names(
+    memory: Memory, unsent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = unsent(tmp_path / "out")
+    refused = (
+        f"^{DOWN} is named by {folder}/tracking.json alone, and MLflow would send it the password that the environment "
+        "has: give it with --tracking-uri if it is yours$"
+    )
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_TOKEN"):
+        monkeypatch.setenv(name, "x")
+        with pytest.raises(ValueError, match=refused):
+            sync(folder)
+        monkeypatch.delenv(name)
+    (tmp_path / "home" / ".mlflow").mkdir(parents=True)
+    (tmp_path / "home" / ".mlflow" / "credentials").touch()
+    with pytest.raises(ValueError, match=refused):
+        sync(folder)
+    assert memory.calls == []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", DOWN)
+    assert sync(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert sync(unsent(tmp_path / "other"), tracking_uri=DOWN)
+
+
 def test_a_run_of_another_store_is_not_made_up(memory: Memory, unsent: Any, tmp_path: Path) -> None:
     folder = unsent(tmp_path / "out")
     sync(folder)
@@ -426,6 +504,19 @@ def test_files_that_are_links_out_of_the_directory_are_not_read(memory: Memory, 
         (folder / name).symlink_to(other / name)
     with pytest.raises(ValueError, match="its record does not hold its beginning"):
         sync(folder)
+
+
+def test_a_result_that_is_a_link_is_neither_filled_in_nor_sent(memory: Memory, unsent: Any, tmp_path: Path) -> None:
+    """Filled in, what it leads to would be a file of the directory, and go to the server that the record names."""
+    folder, secret = unsent(tmp_path / "out"), '{"mlflow_run_id": null, "token": "secret"}'
+    (tmp_path / "secret.json").write_text(secret)
+    (folder / "result.json").unlink()
+    (folder / "result.json").symlink_to(tmp_path / "secret.json")
+    assert sync(folder).left_out == ["result.json: it is not a file in the run's directory"]
+    (run,) = memory.runs.values()
+    assert "result.json" not in run.files
+    assert (folder / "result.json").is_symlink()
+    assert (tmp_path / "secret.json").read_text() == secret
 
 
 def test_records_are_found_at_any_depth_but_not_behind_links(unsent: Any, tmp_path: Path) -> None:

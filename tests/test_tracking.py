@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
@@ -72,6 +71,8 @@ def test_a_run_without_mlflow_leaves_its_record(tmp_path: Path) -> None:
 
 
 def test_every_line_is_valid_json_and_reads_back(tmp_path: Path) -> None:
+    import torch  # not above: a process that tests start takes seconds to end with it
+
     values = {"nan": math.nan, "up": math.inf, "down": -math.inf, "whole": 25_557_032, "tensor": torch.tensor(0.5)}
     Tracker(tmp_path).log_metrics({**values, "numpy": np.float32(0.25)}, step=4)
     (text,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -378,6 +379,7 @@ def refuse() -> None:
 @pytest.fixture
 def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(tracking, "_import_client", lambda timeout_s: None)
+    monkeypatch.setattr(tracking, "_silent", {})
 
     def make(*, dies_at: int, fault: Any, timeout_s: float = 0.3) -> MLflowTracker:
         tracker = MLflowTracker(tmp_path, tracking_uri="http://ann:secret@host:5000", timeout_s=timeout_s)
@@ -452,6 +454,37 @@ def test_slow_answers_use_up_the_patience(faulty: Any, tmp_path: Path) -> None:
     assert tracker.stopped == "TimeoutError: answers take too long, the last one more than 0.3 s"
     assert [event["kind"] for event in lines(tmp_path / "unsent.jsonl")] == KINDS[3:]
     the_local_record_is_complete(tmp_path)
+
+
+def test_large_files_do_not_excuse_slow_answers(faulty: Any, tmp_path: Path) -> None:
+    """Of 100 MB each may cost seconds; a server that takes as long for 2 MB is a slow one."""
+    tracker = faulty(dies_at=2, fault=lambda: time.sleep(0.8), timeout_s=0.3)
+    tracker.start(config={}, tags={})
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(2_000_000)
+    tracker.log_artifact(tmp_path / "model.safetensors")
+    assert tracker.stopped == "TimeoutError: no answer within 0.5 s"
+    assert [event["path"] for event in lines(tmp_path / "unsent.jsonl")] == ["model.safetensors"]
+
+
+def test_the_next_runs_of_a_process_wait_less_for_a_server_that_was_silent(
+    faulty: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_BRIEF", 0.1)
+    forever, waited = threading.Event(), []
+    answers = iter([forever.wait, forever.wait, lambda: None])
+    for _ in range(2):
+        tracker = faulty(dies_at=0, fault=next(answers))
+        tracker.start(config={}, tags={})
+        waited.append(tracker.stopped)
+    assert waited == ["TimeoutError: no answer within 0.3 s", "TimeoutError: no answer within 0.1 s"]
+    tracker = faulty(dies_at=0, fault=next(answers))
+    tracker.start(config={}, tags={})
+    assert (tracker.stopped, tracker.run_id) == (None, "r1")
+    tracker = faulty(dies_at=0, fault=forever.wait)
+    tracker.start(config={}, tags={})
+    assert tracker.stopped == "TimeoutError: no answer within 0.3 s"  # it has spoken since
+    forever.set()
 
 
 def test_without_mlflow_installed_the_run_goes_on(
