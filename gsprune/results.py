@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -225,17 +226,26 @@ def _is_share(value: object) -> bool:
 
 
 def _hydra_overrides(folder: Path) -> list[str]:
-    """The list in `.hydra/overrides.yaml`; empty when there is none that can be read."""
+    """The texts in `.hydra/overrides.yaml`; none when it is not a list of texts alone.
+
+    Read piece by piece: a loader would build what is nested, for which its stack may be too small (libyaml's then
+    takes the process with it) and time and memory too (mappings that merge others).
+    """
     import yaml
 
     path = folder / ".hydra" / "overrides.yaml"
     try:
         if not path.is_file() or path.stat().st_size > _MAX_BYTES // 100:
             return []
-        found = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return []
-    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+        events = yaml.parse(path.read_bytes(), Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+        begin, texts = list(islice(events, 3)), list[str]()  # of the stream, of its document, of a list
+        if isinstance(begin[-1], yaml.SequenceStartEvent):
+            while isinstance(event := next(events), yaml.ScalarEvent):
+                texts.append(event.value)
+            return texts if isinstance(event, yaml.SequenceEndEvent) else []
+    except (OSError, ValueError, yaml.YAMLError):
+        pass
+    return []
 
 
 def _finite(value: object) -> float | None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,26 @@ def test_overrides_come_from_the_result_or_from_hydra(tmp_path: Path) -> None:
     assert found == [{"pruner": "abs", "a.b": "x=y"}, {"pruner": "abs", "seed": "1"}, {}, {}]
     assert read_results(tmp_path).jobs[3].choices == {"pruner": "abs"}
     assert read_overrides(["seed=1", "seed=2", "nothing"]) == {"seed": "2"}
+
+
+MERGED = [f"- &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 30)}]}}" for i in range(1, 12)]  # 30 ** 11 in all
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[" * 150_000, "{" * 150_000, "- " * 75_000, "? " * 75_000, "- " + "[a, " * 30_000),
+        "\n".join(["- &a0 {x: 1}", *MERGED]),
+        *("", "seed=1", "seed: 1", "- seed=1\n- [", "- seed=1\n- {a: b}", "- *a", "--- [seed=1\n"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_overrides_are_a_list_of_texts_or_none(text: str, tmp_path: Path) -> None:
+    (job(tmp_path / "0") / ".hydra").mkdir()
+    (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text(text)
+    begin = time.monotonic()
+    assert [found.overrides for found in read_results(tmp_path).jobs] == [{}]
+    assert time.monotonic() - begin < 2
 
 
 def test_statuses_are_told_apart(tmp_path: Path) -> None:
