@@ -433,13 +433,18 @@ class _Header:
 
 def _save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     with aside(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary, metadata=metadata)
-        except SafetensorError as error:  # a full disk comes in a class of its own
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        write_tensors(temporary, tensors, metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """`save_file`, whose faults of the disk come in a class of their own, with an OSError for them."""
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_header(path: str | os.PathLike[str], wanted: str) -> _Header:

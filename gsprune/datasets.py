@@ -2,7 +2,7 @@
 
 The splits depend on `split_seed` alone, never on the run's seed, so that every run is tested on the same samples.
 Pictures that fit in memory are fetched a whole batch at a time (one indexing operation), the others file by file.
-May import torch, torchvision and scikit-learn, the latter two only when a data set needs them.
+May import torch, torchvision, Pillow and scikit-learn, the latter three only when a data set needs them.
 
 Axes in names: n sample, c channel, h row, w column.
 """
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+
+from gsprune.files import one_line
 
 log = logging.getLogger(__name__)
 
@@ -396,9 +398,20 @@ def _folder(path: Path, transform: Callable[[Any], Tensor]) -> Dataset[Any]:
     from torchvision.datasets import ImageFolder
 
     try:
-        return ImageFolder(str(path), transform=transform)  # type: ignore[no-any-return]
+        return ImageFolder(str(path), transform=transform, loader=_picture)  # type: ignore[no-any-return]
     except FileNotFoundError as error:
         raise ValueError(f"{path} is not a folder with one folder of pictures a class") from error
+
+
+def _picture(path: str) -> Any:
+    """The picture in a file, in colour. Pillow refuses one that would take more than half a gigabyte."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a picture that can be read ({one_line(str(error), 200)})") from None
 
 
 def _foldered(

@@ -71,7 +71,7 @@ class DenseCache:
             return None
         try:
             return _record(read_json(path), self.key)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
             log.warning(
                 "the dense network in %s is not used, it is trained again: %s", self.folder, one_line(str(error))
             )

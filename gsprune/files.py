@@ -36,8 +36,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
-_MAX_JSON = 256_000_000  # bytes; a plan that names every unit of a network of a million units has 10
+# Bytes of JSON, which may become 25 times as many in memory.
+MAX_HEADER = 16_000_000  # of a safetensors file: some 100,000 tensors
+_MAX_JSON = 32_000_000  # a plan that names every unit of a network of a million units has 10 million
 _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
@@ -194,14 +195,15 @@ def number(value: Any) -> float:
     return value if type(value) is int else as_float
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """The content of a JSON file; ValueError in one sentence when it is not one."""
+def read_json(path: str | os.PathLike[str], *, most: int | None = None) -> Any:
+    """The content of a JSON file of at most so many bytes; ValueError in one sentence when it is not one."""
+    most = _MAX_JSON if most is None else most
     path = Path(path)
     if not path.is_file():  # a pipe would be waited for
         raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ValueError(f"it is larger than {_MAX_JSON:,} bytes")
+        if path.stat().st_size > most:
+            raise ValueError(f"it is larger than {most:,} bytes")
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
         raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {error})") from None
@@ -233,7 +235,10 @@ def _sorted_header(file: BinaryIO) -> bytes:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Around the reading of a stranger's file: what a ValueError quotes from it comes out on one line, and not long."""
+    """Around the reading of a stranger's file: what a ValueError quotes from it comes out on one line, and not long.
+
+    A file that the system does not let us read, or that needs more memory than there is, is refused too.
+    """
     try:
         yield
     except ValueError as error:
@@ -241,6 +246,10 @@ def refusing() -> Iterator[None]:
         if told == str(error):
             raise
         raise ValueError(told) from None
+    except MemoryError:
+        raise ValueError("the file needs more memory than there is") from None
+    except OSError as error:
+        raise ValueError(one_line(f"{error.filename or 'the file'} cannot be read ({reason(error)})")) from None
 
 
 def one_line(text: str, length: int = 600) -> str:

@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
-from safetensors.torch import save_file
 from torch import Tensor
 
-from gsprune.checkpoint import read_header
+from gsprune.checkpoint import read_header, write_tensors
 from gsprune.files import folder_aside, number, plain, read_json, refusing, remove_folder, sha256
 
 __all__ = ["Checkpoints", "Saved", "read_state", "write_state"]
@@ -38,7 +37,7 @@ VERSION = 1
 TENSORS, RECORD = "state.safetensors", "state.json"
 KEPT = 2
 _NAME = re.compile(r"epoch_(\d{4,9})_step_(\d{6,12})")
-_MAX_RECORD = 256_000_000  # bytes of state.json: the metrics of a hundred thousand epochs
+_MAX_RECORD = 128_000_000  # bytes of state.json: the metrics of fifty thousand epochs
 _KIND = "$"  # marks what JSON has no word for
 log = logging.getLogger(__name__)
 
@@ -122,10 +121,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     tree = packer.pack(state)
     with folder_aside(path) as temporary:
         metadata = {"format": FORMAT, "version": str(VERSION)}
-        try:
-            save_file(packer.tensors, temporary / TENSORS, metadata=metadata)
-        except safetensors.SafetensorError as error:  # a full disk too
-            raise OSError(str(error)) from error
+        write_tensors(temporary / TENSORS, packer.tensors, metadata)
         record = {"format": FORMAT, "version": VERSION, "tensors": sha256(temporary / TENSORS), "state": tree}
         text = json.dumps({**record, "sha256": _digest(record)}, allow_nan=False)
         (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
@@ -158,10 +154,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _read_tree(path: Path) -> tuple[Any, str]:
     try:
-        size = path.stat().st_size if path.is_file() else 0
-        if size > _MAX_RECORD:
-            raise ValueError(f"{path} has {size:,} bytes, which no record of a checkpoint has")
-        record = read_json(path)
+        record = read_json(path, most=_MAX_RECORD)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(f"{path} is not the record of a checkpoint")
         if record.get("version") != VERSION:

@@ -30,6 +30,7 @@ __all__ = ["Lines", "Texts", "divide", "read_lines", "text_classification"]
 log = logging.getLogger(__name__)
 
 LARGEST = 2 * 1024**3  # bytes of a file that is read into memory
+LONGEST = 10_000_000  # characters of a line of JSON, which may become 20 times as many bytes in memory
 HELD_OUT = 0.1  # of the training file, for each split that has no file of its own
 
 TextBatch = tuple[dict[str, Tensor], Tensor]
@@ -329,6 +330,8 @@ def _json_lines(path: str | Path, content: str) -> Iterator[tuple[int, dict[str,
     for number, line in enumerate(io.StringIO(content), 1):
         if not line.strip():
             continue
+        if len(line) > LONGEST:
+            raise ValueError(f"{path} line {number} has {len(line):,} characters: at most {LONGEST:,} are read")
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -185,21 +185,21 @@ def in_child(cfg: DictConfig, folder: Path, told: Path, kill_at: int | None, amo
         ):
             event(f"{kind} {arguments[0]}")
 
-    rest, save_file = job._Job._rest, run_state.save_file
+    rest, write_tensors = job._Job._rest, run_state.write_tensors
 
     def counted_rest(self: Any, phase: str, at: Any, *others: Any) -> None:
         event("step")
         os.write(out, b"step\n")
         rest(self, phase, at, *others)
 
-    def torn_save_file(tensors: Any, path: Path, **others: Any) -> None:
-        save_file(tensors, path, **others)
+    def torn_write_tensors(path: Path, *others: Any) -> None:
+        write_tensors(path, *others)
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         event(f"half of {path}")
         path.write_bytes(whole)
 
-    job._Job._rest, run_state.save_file = counted_rest, torn_save_file
+    job._Job._rest, run_state.write_tensors = counted_rest, torn_write_tensors
     sys.addaudithook(audit)
     job.run(cfg, output_dir=folder)
     os.write(out, f"\n{seen['']} {seen[WRITING]}\n".encode())

@@ -524,3 +524,10 @@ def test_a_model_pruned_twice_is_rebuilt_from_the_dense_one(tmp_path: Path) -> N
         ValueError, match=r"^the first plan leaves \d+ in dimension \d of '.*', not \d+: the second plan"
     ):
         second.after(second)
+
+
+def test_a_header_that_would_take_a_gigabyte_in_memory_is_not_read(tmp_path, monkeypatch):
+    save_masks(tmp_path / "masks.safetensors", {"w": torch.ones(3, dtype=torch.bool)})
+    monkeypatch.setattr("gsprune.checkpoint.MAX_HEADER", 50)
+    with pytest.raises(ValueError, match=r"masks.safetensors is not a safetensors file$"):
+        load_masks(tmp_path / "masks.safetensors")

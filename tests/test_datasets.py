@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -368,6 +369,21 @@ def test_folder_errors(tmp_path: Path) -> None:
         datasets.imagefolder(tmp_path / "nowhere", num_classes=2)
     with pytest.raises(ValueError, match=r"^channels is 2: pictures from a folder have 1 \(grey\) or 3$"):
         datasets.imagefolder(tmp_path / "a/train", num_classes=2, channels=2)
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    whole = (tmp_path / "cat" / "0.png").read_bytes()
+    huge = whole[:16] + (60_000).to_bytes(4, "big") * 2 + whole[24:29]  # the size in its header
+    huge += zlib.crc32(huge[12:]).to_bytes(4, "big") + whole[33:]
+    for spoiled, told in {
+        whole[:45]: r"image file is truncated.*|broken PNG file.*|Truncated File Read",
+        b"no picture": "cannot identify image file .*",
+        huge: r"Image size \(3600000000 pixels\) exceeds limit of .* could be decompression bomb DOS attack\.",
+    }.items():
+        (tmp_path / "cat" / "0.png").write_bytes(spoiled)
+        with pytest.raises(ValueError, match=rf"^{tmp_path}/cat/0.png is not a picture that can be read \(({told})\)$"):
+            datasets.imagefolder(tmp_path, num_classes=2, image_size=16).train.dataset[0]  # type: ignore[attr-defined]
 
 
 def test_a_loader_reads_the_folder(tmp_path: Path) -> None:

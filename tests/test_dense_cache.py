@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gsprune import job as job_module
 from gsprune.checkpoint import load_masks, load_scores, save_scores
+from gsprune.dense_cache import DenseCache
 from gsprune.identity import config_hash, dense_key, scores_key
 from gsprune.job import run
 from gsprune.results import read_results
@@ -304,3 +305,15 @@ def test_running_is_told_from_killed_by_the_lock(tmp_path):
     assert not sweep.is_running(job)
     assert sweep.lock("job a/0").path.parent == tmp_path / ".gsprune" / "locks"
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["a"]
+
+
+def test_an_entry_that_cannot_be_read_is_none(tmp_path, monkeypatch, caplog):
+    def unreadable(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    cache = DenseCache(Sweep(tmp_path), "k" * 64)
+    cache.folder.mkdir(parents=True)
+    (cache.folder / "dense.json").write_text("{}")
+    monkeypatch.setattr("gsprune.dense_cache.read_json", unreadable)
+    assert cache.find() is None
+    assert "is not used, it is trained again: [Errno 5] Input/output error" in caplog.text

@@ -41,6 +41,10 @@ def test_what_an_error_quotes_comes_out_on_one_line_and_short() -> None:
         raise ValueError("no \ud800 in a\nb")
     with pytest.raises(ValueError, match=r"^x{300} [.]{3} y{300}$"), refusing():
         raise ValueError("x" * 5000 + "y" * 5000)
+    with pytest.raises(ValueError, match=r"^the file needs more memory than there is$"), refusing():
+        raise MemoryError
+    with pytest.raises(ValueError, match=r"^a\\nb cannot be read \(Input/output error\)$"), refusing():
+        raise OSError(5, "Input/output error", "a\nb")
     kept = UnicodeError("as it is")
     with pytest.raises(UnicodeError) as error, refusing():
         raise kept

@@ -135,6 +135,9 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path, monkeypatch
         f"dataset.train={large} has 1,001 bytes: at most 1,000 are read into memory"
     )
     assert LARGEST == 2**31
+    monkeypatch.setattr("gsprune.texts.LONGEST", 40)
+    long = write(tmp_path / "c.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 2, "more": [[], []]}\n')
+    assert sentence(lambda: read(long)) == f"{long} line 2 has 44 characters: at most 40 are read"
 
 
 def test_labels_are_sorted_and_whole_numbers_by_value() -> None:
