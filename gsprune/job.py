@@ -144,9 +144,12 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner
     """
     folder = Path(output_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    planned = _Job(cfg, folder, None).plan()
+    job = _Job(cfg, folder, None)
+    with job.enough_memory():
+        planned = job.plan()
     planner.print_plan(planned)
-    write_json(folder / "plan.json", planned.to_json())
+    with job.spared("plan.json"):
+        write_json(folder / "plan.json", planned.to_json())
     return planned
 
 
@@ -270,7 +273,8 @@ def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, A
     log.info("not done again: %s has finished with the same configuration", job.folder)
     if job.folder != folder:
         same_as = sweep.name_of(job.folder)
-        write_json(folder / "result.json", {"status": "skipped", "same_as": same_as, "config_hash": mine})
+        with spared("result.json", []):
+            write_json(folder / "result.json", {"status": "skipped", "same_as": same_as, "config_hash": mine})
     return dict(job.result)
 
 
@@ -361,7 +365,8 @@ class _Job:
         self.unwritten: list[str] = []  # files that a fault of the disk has kept from being written
         self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS), "unwritten": []}
         self.result |= {"mlflow_run_id": None, "config_hash": None, "device": None, "shrunk": False, "dense": None}
-        self.result |= {"name": run_name(cfg), "seed": cfg.get("seed"), **hydra_choices()}
+        seed = cfg.get("seed") if type(cfg.get("seed")) is int else None  # what else it may be is refused in a moment
+        self.result |= {"name": run_name(cfg), "seed": seed, **hydra_choices()}
 
     # --- the steps ---
 

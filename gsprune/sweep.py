@@ -40,7 +40,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from gsprune.files import read_json, write_json
+from gsprune.files import read_json, spared, write_json
 from gsprune.locks import Lock, file_name
 from gsprune.results import JobResult, Results, read_results
 from gsprune.tracking import without_passwords
@@ -255,6 +255,7 @@ class _OpenSweep:
         self._record: dict[str, Any] = {}
         self._tracker: Tracker | None = None
         self._closed = False
+        self._unwritten: list[str] = []
 
     def begin(self, config: DictConfig, identity: str, make_tracker: Callable[..., Tracker]) -> None:
         """Put the sweep on record, then open the parent run or go on with it."""
@@ -318,7 +319,7 @@ class _OpenSweep:
             report = build_report(self.sweep.directory)
             log.info("report of %d finished jobs: %s", report.usable, report.directory / "report.html")
             return report.paths
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             log.warning("no report of the sweep: %s", error)
         except Exception:  # a fault of ours must not cost the parent run its end
             log.exception("no report of the sweep in %s", self.sweep.directory)
@@ -347,7 +348,8 @@ class _OpenSweep:
         self._tracker.close_children(except_for=_runs(alive), killed=_runs(dead), finished=_runs(done))
 
     def _write(self) -> None:
-        write_json(self.sweep.directory / RECORD, self._record)
+        with spared(RECORD, self._unwritten):
+            write_json(self.sweep.directory / RECORD, self._record)
 
 
 def _runs(jobs: Iterable[JobResult]) -> list[str]:

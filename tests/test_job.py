@@ -362,6 +362,7 @@ def test_a_mistake_in_the_configuration_is_recorded_and_starts_no_tracking(tmp_p
         (("pruner.criterion._target_=gsprune.Nothing",), "gsprune.Pruner cannot be made: "),
         (("seed=36893488147419103232",), "seed=36893488147419103232 is not allowed: it must be from"),
         (("seed=ten", "dataset.seed=0"), "seed=ten is not allowed: it must be a whole number"),
+        (("seed=[a,b]", "dataset.seed=0"), "seed=['a', 'b'] is not allowed: it must be a whole number"),
         (("dataset=imagefolder",), "dataset.path, dataset.num_classes must be given: dataset.path=..."),
         (("objective=3",), "objective=3 is not in the result: There are accuracy"),
     ],

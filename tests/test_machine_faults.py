@@ -19,7 +19,9 @@ from servers import fill, small_disk
 from gsprune import job as room
 from gsprune.checkpoint import load_masks, save_masks
 from gsprune.files import spared, write_json
+from gsprune.identity import config_hash
 from gsprune.job import run
+from gsprune.sweep import Sweep, _OpenSweep
 from gsprune.tracking import Tracker, read_metrics
 from gsprune.trainer import Trainer
 
@@ -151,6 +153,49 @@ def test_what_was_not_written_is_not_sent_even_if_an_old_one_lies_there(
     assert {"model.safetensors", "result.json", "epoch_0003.safetensors"} <= set(sent)
 
 
+def test_a_plan_that_cannot_be_written_was_printed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    refusing(monkeypatch, "plan.json")
+    room.show_plan(configure("pruner=weighted"), output_dir=tmp_path)
+    assert "Weighted removes units" in capsys.readouterr().out
+    assert [record.getMessage() for record in caplog.records] == [
+        f"plan.json could not be written, the run goes on without it: {FULL}"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_need_not_be_done_again_needs_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = configure("pruner=weighted")
+    done = {"status": "finished", "accuracy": 0.5, "config_hash": config_hash(cfg)}
+    write_json(tmp_path / "0" / "result.json", done)
+    refusing(monkeypatch, "result.json")
+    assert room._finished_before(cfg, tmp_path / "1", Sweep(tmp_path)) == done
+    assert caplog.records[-1].getMessage() == f"result.json could not be written, the run goes on without it: {FULL}"
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "report.html"])
+def test_a_sweep_without_its_record_or_report_is_closed_all_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_json(tmp_path / "0" / "result.json", {"status": "finished", "accuracy": 0.5})
+    refusing(monkeypatch, name)
+    opened, ended = _OpenSweep(Sweep(tmp_path), report=True), []
+    monkeypatch.setattr(Tracker, "finish", lambda self, status: ended.append(status))
+    opened._record, opened._tracker = {"command": "x"}, Tracker(tmp_path / ".gsprune")
+    assert opened.lock.acquire()
+    opened.close("finished")
+    assert ended == ["FINISHED"]
+    told = "no report of the sweep: " if name == "report.html" else f"{name} could not be written, the run goes on"
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert record.getMessage().startswith(told)
+    assert FULL in record.getMessage()
+    assert record.exc_info is None
+    assert not (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pruning.json"])
 def test_a_job_whose_model_cannot_be_written_has_failed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -218,6 +263,15 @@ def test_too_little_memory_is_one_sentence(
     assert str(found.value) == sentence
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["error"]) == ("failed", f"ValueError: {sentence}")
+
+
+def test_too_little_memory_for_a_plan_is_one_sentence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise TOO_SMALL["of a GPU"]
+
+    monkeypatch.setattr(room.planner, "plan", too_large)
+    with pytest.raises(ValueError, match=r"^cpu ran out of memory with dataset.batch_size=256: try dataset.batch_size"):
+        room.show_plan(configure("pruner=weighted"), output_dir=tmp_path)
 
 
 def test_a_real_allocation_that_is_too_large_is_recognised() -> None:
