@@ -37,6 +37,7 @@ NOT_HASHED = (
     "trainer.timeout_minutes",
     "trainer.resume",
     "trainer.checkpoint_minutes",
+    "trainer.max_bad_steps",
     "dataset.root",
 )
 # What has no part in training the dense network: the whole second phase, and what is only measured.

@@ -22,6 +22,7 @@ from kills import differences
 from safetensors.torch import load_file, save_file
 
 from gsprune import job as job_module
+from gsprune.guard import BadNumbers
 from gsprune.identity import config_hash, dense_key
 from gsprune.job import run
 from gsprune.run_state import RECORD, TENSORS, Checkpoints
@@ -93,6 +94,26 @@ def test_a_run_keeps_the_checkpoints_of_its_last_two_epochs(whole):
     assert names(whole) == ["epoch_0002_step_000000", "epoch_0003_step_000000"]
     for name in names(whole):
         assert sorted(os.listdir(whole / "checkpoint" / name)) == [RECORD, TENSORS]
+
+
+def test_after_bad_numbers_a_job_goes_on_also_with_more_patience(tmp_path, whole, at_step, monkeypatch):
+    loss_sum, bad = Trainer.loss_sum, []
+
+    def spoiled(trainer, forward, batch):
+        loss, *others = loss_sum(trainer, forward, batch)
+        return (loss * float("nan") if bad else loss), *others
+
+    monkeypatch.setattr(Trainer, "loss_sum", spoiled)
+    at_step.do(8, lambda: bad.append(True))
+    with pytest.raises(BadNumbers, match=r"^2 steps in a row .* first that of 'stem.weight' \(nan\), "):
+        go(tmp_path, "trainer.max_bad_steps=1")
+    assert result_of(tmp_path)["error"].startswith("BadNumbers: 2 steps in a row")
+    assert names(tmp_path)[-1] == "epoch_0001_step_000000"
+    at_step.do(0, crash)
+    bad.clear()
+    go(tmp_path, "trainer.max_bad_steps=2")  # of which no number of the result depends
+    assert at_step.count == 10
+    assert list(differences(whole, tmp_path)) == ["config.yaml differs"]
 
 
 @pytest.mark.parametrize(("minutes", "place"), [("null", "epoch_0001_step_000000"), ("0", "epoch_0001_step_000002")])
