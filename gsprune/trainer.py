@@ -492,13 +492,16 @@ def make_optimizer(
 
 
 def _check_types(factory: Callable[..., Optimizer]) -> None:
-    """A text in the place of a number or a switch: some optimizers notice it only when they make a step."""
+    """A text in the place of a number or a switch, or a number too few: some notice it only in a step, or never."""
     given = getattr(factory, "keywords", {})
     for name, parameter in inspect.signature(getattr(factory, "func", factory)).parameters.items():
-        is_plain = isinstance(parameter.default, (bool, int, float))
-        if is_plain and isinstance(given.get(name), str):
-            what = "true or false" if isinstance(parameter.default, bool) else "a number"
-            raise ValueError(f"optimizer.{name}={given[name]} is not allowed: it must be {what}")
+        default, value = parameter.default, given.get(name)
+        if isinstance(default, tuple) and value is not None:
+            several = isinstance(value, (list, tuple)) and len(value) == len(default)
+            _check(several, f"optimizer.{name}", value, f"{len(default)} numbers")
+        elif isinstance(default, (bool, int, float)):
+            what = "true or false" if isinstance(default, bool) else "a number"
+            _check(not isinstance(value, str), f"optimizer.{name}", value, what)
 
 
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -672,3 +673,11 @@ def test_seeding_covers_python_numpy_and_torch():
 def test_a_text_in_the_place_of_a_number_is_refused_before_a_step(settings, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         make_optimizer(partial(torch.optim.SGD, lr=0.1, **settings), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("betas", [[], [0.9], [0.9, 0.99, 0.5], {"a": 1, "b": 2}, "0.9"])
+def test_another_count_of_numbers_is_refused_before_a_step(betas):
+    message = re.escape(f"optimizer.betas={betas} is not allowed: it must be 2 numbers")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make_optimizer(partial(torch.optim.AdamW, betas=betas), nn.Linear(2, 2))
+    assert make_optimizer(partial(torch.optim.AdamW, betas=[0.5, 0.9]), nn.Linear(2, 2)).defaults["betas"] == (0.5, 0.9)
