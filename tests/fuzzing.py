@@ -47,7 +47,7 @@ from gsprune.sync import _Picture, _Record
 from gsprune.texts import text_classification
 from gsprune.tracking import read_metrics
 
-MEMORY_DISK = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a disk would take most of the time
+MEMORY_DISK = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()  # most of the time, on a real one
 SECONDS = 5  # for one file
 MEMORY = 1 << 30  # bytes of address space beyond what the process has
 LONGEST = 1000  # characters of a sentence
@@ -66,7 +66,8 @@ NASTY = (
     *("[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "[" + "0," * 5000 + "0]", "'single'", "<!-- -->"),
 )
 BLOCKS = (
-    *(b"\x00", b"\xff", b"\n", b"\r\n", b'"', b"'", b",", b"{", b"[", b"}" * 9, b"[" * 9999, b"- " * 3000),
+    *(b"\x00", b"\xff", b"\n", b"\r\n", b'"', b"'", b",", b"{", b"[", b"}" * 9, b"[" * 9999, b"[" * 99_999),
+    *(b"- " * 3000, b"- " * 50_000),
     *(b"? " * 3000, b"&a [*a]", b"*a", b"!!python/object/apply:os.system [true]", b"<<: *a", b"---\n", b"../"),
     *(b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\x00" * 64, b"9" * 5000, b"1e400", b"NaN", b"\t", b" " * 2000),
     *(b"%YAML 9.9\n", b"\\ud800", b"\x1b[2J"),
@@ -362,7 +363,7 @@ def _read_inc(folder: Path) -> None:
 def _tokenizer() -> str:
     from transformers import BertTokenizerFast
 
-    folder = Path(tempfile.mkdtemp(prefix="gsprune-fuzz-"))
+    folder = _new_folder("tokenizer")
     pieces = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "b", "##a")
     (folder / "vocab.txt").write_text("\n".join(pieces))
     BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
@@ -492,12 +493,30 @@ KINDS: dict[str, Kind] = {
 
 
 @functools.cache
-def valid(kind: str) -> tuple[tempfile.TemporaryDirectory[str], dict[str, bytes]]:
+def _root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="gsprune-fuzz-", dir=MEMORY_DISK)
+
+
+def _new_folder(name: str) -> Path:
+    folder = Path(_root().name, name)
+    folder.mkdir()
+    return folder
+
+
+def forget() -> None:
+    """Remove what was made here; it is made again where it is needed again."""
+    _root().cleanup()
+    for made in (_root, _tokenizer, valid):
+        made.cache_clear()
+
+
+@functools.cache
+def valid(kind: str) -> tuple[Path, dict[str, bytes]]:
     """A folder with valid files of the kind, and their bytes. They were read once: imports and caches are done."""
-    folder = tempfile.TemporaryDirectory(prefix="gsprune-fuzz-", dir=MEMORY_DISK)
-    KINDS[kind].make(Path(folder.name))
-    KINDS[kind].read(Path(folder.name))
-    files = {str(path.relative_to(folder.name)): path for path in Path(folder.name).rglob("*") if path.is_file()}
+    folder = _new_folder(kind.replace("/", "_"))
+    KINDS[kind].make(folder)
+    KINDS[kind].read(folder)
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return folder, {name: path.read_bytes() for name, path in files.items()}
 
 
@@ -519,12 +538,12 @@ def outcome(kind: str, changes: list[tuple[str, float, Any]]) -> str:
     folder, files = valid(kind)
     target = KINDS[kind].file
     for name in ("model.safetensors", target) if kind == "pruning.json, forged" else ():  # which writes them itself
-        (Path(folder.name) / name).write_bytes(files[name])
-    (Path(folder.name) / target).write_bytes(spoil(files[target], KINDS[kind].structure, changes))
-    with watched(Path(folder.name)), warnings.catch_warnings():
+        (folder / name).write_bytes(files[name])
+    (folder / target).write_bytes(spoil(files[target], KINDS[kind].structure, changes))
+    with watched(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            KINDS[kind].read(Path(folder.name))
+            KINDS[kind].read(folder)
         except ValueError as error:
             check_sentence(str(error))
             return "refused"
@@ -539,7 +558,6 @@ def check_sentence(text: str) -> None:
 
 _LIBRARIES = (
     *(sys.prefix, os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix), str(Path(gsprune.__file__).parent)),
-    tempfile.gettempdir() + "/gsprune-fuzz-",  # the tokenizer
 )
 _SEEN: list[str] = []
 _HOME: list[Path] = []
@@ -553,7 +571,7 @@ def _listen(event: str, arguments: tuple[Any, ...]) -> None:
         _SEEN.append(f"{event} {arguments}"[:200])
     if event == "open" and isinstance(arguments[0], str | Path):
         path = os.path.realpath(arguments[0])
-        if not path.startswith((str(_HOME[0]), *_LIBRARIES)):
+        if not path.startswith((str(_HOME[0]), str(_HOME[0].parent / "tokenizer"), *_LIBRARIES)):
             _SEEN.append(f"open {path}"[:200])
 
 

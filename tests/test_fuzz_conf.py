@@ -1,11 +1,11 @@
 """Random overrides over every group: the job runs, or one sentence says why not.
 
-GSPRUNE_FUZZ_CONF=500 tries as many here; `python benchmarks/faults_config.py` counts them.
+`pytest -m long` tries 500; `python benchmarks/faults_config.py` tries others and counts them.
 """
 
 from __future__ import annotations
 
-import os
+import shutil
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,6 @@ from fuzzing_conf import GROUPS, RARE, ROOT, attempt, combination
 from hydra.core.global_hydra import GlobalHydra
 
 NOT_DRAWN = {"mlflow", "resnet50", "digits_sweep", "cifar10_resnet18_weighted", "imagenet_resnet50_elementwise"}
-TRIES = int(os.environ.get("GSPRUNE_FUZZ_CONF", "30"))
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +25,10 @@ def _by_itself(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     GlobalHydra.instance().clear()
 
 
-@pytest.mark.slow
-def test_random_overrides_run_or_are_refused_in_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tries", [pytest.param(30, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)])
+def test_random_overrides_run_or_are_refused_in_a_sentence(tries: int, tmp_path: Path) -> None:
     seen, wrong = {"run": 0, "composed": 0, "refused": 0}, []
-    for seed in range(TRIES):
+    for seed in range(tries):
         overrides = combination(seed)
         try:
             kind, _ = attempt(overrides, tmp_path / str(seed))
@@ -38,8 +37,9 @@ def test_random_overrides_run_or_are_refused_in_a_sentence(tmp_path: Path) -> No
             wrong.append(f"{' '.join(overrides)}\n    {type(error).__name__}: {error} ({at.name}, {at.filename})")
         else:
             seen[kind] += 1
+        shutil.rmtree(tmp_path / str(seed), ignore_errors=True)
     assert not wrong, "\n".join(wrong)
-    assert min(seen.values()) >= TRIES // 12, seen  # the draw is worth something
+    assert min(seen.values()) >= tries // 12, seen  # the draw is worth something
 
 
 def test_every_option_of_every_group_is_drawn() -> None:

@@ -1,18 +1,17 @@
 """Every kind of file that gsprune reads, spoiled a thousand times: it loads, or one sentence says why not.
 
-Never a crash, a hang, a huge allocation, a process that is started, or a file opened elsewhere. GSPRUNE_FUZZ=1000 tries
-as many also of the kinds that are slow to read, other ones each time; `python benchmarks/faults_files.py` counts them.
+Never a crash, a hang, a huge allocation, a process that is started, or a file opened elsewhere. Of the kinds that are
+slow to read `pytest -m long` tries so many; `python benchmarks/faults_files.py` tries others and counts them.
 """
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Iterator
 
 import pytest
-from fuzzing import KINDS, fuzz, outcome
+from fuzzing import KINDS, forget, fuzz, outcome
 
-EXAMPLES = int(os.environ.get("GSPRUNE_FUZZ", "1000"))
 SLOW = ("the ancestor's YAML", "texts, CSV", "result.json", "sweep.json", "tracking.json", "overrides.yaml")
 LEFT_OUT = (
     "result.json",
@@ -22,17 +21,24 @@ LEFT_OUT = (
     "metrics.jsonl",
     "unsent.jsonl",
 )  # what is bad, in silence
+EXAMPLES = [
+    *(pytest.param(kind, 250 if kind in SLOW else 1000, marks=pytest.mark.slow) for kind in KINDS),
+    *(pytest.param(kind, 1000, marks=pytest.mark.long) for kind in SLOW),
+]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited the way Linux does")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_spoiled_file_loads_or_is_refused_in_one_sentence(kind: str) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _leaving_nothing() -> Iterator[None]:
+    yield
+    forget()
+
+
+@pytest.mark.parametrize(("kind", "examples"), EXAMPLES)
+def test_a_spoiled_file_loads_or_is_refused_in_one_sentence(kind: str, examples: int) -> None:
     assert outcome(kind, []) == "clean"
-    repeatable = "GSPRUNE_FUZZ" not in os.environ
-    wanted = EXAMPLES // 4 if repeatable and kind in SLOW else EXAMPLES  # those take 20 ms each
-    seen = fuzz(kind, wanted, repeatable=repeatable)
-    assert sum(seen.values()) >= wanted
+    seen = fuzz(kind, examples, repeatable=True)
+    assert sum(seen.values()) >= examples
     assert seen["clean"] > 0
     assert (seen["refused"] > 0) != (kind in LEFT_OUT)
 
