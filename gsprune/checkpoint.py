@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gsprune.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
-from gsprune.files import MAX_HEADER, aside, plain, read_json, refusing, sha256, write_atomic, write_json
+from gsprune.files import aside, plain, read_json, refusing, sha256, write_atomic, write_json
 
 if TYPE_CHECKING:
     from gsprune.shrink import Plan
@@ -50,6 +50,7 @@ MODEL_FORMAT = "gsprune-pruned-model"
 VERSION = 1
 WEIGHTS = "model.safetensors"
 RECORD = "pruning.json"
+MAX_HEADER = 16_000_000  # bytes of a safetensors file's JSON, which becomes 25 times as many: some 100,000 tensors
 
 
 # --- masks: 1 bit a weight ---------------------------------------------------------------------------------
@@ -437,7 +438,10 @@ def _save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """`save_file`, whose faults of the disk come in a class of their own, with an OSError for them."""
+    """`save_file`, whose faults of the disk come in a class of their own, with an OSError for them.
+
+    Equal tensors are equal files to the last byte: the library writes metadata in an order that changes.
+    """
     try:
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
@@ -445,6 +449,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def read_header(path: str | os.PathLike[str], wanted: str) -> _Header:

@@ -14,9 +14,9 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 __all__ = [
     "aside",
@@ -36,9 +36,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# Bytes of JSON, which may become 25 times as many in memory.
-MAX_HEADER = 16_000_000  # of a safetensors file: some 100,000 tensors
-_MAX_JSON = 32_000_000  # a plan that names every unit of a network of a million units has 10 million
+_MAX_JSON = 32_000_000  # bytes, which may be 25 times as many in memory; a plan of a million units has 10 million
 _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
@@ -48,13 +46,17 @@ def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The temporary file is flushed to the disk before the rename and the folder after it, so a reader
     (also one after a power cut) sees the old file or the new one, never a part. When the block raises, the old
-    file stays and the temporary one is removed. The folder is made if it is missing.
+    file stays and the temporary one is removed. The folder is made if it is missing. Who may read the file is what the
+    user's umask says, whatever writes it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, path)
     finally:
@@ -75,6 +77,7 @@ def folder_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
+            file.chmod(temporary.stat().st_mode & 0o666)
             _flush(file)
         if os.name == "posix":
             _flush(temporary)
@@ -210,27 +213,12 @@ def read_json(path: str | os.PathLike[str], *, most: int | None = None) -> Any:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Of the file's content, as hexadecimal digits; reads it in pieces.
-
-    Of a safetensors file, whose header comes in any order, of the sorted header and the data.
-    """
+    """Of the file's content, as hexadecimal digits; reads it in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest.update(_sorted_header(file))
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _sorted_header(file: BinaryIO) -> bytes:
-    """A safetensors header in an order that is always the same, and the file read on to its data; else nothing."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if 8 + length <= size and length <= MAX_HEADER:
-        with suppress(ValueError, RecursionError):
-            return json.dumps(json.loads(file.read(length)), sort_keys=True).encode()
-    file.seek(0)
-    return b""
 
 
 @contextmanager

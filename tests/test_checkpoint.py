@@ -33,6 +33,7 @@ from gsprune.checkpoint import (
 )
 from gsprune.criteria import Magnitude
 from gsprune.files import plain, read_json
+from gsprune.run_state import write_state
 from gsprune.schedules import OneShot
 from gsprune.shrink import Plan, apply_plan, plan_shrink
 from gsprune.structures import find_structures
@@ -139,6 +140,23 @@ def test_masks_of_a_view_and_no_masks_at_all(tmp_path: Path) -> None:
 def test_a_mask_takes_one_bit_a_weight(tmp_path: Path) -> None:
     save_masks(tmp_path / "a", {"w": torch.ones(1000, 80, dtype=torch.bool)})
     assert 10_000 < (tmp_path / "a").stat().st_size < 10_300
+
+
+def test_equal_tensors_are_equal_files_that_others_may_read(tmp_path: Path) -> None:
+    """safetensors writes metadata in an order that changes, and files for their owner alone."""
+    before = os.umask(0o022)
+    try:
+        for number in range(8):
+            save_masks(tmp_path / f"{number}", {"w": torch.tensor([True]), 'b"': torch.tensor([[False]])})
+            write_state(tmp_path / f"state-{number}", {"w": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert len({(tmp_path / f"{number}").read_bytes() for number in range(8)}) == 1
+    assert len({(tmp_path / f"state-{number}" / "state.safetensors").read_bytes() for number in range(8)}) == 1
+    if os.name == "posix":
+        written = [tmp_path / "0", *(tmp_path / "state-0").iterdir()]
+        assert {path.stat().st_mode & 0o777 for path in written} == {0o644}
+    assert load_masks(tmp_path / "0")['b"'].tolist() == [[False]]
 
 
 def test_masks_are_bool(tmp_path: Path) -> None:
