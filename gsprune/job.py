@@ -493,8 +493,8 @@ class _Job:
             self._send_files()
         self._write_result("finished")  # again, with the seconds that tracking took
         self.progress.close()
-        uri, unsent = (getattr(self.tracker, name, None) for name in ("tracking_uri", "stopped"))
-        print_summary(self.result, self.output_dir, tracking_uri=uri, unsent=unsent is not None)
+        uri, unsent = (getattr(self.tracker, name, None) for name in ("tracking_uri", "unsent"))
+        print_summary(self.result, self.output_dir, tracking_uri=uri, unsent=bool(unsent))
         return self.result
 
     def fail(self, error: BaseException) -> None:

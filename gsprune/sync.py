@@ -110,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for fault in faults:
         say(f"Error: {fault}", file=sys.stderr)
     if not faults and not any(sent):
-        say(f"Nothing to send: MLflow has all of the {len(folders)} runs in {given.directory}")
+        where = " and ".join(sorted({one.uri for one in sent}))
+        runs = "the run" if len(folders) == 1 else f"all {len(folders)} runs"
+        say(f"Nothing to send: {where} has {runs} in {given.directory}")
     return 1 if faults else 0
 
 
@@ -362,6 +364,7 @@ class _Upload:
 
     def run(self) -> Sent:
         if self.record.complete and self.parent == self.record.parent_run_id:
+            self.sent.uri = self.record.text("tracking_uri") or self.sent.uri
             return self.sent
         if self.uri in self._avoid:
             raise ValueError(_unreachable(self.uri))
@@ -442,6 +445,7 @@ class _Upload:
         self.sent.add("parameters", len(params))
         nested = {NESTED: self.parent} if self.parent else {}
         tags = fit_tags({**self.record.texts("tags", "start", "tags"), **nested})
+        tags.pop(RECORD_TAG, None)  # that of the run is there, and a try before it may have had another
         tags = {key: value for key, value in tags.items() if run.data.tags.get(key) != value}
         store.tags(tags=tags)
         self.sent.add("tags", len(tags))

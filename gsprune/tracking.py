@@ -228,7 +228,7 @@ def _append(path: Path, lines: bytes) -> None:
 
 
 def _rewind(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Make metrics.jsonl the `rows` of step 1, 2, ..., and leave out of unsent.jsonl what comes after them."""
+    """Make metrics.jsonl the `rows` of step 1, 2, ..., and leave out of unsent.jsonl what is after them, and an end."""
     kept = {row["step"]: row for row in reversed(_json_lines(folder / "metrics.jsonl")) if type(row.get("step")) is int}
     lines = []
     for step, values in enumerate(rows, 1):
@@ -241,7 +241,7 @@ def _rewind(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
     for place, event in enumerate(_json_lines(unsent)):
         at = event.get("step") if event.get("kind") in ("metrics", "image") else None
         if type(at) is not int:
-            events[str(place)] = event
+            events |= {str(place): event} if event.get("kind") != "finish" else {}
         elif at <= len(rows):
             events.setdefault(f"{event['kind']} {at}", event)  # the numbers at the end have the last epoch's step
     if unsent.exists():
@@ -412,6 +412,11 @@ class MLflowTracker(Tracker):
         self._note(status)
         self._lock.release()
 
+    @property
+    def unsent(self) -> bool:
+        """Whether MLflow lacks something, of this try or one before it, that `python -m gsprune.sync` can send."""
+        return self.stopped is not None or self._unsent.path.is_file()
+
     def _connect(self) -> None:
         try:
             _import_client(self.timeout_s)
@@ -459,7 +464,7 @@ class MLflowTracker(Tracker):
         except TimeoutError as error:
             if left == self._limit or kind == "start":
                 raise
-            raise TimeoutError(f"answers take too long, the last one more than {left:.1f} s") from error
+            raise TimeoutError(f"its slow answers have cost tracking.timeout_s={self.timeout_s:g} in all") from error
         except Exception:
             seconds = time.monotonic() - begin
             if kind in _REQUESTS or seconds > self._normal:

@@ -417,6 +417,7 @@ def test_unsent_calls_of_a_killed_try_come_only_once(tmp_path):
     events = [{"kind": "metrics", "step": step, "values": {}} for step in (1, 2, 3)]
     events = [{"kind": "start"}, *events, {"kind": "image", "step": 3}, {"kind": "artifact", "path": "a"}]
     events += [{"kind": "metrics", "step": 2, "values": {"accuracy": 1.0}}]  # as the numbers of the end come
+    events += [{"kind": "finish", "status": "KILLED"}]
     (tmp_path / "unsent.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"kind"')
     Tracker(tmp_path).start(config={}, tags={}, rows=[{"loss": 0.1}, {"loss": 0.2}])
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.1, 0.2]

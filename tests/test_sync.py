@@ -21,7 +21,7 @@ from gsprune import sync as room
 from gsprune import tracking
 from gsprune.locks import Lock
 from gsprune.sync import find_records, main, sync
-from gsprune.tracking import MLflowTracker
+from gsprune.tracking import MLflowTracker, Tracker
 
 DOWN = "http://127.0.0.1:9"  # nobody listens there
 CONFIG = {"pruner": {"target_sparsity": 0.9, "include": ["*"]}, "seed": 1, "note": "x" * 9000}
@@ -211,7 +211,8 @@ def test_all_of_a_run_is_sent_once_with_its_own_times(
     calls = len(memory.calls)
     assert main([str(folder)]) == 0
     assert len(memory.calls) == calls  # the server is not even asked
-    assert capsys.readouterr().out == f"Nothing to send: MLflow has all of the 1 runs in {folder}\n"
+    assert main([str(folder), "--tracking-uri", "http://127.0.0.1:8"]) == 0  # which is not asked
+    assert capsys.readouterr().out == f"Nothing to send: {DOWN} has the run in {folder}\n" * 2
 
 
 def test_cut_off_anywhere_and_made_again_it_is_still_once(memory: Memory, unsent: Any, tmp_path: Path) -> None:
@@ -243,6 +244,27 @@ def test_what_the_server_has_already_is_not_sent_again(memory: Memory, unsent: A
     sent = sync(folder)
     assert sent.counts == {"parameters": 0, "tags": 0, "metrics": 6}  # of metrics.jsonl: 3 names at 2 steps
     it_is_all_there(run)
+
+
+def test_the_end_of_an_earlier_try_and_its_mark_are_not_those_of_the_run(
+    memory: Memory, unsent: Any, tmp_path: Path
+) -> None:
+    folder = unsent(tmp_path / "out", status="KILLED")  # a server that is down
+    room.connect(DOWN, run_name=None, parent_run_id=None).start(
+        params={}, tags={"gsprune.record": "of the second try"}, time_ms=10**12
+    )
+    (run_id,) = memory.runs
+    again = Tracker(folder)  # it is back, and gets the rest
+    again.start(config={}, tags={}, rows=[{"val/accuracy": 0.1}, {"val/accuracy": 0.2}])
+    again.finish("FINISHED")
+    memory.runs[run_id].info.status = "FINISHED"
+    note = json.loads((folder / "tracking.json").read_text())
+    note |= {"status": "FINISHED", "stopped": None, "run_id": run_id, "record": "of the second try"}
+    (folder / "tracking.json").write_text(json.dumps(note))
+    assert sync(folder).ended is None
+    run = memory.runs[run_id]
+    assert (run.info.status, run.tags["gsprune.record"]) == ("FINISHED", "of the second try")
+    assert [entry[3] for name, entry in run.metrics if name == "val/accuracy"] == [1, 2]
 
 
 def test_a_killed_run_is_ended_when_its_last_metrics_came(memory: Memory, unsent: Any, tmp_path: Path) -> None:

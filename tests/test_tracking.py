@@ -451,7 +451,8 @@ def test_slow_answers_use_up_the_patience(faulty: Any, tmp_path: Path) -> None:
     a_run(tracker)
     assert time.monotonic() - begin < 0.45 + 0.45 + 0.3 + 0.5  # the third such call has 0.1 + 0.2 s left
     assert tracker._store.calls == KINDS[:4]
-    assert tracker.stopped == "TimeoutError: answers take too long, the last one more than 0.3 s"
+    assert tracker.stopped == "TimeoutError: its slow answers have cost tracking.timeout_s=0.6 in all"
+    assert tracker.unsent
     assert [event["kind"] for event in lines(tmp_path / "unsent.jsonl")] == KINDS[3:]
     the_local_record_is_complete(tmp_path)
 
