@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Sampler
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ Result = TypeVar("Result")
 Model = TypeVar("Model", bound=nn.Module)
 NO_LABEL = -100  # what cross-entropy leaves out, in loss and gradient
 _SPREAD = 1 << 32  # between the seeds of two processes' workers
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of processes that a signal has asked to end
 
 
 _HOSTS: dict[Any, Any] = {}  # default group -> the one that speaks gloo
@@ -93,7 +95,7 @@ def broadcast(value: Result) -> Result:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_hosts())
     return box[0]
 
 
@@ -102,7 +104,7 @@ def gathered(value: Result) -> list[Result]:
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=_hosts())
     return found
 
 
@@ -116,8 +118,11 @@ def agreed(number: int) -> int:
 
 
 def _hosts() -> Any:
-    """A group that speaks gloo, made when it is first asked for."""
-    if dist.get_backend() == "gloo":
+    """The group for what lies in the machines' memory, so that nothing waits for a device; None is the default one.
+
+    The default group of an application of its own may speak NCCL alone, which knows a GPU's memory only.
+    """
+    if "cpu:" in dist.get_backend_config():
         return None
     if dist.group.WORLD not in _HOSTS:
         _HOSTS[dist.group.WORLD] = dist.new_group(backend="gloo")
@@ -161,10 +166,10 @@ def held(lock: Lock, *, waiting_for: str) -> Iterator[None]:
 def one_after_the_first() -> Iterator[None]:
     """Process 0 goes first, then the others: what it downloads lies there for them."""
     if rank() > 0:
-        dist.barrier()
+        dist.barrier(group=_hosts())
     yield
     if rank() == 0 and world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_hosts())
 
 
 def check_masks(masks: Mapping[str, Tensor]) -> None:
@@ -175,9 +180,9 @@ def check_masks(masks: Mapping[str, Tensor]) -> None:
     """
     if world_size() == 1:
         return
-    mine = torch.frombuffer(bytearray(_fingerprint(masks)), dtype=torch.uint8).to(_wire())
+    mine = torch.frombuffer(bytearray(_fingerprint(masks)), dtype=torch.uint8)
     all_of_them = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(all_of_them, mine)
+    dist.all_gather(all_of_them, mine, group=_hosts())
     found = [bytes(one.tolist()) for one in all_of_them]
     others = [number for number, one in enumerate(found) if one != found[0]]
     if others:
@@ -196,31 +201,38 @@ def _fingerprint(masks: Mapping[str, Tensor]) -> bytes:
     return found.digest()
 
 
-def _wire() -> torch.device:
-    """Where a tensor has to be for the process group to send it."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
 # --- the network -------------------------------------------------------------------------------------------
 
 
 def prepared(model: Model, device: torch.device) -> Model:
     """The network as several processes can train it: on CUDA, BatchNorm takes its statistics over all of them.
 
-    Elsewhere torch has no such BatchNorm: it sees each process's own samples, which a warning says.
+    Elsewhere torch has no such BatchNorm, nor of a class with a forward pass of its own (which may hold an activation
+    too): it sees each process's own samples, which a warning says.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if world_size() == 1 or not norms:
+    if world_size() == 1:
         return model
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return, no-untyped-call]
-    if rank() == 0:
+        _synchronise_norms(model)
+    norms = [type(m) for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
+    if norms and rank() == 0:
+        name = "BatchNorm" if norms[0].forward is _BatchNorm.forward else norms[0].__name__
         warnings.warn(
-            f"BatchNorm on {device.type} normalises each process's samples by themselves: with {world_size()} "
+            f"{name} on {device.type} normalises each process's samples by themselves: with {world_size()} "
             f"processes results are a little different from those of one",
             stacklevel=3,
         )
     return model
+
+
+def _synchronise_norms(model: nn.Module) -> None:
+    made: dict[nn.Module, nn.Module] = {}  # a norm may have several places
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, _BatchNorm) and type(child).forward is _BatchNorm.forward:
+                if child not in made:
+                    made[child] = nn.SyncBatchNorm.convert_sync_batchnorm(child)  # type: ignore[no-untyped-call]
+                module._modules[name] = made[child]
 
 
 def data_parallel(model: nn.Module, before: nn.Module | None = None) -> nn.Module:
@@ -345,9 +357,9 @@ def shares(loader: Any, *, training: bool) -> Iterator[Batch]:
 
 def _same_random_state() -> None:
     """Process 0's random numbers for all: a sampler without a generator of its own draws its order from them."""
-    state = torch.get_rng_state().to(_wire())
-    dist.broadcast(state, src=0)
-    torch.set_rng_state(state.cpu())
+    state = torch.get_rng_state()
+    dist.broadcast(state, src=0, group=_hosts())
+    torch.set_rng_state(state)
 
 
 def _fetched(loader: DataLoader[Any], *, training: bool) -> Iterator[Share]:
@@ -446,14 +458,15 @@ def taking_part(device: str, *, timeout_minutes: float) -> Iterator[None]:
     """Join the processes that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, ...), as torchrun sets it.
 
     Args:
-        device: "cuda", where the process takes GPU number LOCAL_RANK and speaks NCCL; anything else speaks gloo.
+        device: "cuda", where the process takes GPU number LOCAL_RANK, and what lies on it is sent by NCCL; gloo sends
+            everything else.
     """
     local, beside = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda":
         torch.cuda.set_device(local)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // beside))
-    backend = "nccl" if device == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     yield
     dist.destroy_process_group()  # not after an error: what the others still wait for would have to end first
@@ -462,8 +475,8 @@ def taking_part(device: str, *, timeout_minutes: float) -> Iterator[None]:
 def launch(processes: Processes, device: str, work: Callable[..., Result], *arguments: Any) -> Result:
     """Call `work(*arguments)` in each of several new processes that can reach each other, and wait for them.
 
-    When one of them fails, the others are ended and its error is raised here: a ValueError as it is, any other as a
-    `ProcessFailed` that carries the process's own traceback.
+    When one of them fails, the others are ended and its error is raised here, on every machine: a ValueError as it is,
+    any other as a `ProcessFailed` that carries the process's own traceback. A signal that ends them ends this one.
 
     Args:
         device: as for `taking_part`.
@@ -471,12 +484,16 @@ def launch(processes: Processes, device: str, work: Callable[..., Result], *argu
 
     Returns:
         What `work` returned in the lowest-numbered process of this machine.
+
+    Raises:
+        ValueError: also when the machines do not find each other.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    alone = processes.nodes == 1
+    alone, patience = processes.nodes == 1, max(1, round(60 * processes.timeout_minutes))
     with tempfile.TemporaryDirectory(prefix="gsprune-") as folder, _quiet_launcher():
         config = LaunchConfig(
             min_nodes=processes.nodes,
@@ -485,7 +502,7 @@ def launch(processes: Processes, device: str, work: Callable[..., Result], *argu
             run_id=uuid.uuid4().hex if alone else processes.name,
             rdzv_backend="c10d",
             rdzv_endpoint=processes.rendezvous or "localhost:0",
-            rdzv_configs={"join_timeout": max(1, round(60 * processes.timeout_minutes))},
+            rdzv_configs={"join_timeout": patience, "read_timeout": patience},
             local_addr="localhost" if alone else None,
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
@@ -493,8 +510,12 @@ def launch(processes: Processes, device: str, work: Callable[..., Result], *argu
         try:
             returned = elastic_launch(config, _member)(folder, device, processes.timeout_minutes, work, arguments)
         except ChildFailedError as error:
+            if (code := error.get_first_failure()[1].exitcode) in STOPPED:
+                raise SystemExit(code) from None
             failed, cause = _root_cause(Path(folder), error)
             raise failed from cause
+        except RendezvousError as error:
+            raise ValueError(_not_met(processes, error)) from error
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -524,6 +545,16 @@ def _member(
         if isinstance(error, RuntimeError):
             time.sleep(2.0)  # often another process's end: the launcher has to see that one first
         raise
+
+
+def _not_met(processes: Processes, error: Exception) -> str:
+    where, minutes = f"trainer.rendezvous={processes.rendezvous}", f"{processes.timeout_minutes:g} minutes"
+    if "Timeout" in type(error).__name__:
+        return (
+            f"not all of {processes.nodes} machines came to {where} within {minutes}: start the same command on each "
+            f"of them, or raise trainer.timeout_minutes"
+        )
+    return f"{where} cannot be reached, or something else listens there, and it was tried for {minutes}"
 
 
 def _end(number: int, _: object) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "one_line",
     "plain",
     "read_json",
+    "read_object",
     "reason",
     "refusing",
     "remove_folder",
@@ -210,6 +211,14 @@ def read_json(path: str | os.PathLike[str], *, most: int | None = None) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
         raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {error})") from None
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is none that can be read."""
+    with suppress(ValueError, OSError):
+        found = read_json(path)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -38,7 +38,7 @@ from gsprune.console import Progress, epoch_line, make_progress, print_summary, 
 from gsprune.dense_cache import DenseCache, DenseRecord
 from gsprune.files import (
     one_line,
-    read_json,
+    read_object,
     reason,
     refusing,
     remove_leftovers,
@@ -48,6 +48,7 @@ from gsprune.files import (
     write_json,
 )
 from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
+from gsprune.locks import Lock
 from gsprune.position import Position
 from gsprune.pruner import NoPruning
 from gsprune.pruners import Pruners
@@ -56,7 +57,7 @@ from gsprune.run_state import Checkpoints, Saved, read_state
 from gsprune.shrink import Plan, apply_plan
 from gsprune.signals import Interrupted, Stop
 from gsprune.sweep import Sweep, current_sweep, last_line, set_aside, without_sweep_settings
-from gsprune.tracking import SilentTracker, Tracker, download_artifact, read_metrics
+from gsprune.tracking import RECORD, SilentTracker, Tracker, download_artifact, read_metrics
 from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ NUMBERS = (
 # Seconds of a job, by what they went to.
 PARTS = ("start", "train", "measure", "files", "tracking")
 DENSE = Path("checkpoint", "dense.safetensors")
+LOCK = "run.lock"  # in the output directory, held by the process that writes there
+LEAVING = 10.0  # seconds that what a killed process has left behind (workers that load data) may still hold it
 # What a checkpoint of a job holds; `job` is what the job itself has noted up to then.
 SAVED: Mapping[str, Any] = {
     **dict.fromkeys(("config_hash", "made_on", "phase"), str),
@@ -155,7 +158,7 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner
 
 def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
     job = (_Follower if distributed.rank() else _Job)(cfg, folder, sweep)
-    with job.stop:
+    with job.stop, contextlib.nullcontext() if distributed.rank() else _alone(folder):
         try:
             with job.enough_memory():
                 job.prepare()
@@ -170,6 +173,22 @@ def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
             raise
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep every other run out of the output directory.
+
+    Raises:
+        ValueError: one is going on there, whose files stay as they are.
+    """
+    lock = Lock(folder / LOCK)
+    if not lock.acquire(seconds=LEAVING):
+        raise ValueError(f"{folder} is in use by another run: wait for its end, or give another hydra.run.dir")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _run_in_several(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
     """The same in processes of their own, of which the first writes and reports; its result."""
     trainer: Trainer = build(cfg.trainer)  # a mistake there ends here, before anything is started
@@ -182,10 +201,13 @@ def _run_in_several(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[
     )
     hydra = HydraConfig.instance().cfg if HydraConfig.initialized() else None
     kind = trainer.torch_device.type
+    with _alone(folder):
+        pass  # from here on that is the first process's
     try:
         return distributed.launch(processes, kind, _run_as_one_of_several, cfg, folder, sweep, hydra)
     except (distributed.ProcessFailed, ValueError) as error:
-        _note_failure(folder, error)
+        with contextlib.suppress(ValueError), _alone(folder):  # unless another run has come first
+            _note_failure(cfg, folder, error)
         raise
 
 
@@ -245,13 +267,16 @@ def _speak_once(*, quiet: bool) -> None:
         warnings.showwarning = warn_on_one_line
 
 
-def _note_failure(folder: Path, error: Exception) -> None:
+def _note_failure(cfg: DictConfig, folder: Path, error: Exception) -> None:
     """What ended the job, in place of what the first process knew of it (if it had time to write anything)."""
     path = folder / "result.json"
-    with contextlib.suppress(ValueError, OSError):
-        result = read_json(path) if path.is_file() else {}
+    result = read_object(path)
+    with contextlib.suppress(OSError):
         if result.get("status") != "finished":
             write_json(path, {**result, "status": "failed", "error": last_line(error)})
+    if isinstance(run_id := read_object(folder / RECORD).get("run_id"), str):
+        tracker: Tracker = build(cfg.tracking, output_dir=str(folder), run_id=run_id)
+        tracker.close_killed()
 
 
 def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, Any] | None:
@@ -372,7 +397,7 @@ class _Job:
 
     def prepare(self) -> None:
         """Settings, data, model, display, tracking; a mistake in the configuration ends here, before any work."""
-        before = _object(self.output_dir / "result.json")
+        before = read_object(self.output_dir / "result.json")
         with self.spared("result.json"):
             write_json(self.output_dir / "result.json", self.result)  # a job that gets killed leaves this
         self._set_up()
@@ -633,7 +658,7 @@ class _Job:
         rows: dict[str, Any] = {}
         same = before.get("status") != "finished" and before.get("config_hash") == self.result["config_hash"]
         if self.trainer.resume == "auto" and (same or self.saved):
-            rows, run_id = {"rows": self.rows}, _object(self.output_dir / "tracking.json").get("run_id")
+            rows, run_id = {"rows": self.rows}, read_object(self.output_dir / "tracking.json").get("run_id")
             more |= {"run_id": run_id} if isinstance(run_id, str) else {}
         self.tracker = build(self.cfg.tracking, output_dir=str(self.output_dir), run_name=name, **more)
         tags = {"config_hash": self.result["config_hash"], **hydra_tags()}
@@ -1150,14 +1175,6 @@ def _like_parameters(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is none that can be read."""
-    with contextlib.suppress(ValueError, OSError):
-        found = read_json(path)
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _first(inputs: Any, count: int) -> Any:

@@ -27,7 +27,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -40,7 +39,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from gsprune.files import read_json, spared, write_json
+from gsprune.files import read_object, spared, write_json
 from gsprune.locks import Lock, file_name
 from gsprune.results import JobResult, Results, read_results
 from gsprune.tracking import without_passwords
@@ -67,7 +66,7 @@ class Sweep:
     @property
     def record(self) -> Mapping[str, Any]:
         """What `sweep.json` holds; empty when there is none or it is damaged."""
-        return _object(self.directory / RECORD)
+        return read_object(self.directory / RECORD)
 
     @property
     def parent_run_id(self) -> str | None:
@@ -208,7 +207,7 @@ class SweepCallback(Callback):
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """In the worker: what this callback has put on record of an earlier try is no longer true."""
         path = Path(config.hydra.runtime.output_dir) / "result.json"
-        if config.hydra.mode == RunMode.MULTIRUN and _object(path).get("recorded_by") == __name__:
+        if config.hydra.mode == RunMode.MULTIRUN and read_object(path).get("recorded_by") == __name__:
             path.unlink()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
@@ -357,16 +356,8 @@ def _runs(jobs: Iterable[JobResult]) -> list[str]:
 
 
 def _run_of(job: JobResult) -> str | None:
-    found = _object(job.folder / "tracking.json").get("run_id")
+    found = read_object(job.folder / "tracking.json").get("run_id")
     return found if isinstance(found, str) else None
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is none that can be read."""
-    with suppress(ValueError, OSError):
-        found = read_json(path)
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 # --- resuming ----------------------------------------------------------------------------------------------

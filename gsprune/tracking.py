@@ -37,7 +37,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from gsprune.files import aside, number, plain, spared, write_atomic, write_json
+from gsprune.files import aside, number, plain, read_object, spared, write_atomic, write_json
 from gsprune.locks import Lock
 from gsprune.views import experiment_tags
 
@@ -130,6 +130,9 @@ class Tracker:
     ) -> None:
         """End the runs nested under this one that are still open, as KILLED or `finished`, but for some; and `killed`
         ones wherever they are. The local record has none."""
+
+    def close_killed(self) -> None:
+        """End the run that a process has left open here because it was killed, as FAILED. The local record has no end."""
 
     def finish(self, status: Status) -> None:
         """Close the record. Calls after the first do nothing."""
@@ -403,6 +406,16 @@ class MLflowTracker(Tracker):
         runs = {"except_for": list(except_for), "killed": list(killed), "finished": list(finished)}
         self._send("children", **runs, time_ms=int(time.time() * 1000))
 
+    def close_killed(self) -> None:
+        note = read_object(self.output_dir / RECORD)
+        mine = {"status": "RUNNING", "run_id": self._continued, "tracking_uri": without_passwords(self.tracking_uri)}
+        if not mine.items() <= note.items() or not self._lock.acquire():
+            return
+        self._identity, self.stopped = {key: note.get(key) for key in self._identity}, note.get("stopped")
+        if self.stopped is None:
+            self._connect()
+        self.finish("FAILED")
+
     def finish(self, status: Status) -> None:
         if self._finished:
             return
@@ -627,6 +640,8 @@ class Store:
                 self._client.set_terminated(run.info.run_id, status, end_time=time_ms)
 
     def finish(self, *, status: str, time_ms: int) -> None:
+        if self.run_id is None:  # another process has begun the run
+            self.attach(self._continued, None)
         self._client.set_terminated(self.run_id, status, end_time=time_ms)
 
     def attach(self, run_id: str | None, record: str | None) -> Any:

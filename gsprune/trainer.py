@@ -123,7 +123,8 @@ class Totals:
         return {"loss": self._loss.item() / count, "accuracy": self._correct.item() / count}
 
     def state_dict(self) -> dict[str, Any]:
-        sums = {"loss": self._loss, "correct": self._correct, "left_out": self._left_out}
+        """On the host, so that another process can take it without a GPU of this number. This is a sync point."""
+        sums = {"loss": self._loss.cpu(), "correct": self._correct.cpu(), "left_out": self._left_out.cpu()}
         return {**sums, "count": self._count, "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -20,10 +20,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from gsprune import Pruner
+from gsprune import Pruner, distributed
 from gsprune.criteria import Criterion, Elementwise, Magnitude, Random, Weighted
 from gsprune.datasets import FetchedWhole, Pictures, make_loader
-from gsprune.distributed import broadcast, rank, shares
+from gsprune.distributed import agreed, broadcast, check_masks, gathered, rank, shares
 from gsprune.pruner import NoPruning
 from gsprune.schedules import Linear, OneShot
 from gsprune.trainer import Trainer, constant
@@ -109,6 +109,35 @@ def at_random() -> dict[str, Any]:
     return trained(Random())
 
 
+def timed() -> dict[str, Any]:
+    """A budget of milliseconds, by clocks that no two processes agree on: the first one's counts."""
+    from gsprune import costs
+
+    def clock(models: Mapping[str, nn.Module], *_: Any, **__: Any) -> dict[str, float]:
+        sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+        return {name: float(1 + size ** (1 + rank())) for name, size in sizes.items()}
+
+    plain, costs.latency_ms = costs.latency_ms, clock
+    try:
+        example = torch.zeros(1, 6, dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that so few units cannot be met by such a clock
+            return trained(Weighted(), example_input=example, target={"latency": 0.6}, target_sparsity=None)
+    finally:
+        costs.latency_ms = plain
+
+
+def told() -> dict[str, Any]:
+    """What processes tell each other when the default group, of an application of its own, knows no host's memory."""
+    plain, dist.get_backend_config = dist.get_backend_config, lambda: "cuda:nccl"
+    try:
+        found = {"agreed": agreed(rank()), "gathered": gathered(rank()), "broadcast": broadcast(10 + rank())}
+        check_masks({"a": torch.ones(3, dtype=torch.bool)})
+        return {**found, "groups": len(distributed._HOSTS)}
+    finally:
+        dist.get_backend_config = plain
+
+
 def reductions() -> int:
     """How often gradients were averaged in one epoch of 5 batches, 2 to a step."""
     calls = 0
@@ -122,8 +151,6 @@ def reductions() -> int:
         return future
 
     model.register_comm_hook(None, count)
-    from gsprune import distributed
-
     data, trainer = loader(), Trainer(device="cpu", accumulate_steps=2)
     plain, distributed.data_parallel = distributed.data_parallel, lambda *_: model
     try:

@@ -14,24 +14,43 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from jobs import ROOT, configure, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from gsprune.checkpoint import load_masks
-from gsprune.distributed import Processes, ProcessFailed, Share, averaging, data_parallel, launch, part, shares, weight
+from gsprune import Pruner, distributed
+from gsprune.checkpoint import load_masks, load_pruned, save_pruned
+from gsprune.criteria import Weighted
+from gsprune.distributed import (
+    Processes,
+    ProcessFailed,
+    Share,
+    averaging,
+    data_parallel,
+    launch,
+    part,
+    prepared,
+    shares,
+    taking_part,
+    weight,
+)
 from gsprune.identity import config_hash
 from gsprune.job import run
 from gsprune.locks import Lock
+from gsprune.metrics import count_macs
 from gsprune.pruner import NoPruning
+from gsprune.schedules import Linear
 from gsprune.sharded import _in_order
 from gsprune.tracking import read_metrics
-from gsprune.trainer import Trainer
+from gsprune.trainer import Totals, Trainer
 
 PARTS = (
     ranks.elementwise,
@@ -39,6 +58,8 @@ PARTS = (
     ranks.units,
     ranks.cut,
     ranks.at_random,
+    ranks.timed,
+    ranks.told,
     ranks.reductions,
     ranks.buffers,
     ranks.orders,
@@ -60,7 +81,7 @@ def two():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", PARTS[:5])
+@pytest.mark.parametrize("case", PARTS[:6])
 def test_masks_weights_and_metrics_are_those_of_one_process_on_the_same_global_batches(two, case):
     alone = case()
     assert alone["updates"] == 5
@@ -90,6 +111,85 @@ def test_batchnorm_statistics_are_the_same_after_an_epoch_and_dropout_differs(tw
     first, second = (process["buffers"] for process in two)
     assert torch.equal(first["mean"], second["mean"])
     assert all(first["drawn"] != second["drawn"])
+
+
+@pytest.mark.slow
+def test_processes_whose_group_knows_gpus_only_make_one_for_what_lies_in_the_machines_memory(two):
+    assert [process["told"] for process in two] == [
+        {"agreed": 1, "gathered": [0, 1], "broadcast": 10, "groups": 1},
+        {"agreed": 1, "gathered": [0, 1], "broadcast": 10, "groups": 1},
+    ]
+
+
+def test_on_gpus_one_group_with_one_time_out_sends_by_nccl_and_by_gloo(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: seen.append((backend, timeout)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: seen.append("left"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with taking_part("cuda", timeout_minutes=7):
+        pass
+    assert seen == [1, ("cpu:gloo,cuda:nccl", timedelta(minutes=7)), "left"]
+
+
+def test_what_a_process_tells_of_its_sums_lies_in_the_machines_memory():
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # the only device without numbers
+        Totals(torch.device("meta")).state_dict()
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    """A norm with an activation in it, as of other libraries."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def small_net(first=nn.BatchNorm2d):
+    torch.manual_seed(0)
+    conv = partial(nn.Conv2d, kernel_size=3, bias=False)
+    body = (conv(1, 8), first(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), nn.ReLU())
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+def synchronised(monkeypatch, model):
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed, "world_size", lambda: 2)
+        return prepared(model, torch.device("cuda"))
+
+
+def test_on_gpus_batchnorm_is_synchronised_but_for_one_that_does_more(monkeypatch):
+    model = small_net(NormAndReLU)
+    model.insert(6, model[4])  # in two places
+    kept = "NormAndReLU on cuda normalises each process's samples by themselves: with 2 processes results are a little"
+    with pytest.warns(UserWarning, match=kept):
+        model = synchronised(monkeypatch, model)
+    assert [type(model[i]).__name__ for i in (1, 4, 6)] == ["NormAndReLU", "SyncBatchNorm", "SyncBatchNorm"]
+    assert model[4] is model[6]
+
+
+@pytest.mark.parametrize("shrink", ["at_end", "each_update"])
+def test_a_network_with_synchronised_norms_is_pruned_saved_and_loaded_as_with_plain_ones(monkeypatch, tmp_path, shrink):
+    x, y = torch.randn(8, 1, 8, 8), torch.arange(8) % 3
+    found = []
+    for model in (small_net(), synchronised(monkeypatch, small_net())):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        settings = {"target_sparsity": 0.5, "example_input": x[:1], "shrink": shrink, "schedule": Linear(end_epoch=2)}
+        pruner = Pruner(model, Weighted(), optimizer=optimizer, steps_per_epoch=2, **settings)
+        pruner.attach(optimizer)
+        for _ in range(6):
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        pruner.finish()
+        found.append((pruner.masks(), {name: p.detach() for name, p in model.eval().named_parameters()}, model(x)))
+        assert count_macs(model, x[:1]) < count_macs(small_net(), x[:1])
+    assert type(model[1]) is nn.SyncBatchNorm
+    assert found[0][0]["0"].sum() == 4
+    assert_close(found[1], found[0], rtol=0, atol=0)
+    save_pruned(tmp_path, model, pruner.plan)
+    loaded = load_pruned(tmp_path, small_net()).eval()
+    assert type(loaded[1]) is nn.BatchNorm2d
+    assert torch.equal(loaded(x), found[0][2])
 
 
 def flat(lists):

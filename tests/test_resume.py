@@ -25,6 +25,7 @@ from gsprune import job as job_module
 from gsprune.guard import BadNumbers
 from gsprune.identity import config_hash, dense_key
 from gsprune.job import run
+from gsprune.locks import Lock
 from gsprune.run_state import RECORD, TENSORS, Checkpoints
 from gsprune.signals import Interrupted, Stop
 from gsprune.sweep import Sweep
@@ -307,6 +308,45 @@ def test_metrics_that_were_lost_come_back_from_the_checkpoint(crashed, whole):
     (crashed / "metrics.jsonl").unlink()
     go(crashed)
     assert list(differences(whole, crashed)) == []
+
+
+# --- one run in one directory -------------------------------------------------------------------------------
+
+
+IN_USE = "is in use by another run: wait for its end, or give another hydra.run.dir"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_run_in_the_directory_of_one_that_goes_on_is_refused_and_changes_nothing(
+    tmp_path, at_step, monkeypatch, processes
+):
+    said, before = [], []
+
+    def second():
+        before.append({path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()})
+        with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))} {IN_USE}$") as caught:
+            go(tmp_path, f"trainer.devices={processes}", "tracking=none")
+        said.append(str(caught.value))
+        before.append({path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()})
+
+    monkeypatch.setattr(job_module, "LEAVING", 0.1)
+    at_step.do(3, second)
+    go(tmp_path)
+    assert len(said) == 1
+    assert before[0] == before[1]
+    at_step.do(0, crash)
+    go(tmp_path)  # it is free again
+    assert at_step.count == 15
+
+
+def test_what_a_killed_process_leaves_behind_for_a_moment_is_waited_for(tmp_path):
+    left = Lock(tmp_path / job_module.LOCK)
+    left.acquire()
+    timer = threading.Timer(0.3, left.release)
+    timer.start()
+    go(tmp_path)
+    timer.join()
+    assert result_of(tmp_path)["status"] == "finished"
 
 
 # --- signals ------------------------------------------------------------------------------------------------
