@@ -17,6 +17,9 @@ import json
 import logging
 import os
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -67,6 +70,8 @@ Result = TypeVar("Result")
 Model = TypeVar("Model", bound=nn.Module)
 NO_LABEL = -100  # what cross-entropy leaves out, in loss and gradient
 _SPREAD = 1 << 32  # between the seeds of two processes' workers
+BEGUN = "begun"  # a file: the processes have found each other, and work
+LINGER = 5.0  # seconds
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of processes that a signal has asked to end
 
 
@@ -490,10 +495,12 @@ def launch(processes: Processes, device: str, work: Callable[..., Result], *argu
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    alone, patience = processes.nodes == 1, max(1, round(60 * processes.timeout_minutes))
+    alone, patience = processes.nodes == 1, 60 * processes.timeout_minutes
+    if not alone:
+        _check_rendezvous(processes)
     with tempfile.TemporaryDirectory(prefix="gsprune-") as folder, _quiet_launcher():
         config = LaunchConfig(
             min_nodes=processes.nodes,
@@ -502,7 +509,8 @@ def launch(processes: Processes, device: str, work: Callable[..., Result], *argu
             run_id=uuid.uuid4().hex if alone else processes.name,
             rdzv_backend="c10d",
             rdzv_endpoint=processes.rendezvous or "localhost:0",
-            rdzv_configs={"join_timeout": patience, "read_timeout": patience},
+            # a connection is tried twice
+            rdzv_configs={"join_timeout": max(1, round(patience)), "read_timeout": max(1, round(patience / 2))},
             local_addr="localhost" if alone else None,
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
@@ -512,10 +520,16 @@ def launch(processes: Processes, device: str, work: Callable[..., Result], *argu
         except ChildFailedError as error:
             if (code := error.get_first_failure()[1].exitcode) in STOPPED:
                 raise SystemExit(code) from None
-            failed, cause = _root_cause(Path(folder), error)
-            raise failed from cause
+            told = _first_told(Path(folder), error)
+            told = told if alone else _first_of_all(processes, told)
+            failed = ValueError if told["mistake"] else ProcessFailed
+            raise failed(told["text"]) from (_Traceback(told["traceback"]) if told["traceback"] else None)
         except RendezvousError as error:
-            raise ValueError(_not_met(processes, error)) from error
+            if Path(folder, BEGUN).exists():
+                raise ProcessFailed(
+                    f"the machine at trainer.rendezvous={processes.rendezvous} is gone, and the run with it"
+                ) from None
+            raise ValueError(_not_met(processes, late=isinstance(error, RendezvousTimeoutError))) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -530,31 +544,24 @@ def _member(
     from gsprune.sweep import last_line  # with hydra, which training alone does not need
 
     signal.signal(signal.SIGTERM, _end)
+    Path(folder, BEGUN).touch()
     try:
         with taking_part(device, timeout_minutes=timeout_minutes):
             return work(*arguments)
     except Exception as error:
+        number = int(os.environ["RANK"])
         told = {
-            "rank": int(os.environ["RANK"]),
+            "rank": number,
             "time": time.time(),
             "mistake": isinstance(error, ValueError),
-            "text": str(error) if isinstance(error, ValueError) else last_line(error),
+            "follows": isinstance(error, RuntimeError),  # often from another process's end
+            "text": str(error) if isinstance(error, ValueError) else f"process {number} failed: {last_line(error)}",
             "traceback": traceback.format_exc(),
         }
-        (Path(folder) / f"error-{told['rank']}.json").write_text(json.dumps(told))
-        if isinstance(error, RuntimeError):
-            time.sleep(2.0)  # often another process's end: the launcher has to see that one first
+        Path(folder, f"error-{number}.json").write_text(json.dumps(told))
+        if told["follows"]:
+            time.sleep(2.0)  # the launcher has to see that one first
         raise
-
-
-def _not_met(processes: Processes, error: Exception) -> str:
-    where, minutes = f"trainer.rendezvous={processes.rendezvous}", f"{processes.timeout_minutes:g} minutes"
-    if "Timeout" in type(error).__name__:
-        return (
-            f"not all of {processes.nodes} machines came to {where} within {minutes}: start the same command on each "
-            f"of them, or raise trainer.timeout_minutes"
-        )
-    return f"{where} cannot be reached, or something else listens there, and it was tried for {minutes}"
 
 
 def _end(number: int, _: object) -> None:
@@ -569,18 +576,68 @@ def undisturbed() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _root_cause(folder: Path, error: Any) -> tuple[Exception, Exception | None]:
-    """The error of the process that failed first, of all that left one, and where that was."""
+def _check_rendezvous(processes: Processes) -> None:
+    """Raise a ValueError if something listens there that does not answer as other machines do.
+
+    torch waits for such an answer for ever, so it is asked for in a process that can be ended.
+    """
+    try:
+        socket.create_connection(_address(processes), timeout=LINGER).close()
+    except (OSError, OverflowError):
+        return  # nobody is there yet
+    greet = "import sys, torch.distributed as d; d.TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False)"
+    try:
+        command = [sys.executable, "-c", greet, *map(str, _address(processes))]
+        subprocess.run(command, capture_output=True, timeout=min(30.0, 60 * processes.timeout_minutes), check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"trainer.rendezvous={processes.rendezvous} is in use by something else: choose another port"
+        ) from None
+
+
+def _address(processes: Processes) -> tuple[str, int]:
+    host, _, port = (processes.rendezvous or "").rpartition(":")
+    return host, int(port)
+
+
+def _not_met(processes: Processes, *, late: bool) -> str:
+    where, minutes = f"trainer.rendezvous={processes.rendezvous}", f"{processes.timeout_minutes:g} minutes"
+    if late:
+        return (
+            f"not all of {processes.nodes} machines came to {where} within {minutes}: start the same command on each "
+            f"of them, or raise trainer.timeout_minutes"
+        )
+    return f"{where} was tried for {minutes}, and nobody was there: is its name right, and its port open?"
+
+
+def _first_told(folder: Path, error: Any) -> dict[str, Any]:
+    """What the process of this machine that failed first has left, of all that left something."""
     number, failure = error.get_first_failure()
-    told = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
-    if not any(one["rank"] == number for one in told):  # it had no time to say so
-        code = failure.exitcode
-        how = f"was ended by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
-        return ProcessFailed(f"process {number} {how}"), None
-    first = min(told, key=lambda one: one["time"])
-    mistake = ValueError(first["text"])
-    other = ProcessFailed(f"process {first['rank']} failed: {first['text']}")
-    return mistake if first["mistake"] else other, _Traceback(first["traceback"])
+    told: list[dict[str, Any]] = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
+    if any(one["rank"] == number for one in told):
+        return min(told, key=lambda one: float(one["time"]))
+    code = failure.exitcode  # it had no time to say so
+    how = f"was ended by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
+    return {"mistake": False, "follows": False, "text": f"process {number} {how}", "traceback": None}
+
+
+def _first_of_all(processes: Processes, told: dict[str, Any]) -> dict[str, Any]:
+    """The same over all machines: each leaves its own where they met, and waits a little for the others.
+
+    What may follow from another machine's end comes last, and whoever is not asked in time is not believed.
+    """
+    with contextlib.suppress(RuntimeError):  # nobody is there any more
+        there = dist.TCPStore(*_address(processes), is_master=False, timeout=timedelta(seconds=LINGER))
+        store = dist.PrefixStore(f"gsprune {processes.name}", there)
+        if told["follows"]:
+            with contextlib.suppress(RuntimeError):
+                store.wait(["first"], timedelta(seconds=LINGER))
+        told = json.loads(store.compare_set("first", "", json.dumps(told)))
+        left, end = store.add("left", 1), time.monotonic() + LINGER
+        while left < processes.nodes and time.monotonic() < end:  # the one that is asked must not go before the others
+            time.sleep(0.1)
+            left = store.add("left", 0)
+    return told
 
 
 class _Traceback(Exception):
