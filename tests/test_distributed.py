@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -359,6 +360,34 @@ def test_a_process_that_hangs_ends_the_run_after_the_time_out(tmp_path):
     assert time.monotonic() - began < 60
 
 
+def met(rendezvous):
+    """Two machines that are to meet there, of which this is one."""
+    return launch(Processes(1, 2, rendezvous, timeout_minutes=0.05, name="a job"), "cpu", ranks.gone, "", "")
+
+
+@pytest.mark.slow
+def test_machines_that_do_not_meet_say_so_in_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        taken.listen()
+        in_use = f"trainer.rendezvous={address} is in use by something else: choose another port"
+        with pytest.raises(ValueError, match=f"^{in_use}$"):
+            met(address)
+    late = (
+        f"not all of 2 machines came to trainer.rendezvous={address} within 0.05 minutes: start the same command on "
+        f"each of them, or raise trainer.timeout_minutes"
+    )
+    with pytest.raises(ValueError, match=f"^{late}$"):
+        met(address)
+    nowhere = (
+        "trainer.rendezvous=nowhere.invalid:1 was tried for 0.05 minutes, and nobody was there: is its name right, "
+        "and its port open?"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(nowhere)}$"):
+        met("nowhere.invalid:1")
+
+
 def test_a_parameter_without_gradient_is_said_so(monkeypatch):
     class Wrapped(nn.Module):
         pass
@@ -465,6 +494,25 @@ def test_a_signal_ends_all_processes_at_a_checkpoint_and_they_go_on_with_the_sam
     assert [row["train/loss"] for row in logged[0][:7]] == [row["train/loss"] for row in logged[1][:7]]
 
 
+@pytest.mark.long
+def test_a_first_process_that_is_killed_leaves_a_record_that_says_so_in_mlflow_too(tmp_path):
+    import mlflow
+
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    criterion = ("pruner.criterion._target_=ranks.Killed", "tracking=mlflow", f"tracking.tracking_uri={store}")
+    with pytest.raises(ProcessFailed, match="^process 0 was ended by SIGKILL$"):
+        finished(tmp_path / "out", "trainer.devices=2", *criterion)
+    said = "ProcessFailed: process 0 was ended by SIGKILL"
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["status"], result["error"]) == ("failed", said)
+    record = json.loads((tmp_path / "out" / "tracking.json").read_text())
+    assert (record["status"], record["stopped"]) == ("FAILED", None)
+    found = mlflow.MlflowClient(tracking_uri=store).get_run(record["run_id"])
+    assert found.info.status == "FAILED"
+    assert found.info.end_time > found.info.start_time
+    assert not (tmp_path / "out" / "unsent.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_a_mistake_in_a_process_comes_out_as_in_one_and_is_on_record(tmp_path):
     with pytest.raises(ValueError, match=r"^target_sparsity is 1.0: it must be in \[0, 1\)$"):
@@ -498,21 +546,51 @@ def test_a_sweep_of_jobs_in_two_processes_is_one_run_a_job_and_trains_dense_once
     assert [result["dense"]["source"] for result in results] == ["trained", "cache"]
     assert done.stdout.count("dense  epoch   1/3") == 1
     assert done.stdout.count("prune  epoch   3/3") == 2
-    check_runs(f"sqlite:///{tmp_path}/mlflow.db", results)
+    check_runs(f"sqlite:///{tmp_path}/mlflow.db", results, parents=1)
 
 
-def check_runs(store, results):
+def check_runs(store, results, *, parents):
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=store)
     experiments = [found.experiment_id for found in client.search_experiments()]
     runs = {found.info.run_id: found for found in client.search_runs(experiments)}
-    parent = {runs[result["mlflow_run_id"]].data.tags["mlflow.parentRunId"] for result in results}
-    assert len(parent) == 1
+    parent = {runs[result["mlflow_run_id"]].data.tags.get("mlflow.parentRunId") for result in results} - {None}
+    assert len(parent) == parents
     assert set(runs) == {*parent, *(result["mlflow_run_id"] for result in results)}
     assert {found.info.status for found in runs.values()} == {"FINISHED"}
     history = client.get_metric_history(results[0]["mlflow_run_id"], "val/accuracy")
     assert [metric.step for metric in history] == [1, 2, 3]
+
+
+def on_two_machines(folder, *arguments, **environment):
+    """The same command twice at once in one directory, as on two machines that share it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ("trainer.nodes=2", f"trainer.rendezvous=127.0.0.1:{port}", "hydra.run.dir=out")
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    settings = {"cwd": folder, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}}
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *where, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **settings, **pipes) for _ in range(2)]
+    told = [process.communicate(timeout=300) for process in both]
+    return [process.returncode for process in both], *zip(*told, strict=True)
+
+
+@pytest.mark.long
+def test_two_machines_make_one_run_and_end_with_one_error(tmp_path):
+    codes, out, err = on_two_machines(tmp_path)
+    assert (codes, err) == ([0, 0], ("", ""))
+    assert "".join(out).count("prune  epoch   3/3") == 1
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["status"], result["sparsity"]) == ("finished", 0.9)
+    check_runs(f"sqlite:///{tmp_path}/mlflow.db", [result], parents=0)
+    codes, _, err = on_two_machines(tmp_path, "pruner.criterion._target_=ranks.Killed", "tracking=none")
+    assert codes == [1, 1]
+    assert ["ProcessFailed: process 0 was ended by SIGKILL" in text for text in err] == [True, True]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["status"], result["error"]) == ("failed", "ProcessFailed: process 0 was ended by SIGKILL")
 
 
 def torchrun(folder, *arguments):

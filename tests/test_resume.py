@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import logging
@@ -25,7 +26,6 @@ from gsprune import job as job_module
 from gsprune.guard import BadNumbers
 from gsprune.identity import config_hash, dense_key
 from gsprune.job import run
-from gsprune.locks import Lock
 from gsprune.run_state import RECORD, TENSORS, Checkpoints
 from gsprune.signals import Interrupted, Stop
 from gsprune.sweep import Sweep
@@ -340,9 +340,9 @@ def test_a_second_run_in_the_directory_of_one_that_goes_on_is_refused_and_change
 
 
 def test_what_a_killed_process_leaves_behind_for_a_moment_is_waited_for(tmp_path):
-    left = Lock(tmp_path / job_module.LOCK)
-    left.acquire()
-    timer = threading.Timer(0.3, left.release)
+    left = os.open(tmp_path / job_module.LOCK, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(left, fcntl.LOCK_EX)
+    timer = threading.Timer(0.3, os.close, [left])
     timer.start()
     go(tmp_path)
     timer.join()
