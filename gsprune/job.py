@@ -56,7 +56,7 @@ from gsprune.results import read_results
 from gsprune.run_state import Checkpoints, Saved, read_state
 from gsprune.shrink import Plan, apply_plan
 from gsprune.signals import Interrupted, Stop
-from gsprune.sweep import Sweep, current_sweep, last_line, set_aside, without_sweep_settings
+from gsprune.sweep import Sweep, current_sweep, fetch, last_line, set_aside, without_sweep_settings
 from gsprune.tracking import RECORD, SilentTracker, Tracker, download_artifact, read_metrics
 from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
 
@@ -280,20 +280,27 @@ def _note_failure(cfg: DictConfig, folder: Path, error: Exception) -> None:
 
 
 def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, Any] | None:
-    """The result of an equal job of this sweep; if there is none, the folder is cleared for the one to come."""
+    """The result of an equal job of this sweep; if there is none, the folder is made ready for the one to come.
+
+    What other jobs have done there is set aside, and what this one has left unfinished in another folder is fetched.
+    """
     try:
         mine = config_hash(cfg)
     except ValueError:  # the job itself will say what is wrong
         mine = None
-    here = read_results(folder).with_status("finished") if (folder / "result.json").is_file() else []
-    job = next((job for job in here if mine and job.config_hash == mine), None)
+    here = read_results(folder).jobs if (folder / "result.json").is_file() else []
+    job = next((job for job in here if mine and job.config_hash == mine and job.status == "finished"), None)
     job = job or (sweep.finished(mine) if mine else None)
     if job is not None:
         check_objective(cfg.objective, cfg.trainer)  # it is no part of the hash: an equal job may have had a right one
     if job is None or job.folder != folder:
         for other in here:
-            log.info("the result of another job in %s is kept in %s", folder, set_aside(folder, other))
+            is_unfinished = other.config_hash not in (mine, None) and Checkpoints(folder / "checkpoint").paths()
+            if other.status == "finished" or is_unfinished:
+                log.info("the result of another job in %s is kept in %s", folder, set_aside(folder, other))
     if job is None:
+        if mine and not any(other.config_hash == mine for other in here):
+            _fetch_unfinished(mine, folder, sweep)
         return None
     log.info("not done again: %s has finished with the same configuration", job.folder)
     if job.folder != folder:
@@ -301,6 +308,20 @@ def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, A
         with spared("result.json", []):
             write_json(folder / "result.json", {"status": "skipped", "same_as": same_as, "config_hash": mine})
     return dict(job.result)
+
+
+def _fetch_unfinished(mine: str, folder: Path, sweep: Sweep) -> None:
+    """Fetch the checkpoint of an equal job that was interrupted in another folder, if nobody works there."""
+    job = sweep.unfinished(mine)
+    lock = sweep.lock(f"job {job.name}") if job else None
+    if job is None or lock is None or not lock.acquire():
+        return
+    try:
+        if read_object(job.folder / "result.json").get("config_hash") == mine:
+            fetch(job, folder)
+            log.info("what was left unfinished in %s goes on in %s", job.folder, folder)
+    finally:
+        lock.release()
 
 
 def objective(result: Mapping[str, Any], wanted: str | Sequence[str]) -> float | tuple[float, ...]:
@@ -398,6 +419,8 @@ class _Job:
     def prepare(self) -> None:
         """Settings, data, model, display, tracking; a mistake in the configuration ends here, before any work."""
         before = read_object(self.output_dir / "result.json")
+        if read_object(self.output_dir / RECORD).get("status") == "RUNNING":
+            before["status"] = "running"  # killed while it told MLflow of its end
         with self.spared("result.json"):
             write_json(self.output_dir / "result.json", self.result)  # a job that gets killed leaves this
         self._set_up()
@@ -988,6 +1011,7 @@ class _Job:
         assert self.saved is not None
         path, state = self.saved
         try:
+            position: Mapping[str, Any] = [state["position"], *state["others"]][distributed.rank()]
             self.pruner.load_state_dict(state["pruner"])  # a pruner that has cut the model cuts it, and the optimizer
             ties = state_tensors(self.model)[1]
             weights = state["model"]
@@ -997,12 +1021,11 @@ class _Job:
             _like_parameters(optimizer)
             if self.recorded and self.recorded == self.pruner.updates:
                 self.picture = figures.mask_image(self.pruner.masks())
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"the checkpoint {path} does not fit this job ({last_line(error)}): trainer.resume=never starts anew"
             ) from error
         self.saved = None  # its tensors are no longer needed
-        position: Mapping[str, Any] = [state["position"], *state["others"]][distributed.rank()]
         return position
 
     def _write_result(self, status: str) -> None:

@@ -27,6 +27,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -78,6 +79,12 @@ class Sweep:
         """The job with that configuration, if it has finished."""
         done = read_results(self.directory).with_status("finished")
         return next((job for job in done if job.config_hash == config_hash), None)
+
+    def unfinished(self, config_hash: str) -> JobResult | None:
+        """The job with that configuration that has left a checkpoint, if it has not finished."""
+        begun = [job for job in read_results(self.directory).jobs if job.status != "finished"]
+        left = [job for job in begun if any((job.folder / "checkpoint").glob("epoch_*"))]
+        return next((job for job in left if job.config_hash == config_hash), None)
 
     def lock(self, name: str) -> Lock:
         """A lock between processes for a thing of this sweep."""
@@ -148,7 +155,7 @@ def last_line(error: BaseException) -> str:
 def set_aside(folder: Path, job: JobResult) -> Path:
     """Move what another job has left in `folder` beside it, where it still counts; Hydra's own files stay.
 
-    A sweep that was extended numbers its jobs anew, and what has finished must not be written over.
+    A sweep that was extended numbers its jobs anew, and what was done must not be written over.
     """
     mark = job.config_hash or hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()
     beside = folder.with_name(f"{folder.name}-{mark[:8]}")
@@ -158,6 +165,17 @@ def set_aside(folder: Path, job: JobResult) -> Path:
         if path.name != ".hydra" and path.suffix != ".log":
             os.replace(path, beside / path.name)
     return beside
+
+
+def fetch(job: JobResult, folder: Path) -> None:
+    """Move what a job has left to `folder`, where it goes on; Hydra's own files stay."""
+    for path in sorted(job.folder.iterdir(), key=lambda path: path.name == "result.json"):
+        if path.name != ".hydra" and path.suffix != ".log":
+            if (folder / path.name).is_dir():
+                shutil.rmtree(folder / path.name)
+            os.replace(path, folder / path.name)
+    with suppress(OSError):  # other jobs' folders have Hydra's files
+        job.folder.rmdir()
 
 
 # --- the process that starts the sweep ---------------------------------------------------------------------

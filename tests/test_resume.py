@@ -244,6 +244,47 @@ def test_in_a_sweep_which_numbers_its_jobs_anew_another_job_starts_anew(crashed,
     assert at_step.count == 15
 
 
+def test_a_checkpoint_of_a_job_that_an_extended_sweep_numbers_anew_goes_with_it(crashed, whole, at_step, monkeypatch):
+    sweep = crashed.parent
+    os.rename(crashed, sweep / "0")
+    monkeypatch.setattr(job_module, "current_sweep", lambda: Sweep(sweep))
+    go(sweep / "0", "seed=1")
+    (aside,) = sweep.glob("0-*")
+    assert names(aside) == ["epoch_0001_step_000000", "epoch_0002_step_000000"]
+    at_step.do(0, crash)
+    go(sweep / "1")
+    assert at_step.count == 5
+    assert not aside.exists()
+    assert list(differences(whole, sweep / "1")) == []
+
+
+def test_a_checkpoint_in_a_folder_where_another_job_is_going_on_stays_there(crashed, at_step, monkeypatch):
+    sweep = Sweep(crashed.parent)
+    monkeypatch.setattr(job_module, "current_sweep", lambda: sweep)
+    with sweep.lock(f"job {crashed.name}").held(waiting_for="nothing"):
+        go(sweep.directory / "1")
+    assert at_step.count == 15
+    assert names(crashed) == ["epoch_0001_step_000000", "epoch_0002_step_000000"]
+
+
+def test_a_run_that_was_killed_while_it_told_mlflow_of_its_end_goes_on_there(crashed, whole, at_step):
+    go(crashed)
+    (crashed / "tracking.json").write_text(json.dumps({"status": "RUNNING", "run_id": None}))
+    assert result_of(crashed)["status"] == "finished"
+    at_step.do(0, crash)
+    go(crashed)
+    assert at_step.count == 0
+    (crashed / "tracking.json").unlink()
+    assert list(differences(whole, crashed)) == []
+
+
+def test_a_directory_can_be_moved_in_between(crashed, whole, at_step):
+    moved = crashed.rename(crashed.with_name("elsewhere"))
+    go(moved)
+    assert at_step.count == 5
+    assert list(differences(whole, moved)) == []
+
+
 def test_never_starts_anew(crashed, whole, at_step):
     go(crashed, "trainer.resume=never")
     assert at_step.count == 15
