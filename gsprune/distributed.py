@@ -339,22 +339,18 @@ def shares(loader: Any, *, training: bool) -> Iterator[Batch]:
     """This process's part of every batch of a loader that gives global ones, in the same order everywhere.
 
     A `DataLoader` fetches that part only, unless its collate function draws random numbers for whole batches
-    (`whole_batches`); of any other loader the batches are cut.
+    (`whole_batches`); of any other loader the batches are cut. Every process gets equally many.
 
     Args:
-        training: every process gets equally many batches, and random numbers of its own (for dropout, and for data
-            that is drawn on the fly). Otherwise a process without samples in a batch goes without it.
+        training: with random numbers of each process's own (for dropout, and for data that is drawn on the fly).
     """
     if world_size() == 1:
         yield from loader
         return
     _same_random_state()
     sliceable = isinstance(loader, DataLoader) and loader.batch_sampler is not None
-    if sliceable and not getattr(loader.collate_fn, "whole_batches", False):
-        found = _fetched(loader, training=training)
-    else:
-        found = _cut(loader, training=training)
-    for i, share in enumerate(found):
+    whole = not sliceable or getattr(loader.collate_fn, "whole_batches", False)
+    for i, share in enumerate(_cut(loader) if whole else _fetched(loader)):
         if training and i == 0 and rank():
             torch.manual_seed(int(torch.randint(2**62, ())) + rank())
         yield share
@@ -367,7 +363,7 @@ def _same_random_state() -> None:
     torch.set_rng_state(state)
 
 
-def _fetched(loader: DataLoader[Any], *, training: bool) -> Iterator[Share]:
+def _fetched(loader: DataLoader[Any]) -> Iterator[Share]:
     # In the order in which an epoch of one process draws them: the seed of its workers, then its batches.
     seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.generator))
     counts: deque[tuple[int, int]] = deque()  # samples in the batches on their way, and how many of them are ours
@@ -377,9 +373,8 @@ def _fetched(loader: DataLoader[Any], *, training: bool) -> Iterator[Share]:
         for batch in loader.batch_sampler:
             indices = list(batch)
             own = [indices[i] for i in part(len(indices), rank(), world_size())]
-            if own or training:
-                counts.append((len(indices), len(own)))
-                yield own or indices[:1]
+            counts.append((len(indices), len(own)))
+            yield own or indices[:1]
 
     workers = {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
     local = DataLoader(
@@ -409,13 +404,12 @@ class _Once(Sampler[list[int]]):
         return self.batches
 
 
-def _cut(loader: Any, *, training: bool) -> Iterator[Share]:
+def _cut(loader: Any) -> Iterator[Share]:
     for inputs, labels in loader:
         mine = part(len(labels), rank(), world_size())
-        if mine or training:
-            here = mine or range(1)
-            at = slice(here.start, here.stop)
-            yield Share.of(_rows(inputs, at), labels[at], whole=len(labels), own=len(mine))
+        here = mine or range(1)
+        at = slice(here.start, here.stop)
+        yield Share.of(_rows(inputs, at), labels[at], whole=len(labels), own=len(mine))
 
 
 def _rows(value: Any, at: slice) -> Any:
@@ -626,9 +620,11 @@ def _first_of_all(processes: Processes, told: dict[str, Any]) -> dict[str, Any]:
 
     What may follow from another machine's end comes last, and whoever is not asked in time is not believed.
     """
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in every build
+
     with contextlib.suppress(RuntimeError):  # nobody is there any more
-        there = dist.TCPStore(*_address(processes), is_master=False, timeout=timedelta(seconds=LINGER))
-        store = dist.PrefixStore(f"gsprune {processes.name}", there)
+        met = TCPStore(*_address(processes), is_master=False, timeout=timedelta(seconds=LINGER))
+        store = PrefixStore(f"gsprune {processes.name}", met)
         if told["follows"]:
             with contextlib.suppress(RuntimeError):
                 store.wait(["first"], timedelta(seconds=LINGER))

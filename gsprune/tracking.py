@@ -132,7 +132,7 @@ class Tracker:
         ones wherever they are. The local record has none."""
 
     def close_killed(self) -> None:
-        """End the run that a process has left open here because it was killed, as FAILED. The local record has no end."""
+        """End a run that is open here because its process was killed, as FAILED. The local record has no end."""
 
     def finish(self, status: Status) -> None:
         """Close the record. Calls after the first do nothing."""

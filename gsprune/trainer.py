@@ -103,14 +103,15 @@ class Totals:
         self._count += len(labels)
 
     def together(self) -> Totals:
-        """Those of all processes, each of which has to ask; in a process that is alone, as they are."""
+        """Those of all processes, each of which has to ask; in a process that is alone, its own."""
         if distributed.world_size() == 1:
             return self
         counts = (self._correct, self._left_out, torch.full_like(self._correct, self._count))
         loss, *summed = distributed.summed(torch.stack([self._loss, *(count.to(self._loss) for count in counts)]))
-        self._loss, self._correct, self._left_out = loss, summed[0].long(), summed[1].long()
-        self._count = int(summed[2])
-        return self
+        found = Totals(loss.device, skipped=self.skipped)
+        found._loss, found._correct, found._left_out = loss, summed[0].long(), summed[1].long()
+        found._count = int(summed[2])
+        return found
 
     def read(self) -> dict[str, float]:
         """Mean loss and accuracy (0 to 1) so far, of this process alone; NaN if every batch was left out.
@@ -289,9 +290,7 @@ class Trainer:
                 values = _named("train", loop.train_epoch(train_loader, lr_schedule, on_step, on_rest, at))
                 pruner.on_epoch_end()
                 if val_loader is not None:
-                    batches = distributed.shares(val_loader, training=False)
-                    if distributed.world_size() == 1:  # of several, one may have fewer batches than another
-                        batches = at.resting(batches, on_rest)
+                    batches = at.resting(distributed.shares(val_loader, training=False), on_rest)
                     values |= _named("val", self._evaluate(model, loop.plain, batches))
                 values |= {"lr": _lr(optimizer), "epoch_seconds": at.seconds}
                 on_epoch(epoch, values)
@@ -337,7 +336,9 @@ class Trainer:
         with _kept_modes(model), torch.no_grad():
             model.eval()
             for batch in batches:
-                totals.add(*self.loss_sum(forward, batch))
+                sums = self.loss_sum(forward, batch)
+                if distributed.own_samples(batch):
+                    totals.add(*sums)
         return totals.together().read()  # sync point, once
 
     def loss_sum(self, forward: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -393,8 +394,7 @@ class _Loop:
         self.guard.look(now=True)
         skipped = self.guard.skipped - totals.skipped
         distributed.broadcast_buffers(self.plain)
-        totals.together()
-        return totals.read() | ({"skipped_steps": skipped} if skipped else {})  # sync point, once an epoch
+        return totals.together().read() | ({"skipped_steps": skipped} if skipped else {})  # sync point, once an epoch
 
     def score(self, loader: Loader, steps: int | None) -> int:
         totals, done = Totals(self.trainer.torch_device), 0

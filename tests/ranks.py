@@ -5,6 +5,7 @@ They are here because a started process imports the module they are in, and that
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import time
@@ -24,6 +25,7 @@ from gsprune import Pruner, distributed
 from gsprune.criteria import Criterion, Elementwise, Magnitude, Random, Weighted
 from gsprune.datasets import FetchedWhole, Pictures, make_loader
 from gsprune.distributed import agreed, broadcast, check_masks, gathered, rank, shares
+from gsprune.position import Position
 from gsprune.pruner import NoPruning
 from gsprune.schedules import Linear, OneShot
 from gsprune.trainer import Trainer, constant
@@ -103,6 +105,38 @@ def units() -> dict[str, Any]:
 def cut() -> dict[str, Any]:
     """Units leave the model at each update, and new parameters take the place of the old ones."""
     return trained(Weighted(), example_input=torch.zeros(1, 6, dtype=torch.float64), shrink="each_update")
+
+
+def rested() -> dict[str, Any]:
+    """What can be saved, and what a state saved in the middle of a validation is gone on with."""
+    found: dict[str, Any] = {"places": [], "weights": [], "metrics": []}
+    saved: dict[str, Any] = {}
+
+    def fit(start: Mapping[str, Any] | None) -> None:
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        pruner = Pruner(model, Elementwise(), target_sparsity=0.5, optimizer=optimizer, steps_per_epoch=5, epochs=2)
+        if start:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            pruner.load_state_dict(saved["pruner"])
+        schedule, seen = constant(optimizer, total_steps=10), []
+
+        def on_rest(at: Position) -> None:
+            found["places"] += [] if start else [(at.epoch, at.step)]
+            if len(found["places"]) == 8:  # the third batch of the first validation
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                saved.update(copy.deepcopy({**state, "pruner": pruner.state_dict(), "at": at.state_dict()}))
+
+        trainer = Trainer(device="cpu", progress="none")
+        common = {"optimizer": optimizer, "lr_schedule": schedule, "pruner": pruner, "epochs": 2, "on_rest": on_rest}
+        trainer.fit(model, loader(), loader(), start=start, on_epoch=lambda _, values: seen.append(values), **common)
+        found["weights"].append({name: tensor.detach() for name, tensor in model.named_parameters()})
+        found["metrics"].append([{name: row[name] for name in row if name != "epoch_seconds"} for row in seen])
+
+    fit(None)
+    fit(saved["at"])
+    return found
 
 
 def at_random() -> dict[str, Any]:

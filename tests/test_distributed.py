@@ -61,6 +61,7 @@ PARTS = (
     ranks.at_random,
     ranks.timed,
     ranks.told,
+    ranks.rested,
     ranks.reductions,
     ranks.buffers,
     ranks.orders,
@@ -112,6 +113,18 @@ def test_batchnorm_statistics_are_the_same_after_an_epoch_and_dropout_differs(tw
     first, second = (process["buffers"] for process in two)
     assert torch.equal(first["mean"], second["mean"])
     assert all(first["drawn"] != second["drawn"])
+
+
+@pytest.mark.slow
+def test_processes_rest_together_while_they_validate_and_go_on_from_there_with_the_same_bits(two):
+    """37 samples in batches of 9: of the last one the second process has none."""
+    alone = ranks.rested()
+    epoch = [*((0, step) for step in (1, 2, 3, 4, 5)), *[(0, 5)] * 5, (1, 0)]
+    for found in (alone, *(process["rested"] for process in two)):
+        assert found["places"][:11] == epoch
+        assert found["metrics"][0] == found["metrics"][1]
+        assert all(torch.equal(found["weights"][0][name], tensor) for name, tensor in found["weights"][1].items())
+    assert_close(two[0]["rested"]["metrics"][0], alone["metrics"][0], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.slow
@@ -500,7 +513,7 @@ def test_a_first_process_that_is_killed_leaves_a_record_that_says_so_in_mlflow_t
 
     store = f"sqlite:///{tmp_path}/mlflow.db"
     criterion = ("pruner.criterion._target_=ranks.Killed", "tracking=mlflow", f"tracking.tracking_uri={store}")
-    with pytest.raises(ProcessFailed, match="^process 0 was ended by SIGKILL$"):
+    with pytest.raises(ProcessFailed, match=r"^process 0 was ended by SIGKILL$"):
         finished(tmp_path / "out", "trainer.devices=2", *criterion)
     said = "ProcessFailed: process 0 was ended by SIGKILL"
     result = json.loads((tmp_path / "out" / "result.json").read_text())
