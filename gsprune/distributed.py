@@ -169,11 +169,13 @@ def held(lock: Lock, *, waiting_for: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_after_the_first() -> Iterator[None]:
-    """Process 0 goes first, then the others: what it downloads lies there for them."""
-    if rank() > 0:
+    """Process 0 goes first, then one on each other machine, then the rest: what these download lies there for them."""
+    turns = 2 if world_size() > 1 else 0
+    mine = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else turns
+    for _ in range(mine):
         dist.barrier(group=_hosts())
     yield
-    if rank() == 0 and world_size() > 1:
+    for _ in range(turns - mine):
         dist.barrier(group=_hosts())
 
 

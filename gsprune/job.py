@@ -1043,9 +1043,12 @@ class _Follower(_Job):
 
     def prepare(self) -> None:
         self._set_up()
-        path = distributed.broadcast(None)
+        path: Path | None = distributed.broadcast(None)
         if path is not None:
+            if not path.is_dir():
+                raise ValueError(f"{path} is not on every machine: a run goes on in a directory that all of them share")
             self._take_over(Saved(path, read_state(path)))
+            self.output_dir = path.parents[1]  # the first one's, with the dense network
         self.progress, self.tracker = Progress(self.epochs), SilentTracker(self.output_dir)
         self._rehearse()
 

@@ -28,6 +28,7 @@ from gsprune.distributed import agreed, broadcast, check_masks, gathered, rank, 
 from gsprune.position import Position
 from gsprune.pruner import NoPruning
 from gsprune.schedules import Linear, OneShot
+from gsprune.signals import Interrupted
 from gsprune.trainer import Trainer, constant
 
 EPOCHS = 3
@@ -486,6 +487,8 @@ def gone(how: str, folder: str) -> None:
                 raise ValueError("this is the user's mistake, in one sentence")
             if how == "error":
                 raise KeyError("what went wrong")
+            if how == "stopped":
+                raise Interrupted(signal.SIGTERM)
             time.sleep(600)
         broadcast(0)
         dist.barrier()

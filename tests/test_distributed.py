@@ -37,6 +37,7 @@ from gsprune.distributed import (
     averaging,
     data_parallel,
     launch,
+    one_after_the_first,
     part,
     prepared,
     shares,
@@ -133,6 +134,19 @@ def test_processes_whose_group_knows_gpus_only_make_one_for_what_lies_in_the_mac
         {"agreed": 1, "gathered": [0, 1], "broadcast": 10, "groups": 1},
         {"agreed": 1, "gathered": [0, 1], "broadcast": 10, "groups": 1},
     ]
+
+
+@pytest.mark.parametrize(("number", "local", "turn"), [(0, "0", 0), (4, "0", 1), (5, "1", 2)])
+def test_the_first_process_goes_first_then_one_on_each_other_machine(monkeypatch, number, local, turn):
+    seen = []
+    monkeypatch.setattr(distributed, "rank", lambda: number)
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    monkeypatch.setattr(distributed, "_hosts", lambda: None)
+    monkeypatch.setattr(dist, "barrier", lambda group: seen.append("barrier"))
+    monkeypatch.setenv("LOCAL_RANK", local)
+    with one_after_the_first():
+        seen.append("work")
+    assert (len(seen), seen.index("work")) == (3, turn)
 
 
 def test_on_gpus_one_group_with_one_time_out_sends_by_nccl_and_by_gloo(monkeypatch):
@@ -348,6 +362,7 @@ FAULTS = {
     "killed": (ProcessFailed, "^process 1 was ended by SIGKILL$"),
     "mistake": (ValueError, "^this is the user's mistake, in one sentence$"),
     "error": (ProcessFailed, "^process 1 failed: KeyError: 'what went wrong'$"),
+    "stopped": (SystemExit, "^143$"),
 }
 
 
@@ -589,6 +604,16 @@ def on_two_machines(folder, *arguments, **environment):
     both = [subprocess.Popen(command, **settings, **pipes) for _ in range(2)]
     told = [process.communicate(timeout=300) for process in both]
     return [process.returncode for process in both], *zip(*told, strict=True)
+
+
+def test_a_machine_without_the_checkpoint_says_so(tmp_path, monkeypatch):
+    from gsprune.job import _Follower
+
+    follower = _Follower(configure(), tmp_path, None)
+    monkeypatch.setattr(distributed, "broadcast", lambda value: tmp_path / "checkpoint" / "epoch_0001_step_000000")
+    gone = "is not on every machine: a run goes on in a directory that all of them share"
+    with pytest.raises(ValueError, match=f"{gone}$"):
+        follower.prepare()
 
 
 @pytest.mark.long
