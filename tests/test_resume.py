@@ -26,6 +26,7 @@ from gsprune import job as job_module
 from gsprune.guard import BadNumbers
 from gsprune.identity import config_hash, dense_key
 from gsprune.job import run
+from gsprune.locks import Lock
 from gsprune.run_state import RECORD, TENSORS, Checkpoints
 from gsprune.signals import Interrupted, Stop
 from gsprune.sweep import Sweep
@@ -380,11 +381,16 @@ def test_a_second_run_in_the_directory_of_one_that_goes_on_is_refused_and_change
     assert at_step.count == 15
 
 
-def test_what_a_killed_process_leaves_behind_for_a_moment_is_waited_for(tmp_path):
+def test_what_a_killed_process_leaves_behind_for_a_moment_is_waited_for(tmp_path, monkeypatch):
     left = os.open(tmp_path / job_module.LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(left, fcntl.LOCK_EX)
-    timer = threading.Timer(0.3, os.close, [left])
-    timer.start()
+    timer, acquire = threading.Timer(0.3, os.close, [left]), Lock.acquire
+
+    def tried(lock, **patience):
+        timer.start()
+        return acquire(lock, **patience)
+
+    monkeypatch.setattr(Lock, "acquire", tried)
     go(tmp_path)
     timer.join()
     assert result_of(tmp_path)["status"] == "finished"
