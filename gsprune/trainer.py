@@ -164,7 +164,8 @@ class Trainer:
             repeats and samples to measure latency (0 repeats: not at all).
         devices: processes on this machine that train one network together, each on its part of every batch: a batch
             size is that of all of them. On CUDA each takes a GPU of its own.
-        nodes: machines that do so; the same command is started on each of them.
+        nodes: machines that do so; the same command is started on each of them, in an output directory that all see (or
+            an interrupted run cannot go on).
         rendezvous: "host:port" of one of the machines, where they find each other. Needed for more than one.
         timeout_minutes: how long a process waits for another one before the run ends with an error.
         dense_cache, dense_scores: read by `gsprune.job`: jobs of a sweep that share their dense phase train it once;
