@@ -412,6 +412,8 @@ class MLflowTracker(Tracker):
         if not mine.items() <= note.items() or not self._lock.acquire():
             return
         self._identity, self.stopped = {key: note.get(key) for key in self._identity}, note.get("stopped")
+        for event in _json_lines(self.output_dir / SENDING):  # the call in which it was killed
+            self._locally(self._unsent.path, lambda event=event: self._unsent.append(event))  # type: ignore[misc]
         if self.stopped is None:
             self._connect()
         self.finish("FAILED")

@@ -541,3 +541,23 @@ def test_a_server_that_is_not_there_costs_less(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     assert timed_run(tmp_path, f"http://127.0.0.1:{port}") < 5
     the_local_record_is_complete(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_was_killed_is_closed_by_another_and_its_call_stays_on_record(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    killed = MLflowTracker(tmp_path / "run", tracking_uri=uri)
+    killed.start(config={"a": 1}, tags={})
+    killed._lock.release()  # as the system does
+    under_way = {"kind": "tags", "tags": {"b": "2"}}
+    (tmp_path / "run" / "sending.jsonl").write_text(json.dumps(under_way) + "\n")
+    MLflowTracker(tmp_path / "run", tracking_uri=uri, run_id="0" * 32).close_killed()  # of another run: nothing
+    client = MlflowClient(tracking_uri=uri)
+    assert client.get_run(killed.run_id).info.status == "RUNNING"
+    MLflowTracker(tmp_path / "run", tracking_uri=uri, run_id=killed.run_id).close_killed()
+    assert client.get_run(killed.run_id).info.status == "FAILED"
+    assert json.loads((tmp_path / "run" / "tracking.json").read_text())["status"] == "FAILED"
+    assert json.loads((tmp_path / "run" / "unsent.jsonl").read_text()) == under_way
+    assert not (tmp_path / "run" / "sending.jsonl").exists()
