@@ -22,17 +22,22 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """One job; returns what a sweeper optimises. With `plan=true` what it would prune is printed, and no more."""
     from gsprune.console import warn_on_one_line
+    from gsprune.distributed import ProcessFailed
     from gsprune.job import objective, run, show_plan
 
     warnings.showwarning = warn_on_one_line
     logging.raiseExceptions = False  # a full disk takes the log file; the screen still has every line, once
     folder = HydraConfig.get().runtime.output_dir
     try:
-        if cfg.get("plan"):
+        if (plan := cfg.get("plan", False)) not in (True, False):
+            raise ValueError(f"plan={plan} is not allowed: it must be true or false")
+        if plan:
             show_plan(cfg, output_dir=folder)
             return None
         result = run(cfg, output_dir=folder)
-    except ValueError as error:  # the user's mistake: Hydra shows this class without a traceback
+    except (ValueError, ProcessFailed) as error:  # a sentence for the user: Hydra shows this class without a traceback
+        if isinstance(error, ProcessFailed) and error.__cause__:  # which has the traceback of the process
+            raise
         raise CompactHydraException(str(error)) from error
     return objective(result, cfg.objective)
 

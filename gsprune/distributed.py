@@ -2,7 +2,7 @@
 
 Every function is the identity in a process that is alone, so that the training loop has no branches for it. A process
 is one of several as soon as `torch.distributed` has a process group, whoever made it: `launch` below, `torchrun`
-(through `taking_part`), or an application of your own. Imports torch alone.
+(through `taking_part`), or an application of your own. Imports torch, and of this package `signals` alone.
 
 Data parallel: each process works through its part of every global batch, `DistributedDataParallel` averages the
 gradients, and so weights, scores and masks stay the same everywhere. The order of the data is that of one process.
@@ -40,6 +40,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Sampler
 
+from gsprune.signals import SIGNALS, Interrupted
+
 if TYPE_CHECKING:
     from gsprune.locks import Lock
 
@@ -72,7 +74,7 @@ NO_LABEL = -100  # what cross-entropy leaves out, in loss and gradient
 _SPREAD = 1 << 32  # between the seeds of two processes' workers
 BEGUN = "begun"  # a file: the processes have found each other, and work
 LINGER = 5.0  # seconds
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of processes that a signal has asked to end
+STOPPED = tuple(128 + number for number in SIGNALS)  # exit codes of processes that a signal has asked to end
 
 
 _HOSTS: dict[Any, Any] = {}  # default group -> the one that speaks gloo
@@ -515,7 +517,7 @@ def launch(processes: Processes, device: str, work: Callable[..., Result], *argu
             returned = elastic_launch(config, _member)(folder, device, processes.timeout_minutes, work, arguments)
         except ChildFailedError as error:
             if (code := error.get_first_failure()[1].exitcode) in STOPPED:
-                raise SystemExit(code) from None
+                raise Interrupted(code - 128) from None
             told = _first_told(Path(folder), error)
             told = told if alone else _first_of_all(processes, told)
             failed = ValueError if told["mistake"] else ProcessFailed
@@ -527,9 +529,7 @@ def launch(processes: Processes, device: str, work: Callable[..., Result], *argu
                 ) from None
             raise ValueError(_not_met(processes, late=isinstance(error, RendezvousTimeoutError))) from None
         except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise SystemExit(128 + int(error.sigval)) from None
+            raise Interrupted(error.sigval) from None
     return returned[min(returned)]  # type: ignore[no-any-return]
 
 

@@ -180,17 +180,22 @@ class Guard:
 
     def _check(self, longest: int) -> None:
         if longest > self.limit:
+            spoiled, steps = self._spoiled(), f"{longest} step{'s' * (longest > 1)}"
+            more = "" if spoiled else f", or raise trainer.max_bad_steps={self.limit}"
             raise BadNumbers(
-                f"{longest} step{'s' * (longest > 1)} in a row had gradients that are not finite, {self._where()}: "
-                f"lower the learning rate, set trainer.clip_norm, look at the data, or raise "
-                f"trainer.max_bad_steps={self.limit}"
+                f"{steps} in a row had gradients that are not finite, {spoiled or self._first_bad()}: lower the "
+                f"learning rate, set trainer.clip_norm, look at the data{more}"
             )
 
-    def _where(self) -> str:
-        """The first tensor that is not finite: of the model itself, or of the streak's first gradients."""
+    def _spoiled(self) -> str | None:
+        """The model's own first tensor that is not finite: no later step can be good."""
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 return f"and {name!r} itself holds {'nan' if bool(tensor.isnan().any()) else 'inf'}"
+        return None
+
+    def _first_bad(self) -> str:
+        """The first of the gradients that are not finite in the first step of the streak."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         norms = self._first.tolist()
         bad = [i for i, norm in enumerate(norms) if not math.isfinite(norm)]

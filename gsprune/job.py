@@ -118,7 +118,7 @@ PHASES = 3  # that draw random numbers, each from a seed of its own
 def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Run the job that `cfg` describes; return what it also writes to `result.json`.
 
-    In a sweep a job that has finished before, in this folder or another, is not done again: its result is returned.
+    A job that has finished before in its folder, or in any of its sweep, is not done again: its result is returned.
     A job that was interrupted or killed goes on from the newest checkpoint in its folder. On any exception
     `result.json` says `failed` (`interrupted` after SIGTERM or Ctrl-C) with the error's last line, tracking is told,
     and the exception goes on.
@@ -130,10 +130,12 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
     folder, sweep = Path(output_dir).absolute(), current_sweep()
     folder.mkdir(parents=True, exist_ok=True)
     if distributed.under_torchrun():
-        return _run_under_torchrun(cfg, folder, sweep)
-    start = _run if cfg.trainer.devices == cfg.trainer.nodes == 1 else _run_in_several
+        start = _run_under_torchrun
+    else:
+        start = _run if cfg.trainer.devices == cfg.trainer.nodes == 1 else _run_in_several
     if sweep is None:
-        return start(cfg, folder, None)
+        found = _finished_here(cfg, folder)
+        return start(cfg, folder, None) if found is None else found
     with sweep.lock(f"job {sweep.name_of(folder)}").held(waiting_for="that runs this job"):
         found = _finished_before(cfg, folder, sweep)
         return start(cfg, folder, sweep) if found is None else found
@@ -207,6 +209,8 @@ def _run_in_several(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[
         return distributed.launch(processes, kind, _run_as_one_of_several, cfg, folder, sweep, hydra)
     except (distributed.ProcessFailed, ValueError) as error:
         with contextlib.suppress(ValueError), _alone(folder):  # unless another run has come first
+            if read_object(folder / "result.json").get("status") == "running":  # the first process could say nothing
+                log.warning("%s", how_to_go_on(cfg, folder, sweep))
             _note_failure(cfg, folder, error)
         raise
 
@@ -277,6 +281,35 @@ def _note_failure(cfg: DictConfig, folder: Path, error: Exception) -> None:
     if isinstance(run_id := read_object(folder / RECORD).get("run_id"), str):
         tracker: Tracker = build(cfg.tracking, output_dir=str(folder), run_id=run_id)
         tracker.close_killed()
+
+
+def _finished_here(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+    """The result in a folder where this job has finished.
+
+    Raises:
+        ValueError: that of another configuration is there, which must not be lost by mistake.
+    """
+    result = read_object(folder / "result.json")
+    ended = result.get("status") == "finished" and read_object(folder / RECORD).get("status") != "RUNNING"
+    if not ended or cfg.trainer.get("resume") != "auto":
+        return None
+    try:
+        mine = config_hash(cfg)
+    except ValueError:  # the job itself will say what is wrong
+        return None
+    if result.get("config_hash") != mine:
+        raise ValueError(_of_another(folder, "a finished run", result.get("overrides")))
+    check_objective(cfg.objective, cfg.trainer)
+    log.info("not done again: %s has finished with the same configuration (trainer.resume=never does it again)", folder)
+    return result
+
+
+def _of_another(folder: Path, what: str, overrides: Any) -> str:
+    told = " ".join(map(str, overrides)) if isinstance(overrides, list) and overrides else "none"
+    return (
+        f"{folder} holds {what} of another configuration (overrides: {told}): give the same one to go on with it, "
+        f"trainer.resume=never to write over it, or another hydra.run.dir"
+    )
 
 
 def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, Any] | None:
@@ -401,6 +434,7 @@ class _Job:
     saved: Saved | None = None  # what this job goes on from
     dense_file: str | None = None  # sha256 of DENSE
     dense_val: float | None = None
+    unbounded: set[str]  # tensors that hold inf from the beginning
 
     def __init__(self, cfg: DictConfig, output_dir: Path, sweep: Sweep | None) -> None:
         self.cfg, self.output_dir, self.sweep = copy.deepcopy(cfg), output_dir, sweep
@@ -470,6 +504,7 @@ class _Job:
         self._seed(phase=0)  # the model starts the same whatever the data drew
         self.model = self.trainer.place(self._build_model())
         self._check_outputs(labels)
+        self.unbounded = self._not_finite()  # masks of attention may hold -inf
 
     def dense_phase(self) -> None:
         """Ordinary training, and the dense network's accuracy on the test split; a copy of it is kept to compare.
@@ -525,7 +560,10 @@ class _Job:
                 masks = self._save_model_somehow()
             except OSError as error:
                 self.unwritten.append(WEIGHTS)
-                raise ValueError(f"the model could not be written to {self.output_dir}: {reason(error)}") from error
+                more = how_to_go_on(self.cfg, self.output_dir, self.sweep)
+                raise ValueError(
+                    f"the model could not be written to {self.output_dir}: {reason(error)}; once there is room, {more}"
+                ) from error
             with self.spared("figures/sparsity_by_layer.png"):
                 figures.save_layer_sparsity(folder / "sparsity_by_layer.png", masks)
             rows = read_metrics(self.output_dir / "metrics.jsonl")
@@ -553,6 +591,8 @@ class _Job:
                 self.progress.close()
             interrupted = isinstance(error, (KeyboardInterrupt, Interrupted))
             self._write_result("interrupted" if interrupted else "failed")
+            if not isinstance(error, ValueError):
+                log.warning("%s", how_to_go_on(self.cfg, self.output_dir, self.sweep))
             if self.result["baseline_accuracy"] is not None:  # what was trained is not thrown away
                 with self.spared(WEIGHTS):
                     self._save_model()
@@ -907,8 +947,6 @@ class _Job:
             self._write_checkpoint(phase, at, offset, optimizer, lr_schedule)
         self.written_at = time.monotonic()
         if signum:
-            more = "sweep.resume=true" if self.sweep else f"hydra.run.dir={self.output_dir}"
-            log.warning("stopping on a signal; the same command with %s goes on from the newest checkpoint", more)
             raise Interrupted(signum)
 
     def _write_checkpoint(self, phase: str, at: Position, offset: int, optimizer: Optimizer, lr_schedule: Any) -> None:
@@ -926,11 +964,20 @@ class _Job:
             "others": others,  # positions of the processes beside this one
             "job": self._notes(),
         }
+        lost = self._not_finite() - self.unbounded
+        if lost:
+            log.warning("no checkpoint was written, those before it stay: %s holds nan or inf", min(lost))
+            return
         try:
             with self.spared("checkpoint"):
                 self.checkpoints.write(state, epoch=offset + at.epoch, step=at.step)
         except ValueError as error:
             log.warning("no checkpoint was written, the run goes on: %s", error)
+
+    def _not_finite(self) -> set[str]:
+        """Tensors of the model that hold nan or inf."""
+        found = state_tensors(self.model)[0].items()
+        return {name for name, tensor in found if tensor.is_floating_point() and not bool(tensor.isfinite().all())}
 
     def _notes(self) -> dict[str, Any]:
         return {
@@ -959,11 +1006,7 @@ class _Job:
             if self.sweep is not None:  # which numbers its jobs anew when it is extended
                 log.info("%s holds the checkpoint of another job: this one starts anew", self.output_dir)
                 return
-            raise ValueError(
-                f"{self.output_dir} holds an unfinished run of another configuration "
-                f"(overrides: {' '.join(notes['overrides']) or 'none'}): give the same one to go on with it, "
-                f"trainer.resume=never to write over it, or another hydra.run.dir"
-            )
+            raise ValueError(_of_another(self.output_dir, "an unfinished run", notes["overrides"]))
         log.info("going on from the checkpoint %s", saved.path)
         self._take_over(saved)
         self.cost, self.costed, self.recorded = tuple(notes["cost"]), notes["costed"], notes["recorded"]
@@ -1085,6 +1128,15 @@ class _Follower(_Job):
 
     def _save_scores(self, path: Path) -> None:
         pass
+
+
+def how_to_go_on(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> str:
+    """What to do with a run that has ended before its time."""
+    more = "sweep.resume=true" if sweep else f"hydra.run.dir={folder}"
+    less = " and without trainer.resume=never" if cfg.trainer.get("resume") == "never" else ""
+    if not Checkpoints(folder / "checkpoint").paths():
+        return f"the same command with {more} starts anew: there is no checkpoint yet"
+    return f"the same command with {more}{less} goes on from the newest checkpoint"
 
 
 def smaller(model: nn.Module, pruner: Any) -> nn.Module:

@@ -334,6 +334,8 @@ class MLflowTracker(Tracker):
         timeout_s: float = 5.0,
         **_: object,
     ) -> None:
+        if not timeout_s > 0:
+            raise ValueError(f"tracking.timeout_s={timeout_s} is not allowed: it must be above 0")
         super().__init__(output_dir)
         uri = resolve_tracking_uri(tracking_uri)
         self.tracking_uri, self.experiment, self.timeout_s = uri, experiment, timeout_s

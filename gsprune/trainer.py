@@ -504,6 +504,8 @@ def _check_types(factory: Callable[..., Optimizer]) -> None:
         elif isinstance(default, (bool, int, float)):
             what = "true or false" if isinstance(default, bool) else "a number"
             _check(not isinstance(value, str), f"optimizer.{name}", value, what)
+        if isinstance(value, float):
+            _check(math.isfinite(value), f"optimizer.{name}", value, "finite")
 
 
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:

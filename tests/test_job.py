@@ -355,6 +355,11 @@ def test_a_mistake_in_the_configuration_is_recorded_and_starts_no_tracking(tmp_p
         (("trainer.prune_epochs=0",), "trainer.prune_epochs=0 leaves no gradient to score by"),
         (("optimizer.foo=3",), "optimizer cannot be made: SGD.__init__() got an unexpected keyword argument 'foo'"),
         (("optimizer.lr=high",), "optimizer.lr=high is not allowed: it must be a number"),
+        (("optimizer.lr=.nan",), "optimizer.lr=nan is not allowed: it must be finite"),
+        (
+            ("tracking=mlflow", "tracking.timeout_s=-1"),
+            "tracking.timeout_s=-1 is not allowed: it must be above 0",
+        ),
         (("lr_schedule.foo=3",), "lr_schedule cannot be made: "),
         (("dataset.foo=3",), "gsprune.datasets.make_loaders cannot be made: "),
         (("model.weights=1",), "model.weights=1 does not exist"),

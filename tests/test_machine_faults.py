@@ -201,7 +201,10 @@ def test_a_job_whose_model_cannot_be_written_has_failed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refusing(monkeypatch, name)
-    sentence = f"the model could not be written to {tmp_path}: {FULL}"
+    sentence = (
+        f"the model could not be written to {tmp_path}: {FULL}; once there is room, the same command with "
+        f"hydra.run.dir={tmp_path} goes on from the newest checkpoint"
+    )
     with pytest.raises(ValueError) as error:  # noqa: PT011
         finished(tmp_path)
     assert str(error.value) == sentence

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -292,11 +293,34 @@ def test_never_starts_anew(crashed, whole, at_step):
     assert list(differences(whole, crashed)) == ["config.yaml differs"]  # which has that setting
 
 
-def test_a_run_that_has_finished_is_done_anew(crashed, at_step):
-    go(crashed)
+def test_a_run_that_has_finished_is_kept_and_not_done_again(crashed, at_step, caplog):
+    done = go(crashed)
     at_step.do(0, crash)
-    go(crashed)
+    left = {path: path.read_bytes() for path in crashed.rglob("*") if path.is_file()}
+    with caplog.at_level(logging.INFO):
+        assert go(crashed, "trainer.progress=bar") == json.loads(json.dumps(done))
+    assert f"not done again: {crashed} has finished with the same configuration" in caplog.text
+    with pytest.raises(ValueError, match=f"^{re.escape(str(crashed))} holds a finished run of another configuration "):
+        go(crashed, "seed=1")
+    assert at_step.count == 0
+    assert {path: path.read_bytes() for path in crashed.rglob("*") if path.is_file()} == left
+    go(crashed, "seed=1", "trainer.resume=never")
     assert at_step.count == 15
+
+
+def test_a_network_that_holds_inf_is_no_checkpoint(tmp_path, whole, at_step, monkeypatch, caplog):
+    models = []
+    build = job_module._Job._build_model
+    monkeypatch.setattr(job_module._Job, "_build_model", lambda self: models.append(build(self)) or models[-1])
+    at_step.do(7, lambda: models[0].get_buffer("stem_bn.running_var").fill_(math.inf))  # gradients stay finite
+    at_step.plan[12] = crash
+    with pytest.raises(Crash):
+        go(tmp_path)
+    assert "no checkpoint was written, those before it stay: stem_bn.running_var holds nan or inf" in caplog.text
+    assert names(tmp_path)[-1] == "epoch_0001_step_000000"
+    at_step.do(0, crash)
+    go(tmp_path)
+    assert list(differences(whole, tmp_path)) == []
 
 
 def test_seconds_are_those_of_all_tries(crashed):
@@ -377,7 +401,7 @@ def test_a_second_run_in_the_directory_of_one_that_goes_on_is_refused_and_change
     assert len(said) == 1
     assert before[0] == before[1]
     at_step.do(0, crash)
-    go(tmp_path)  # it is free again
+    go(tmp_path, "trainer.resume=never")  # it is free again
     assert at_step.count == 15
 
 
@@ -400,7 +424,9 @@ def test_what_a_killed_process_leaves_behind_for_a_moment_is_waited_for(tmp_path
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_writes_a_checkpoint_and_ends_with_its_code(tmp_path, whole, at_step, signum, code):
+def test_a_signal_finishes_the_step_writes_a_checkpoint_and_ends_with_its_code(
+    tmp_path, whole, at_step, caplog, signum, code
+):
     before = signal.getsignal(signum)
     at_step.do(7, lambda: signal.raise_signal(signum))
     with pytest.raises(Interrupted) as caught:
@@ -410,6 +436,8 @@ def test_a_signal_finishes_the_step_writes_a_checkpoint_and_ends_with_its_code(t
     assert names(tmp_path) == ["epoch_0001_step_000000", "epoch_0001_step_000002"]
     result = result_of(tmp_path)
     assert (result["status"], result["error"]) == ("interrupted", f"Interrupted: stopped by {signum.name}")
+    again = f"the same command with hydra.run.dir={tmp_path} goes on from the newest checkpoint"
+    assert [record.message for record in caplog.records] == [again]
     at_step.do(0, crash)
     go(tmp_path)
     assert at_step.count == 8
@@ -430,6 +458,17 @@ def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
         go(tmp_path)
     assert seen == ["after the first"]
     assert names(tmp_path) == []
+
+
+def test_how_to_go_on_is_said_as_it_is(tmp_path):
+    cfg, sweep = configure("trainer.resume=never"), Sweep(tmp_path)
+    command = f"the same command with hydra.run.dir={tmp_path}"
+    assert job_module.how_to_go_on(cfg, tmp_path, None) == f"{command} starts anew: there is no checkpoint yet"
+    Checkpoints(tmp_path / "checkpoint").write({}, epoch=1, step=0)
+    told = "without trainer.resume=never goes on from the newest checkpoint"
+    assert job_module.how_to_go_on(cfg, tmp_path, None) == f"{command} and {told}"
+    again = "the same command with sweep.resume=true goes on from the newest checkpoint"
+    assert job_module.how_to_go_on(configure(), tmp_path, sweep) == again
 
 
 def test_outside_of_training_a_signal_ends_the_run_at_once(tmp_path, monkeypatch):
