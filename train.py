@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """One job; returns what a sweeper optimises. With `plan=true` what it would prune is printed, and no more."""
+    from gsprune.composed import objective
     from gsprune.console import warn_on_one_line
-    from gsprune.distributed import ProcessFailed
-    from gsprune.job import objective, run, show_plan
+    from gsprune.job import run, show_plan
+    from gsprune.launcher import ProcessFailed
 
     warnings.showwarning = warn_on_one_line
     logging.raiseExceptions = False  # a full disk takes the log file; the screen still has every line, once

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from gsprune import Pruner
 from gsprune.criteria import Elementwise
-from gsprune.distributed import Processes, check_masks, data_parallel, launch, rank
+from gsprune.distributed import check_masks, data_parallel, rank
+from gsprune.launcher import Processes, launch
 from gsprune.models import resnet18
 from gsprune.schedules import Linear
 

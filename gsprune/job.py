@@ -14,30 +14,35 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import configure_log, setup_globals
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import OutOfMemoryError, Tensor, nn
+from torch import Tensor, nn
 from torch import __version__ as torch_version
 from torch.optim import Optimizer
 
-from gsprune import distributed, drawing, figures, metrics, planner
+from gsprune import distributed, drawing, figures, launcher, metrics, planner
 from gsprune.checkpoint import WEIGHTS, save_masks, save_pruned, save_scores, state_tensors
-from gsprune.console import Progress, epoch_line, make_progress, print_summary, to_log_file, warn_on_one_line
+from gsprune.composed import (
+    NUMBERS,
+    build,
+    check_objective,
+    complete,
+    hydra_choices,
+    hydra_tags,
+    is_timed,
+    run_name,
+)
+from gsprune.console import Progress, epoch_line, make_progress, print_summary, to_log_file
 from gsprune.dense_cache import DenseCache, DenseRecord
+from gsprune.earlier import alone, finished_before, finished_here, how_to_go_on, of_another
 from gsprune.files import (
-    one_line,
     read_object,
     reason,
     refusing,
@@ -48,47 +53,23 @@ from gsprune.files import (
     write_json,
 )
 from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
-from gsprune.locks import Lock
+from gsprune.memory import is_out_of_memory, smaller_steps
 from gsprune.position import Position
 from gsprune.pruner import NoPruning
 from gsprune.pruners import Pruners
-from gsprune.results import read_results
 from gsprune.run_state import Checkpoints, Saved, read_state
+from gsprune.several import run_in_several, run_under_torchrun
 from gsprune.shrink import Plan, apply_plan
 from gsprune.signals import Interrupted, Stop
-from gsprune.sweep import Sweep, current_sweep, fetch, last_line, set_aside, without_sweep_settings
+from gsprune.sweep import Sweep, current_sweep, last_line
 from gsprune.tracking import RECORD, SilentTracker, Tracker, download_artifact, read_metrics
 from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
 
 log = logging.getLogger(__name__)
 
-# The numbers of result.json; a sweep may optimise any of them.
-NUMBERS = (
-    "accuracy",
-    "baseline_accuracy",
-    "val_accuracy",
-    "loss",
-    "baseline_loss",
-    "sparsity",
-    "target_sparsity",
-    "params",
-    "params_dense",
-    "params_nonzero",
-    "macs",
-    "macs_dense",
-    "latency_ms",
-    "latency_dense_ms",
-    "file_bytes",
-    "file_bytes_dense",
-    "seconds",
-    "updates",
-    "epochs",
-)
 # Seconds of a job, by what they went to.
 PARTS = ("start", "train", "measure", "files", "tracking")
 DENSE = Path("checkpoint", "dense.safetensors")
-LOCK = "run.lock"  # in the output directory, held by the process that writes there
-LEAVING = 10.0  # seconds that what a killed process has left behind (workers that load data) may still hold it
 # What a checkpoint of a job holds; `job` is what the job itself has noted up to then.
 SAVED: Mapping[str, Any] = {
     **dict.fromkeys(("config_hash", "made_on", "phase"), str),
@@ -129,16 +110,12 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
     """
     folder, sweep = Path(output_dir).absolute(), current_sweep()
     folder.mkdir(parents=True, exist_ok=True)
-    if distributed.under_torchrun():
-        start = _run_under_torchrun
-    else:
-        start = _run if cfg.trainer.devices == cfg.trainer.nodes == 1 else _run_in_several
     if sweep is None:
-        found = _finished_here(cfg, folder)
-        return start(cfg, folder, None) if found is None else found
+        found = finished_here(cfg, folder)
+        return _start(cfg, folder, None) if found is None else found
     with sweep.lock(f"job {sweep.name_of(folder)}").held(waiting_for="that runs this job"):
-        found = _finished_before(cfg, folder, sweep)
-        return start(cfg, folder, sweep) if found is None else found
+        found = finished_before(cfg, folder, sweep)
+        return _start(cfg, folder, sweep) if found is None else found
 
 
 def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner.PruningPlan | planner.PruningPlans:
@@ -158,9 +135,17 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner
     return planned
 
 
+def _start(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
+    if launcher.under_torchrun():
+        return run_under_torchrun(_run, cfg, folder, sweep)
+    if cfg.trainer.devices == cfg.trainer.nodes == 1:
+        return _run(cfg, folder, sweep)
+    return run_in_several(_run, cfg, folder, sweep)
+
+
 def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
     job = (_Follower if distributed.rank() else _Job)(cfg, folder, sweep)
-    with job.stop, contextlib.nullcontext() if distributed.rank() else _alone(folder):
+    with job.stop, contextlib.nullcontext() if distributed.rank() else alone(folder):
         try:
             with job.enough_memory():
                 job.prepare()
@@ -170,225 +155,9 @@ def _run(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
                 job.write_files()
                 return distributed.broadcast(job.finish())
         except BaseException as error:
-            distributed.undisturbed()
+            launcher.undisturbed()
             job.fail(error)
             raise
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep every other run out of the output directory.
-
-    Raises:
-        ValueError: one is going on there, whose files stay as they are.
-    """
-    lock = Lock(folder / LOCK)
-    if not lock.acquire(seconds=LEAVING):
-        raise ValueError(f"{folder} is in use by another run: wait for its end, or give another hydra.run.dir")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _run_in_several(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
-    """The same in processes of their own, of which the first writes and reports; its result."""
-    trainer: Trainer = build(cfg.trainer)  # a mistake there ends here, before anything is started
-    if trainer.nodes > 1 and sweep is not None:
-        raise ValueError(
-            f"trainer.nodes={trainer.nodes} is not allowed in a sweep, which one machine runs: it must be 1"
-        )
-    processes = distributed.Processes(
-        trainer.devices, trainer.nodes, trainer.rendezvous, trainer.timeout_minutes, name=config_hash(cfg)[:16]
-    )
-    hydra = HydraConfig.instance().cfg if HydraConfig.initialized() else None
-    kind = trainer.torch_device.type
-    with _alone(folder):
-        pass  # from here on that is the first process's
-    try:
-        return distributed.launch(processes, kind, _run_as_one_of_several, cfg, folder, sweep, hydra)
-    except (distributed.ProcessFailed, ValueError) as error:
-        with contextlib.suppress(ValueError), _alone(folder):  # unless another run has come first
-            if read_object(folder / "result.json").get("status") == "running":  # the first process could say nothing
-                log.warning("%s", how_to_go_on(cfg, folder, sweep))
-            _note_failure(cfg, folder, error)
-        raise
-
-
-def _run_as_one_of_several(
-    cfg: DictConfig, folder: Path, sweep: Sweep | None, hydra: DictConfig | None
-) -> dict[str, Any]:
-    """One process's part. What Hydra and `train.py` have set up in the process that started it is set up here, too."""
-    quiet = distributed.rank() != 0
-    if hydra is not None:
-        setup_globals()
-        HydraConfig.instance().set_config(hydra)
-        if not quiet:
-            configure_log(hydra.hydra.job_logging, hydra.hydra.verbose)
-    _speak_once(quiet=quiet)
-    return _run(cfg, folder, sweep)
-
-
-def _run_under_torchrun(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
-    """This process's part of a job that torchrun has started several processes for."""
-    if sweep is not None:
-        raise ValueError("torchrun cannot run a sweep: python train.py --multirun trainer.devices=<number> can")
-    if "${now:" in _run_dir():
-        raise ValueError(
-            "torchrun starts every process at another moment, so they need a directory without the time in its name: "
-            "hydra.run.dir=<directory>"
-        )
-    cfg = copy.deepcopy(cfg)
-    here = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else int(os.environ["WORLD_SIZE"])
-    there = int(os.environ["WORLD_SIZE"]) // here
-    if (cfg.trainer.devices, cfg.trainer.nodes) not in ((1, 1), (here, there)):
-        raise ValueError(
-            f"trainer.devices={cfg.trainer.devices} is not allowed: torchrun has started {here} on each of {there} "
-            f"machines, so leave it out"
-        )
-    cfg.trainer.devices, cfg.trainer.nodes = here, there
-    cfg.trainer.rendezvous = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    trainer: Trainer = build(cfg.trainer)
-    with distributed.taking_part(trainer.torch_device.type, timeout_minutes=trainer.timeout_minutes):
-        _speak_once(quiet=distributed.rank() != 0)
-        return _run(cfg, folder, None)
-
-
-def _run_dir() -> str:
-    """`hydra.run.dir` as it was written, with the resolvers in it; empty outside Hydra."""
-    if not HydraConfig.initialized():
-        return ""
-    written: Any = OmegaConf.to_container(HydraConfig.instance().cfg, resolve=False)
-    return str(written["hydra"]["run"]["dir"])
-
-
-def _speak_once(*, quiet: bool) -> None:
-    """Of several processes one says what all of them would say."""
-    if quiet:
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-    else:
-        warnings.showwarning = warn_on_one_line
-
-
-def _note_failure(cfg: DictConfig, folder: Path, error: Exception) -> None:
-    """What ended the job, in place of what the first process knew of it (if it had time to write anything)."""
-    path = folder / "result.json"
-    result = read_object(path)
-    with contextlib.suppress(OSError):
-        if result.get("status") != "finished":
-            write_json(path, {**result, "status": "failed", "error": last_line(error)})
-    if isinstance(run_id := read_object(folder / RECORD).get("run_id"), str):
-        tracker: Tracker = build(cfg.tracking, output_dir=str(folder), run_id=run_id)
-        tracker.close_killed()
-
-
-def _finished_here(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
-    """The result in a folder where this job has finished.
-
-    Raises:
-        ValueError: that of another configuration is there, which must not be lost by mistake.
-    """
-    result = read_object(folder / "result.json")
-    ended = result.get("status") == "finished" and read_object(folder / RECORD).get("status") != "RUNNING"
-    if not ended or cfg.trainer.get("resume") != "auto":
-        return None
-    try:
-        mine = config_hash(cfg)
-    except ValueError:  # the job itself will say what is wrong
-        return None
-    if result.get("config_hash") != mine:
-        raise ValueError(_of_another(folder, "a finished run", result.get("overrides")))
-    check_objective(cfg.objective, cfg.trainer)
-    log.info("not done again: %s has finished with the same configuration (trainer.resume=never does it again)", folder)
-    return result
-
-
-def _of_another(folder: Path, what: str, overrides: Any) -> str:
-    told = " ".join(map(str, overrides)) if isinstance(overrides, list) and overrides else "none"
-    return (
-        f"{folder} holds {what} of another configuration (overrides: {told}): give the same one to go on with it, "
-        f"trainer.resume=never to write over it, or another hydra.run.dir"
-    )
-
-
-def _finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, Any] | None:
-    """The result of an equal job of this sweep; if there is none, the folder is made ready for the one to come.
-
-    What other jobs have done there is set aside, and what this one has left unfinished in another folder is fetched.
-    """
-    try:
-        mine = config_hash(cfg)
-    except ValueError:  # the job itself will say what is wrong
-        mine = None
-    here = read_results(folder).jobs if (folder / "result.json").is_file() else []
-    job = next((job for job in here if mine and job.config_hash == mine and job.status == "finished"), None)
-    job = job or (sweep.finished(mine) if mine else None)
-    if job is not None:
-        check_objective(cfg.objective, cfg.trainer)  # it is no part of the hash: an equal job may have had a right one
-    if job is None or job.folder != folder:
-        for other in here:
-            is_unfinished = other.config_hash not in (mine, None) and Checkpoints(folder / "checkpoint").paths()
-            if other.status == "finished" or is_unfinished:
-                log.info("the result of another job in %s is kept in %s", folder, set_aside(folder, other))
-    if job is None:
-        if mine and not any(other.config_hash == mine for other in here):
-            _fetch_unfinished(mine, folder, sweep)
-        return None
-    log.info("not done again: %s has finished with the same configuration", job.folder)
-    if job.folder != folder:
-        same_as = sweep.name_of(job.folder)
-        with spared("result.json", []):
-            write_json(folder / "result.json", {"status": "skipped", "same_as": same_as, "config_hash": mine})
-    return dict(job.result)
-
-
-def _fetch_unfinished(mine: str, folder: Path, sweep: Sweep) -> None:
-    """Fetch the checkpoint of an equal job that was interrupted in another folder, if nobody works there."""
-    job = sweep.unfinished(mine)
-    lock = sweep.lock(f"job {job.name}") if job else None
-    if job is None or lock is None or not lock.acquire():
-        return
-    try:
-        if read_object(job.folder / "result.json").get("config_hash") == mine:
-            fetch(job, folder)
-            log.info("what was left unfinished in %s goes on in %s", job.folder, folder)
-    finally:
-        lock.release()
-
-
-def objective(result: Mapping[str, Any], wanted: str | Sequence[str]) -> float | tuple[float, ...]:
-    """The number (or numbers) of the result that a sweep optimises.
-
-    >>> objective({"accuracy": 0.9, "sparsity": 0.5}, ["accuracy", "sparsity"])
-    (0.9, 0.5)
-    """
-    if isinstance(wanted, str):
-        return float(result[wanted])
-    return tuple(float(result[name]) for name in wanted)
-
-
-def build(node: Any, **arguments: Any) -> Any:
-    """Hydra's `instantiate`, but what is wrong with the arguments comes out as one sentence in a ValueError."""
-    try:
-        return instantiate(node, _convert_="all", **arguments)
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while isinstance(cause, InstantiationException):
-            cause = cause.__cause__
-        if isinstance(cause, ValueError):
-            raise cause from None
-        # torch says RuntimeError of a value that it cannot take, and Hydra nothing but its own of a name it cannot find
-        told = one_line(str(cause or error).split(", set env var")[0])
-        raise ValueError(f"{node.get('_target_')} cannot be made: {told}") from error
-
-
-def complete(group: str, partial: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Call a partial that `build` returned; an argument of a wrong name or type is a mistake in its group."""
-    try:
-        return partial(*arguments, **named)
-    except TypeError as error:
-        raise ValueError(f"{group} cannot be made: {error}") from error
 
 
 @refusing()
@@ -753,7 +522,7 @@ class _Job:
             build(self.cfg.pruner),
             self.model,
             optimizer=optimizer,
-            example_input=self.latency_example if _is_timed(self.cfg.pruner) else self.example,
+            example_input=self.latency_example if is_timed(self.cfg.pruner) else self.example,
             steps_per_epoch=self.steps_per_epoch,
             epochs=self.trainer.prune_epochs,
         )
@@ -1006,7 +775,7 @@ class _Job:
             if self.sweep is not None:  # which numbers its jobs anew when it is extended
                 log.info("%s holds the checkpoint of another job: this one starts anew", self.output_dir)
                 return
-            raise ValueError(_of_another(self.output_dir, "an unfinished run", notes["overrides"]))
+            raise ValueError(of_another(self.output_dir, "an unfinished run", notes["overrides"]))
         log.info("going on from the checkpoint %s", saved.path)
         self._take_over(saved)
         self.cost, self.costed, self.recorded = tuple(notes["cost"]), notes["costed"], notes["recorded"]
@@ -1130,15 +899,6 @@ class _Follower(_Job):
         pass
 
 
-def how_to_go_on(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> str:
-    """What to do with a run that has ended before its time."""
-    more = "sweep.resume=true" if sweep else f"hydra.run.dir={folder}"
-    less = " and without trainer.resume=never" if cfg.trainer.get("resume") == "never" else ""
-    if not Checkpoints(folder / "checkpoint").paths():
-        return f"the same command with {more} starts anew: there is no checkpoint yet"
-    return f"the same command with {more}{less} goes on from the newest checkpoint"
-
-
 def smaller(model: nn.Module, pruner: Any) -> nn.Module:
     """The network a structured pruner would leave if training ended now, as a copy; any other: the model itself."""
     plan = pruner.next_plan()
@@ -1147,95 +907,6 @@ def smaller(model: nn.Module, pruner: Any) -> nn.Module:
     twin = copy.deepcopy(model)
     apply_plan(twin, plan)
     return twin
-
-
-def check_objective(wanted: str | Sequence[str], trainer: Trainer | DictConfig) -> None:
-    """Refuse a wrong name before the training, not after it; `trainer` is that or its configuration."""
-    for name in objective_names(wanted):
-        if name not in NUMBERS:
-            near = get_close_matches(str(name), NUMBERS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"objective={name} is not in the result: {hint}There are {', '.join(NUMBERS)}")
-        if name.startswith("latency") and not trainer.latency_repeats:
-            raise ValueError(f"objective={name} is not measured with trainer.latency_repeats=0")
-
-
-def objective_names(wanted: str | Sequence[str]) -> list[str]:
-    """
-    >>> objective_names("accuracy"), objective_names(["accuracy", "macs"])
-    (['accuracy'], ['accuracy', 'macs'])
-    """
-    several = isinstance(wanted, Sequence) and not isinstance(wanted, str)
-    return [str(name) for name in wanted] if several else [str(wanted)]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """
-    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
-    True
-    >>> is_out_of_memory(RuntimeError("shapes do not match"))
-    False
-    """
-    said = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
-
-
-def smaller_steps(cfg: DictConfig) -> str:
-    """What to try when a batch does not fit.
-
-    >>> trainer = {"accumulate_steps": 1, "precision": "fp32"}
-    >>> print(smaller_steps(OmegaConf.create({"dataset": {"batch_size": 2}, "trainer": trainer})).strip())
-    with dataset.batch_size=2: try dataset.batch_size=1 trainer.accumulate_steps=2 (as large a step, in smaller \
-parts), trainer.precision=bf16, or a smaller model
-    """
-    size, parts = cfg.dataset.get("batch_size"), cfg.trainer.accumulate_steps
-    tips = []
-    if isinstance(size, int) and size > 1:
-        fewer = f"dataset.batch_size={size // 2} trainer.accumulate_steps={2 * parts}"
-        tips.append(f"{fewer} (as large a step, in smaller parts)")
-    if cfg.trainer.precision == "fp32":
-        tips.append("trainer.precision=bf16")
-    given = f" with dataset.batch_size={size}" if isinstance(size, int) else ""
-    return f"{given}: try {', '.join([*tips, 'or a smaller model'])}" if tips else f"{given}: try a smaller model"
-
-
-def hydra_choices() -> dict[str, Any]:
-    """The job's `overrides` and the option chosen in each group (`choices`); empty outside Hydra."""
-    if not HydraConfig.initialized():
-        return {"overrides": [], "choices": {}}
-    hydra = HydraConfig.get()
-    ours = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
-    return {"overrides": without_sweep_settings(hydra.overrides.task), "choices": ours}
-
-
-def hydra_tags() -> dict[str, str]:
-    """The same as tags of an MLflow run."""
-    chosen = hydra_choices()
-    if not chosen["choices"]:
-        return {}
-    groups = {f"group.{name}": choice for name, choice in chosen["choices"].items()}
-    return {"hydra.overrides": " ".join(chosen["overrides"]), **groups}
-
-
-def run_name(cfg: DictConfig) -> str | None:
-    """What a person calls this job in a list of runs: "weighted 0.5, seed 0, convnet, digits"; None outside Hydra."""
-    if not HydraConfig.initialized():
-        return None
-    chosen = HydraConfig.get().runtime.choices
-    share, budget = cfg.pruner.get("target_sparsity"), budget_of(cfg.pruner)
-    wanted = [f"{kind} {left:g}" for kind, left in budget.items()] or ([f"{share:g}"] if share else [])
-    pruner = " ".join([chosen["pruner"], *wanted])
-    return f"{pruner}, seed {cfg.seed}, {chosen['model']}, {chosen['dataset']}"  # a table cuts the end off
-
-
-def budget_of(pruner: DictConfig) -> dict[str, float]:
-    """What the configuration of a pruner says that may stay: {"macs": 0.5}, or nothing."""
-    return {str(kind): share for kind, share in (pruner.get("target") or {}).items() if share is not None}
-
-
-def _is_timed(pruner: DictConfig) -> bool:
-    """Whether it, or one of several, has a budget of milliseconds: those of `trainer.latency_batch` samples."""
-    return any("latency" in budget_of(part) for part in (pruner, *(pruner.get("pruners") or ())))
 
 
 def _has(found: Any, kinds: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What the processes of `test_distributed.py` do: functions that `gsprune.distributed.launch` calls in each of them.
+"""What the processes of `test_distributed.py` do: functions that `gsprune.launcher.launch` calls in each of them.
 
 They are here because a started process imports the module they are in, and that should not be pytest's.
 """

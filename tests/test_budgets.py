@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jobs import configure
 from torch import Tensor, nn
 
-from gsprune import NoPruning, Pruner, budgets, costs, job, planner
+from gsprune import NoPruning, Pruner, budgets, composed, costs, job, planner
 from gsprune.budgets import Budget, read_target
 from gsprune.criteria import Elementwise, Magnitude, Weighted
 from gsprune.metrics import count_macs, count_parameters
@@ -472,7 +472,7 @@ def test_a_jobs_name_says_the_budget_instead_of_the_sparsity(monkeypatch: pytest
     choices = {"pruner": "weighted", "model": "convnet", "dataset": "digits"}
     hydra = SimpleNamespace(runtime=SimpleNamespace(choices=choices))
     monkeypatch.setattr(job, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
-    named = [job.run_name(configure("pruner=weighted", *more)) for more in ((), ("pruner.target.latency=0.6",))]
+    named = [composed.run_name(configure("pruner=weighted", *more)) for more in ((), ("pruner.target.latency=0.6",))]
     assert named == ["weighted 0.5, seed 0, convnet, digits", "weighted latency 0.6, seed 0, convnet, digits"]
 
 

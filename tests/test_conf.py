@@ -21,8 +21,8 @@ from torch import nn
 
 import gsprune
 from gsprune import schemas
+from gsprune.composed import NUMBERS
 from gsprune.criteria import Abs
-from gsprune.job import NUMBERS
 from gsprune.schedules import OneShot
 from gsprune.trainer import Trainer
 

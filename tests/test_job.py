@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from gsprune import composed, load_pruned
 from gsprune import job as job_module
-from gsprune import load_pruned
 from gsprune.checkpoint import load_masks
+from gsprune.composed import NUMBERS, build, check_objective, hydra_tags, objective, run_name
 from gsprune.console import Bar, Lines, Progress, make_progress, summary_table
 from gsprune.identity import config_hash, plain_config
-from gsprune.job import NUMBERS, build, check_objective, hydra_tags, load_weights, objective, run
+from gsprune.job import load_weights, run
 from gsprune.tracking import Tracker, read_metrics
 from gsprune.trainer import Totals, Trainer
 
@@ -293,7 +294,7 @@ RECORDING = ("tracking=none", f"tracking._target_={__name__}.Recording")
 
 
 def test_tracking_gets_the_resolved_configuration_the_masks_and_the_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(job_module, "instantiate", with_recording(job_module.instantiate))
+    monkeypatch.setattr(composed, "instantiate", with_recording(composed.instantiate))
     result = finished(tmp_path, "pruner=elementwise")
     assert result["mlflow_run_id"] == "run-7"
     (_, config, tags), *middle, end = Recording.calls
@@ -319,7 +320,7 @@ def with_recording(instantiate):
     ("error", "status"), [(RuntimeError("first\nlast line"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
 )
 def test_a_failure_is_recorded_and_goes_on(tmp_path, monkeypatch, error, status):
-    monkeypatch.setattr(job_module, "instantiate", with_recording(job_module.instantiate))
+    monkeypatch.setattr(composed, "instantiate", with_recording(composed.instantiate))
 
     def broken(self, *args, **kwargs):
         raise error
@@ -561,7 +562,7 @@ def test_the_end_names_the_outputs_and_the_one_command(tmp_path, capsys):
 
 
 def test_a_job_outside_hydra_has_no_name_of_its_own():
-    assert job_module.run_name(configure()) is None
+    assert run_name(configure()) is None
 
 
 def test_a_plan_is_printed_and_nothing_is_trained(tmp_path, monkeypatch, capsys):

@@ -18,9 +18,11 @@ from servers import fill, small_disk
 
 from gsprune import job as room
 from gsprune.checkpoint import load_masks, save_masks
+from gsprune.earlier import finished_before
 from gsprune.files import spared, write_json
 from gsprune.identity import config_hash
 from gsprune.job import run
+from gsprune.memory import is_out_of_memory, smaller_steps
 from gsprune.sweep import Sweep, _OpenSweep
 from gsprune.tracking import Tracker, read_metrics
 from gsprune.trainer import Trainer
@@ -172,7 +174,7 @@ def test_a_job_that_need_not_be_done_again_needs_no_room(
     done = {"status": "finished", "accuracy": 0.5, "config_hash": config_hash(cfg)}
     write_json(tmp_path / "0" / "result.json", done)
     refusing(monkeypatch, "result.json")
-    assert room._finished_before(cfg, tmp_path / "1", Sweep(tmp_path)) == done
+    assert finished_before(cfg, tmp_path / "1", Sweep(tmp_path)) == done
     assert caplog.records[-1].getMessage() == f"result.json could not be written, the run goes on without it: {FULL}"
 
 
@@ -280,12 +282,12 @@ def test_too_little_memory_for_a_plan_is_one_sentence_too(tmp_path: Path, monkey
 def test_a_real_allocation_that_is_too_large_is_recognised() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)
-    assert room.is_out_of_memory(error.value)
+    assert is_out_of_memory(error.value)
 
 
 def test_what_to_try_depends_on_what_was_tried() -> None:
     def told(*overrides: str) -> str:
-        return room.smaller_steps(configure(*overrides))
+        return smaller_steps(configure(*overrides))
 
     assert told("dataset.batch_size=1", "trainer.precision=bf16") == " with dataset.batch_size=1: try a smaller model"
     assert told("dataset.batch_size=1") == (

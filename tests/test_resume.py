@@ -23,6 +23,7 @@ from jobs import ROOT, TINY, configure
 from kills import differences
 from safetensors.torch import load_file, save_file
 
+from gsprune import earlier
 from gsprune import job as job_module
 from gsprune.guard import BadNumbers
 from gsprune.identity import config_hash, dense_key
@@ -395,7 +396,7 @@ def test_a_second_run_in_the_directory_of_one_that_goes_on_is_refused_and_change
         said.append(str(caught.value))
         before.append({path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()})
 
-    monkeypatch.setattr(job_module, "LEAVING", 0.1)
+    monkeypatch.setattr(earlier, "LEAVING", 0.1)
     at_step.do(3, second)
     go(tmp_path)
     assert len(said) == 1
@@ -463,12 +464,12 @@ def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
 def test_how_to_go_on_is_said_as_it_is(tmp_path):
     cfg, sweep = configure("trainer.resume=never"), Sweep(tmp_path)
     command = f"the same command with hydra.run.dir={tmp_path}"
-    assert job_module.how_to_go_on(cfg, tmp_path, None) == f"{command} starts anew: there is no checkpoint yet"
+    assert earlier.how_to_go_on(cfg, tmp_path, None) == f"{command} starts anew: there is no checkpoint yet"
     Checkpoints(tmp_path / "checkpoint").write({}, epoch=1, step=0)
     told = "without trainer.resume=never goes on from the newest checkpoint"
-    assert job_module.how_to_go_on(cfg, tmp_path, None) == f"{command} and {told}"
+    assert earlier.how_to_go_on(cfg, tmp_path, None) == f"{command} and {told}"
     again = "the same command with sweep.resume=true goes on from the newest checkpoint"
-    assert job_module.how_to_go_on(configure(), tmp_path, sweep) == again
+    assert earlier.how_to_go_on(configure(), tmp_path, sweep) == again
 
 
 def test_outside_of_training_a_signal_ends_the_run_at_once(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from gsprune.job import NUMBERS
+from gsprune.composed import NUMBERS
 from gsprune.views import BEST, SWEEPS, experiment_tags
 
 

@@ -1,0 +1,126 @@
+"""What earlier runs have left in an output directory, and elsewhere in a sweep: what is not done again, what goes on.
+
+One run at a time works in a directory. May import omegaconf, and of this package what reads results and checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from gsprune.composed import check_objective
+from gsprune.files import read_object, spared, write_json
+from gsprune.identity import config_hash
+from gsprune.locks import Lock
+from gsprune.results import read_results
+from gsprune.run_state import Checkpoints
+from gsprune.sweep import Sweep, fetch, set_aside
+from gsprune.tracking import RECORD
+
+LOCK = "run.lock"  # in the output directory, held by the process that writes there
+LEAVING = 10.0  # seconds that what a killed process has left behind (workers that load data) may still hold it
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep every other run out of the output directory.
+
+    Raises:
+        ValueError: one is going on there, whose files stay as they are.
+    """
+    lock = Lock(folder / LOCK)
+    if not lock.acquire(seconds=LEAVING):
+        raise ValueError(f"{folder} is in use by another run: wait for its end, or give another hydra.run.dir")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def finished_here(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
+    """The result in a folder where this job has finished.
+
+    Raises:
+        ValueError: that of another configuration is there, which must not be lost by mistake.
+    """
+    result = read_object(folder / "result.json")
+    ended = result.get("status") == "finished" and read_object(folder / RECORD).get("status") != "RUNNING"
+    if not ended or cfg.trainer.get("resume") != "auto":
+        return None
+    try:
+        mine = config_hash(cfg)
+    except ValueError:  # the job itself will say what is wrong
+        return None
+    if result.get("config_hash") != mine:
+        raise ValueError(of_another(folder, "a finished run", result.get("overrides")))
+    check_objective(cfg.objective, cfg.trainer)
+    log.info("not done again: %s has finished with the same configuration (trainer.resume=never does it again)", folder)
+    return result
+
+
+def finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, Any] | None:
+    """The result of an equal job of this sweep; if there is none, the folder is made ready for the one to come.
+
+    What other jobs have done there is set aside, and what this one has left unfinished in another folder is fetched.
+    """
+    try:
+        mine = config_hash(cfg)
+    except ValueError:  # the job itself will say what is wrong
+        mine = None
+    here = read_results(folder).jobs if (folder / "result.json").is_file() else []
+    job = next((job for job in here if mine and job.config_hash == mine and job.status == "finished"), None)
+    job = job or (sweep.finished(mine) if mine else None)
+    if job is not None:
+        check_objective(cfg.objective, cfg.trainer)  # it is no part of the hash: an equal job may have had a right one
+    if job is None or job.folder != folder:
+        for other in here:
+            is_unfinished = other.config_hash not in (mine, None) and Checkpoints(folder / "checkpoint").paths()
+            if other.status == "finished" or is_unfinished:
+                log.info("the result of another job in %s is kept in %s", folder, set_aside(folder, other))
+    if job is None:
+        if mine and not any(other.config_hash == mine for other in here):
+            _fetch_unfinished(mine, folder, sweep)
+        return None
+    log.info("not done again: %s has finished with the same configuration", job.folder)
+    if job.folder != folder:
+        same_as = sweep.name_of(job.folder)
+        with spared("result.json", []):
+            write_json(folder / "result.json", {"status": "skipped", "same_as": same_as, "config_hash": mine})
+    return dict(job.result)
+
+
+def _fetch_unfinished(mine: str, folder: Path, sweep: Sweep) -> None:
+    """Fetch the checkpoint of an equal job that was interrupted in another folder, if nobody works there."""
+    job = sweep.unfinished(mine)
+    lock = sweep.lock(f"job {job.name}") if job else None
+    if job is None or lock is None or not lock.acquire():
+        return
+    try:
+        if read_object(job.folder / "result.json").get("config_hash") == mine:
+            fetch(job, folder)
+            log.info("what was left unfinished in %s goes on in %s", job.folder, folder)
+    finally:
+        lock.release()
+
+
+def how_to_go_on(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> str:
+    """What to do with a run that has ended before its time."""
+    more = "sweep.resume=true" if sweep else f"hydra.run.dir={folder}"
+    less = " and without trainer.resume=never" if cfg.trainer.get("resume") == "never" else ""
+    if not Checkpoints(folder / "checkpoint").paths():
+        return f"the same command with {more} starts anew: there is no checkpoint yet"
+    return f"the same command with {more}{less} goes on from the newest checkpoint"
+
+
+def of_another(folder: Path, what: str, overrides: Any) -> str:
+    told = " ".join(map(str, overrides)) if isinstance(overrides, list) and overrides else "none"
+    return (
+        f"{folder} holds {what} of another configuration (overrides: {told}): give the same one to go on with it, "
+        f"trainer.resume=never to write over it, or another hydra.run.dir"
+    )
