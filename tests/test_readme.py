@@ -12,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
+LONG_RUNS = (ROOT / "docs" / "long_runs.md").read_text(encoding="utf8")
 
 
 def blocks(language: str) -> list[str]:
@@ -53,9 +54,10 @@ def test_the_criterion_of_your_own_prunes(tmp_path: Path) -> None:
 
 
 def test_every_command_line_composes(compose_config: object) -> None:
-    """Every `python train.py ...` of the README, without running it."""
-    commands = [c for c in re.findall(r"`python train\.py ([^`]+)`", README) if c != "pruner=movement"]  # not there yet
-    assert len(commands) >= 6
+    """Every `python train.py ...` of the README and of what it says of long runs, without running it."""
+    found = re.findall(r"`python train\.py ([^`]+)`", README + LONG_RUNS)
+    commands = [command for command in found if command != "pruner=movement"]  # not there yet
+    assert len(commands) >= 10
     for command in commands:
         overrides = re.findall(r'"[^"]*"|\S+', command)
         plain = [override.strip('"') for override in overrides if not override.startswith("--")]
