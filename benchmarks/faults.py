@@ -1,12 +1,14 @@
-"""What it takes to lose nothing: runs killed at random moments, and the cost of a checkpoint.
+"""What it takes to lose nothing: runs killed at random moments, the cost of a checkpoint and of a guarded step.
 
     python benchmarks/faults.py kills [--count 100] [--seed 0]
     python benchmarks/faults.py checkpoint [--repeats 5] [--device cpu] [--folder .]
+    python benchmarks/faults.py guard [--repeats 16] [--device cpu]
 
 `kills` kills runs with SIGKILL, also inside the write of a checkpoint, goes on with them and compares what they leave
 with runs left alone (tests/kills.py does the work). `checkpoint` writes and reads the checkpoints of ResNet-50 with a
 pruner of single weights (scores and masks of 25.5 million) and of the digits' convnet, and takes the time of a
-training step of ResNet-50 (batch 8 x 3 x 64 x 64) beside it. It prints a markdown table.
+training step of ResNet-50 (batch 8 x 3 x 64 x 64) beside it. It prints a markdown table. `guard` makes steps of that
+network with and without the guard against bad numbers, in turns on one thread, and prints the median of the ratios.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch.nn import functional as F
 from gsprune import Pruner
 from gsprune.checkpoint import state_tensors
 from gsprune.criteria import Elementwise
+from gsprune.guard import Guard
 from gsprune.models import convnet
 from gsprune.position import Position
 from gsprune.run_state import Checkpoints, read_state
@@ -118,6 +121,41 @@ def _row(training: Training, repeats: int, folder: Path) -> list[str]:
     return [f"{megabytes:.1f}", *times, f"{write / epoch:.2%}", f"{write / 600:.3%}"]
 
 
+def guard(repeats: int, device: torch.device) -> None:
+    torch.set_num_threads(1)
+    model, batch = torchvision.models.resnet50().to(device), torch.randn(8, 3, 64, 64, device=device)
+    labels = torch.zeros(len(batch), dtype=torch.int64, device=device)
+    for kind in ("fused", "foreach"):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, **{kind: True})
+        guarded = Guard(model, optimizer, limit=20)
+
+        def plain_step(optimizer: torch.optim.Optimizer = optimizer) -> None:
+            F.cross_entropy(model(batch), labels).backward()
+            optimizer.step()
+
+        def guarded_step(guarded: Guard = guarded) -> None:
+            guarded.begin()
+            F.cross_entropy(model(batch), labels).backward()
+            guarded.judge()
+            guarded.step()
+            guarded.look()
+
+        ratios = []
+        for turn in range(repeats + 1):
+            plain, other = (_seconds(step, optimizer, device) for step in (plain_step, guarded_step))
+            ratios += [other / plain] if turn else []
+        print(f"{kind} SGD: {statistics.median(ratios):.3f} of a step without the guard ({repeats} pairs)")
+
+
+def _seconds(step: Callable[[], None], optimizer: torch.optim.Optimizer, device: torch.device) -> float:
+    began = time.perf_counter()
+    step()
+    optimizer.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def _median(repeats: int, run: Callable[[], Any]) -> float:
     times = []
     for _ in range(repeats + 1):
@@ -137,9 +175,14 @@ def main() -> None:
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     command.add_argument("--folder", type=Path, default=Path())
+    command = commands.add_parser("guard")
+    command.add_argument("--repeats", type=int, default=16)
+    command.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     wanted = parser.parse_args()
     if wanted.command == "kills":
         kills(wanted.count, wanted.seed)
+    elif wanted.command == "guard":
+        guard(wanted.repeats, wanted.device)
     else:
         checkpoint(wanted.repeats, wanted.device, wanted.folder)
 

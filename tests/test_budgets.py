@@ -471,7 +471,7 @@ def test_a_job_with_a_budget_says_it_and_meets_it(tmp_path: Path) -> None:
 def test_a_jobs_name_says_the_budget_instead_of_the_sparsity(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = {"pruner": "weighted", "model": "convnet", "dataset": "digits"}
     hydra = SimpleNamespace(runtime=SimpleNamespace(choices=choices))
-    monkeypatch.setattr(job, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
+    monkeypatch.setattr(composed, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
     named = [composed.run_name(configure("pruner=weighted", *more)) for more in ((), ("pruner.target.latency=0.6",))]
     assert named == ["weighted 0.5, seed 0, convnet, digits", "weighted latency 0.6, seed 0, convnet, digits"]
 

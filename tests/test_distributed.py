@@ -39,6 +39,7 @@ from gsprune.metrics import count_macs
 from gsprune.pruner import NoPruning
 from gsprune.schedules import Linear
 from gsprune.sharded import _in_order
+from gsprune.signals import Interrupted
 from gsprune.tracking import read_metrics
 from gsprune.trainer import Totals, Trainer
 
@@ -350,7 +351,7 @@ FAULTS = {
     "killed": (ProcessFailed, "^process 1 was ended by SIGKILL$"),
     "mistake": (ValueError, "^this is the user's mistake, in one sentence$"),
     "error": (ProcessFailed, "^process 1 failed: KeyError: 'what went wrong'$"),
-    "stopped": (SystemExit, "^143$"),
+    "stopped": (Interrupted, "^stopped by SIGTERM$"),
 }
 
 
@@ -381,7 +382,7 @@ def met(rendezvous):
     return launch(Processes(1, 2, rendezvous, timeout_minutes=0.05, name="a job"), "cpu", ranks.gone, "", "")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_machines_that_do_not_meet_say_so_in_one_sentence():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

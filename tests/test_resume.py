@@ -407,7 +407,7 @@ def test_a_second_run_in_the_directory_of_one_that_goes_on_is_refused_and_change
 
 
 def test_what_a_killed_process_leaves_behind_for_a_moment_is_waited_for(tmp_path, monkeypatch):
-    left = os.open(tmp_path / job_module.LOCK, os.O_RDWR | os.O_CREAT)
+    left = os.open(tmp_path / earlier.LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(left, fcntl.LOCK_EX)
     timer, acquire = threading.Timer(0.3, os.close, [left]), Lock.acquire
 
