@@ -58,7 +58,7 @@ def finished_here(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     except ValueError:  # the job itself will say what is wrong
         return None
     if result.get("config_hash") != mine:
-        raise ValueError(of_another(folder, "a finished run", result.get("overrides")))
+        raise ValueError(of_another(folder, result.get("overrides"), unfinished=False))
     check_objective(cfg.objective, cfg.trainer)
     log.info("not done again: %s has finished with the same configuration (trainer.resume=never does it again)", folder)
     return result
@@ -118,9 +118,11 @@ def how_to_go_on(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> str:
     return f"the same command with {more}{less} goes on from the newest checkpoint"
 
 
-def of_another(folder: Path, what: str, overrides: Any) -> str:
+def of_another(folder: Path, overrides: Any, *, unfinished: bool) -> str:
+    """Why a run is refused in a directory that holds one of another configuration, with those overrides."""
     told = " ".join(map(str, overrides)) if isinstance(overrides, list) and overrides else "none"
+    what, then = ("an unfinished", "give the same one to go on with it, ") if unfinished else ("a finished", "give ")
     return (
-        f"{folder} holds {what} of another configuration (overrides: {told}): give the same one to go on with it, "
-        f"trainer.resume=never to write over it, or another hydra.run.dir"
+        f"{folder} holds {what} run of another configuration (overrides: {told}): {then}trainer.resume=never to write "
+        f"over it, or another hydra.run.dir"
     )

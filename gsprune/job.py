@@ -58,7 +58,7 @@ from gsprune.position import Position
 from gsprune.pruner import NoPruning
 from gsprune.pruners import Pruners
 from gsprune.run_state import Checkpoints, Saved, read_state
-from gsprune.several import run_in_several, run_under_torchrun
+from gsprune.several import as_torchrun_has_it, run_in_several, run_under_torchrun
 from gsprune.shrink import Plan, apply_plan
 from gsprune.signals import Interrupted, Stop
 from gsprune.sweep import Sweep, current_sweep, last_line
@@ -110,6 +110,7 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
     """
     folder, sweep = Path(output_dir).absolute(), current_sweep()
     folder.mkdir(parents=True, exist_ok=True)
+    cfg = as_torchrun_has_it(cfg, sweep) if launcher.under_torchrun() else cfg
     if sweep is None:
         found = finished_here(cfg, folder)
         return _start(cfg, folder, None) if found is None else found
@@ -137,7 +138,7 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner
 
 def _start(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
     if launcher.under_torchrun():
-        return run_under_torchrun(_run, cfg, folder, sweep)
+        return run_under_torchrun(_run, cfg, folder)
     if cfg.trainer.devices == cfg.trainer.nodes == 1:
         return _run(cfg, folder, sweep)
     return run_in_several(_run, cfg, folder, sweep)
@@ -775,7 +776,7 @@ class _Job:
             if self.sweep is not None:  # which numbers its jobs anew when it is extended
                 log.info("%s holds the checkpoint of another job: this one starts anew", self.output_dir)
                 return
-            raise ValueError(of_another(self.output_dir, "an unfinished run", notes["overrides"]))
+            raise ValueError(of_another(self.output_dir, notes["overrides"], unfinished=True))
         log.info("going on from the checkpoint %s", saved.path)
         self._take_over(saved)
         self.cost, self.costed, self.recorded = tuple(notes["cost"]), notes["costed"], notes["recorded"]

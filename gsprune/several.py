@@ -71,8 +71,12 @@ def _run_as_one_of_several(
     return work(cfg, folder, sweep)
 
 
-def run_under_torchrun(work: Work, cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
-    """This process's part of a job that torchrun has started several processes for."""
+def as_torchrun_has_it(cfg: DictConfig, sweep: Sweep | None) -> DictConfig:
+    """The configuration with the number of processes that torchrun has started, of which the first one speaks.
+
+    Raises:
+        ValueError: they cannot do this job.
+    """
     if sweep is not None:
         raise ValueError("torchrun cannot run a sweep: python train.py --multirun trainer.devices=<number> can")
     if "${now:" in _run_dir():
@@ -80,6 +84,7 @@ def run_under_torchrun(work: Work, cfg: DictConfig, folder: Path, sweep: Sweep |
             "torchrun starts every process at another moment, so they need a directory without the time in its name: "
             "hydra.run.dir=<directory>"
         )
+    _speak_once(quiet=os.environ["RANK"] != "0")
     cfg = copy.deepcopy(cfg)
     here = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else int(os.environ["WORLD_SIZE"])
     there = int(os.environ["WORLD_SIZE"]) // here
@@ -90,9 +95,13 @@ def run_under_torchrun(work: Work, cfg: DictConfig, folder: Path, sweep: Sweep |
         )
     cfg.trainer.devices, cfg.trainer.nodes = here, there
     cfg.trainer.rendezvous = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return cfg
+
+
+def run_under_torchrun(work: Work, cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """This process's part of a job that torchrun has started several processes for."""
     trainer: Trainer = build(cfg.trainer)
     with launcher.taking_part(trainer.torch_device.type, timeout_minutes=trainer.timeout_minutes):
-        _speak_once(quiet=distributed.rank() != 0)
         return work(cfg, folder, None)
 
 

@@ -643,6 +643,9 @@ def test_torchrun_works_in_a_fixed_directory_and_says_that_it_needs_one(tmp_path
     assert done.stdout.count("prune  epoch   3/3") == 1
     assert json.loads((tmp_path / "out" / "result.json").read_text())["status"] == "finished"
     assert "devices: 2" in (tmp_path / "out" / "config.yaml").read_text()
+    again = torchrun(tmp_path, "hydra.run.dir=out")
+    assert (again.returncode, again.stdout.count("epoch")) == (0, 0)
+    assert again.stdout.count("not done again") == 1
     refused = torchrun(tmp_path)
     assert refused.returncode == 1
     assert (

@@ -301,7 +301,11 @@ def test_a_run_that_has_finished_is_kept_and_not_done_again(crashed, at_step, ca
     with caplog.at_level(logging.INFO):
         assert go(crashed, "trainer.progress=bar") == json.loads(json.dumps(done))
     assert f"not done again: {crashed} has finished with the same configuration" in caplog.text
-    with pytest.raises(ValueError, match=f"^{re.escape(str(crashed))} holds a finished run of another configuration "):
+    message = (
+        f"{crashed} holds a finished run of another configuration (overrides: none): give trainer.resume=never to "
+        f"write over it, or another hydra.run.dir"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         go(crashed, "seed=1")
     assert at_step.count == 0
     assert {path: path.read_bytes() for path in crashed.rglob("*") if path.is_file()} == left
