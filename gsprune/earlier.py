@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gsprune.composed import check_objective
-from gsprune.files import read_object, spared, write_json
+from gsprune.files import read_object, remove_leftovers, spared, write_json
 from gsprune.identity import config_hash
 from gsprune.locks import Lock
 from gsprune.results import read_results
@@ -28,19 +28,28 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, *, seconds: float | None = None) -> Iterator[None]:
     """Keep every other run out of the output directory.
+
+    Args:
+        seconds: to wait for another one to leave; `LEAVING` unless told.
 
     Raises:
         ValueError: one is going on there, whose files stay as they are.
     """
     lock = Lock(folder / LOCK)
-    if not lock.acquire(seconds=LEAVING):
+    if not lock.acquire(seconds=LEAVING if seconds is None else seconds):
         raise ValueError(f"{folder} is in use by another run: wait for its end, or give another hydra.run.dir")
     try:
         yield
     finally:
         lock.release()
+
+
+def tidy(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote a run's files have left of them."""
+    for place in (".", "checkpoint", "masks", "figures", "figures/masks"):
+        remove_leftovers(folder / place)
 
 
 def finished_here(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
@@ -61,6 +70,7 @@ def finished_here(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
         raise ValueError(of_another(folder, result.get("overrides"), unfinished=False))
     check_objective(cfg.objective, cfg.trainer)
     log.info("not done again: %s has finished with the same configuration (trainer.resume=never does it again)", folder)
+    _tidy_if_free(folder)
     return result
 
 
@@ -88,11 +98,18 @@ def finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, An
             _fetch_unfinished(mine, folder, sweep)
         return None
     log.info("not done again: %s has finished with the same configuration", job.folder)
+    _tidy_if_free(job.folder)
     if job.folder != folder:
         same_as = sweep.name_of(job.folder)
         with spared("result.json", []):
             write_json(folder / "result.json", {"status": "skipped", "same_as": same_as, "config_hash": mine})
     return dict(job.result)
+
+
+def _tidy_if_free(folder: Path) -> None:
+    """A run may have been killed at its very end, when its result was there; or it is at that end just now."""
+    with contextlib.suppress(ValueError), alone(folder, seconds=0):
+        tidy(folder)
 
 
 def _fetch_unfinished(mine: str, folder: Path, sweep: Sweep) -> None:

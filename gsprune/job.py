@@ -41,12 +41,11 @@ from gsprune.composed import (
 )
 from gsprune.console import Progress, epoch_line, make_progress, print_summary, to_log_file
 from gsprune.dense_cache import DenseCache, DenseRecord
-from gsprune.earlier import alone, finished_before, finished_here, how_to_go_on, of_another
+from gsprune.earlier import alone, finished_before, finished_here, how_to_go_on, of_another, tidy
 from gsprune.files import (
     read_object,
     reason,
     refusing,
-    remove_leftovers,
     sha256,
     spared,
     write_atomic,
@@ -234,8 +233,7 @@ class _Job:
         self._rehearse()
         with self.spared("result.json"):
             write_json(self.output_dir / "result.json", self.result)
-        for folder in (".", "checkpoint", "masks", "figures", "figures/masks"):
-            remove_leftovers(self.output_dir / folder)
+        tidy(self.output_dir)
         self.checkpoints.remove_after(self.saved.path if self.saved else None)
         for old in ("masks", "figures") if self.saved is None else ():  # of another job in the same directory
             shutil.rmtree(self.output_dir / old, ignore_errors=True)
