@@ -342,7 +342,10 @@ class _Job:
                 figures.save_history(folder / "history.png", rows, baseline=self.dense_val)
 
     def finish(self) -> dict[str, Any]:
-        self._write_result("finished")
+        self._count_seconds()
+        with self.watch.part("tracking"):
+            self._log_numbers()
+        self._write_result("finished")  # from here on it is not done again, so all else is on the disk
         with self.watch.part("tracking"):
             self._send_files()
         self._write_result("finished")  # again, with the seconds that tracking took
@@ -526,10 +529,12 @@ class _Job:
             epochs=self.trainer.prune_epochs,
         )
 
-    def _send_files(self) -> None:
+    def _log_numbers(self) -> None:
         known = {**dict.fromkeys(NUMBERS), **self.last}  # a number that the last epoch has logged is not repeated
         final = {name: self.result[name] for name in NUMBERS if self.result[name] != known[name]}
         self.tracker.log_metrics(final, step=self.result["epochs"])
+
+    def _send_files(self) -> None:
         for name in ("result.json", "masks.safetensors", WEIGHTS, "pruning.json"):
             self._log_file(name)
         for path in sorted((self.output_dir / "figures").glob("*.png")):
@@ -839,10 +844,13 @@ class _Job:
         self.saved = None  # its tensors are no longer needed
         return position
 
-    def _write_result(self, status: str) -> None:
-        self.result["status"] = status
+    def _count_seconds(self) -> None:
         self.result["timings"] = self.watch.read()
         self.result["seconds"] = sum(self.result["timings"].values())
+
+    def _write_result(self, status: str) -> None:
+        self.result["status"] = status
+        self._count_seconds()
         lost = [*self.unwritten, *(self.tracker.unwritten if hasattr(self, "tracker") else [])]
         self.result["unwritten"] = list(dict.fromkeys(lost))
         with self.spared("result.json"):

@@ -329,6 +329,16 @@ def test_a_network_that_holds_inf_is_no_checkpoint(tmp_path, whole, at_step, mon
     assert list(differences(whole, tmp_path)) == []
 
 
+def test_a_run_killed_right_after_its_result_lacks_nothing(tmp_path, whole, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(job_module._Job, "_send_files", lambda self: crash())
+        patched.setattr(job_module._Job, "fail", lambda self, error: None)
+        with pytest.raises(Crash):
+            go(tmp_path)
+    go(tmp_path)
+    assert list(differences(whole, tmp_path)) == []
+
+
 def test_seconds_are_those_of_all_tries(crashed):
     spent = Checkpoints(crashed / "checkpoint").newest().state["job"]["seconds"]
     go(crashed)
