@@ -453,6 +453,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length  # it was compact already
         file.seek(8)
         file.write(text.ljust(length))
 

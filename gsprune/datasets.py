@@ -406,10 +406,10 @@ def _folder(path: Path, transform: Callable[[Any], Tensor]) -> Dataset[Any]:
 def _picture(path: str) -> Any:
     """The picture in a file, in colour. Pillow refuses one that would take more than half a gigabyte."""
     from PIL import Image
+    from torchvision.datasets.folder import default_loader
 
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        return default_loader(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a picture that can be read ({one_line(str(error), 200)})") from None
 

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class Guard:
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, limit: int) -> None:
         self.model, self.optimizer, self.limit = model, optimizer, limit
         self._fused = _skips_by_itself(optimizer)
+        self._unbounded = unbounded(model)
         self._kept: dict[tuple[torch.dtype, torch.device], _Kept] = {}
         device = parameters_of(optimizer)[0].device
         self._bad = torch.zeros((), dtype=torch.bool, device=device)
@@ -189,9 +190,8 @@ class Guard:
 
     def _spoiled(self) -> str | None:
         """The model's own first tensor that is not finite: no later step can be good."""
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                return f"and {name!r} itself holds {'nan' if bool(tensor.isnan().any()) else 'inf'}"
+        for name, tensor in not_finite(self.model, but_for=self._unbounded).items():
+            return f"and {name!r} itself holds {'nan' if bool(tensor.isnan().any()) else 'inf'}"
         return None
 
     def _first_bad(self) -> str:
@@ -247,6 +247,24 @@ def _skips_by_itself(optimizer: Optimizer) -> bool:
     """Whether the optimizer's own kernel honours `found_inf`, the way torch's fused forms do."""
     fused = getattr(optimizer, "_step_supports_amp_scaling", False)
     return bool(fused) and "grad_scaler" not in inspect.signature(optimizer.step).parameters
+
+
+def not_finite(model: nn.Module, *, but_for: Collection[str] = ()) -> dict[str, Tensor]:
+    """Parameters and buffers that hold nan or inf, by name. This is a sync point.
+
+    >>> norm = nn.BatchNorm1d(2)
+    >>> _ = norm.running_var.fill_(math.inf)
+    >>> list(not_finite(norm)), list(not_finite(norm, but_for={"running_var"}))
+    (['running_var'], [])
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    floats = {name: tensor for name, tensor in named if tensor.is_floating_point() and name not in but_for}
+    return {name: tensor for name, tensor in floats.items() if not bool(tensor.isfinite().all())}
+
+
+def unbounded(model: nn.Module) -> frozenset[str]:
+    """Buffers of a sound model that hold inf on purpose, as masks of attention do."""
+    return frozenset(dict(model.named_buffers()).keys() & not_finite(model).keys())
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

@@ -51,6 +51,7 @@ from gsprune.files import (
     write_atomic,
     write_json,
 )
+from gsprune.guard import not_finite, unbounded
 from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
 from gsprune.memory import is_out_of_memory, smaller_steps
 from gsprune.position import Position
@@ -203,7 +204,7 @@ class _Job:
     saved: Saved | None = None  # what this job goes on from
     dense_file: str | None = None  # sha256 of DENSE
     dense_val: float | None = None
-    unbounded: set[str]  # tensors that hold inf from the beginning
+    unbounded: frozenset[str]  # buffers that hold inf on purpose
 
     def __init__(self, cfg: DictConfig, output_dir: Path, sweep: Sweep | None) -> None:
         self.cfg, self.output_dir, self.sweep = copy.deepcopy(cfg), output_dir, sweep
@@ -272,7 +273,7 @@ class _Job:
         self._seed(phase=0)  # the model starts the same whatever the data drew
         self.model = self.trainer.place(self._build_model())
         self._check_outputs(labels)
-        self.unbounded = self._not_finite()  # masks of attention may hold -inf
+        self.unbounded = unbounded(self.model)
 
     def dense_phase(self) -> None:
         """Ordinary training, and the dense network's accuracy on the test split; a copy of it is kept to compare.
@@ -737,20 +738,14 @@ class _Job:
             "others": others,  # positions of the processes beside this one
             "job": self._notes(),
         }
-        lost = self._not_finite() - self.unbounded
-        if lost:
-            log.warning("no checkpoint was written, those before it stay: %s holds nan or inf", min(lost))
+        if lost := list(not_finite(self.model, but_for=self.unbounded)):
+            log.warning("no checkpoint was written, those before it stay: %s holds nan or inf", lost[0])
             return
         try:
             with self.spared("checkpoint"):
                 self.checkpoints.write(state, epoch=offset + at.epoch, step=at.step)
         except ValueError as error:
             log.warning("no checkpoint was written, the run goes on: %s", error)
-
-    def _not_finite(self) -> set[str]:
-        """Tensors of the model that hold nan or inf."""
-        found = state_tensors(self.model)[0].items()
-        return {name for name, tensor in found if tensor.is_floating_point() and not bool(tensor.isfinite().all())}
 
     def _notes(self) -> dict[str, Any]:
         return {

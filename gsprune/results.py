@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -234,7 +235,7 @@ def _hydra_overrides(folder: Path) -> list[str]:
     import yaml
 
     path = folder / ".hydra" / "overrides.yaml"
-    try:
+    with suppress(OSError, ValueError, yaml.YAMLError):
         if not path.is_file() or path.stat().st_size > _MAX_BYTES // 100:
             return []
         events = yaml.parse(path.read_bytes(), Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
@@ -243,8 +244,6 @@ def _hydra_overrides(folder: Path) -> list[str]:
             while isinstance(event := next(events), yaml.ScalarEvent):
                 texts.append(event.value)
             return texts if isinstance(event, yaml.SequenceEndEvent) else []
-    except (OSError, ValueError, yaml.YAMLError):
-        pass
     return []
 
 

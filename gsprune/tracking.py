@@ -242,9 +242,11 @@ def _rewind(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
     _write_lines(folder / "metrics.jsonl", lines)
     unsent, events = folder / "unsent.jsonl", dict[str, Event]()
     for place, event in enumerate(_json_lines(unsent)):
+        if event.get("kind") == "finish":
+            continue
         at = event.get("step") if event.get("kind") in ("metrics", "image") else None
         if type(at) is not int:
-            events |= {str(place): event} if event.get("kind") != "finish" else {}
+            events[str(place)] = event
         elif at <= len(rows):
             events.setdefault(f"{event['kind']} {at}", event)  # the numbers at the end have the last epoch's step
     if unsent.exists():

@@ -256,6 +256,13 @@ def test_a_streak_too_long_is_seen_also_when_it_is_over_and_its_own_tensor_is_na
         fit(model, spoiled(batches(5), 4), max_bad_steps=1)
 
 
+def test_a_mask_that_holds_inf_on_purpose_is_not_blamed() -> None:
+    model = net()
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    with pytest.raises(BadNumbers, match=r"^3 steps in a row .* first that of '0.weight' \(nan\), 6 of 6: "):
+        fit(model, spoiled(batches(3), 0, 1, 2), max_bad_steps=0)
+
+
 def test_a_weight_that_is_not_finite_itself_is_named() -> None:
     model = net()
     with torch.no_grad():
