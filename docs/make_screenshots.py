@@ -138,7 +138,7 @@ def newest_sweep(address: str, experiment: str) -> SweepRuns:
     ids = [found.experiment_id]
     for parent in client.search_runs(ids, "tags.`sweep.directory` != ''", order_by=["attributes.start_time DESC"]):
         mine = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
-        jobs = client.search_runs(ids, mine, order_by=["metrics.accuracy DESC"])
+        jobs = client.search_runs(ids, mine, order_by=["metrics.val_accuracy DESC"])
         if jobs:
             keys = [key.removeprefix("mlflow.sharedViewState.") for key in found.tags if "sharedViewState" in key]
             return SweepRuns(parent, list(jobs), client, {key.rpartition("-")[2]: key for key in keys})
@@ -153,7 +153,7 @@ def take_runs(page: Page, sweep: SweepRuns) -> None:
 
 
 def take_compare(page: Page, sweep: SweepRuns) -> None:
-    """All jobs in parallel coordinates: the first chart of the view "Jobs, best accuracy first".
+    """All jobs in parallel coordinates: the first chart of the view "Jobs, best validation accuracy first".
 
     An experiment without that view has its runs compared on the page behind the button "Compare".
     """

@@ -25,6 +25,7 @@ NUMBERS = (
     "accuracy",
     "baseline_accuracy",
     "val_accuracy",
+    "baseline_val_accuracy",
     "loss",
     "baseline_loss",
     "sparsity",
@@ -41,6 +42,7 @@ NUMBERS = (
     "seconds",
     "updates",
     "epochs",
+    "baseline_epochs",
 )
 
 

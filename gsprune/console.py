@@ -37,8 +37,8 @@ class Progress:
     def __init__(self, epochs: int) -> None:
         """A job of that many epochs, over its phases."""
 
-    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0) -> None:
-        """A phase of that many epochs begins, or goes on after so many steps."""
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
+        """A phase of that many epochs begins, or goes on after so many steps; `of` is what its sparsity counts."""
 
     def on_step(self, totals: Totals) -> None:
         """An optimizer step was made. `totals` runs over the epoch; reading it waits for the device."""
@@ -54,13 +54,13 @@ class Lines(Progress):
     """One plain line an epoch, for logs and pipes."""
 
     def __init__(self, epochs: int) -> None:
-        self._name, self._epochs = "", epochs
+        self._name, self._epochs, self._of = "", epochs, None
 
-    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0) -> None:
-        self._name = name
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
+        self._name, self._of = name, of
 
     def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        print(f"{self._name:<5}  {epoch_line(epoch, self._epochs, values)}", flush=True)
+        print(f"{self._name:<5}  {epoch_line(epoch, self._epochs, values, of=self._of)}", flush=True)
 
 
 class Bar(Progress):
@@ -78,7 +78,7 @@ class Bar(Progress):
         self._task: TaskID | None = None
         self._read_at, self._sparsity = 0.0, 0.0
 
-    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0) -> None:
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
         if epochs == 0:
             return
         self._rich.start()
@@ -113,27 +113,27 @@ def make_progress(mode: str, *, epochs: int) -> Progress:
     return displays[mode](epochs)
 
 
-def epoch_line(epoch: int, epochs: int, values: Mapping[str, float]) -> str:
+def epoch_line(epoch: int, epochs: int, values: Mapping[str, float], *, of: str | None = None) -> str:
     """
     >>> epoch_line(3, 14, {"train/loss": 0.25})
     'epoch   3/14  loss 0.2500'
     """
-    return f"epoch {epoch:>3}/{epochs}  {describe(values)}"
+    return f"epoch {epoch:>3}/{epochs}  {describe(values, of=of)}"
 
 
-def describe(values: Mapping[str, float]) -> str:
+def describe(values: Mapping[str, float], *, of: str | None = None) -> str:
     """The metrics of an epoch that fit on a line, in a fixed order.
 
     >>> describe({"train/loss": 0.25, "train/accuracy": 0.9, "val/accuracy": 0.875, "sparsity": 0.5})
     'loss 0.2500  accuracy  90.00 %  val  87.50 %  sparsity 50.0 %'
-    >>> describe({"train/loss": 8.8e33})
-    'loss 8.8e+33'
+    >>> describe({"train/loss": 8.8e33, "sparsity": 0.5}, of="channels")
+    'loss 8.8e+33  sparsity 50.0 % of channels'
     """
     forms = {
         "train/loss": "loss {:.4f}" if values.get("train/loss", 0.0) < 1e6 else "loss {:.4g}",
         "train/accuracy": "accuracy {:7.2%}",
         "val/accuracy": "val {:7.2%}",
-        "sparsity": "sparsity {:5.1%}",
+        "sparsity": "sparsity {:5.1%}" + (f" of {of}" if of else ""),
         "epoch_seconds": "{:.1f} s",
     }
     texts = [form.format(values[name]) for name, form in forms.items() if name in values]
@@ -162,6 +162,8 @@ def print_summary(
 ) -> None:
     """The table dense against pruned, where the outputs are, and how to open the MLflow page on them."""
     Console(file=sys.stdout, highlight=False).print(summary_table(result))
+    if (line := unfair_line(result)) is not None:
+        print(line)
     for name, reason in (result.get("skipped") or {}).items():
         print(f"Left whole: {name} ({reason})")
     if not result["shrunk"] and result["sparsity"] > 0:
@@ -175,20 +177,40 @@ def print_summary(
 
 def summary_table(result: Mapping[str, Any]) -> Table:
     """Rows of (what, dense, pruned, ratio) out of `result.json`; what was not measured is left out."""
-    table = Table("", "dense", "pruned", "dense / pruned")
+    now = "control" if _is_control(result) else "pruned"
+    table = Table("", "dense", now, f"dense / {now}")
     for column in table.columns[1:]:
         column.justify = "right"
-    change = 100 * (result["accuracy"] - result["baseline_accuracy"])
-    table.add_row(
-        "test accuracy",
-        f"{result['baseline_accuracy']:.2%}".replace("%", " %"),
-        f"{result['accuracy']:.2%}".replace("%", " %"),
-        f"{change:+.2f} points",
-    )
-    table.add_row("sparsity", "0.0 %", f"{result['sparsity']:.1%}".replace("%", " %"), "")
+    table.add_row("epochs trained", str(result["baseline_epochs"]), str(result["epochs"]), "")
+    for label, key in (("validation accuracy", "val_accuracy"), ("test accuracy", "accuracy")):
+        dense, pruned = result[f"baseline_{key}"], result[key]
+        table.add_row(label, _percent(dense, 2), _percent(pruned, 2), f"{100 * (pruned - dense):+.2f} points")
+    of = f" of {result['sparsity_of']}" if result["sparsity_of"] else ""
+    table.add_row(f"sparsity{of}", _percent(0, 1), _percent(result["sparsity"], 1), "")
     for row in _cost_rows(result):
         table.add_row(*row)
     return table
+
+
+def unfair_line(result: Mapping[str, Any]) -> str | None:
+    """What the difference to the dense network is not, where that has trained less; None where it is fair.
+
+    >>> unfair_line({"baseline_epochs": 6, "epochs": 14, "choices": {"pruner": "abs"}})
+    'This run has trained the dense network for 6 epochs and the pruned one for 14: the fair control is pruner=none.'
+    """
+    dense, pruned = result["baseline_epochs"], result["epochs"]
+    if _is_control(result) or dense >= pruned:
+        return None
+    told = f"This run has trained the dense network for {dense} epochs and the pruned one for {pruned}"
+    return f"{told}: the fair control is pruner=none."
+
+
+def _is_control(result: Mapping[str, Any]) -> bool:
+    return (result.get("choices") or {}).get("pruner") == "none"
+
+
+def _percent(share: float, digits: int) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def _cost_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

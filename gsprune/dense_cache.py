@@ -28,6 +28,7 @@ from gsprune.sweep import Sweep
 __all__ = ["DenseCache", "DenseRecord"]
 
 log = logging.getLogger(__name__)
+BASELINE = ("accuracy", "loss", "val_accuracy")  # what is measured of a dense network
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class DenseRecord:
     """What is known of a dense network besides its weights.
 
     Attributes:
-        baseline: "accuracy" and "loss" on the test split.
+        baseline: "accuracy" and "loss" on the test split, "val_accuracy" on the validation split.
         epochs: the metrics of each epoch of its training.
         run_id, job, config_hash: the MLflow run, the folder in the sweep (at that time) and the configuration of the
             job that trained it.
@@ -89,7 +90,7 @@ class DenseCache:
 def _record(found: Any, key: str) -> DenseRecord:
     if found["key"] != key:
         raise ValueError("its key is another")
-    numbers = {name: float(found["baseline"][name]) for name in ("accuracy", "loss")}
+    numbers = {name: float(found["baseline"][name]) for name in BASELINE}
     epochs = [{str(name): number(value) for name, value in row.items()} for row in found["epochs"]]
     costs = [row[name] for row in epochs for name in ("params", "macs")]
     if not costs or not all(type(cost) is int and cost >= 0 for cost in costs):

@@ -40,7 +40,7 @@ from gsprune.composed import (
     run_name,
 )
 from gsprune.console import Progress, epoch_line, make_progress, print_summary, to_log_file
-from gsprune.dense_cache import DenseCache, DenseRecord
+from gsprune.dense_cache import BASELINE, DenseCache, DenseRecord
 from gsprune.earlier import alone, finished_before, finished_here, how_to_go_on, of_another, tidy
 from gsprune.files import (
     read_object,
@@ -62,6 +62,7 @@ from gsprune.several import as_torchrun_has_it, run_in_several, run_under_torchr
 from gsprune.shrink import Plan, apply_plan
 from gsprune.signals import Interrupted, Stop
 from gsprune.sweep import Sweep, current_sweep, last_line
+from gsprune.targets import counted
 from gsprune.tracking import RECORD, SilentTracker, Tracker, download_artifact, read_metrics
 from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
 
@@ -214,7 +215,8 @@ class _Job:
         self.rows: list[Mapping[str, float]] = []  # the metrics of each epoch
         self.unwritten: list[str] = []  # files that a fault of the disk has kept from being written
         self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS), "unwritten": []}
-        self.result |= {"mlflow_run_id": None, "config_hash": None, "device": None, "shrunk": False, "dense": None}
+        self.result |= dict.fromkeys(("mlflow_run_id", "config_hash", "device", "sparsity_of", "dense"))
+        self.result["shrunk"] = False
         seed = cfg.get("seed") if type(cfg.get("seed")) is int else None  # what else it may be is refused in a moment
         self.result |= {"name": run_name(cfg), "seed": seed, **hydra_choices()}
 
@@ -276,7 +278,7 @@ class _Job:
         self.unbounded = unbounded(self.model)
 
     def dense_phase(self) -> None:
-        """Ordinary training, and the dense network's accuracy on the test split; a copy of it is kept to compare.
+        """Ordinary training, and the dense network's accuracy on both splits; a copy of it is kept to compare.
 
         Jobs of a sweep that want the same network train it once.
         """
@@ -297,7 +299,7 @@ class _Job:
             source = "cache" if found and not own else "trained"
             self._note_dense(record, key=cache.key, source=source, seconds=time.perf_counter() - began)
         self.result |= {f"baseline_{name}": value for name, value in record.baseline.items()}
-        self.dense, self.dense_val, self.cache = copy.deepcopy(self.model), self.last.get("val/accuracy"), cache
+        self.dense, self.dense_val, self.cache = copy.deepcopy(self.model), record.baseline["val_accuracy"], cache
         with self.watch.part("files"), self.spared(DENSE.as_posix()):
             self._save_dense()
 
@@ -313,7 +315,7 @@ class _Job:
         self._record_masks(self.epochs)
 
     def measure(self) -> None:
-        """Both networks on the test split, and what they cost; latencies are taken in turns."""
+        """Both networks on the validation and the test split, and what they cost; latencies are taken in turns."""
         with self.watch.part("measure"):
             self._measure()
 
@@ -394,16 +396,19 @@ class _Job:
 
     def _measure(self) -> None:
         test = self.trainer.evaluate(self.model, self.data.test)
+        val = self.trainer.evaluate(self.model, self.data.val)  # of the final network: the last epoch's may be older
         budget = getattr(self.pruner, "budget", None)
         self.result |= {
             "accuracy": test["accuracy"],
             "loss": test["loss"],
-            "val_accuracy": self.last.get("val/accuracy"),
+            "val_accuracy": val["accuracy"],
             "sparsity": self.pruner.sparsity,
+            "sparsity_of": self._sparsity_of,
             "target_sparsity": self.pruner.target_sparsity,
             "budget": budget and {budget.kind: budget.share},
             "updates": self.pruner.updates,
             "epochs": self.epochs,
+            "baseline_epochs": self.trainer.dense_epochs,
             "skipped_steps": int(sum(row.get("train/skipped_steps", 0) for row in self.rows)),
             "shrunk": self.pruner.plan is not None,
             "skipped": dict(self.pruner.skipped),
@@ -574,6 +579,7 @@ class _Job:
         self._fit("dense", *self._build_optimizer(trainer.dense_epochs, None), epochs=trainer.dense_epochs)
         with self.watch.part("measure"):
             baseline = trainer.evaluate(self.model, self.data.test)
+            baseline["val_accuracy"] = trainer.evaluate(self.model, self.data.val)["accuracy"]
         job = self.sweep.name_of(self.output_dir) if self.sweep else ""
         mine, seconds = self.result["config_hash"], time.perf_counter() - began
         return DenseRecord(baseline, self.rows, self.tracker.run_id, job, mine, seconds)
@@ -659,7 +665,8 @@ class _Job:
     def _fit(self, name: str, optimizer: Optimizer, lr_schedule: Schedule, *, epochs: int, offset: int = 0) -> None:
         start = self._restore(optimizer, lr_schedule) if self._goes_on(name) else None
         done = start["epoch"] * self.steps_per_epoch + start["step"] if start else 0
-        self.progress.phase(name, epochs=epochs, steps_per_epoch=self.steps_per_epoch, done=done)
+        shown = {"epochs": epochs, "steps_per_epoch": self.steps_per_epoch, "done": done}
+        self.progress.phase(name, **shown, of=self._sparsity_of)
         self.written_at = time.monotonic()
         with self.watch.part("train"), self.stop.deferred():
             self.trainer.fit(
@@ -689,7 +696,11 @@ class _Job:
             self.tracker.log_metrics(self.last, step=trained)
         self._record_masks(trained)
         self.progress.on_epoch(trained, self.last)
-        to_log_file(logging.INFO, epoch_line(trained, self.epochs, self.last))
+        to_log_file(logging.INFO, epoch_line(trained, self.epochs, self.last, of=self._sparsity_of))
+
+    @property
+    def _sparsity_of(self) -> str | None:
+        return counted(getattr(self.pruner, "targets", ()))
 
     def _record_masks(self, trained: int) -> None:
         """The masks, if they changed since the last time."""
@@ -753,7 +764,7 @@ class _Job:
             "cost": self.cost,
             "costed": self.costed,
             "recorded": self.recorded,
-            "baseline": {key: self.result[key] for key in ("baseline_accuracy", "baseline_loss")},
+            "baseline": {f"baseline_{name}": self.result[f"baseline_{name}"] for name in BASELINE},
             "dense_note": self.result["dense"],
             "dense_val": self.dense_val,
             "seconds": self.watch.read(),
@@ -867,7 +878,8 @@ class _Follower(_Job):
         self._rehearse()
 
     def measure(self) -> None:
-        self.trainer.evaluate(self.model, self.data.test)  # its part of the test split; the rest is the first one's
+        for split in (self.data.test, self.data.val):  # its part of them; the rest is the first one's
+            self.trainer.evaluate(self.model, split)
 
     def write_files(self) -> None:
         pass

@@ -395,6 +395,15 @@ class UnitTargets(Targets):
                     state.mul_(row)
 
 
+def counted(targets: Iterable[Target]) -> str | None:
+    """What a sparsity over these is a share of: "weights", or the kinds of units, such as "heads and neurons".
+
+    Of single weights on top of units it is "weights"; None of nothing.
+    """
+    kinds = dict.fromkeys(t.structure.kind if isinstance(t, UnitTarget) else "weights" for t in targets)
+    return "weights" if "weights" in kinds else " and ".join(kinds) or None
+
+
 def weight_targets(
     model: nn.Module, pattern: Pattern, *, include: Sequence[str], exclude: Sequence[str], per_channel: bool
 ) -> WeightTargets:

@@ -310,7 +310,7 @@ def _cache(folder: Path) -> DenseCache:
 
 def _make_dense(folder: Path) -> None:
     rows = [{"val/accuracy": 0.9, "params": 100, "macs": 1000, "sparsity": 0.0} for _ in range(2)]
-    record = DenseRecord({"accuracy": 0.9, "loss": 0.3}, rows, "a" * 32, "0", "b" * 64, 12.5)
+    record = DenseRecord({"accuracy": 0.9, "loss": 0.3, "val_accuracy": 0.9}, rows, "a" * 32, "0", "b" * 64, 12.5)
     _cache(folder).store({"w": torch.ones(2)}, record)
 
 

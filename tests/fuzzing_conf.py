@@ -58,7 +58,7 @@ SIZES = ("null", "true", "0", "-1", "0.5", "1.5", "abc", "''", "[]", "[1, 2]", "
 VALUES: dict[str, tuple[str, ...]] = {
     "seed": ("0", "1", "12345", "-1"),
     "plan": ("true", "false"),
-    "objective": ("accuracy", "[accuracy, sparsity]", "latency_ms", "accuracyy", "[]"),
+    "objective": ("val_accuracy", "[accuracy, sparsity]", "latency_ms", "accuracyy", "[]"),
     "dataset.batch_size": ("8", "32", "1"),
     "dataset.num_classes": ("10", "2", "3"),
     "dataset.image_size": ("8", "12", "16"),

@@ -205,7 +205,7 @@ def test_the_ray_preset_joins_a_cluster(compose_config: Compose, monkeypatch: py
 @pytest.mark.parametrize(
     ("preset", "objective", "directions", "pruners"),
     [
-        ("pareto", "[val_accuracy,sparsity]", ["maximize", "maximize"], "choice(elementwise,abs,weighted)"),
+        ("pareto", "[val_accuracy,params_nonzero]", ["maximize", "minimize"], "choice(elementwise,abs,weighted)"),
         ("pareto_macs", "[val_accuracy,macs]", ["maximize", "minimize"], "choice(abs,weighted)"),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_search_has_one_direction_for_each_number(
 
 def test_the_defaults(compose_config: Compose) -> None:
     config = compose_config()
-    assert (config.seed, config.objective) == (0, "accuracy")
+    assert (config.seed, config.objective) == (0, "val_accuracy")
     assert config.model._target_ == "gsprune.models.convnet"
     assert config.dataset.builder._target_ == "gsprune.datasets.digits"
     assert config.pruner.criterion._target_ == "gsprune.criteria.Weighted"

@@ -20,7 +20,7 @@ from gsprune import composed, load_pruned
 from gsprune import job as job_module
 from gsprune.checkpoint import load_masks
 from gsprune.composed import NUMBERS, build, check_objective, hydra_tags, objective, run_name
-from gsprune.console import Bar, Lines, Progress, make_progress, summary_table
+from gsprune.console import Bar, Lines, Progress, make_progress, summary_table, unfair_line
 from gsprune.identity import config_hash, plain_config
 from gsprune.job import load_weights, run
 from gsprune.tracking import Tracker, read_metrics
@@ -62,7 +62,7 @@ def test_result_json_has_the_promised_keys_and_is_what_run_returns(weighted):
     result, folder = weighted
     assert json.loads((folder / "result.json").read_text()) == result
     extra = {"status", "mlflow_run_id", "config_hash", "device", "shrunk", "skipped", "skipped_steps"}
-    extra |= {"name", "seed", "overrides", "choices", "timings", "dense", "unwritten", "budget"}
+    extra |= {"name", "seed", "overrides", "choices", "timings", "dense", "unwritten", "budget", "sparsity_of"}
     assert set(result) == {*NUMBERS, *extra}
     assert result["status"] == "finished"
     assert result["mlflow_run_id"] is None
@@ -235,13 +235,13 @@ def test_the_baseline_is_measured_between_the_phases_and_the_pruner_sees_only_th
         fit(self, *args, pruner=pruner, epochs=epochs, optimizer=optimizer, **kwargs)
 
     def recorded_evaluate(self, model, loader):
-        events.append("test" if len(loader.dataset) == 360 else "other")
+        events.append({360: "test", 180: "val"}.get(len(loader.dataset)))
         return evaluate(self, model, loader)
 
     monkeypatch.setattr(Trainer, "fit", recorded_fit)
     monkeypatch.setattr(Trainer, "evaluate", recorded_evaluate)
     finished(tmp_path, "pruner=abs", "trainer.prune_lr=0.01", "optimizer.lr=0.2")
-    assert events == [("NoPruning", 1, 0.2), "test", ("Pruner", 2, 0.01), "test"]
+    assert events == [("NoPruning", 1, 0.2), "test", "val", ("Pruner", 2, 0.01), "test", "val"]
 
 
 @pytest.mark.slow
@@ -482,10 +482,13 @@ def test_without_a_terminal_every_epoch_is_one_plain_line(capsys):
     assert type(display) is Lines
     display.phase("dense", epochs=6, steps_per_epoch=3)
     display.on_epoch(1, EPOCH)
-    display.phase("prune", epochs=8, steps_per_epoch=3)
+    display.phase("prune", epochs=8, steps_per_epoch=3, of="channels")
     display.on_epoch(7, EPOCH)
-    text = "loss 0.5000  accuracy  75.00 %  val 100.00 %  sparsity 25.0 %  1.2 s\n"
-    assert capsys.readouterr().out == f"dense  epoch   1/14  {text}prune  epoch   7/14  {text}"
+    text = "loss 0.5000  accuracy  75.00 %  val 100.00 %  sparsity 25.0 %"
+    assert capsys.readouterr().out.splitlines() == [
+        f"dense  epoch   1/14  {text}  1.2 s",
+        f"prune  epoch   7/14  {text} of channels  1.2 s",
+    ]
 
 
 def test_on_a_terminal_there_is_a_bar_that_looks_at_the_loss_rarely(monkeypatch, capsys):
@@ -521,7 +524,13 @@ def test_the_summary_compares_dense_and_pruned():
     result = {
         "accuracy": 0.98,
         "baseline_accuracy": 0.99,
+        "val_accuracy": 0.97,
+        "baseline_val_accuracy": 0.96,
+        "epochs": 14,
+        "baseline_epochs": 6,
+        "choices": {"pruner": "abs"},
         "sparsity": 0.5,
+        "sparsity_of": "heads and neurons",
         "params": 50,
         "params_dense": 1000,
         "params_nonzero": 40,
@@ -535,13 +544,57 @@ def test_the_summary_compares_dense_and_pruned():
     table = summary_table(result)
     rows = list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
     assert rows == [
+        ("epochs trained", "6", "14", ""),
+        ("validation accuracy", "96.00 %", "97.00 %", "+1.00 points"),
         ("test accuracy", "99.00 %", "98.00 %", "-1.00 points"),
-        ("sparsity", "0.0 %", "50.0 %", ""),
+        ("sparsity of heads and neurons", "0.0 %", "50.0 %", ""),
         ("parameters", "1,000", "50", "20.00x"),
         ("  not zero", "1,000", "40", "25.00x"),
         ("MACs", "600", "300", "2.00x"),
         ("file size (bytes)", "8,000", "4,000", "2.00x"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("pruner", "dense", "epochs", "told"),
+    [("abs", 6, 14, "6 epochs and the pruned one for 14"), ("none", 6, 14, None), ("abs", 6, 6, None)],
+)
+def test_the_summary_says_where_the_dense_network_has_trained_less(pruner, dense, epochs, told):
+    line = unfair_line({"baseline_epochs": dense, "epochs": epochs, "choices": {"pruner": pruner}})
+    if told is None:
+        assert line is None
+    else:
+        assert told in line
+        assert "pruner=none" in line
+
+
+def test_a_control_is_called_so_and_its_sparsity_is_of_nothing(tmp_path):
+    result = finished(tmp_path, "pruner=none")
+    assert (result["sparsity"], result["sparsity_of"]) == (0.0, None)
+    table = summary_table({**result, "choices": {"pruner": "none"}})
+    assert [column.header for column in table.columns] == ["", "dense", "control", "dense / control"]
+
+
+@pytest.mark.filterwarnings("ignore:training ended at epoch 0")
+def test_validation_accuracy_is_that_of_the_final_network_and_of_the_dense_one(tmp_path):
+    """The mask of a one-shot pruner comes after the last epoch's validation."""
+    result = finished(tmp_path, "pruner=magnitude", "trainer.prune_epochs=0", "dataset.batch_size=32")
+    data, judge = build(configure().dataset), Trainer(device="cpu")
+    dense, final = fresh_model(), fresh_model()
+    dense.load_state_dict(load_file(tmp_path / "checkpoint" / "dense.safetensors"))
+    final.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert result["val_accuracy"] == judge.evaluate(final, data.val)["accuracy"]
+    assert result["baseline_val_accuracy"] == judge.evaluate(dense, data.val)["accuracy"] != result["val_accuracy"]
+    assert (result["epochs"], result["baseline_epochs"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "of"),
+    [("weighted", "channels"), ("elementwise", "weights"), ("units_and_weights", "weights")],
+)
+def test_a_sparsity_says_what_it_is_of(pruner, of, tmp_path):
+    result = finished(tmp_path, f"pruner={pruner}", "trainer.prune_epochs=1")
+    assert result["sparsity_of"] == of
 
 
 @pytest.mark.slow

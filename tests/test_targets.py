@@ -11,7 +11,17 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from gsprune.criteria import Abs, Criterion, Elementwise, Weighted
 from gsprune.patterns import Tile
 from gsprune.structures import find_structures
-from gsprune.targets import Targets, UnitTarget, UnitTargets, Verdict, WeightTarget, WeightTargets, _cut
+from gsprune.targets import (
+    Target,
+    Targets,
+    UnitTarget,
+    UnitTargets,
+    Verdict,
+    WeightTarget,
+    WeightTargets,
+    _cut,
+    counted,
+)
 
 
 @pytest.mark.parametrize("criterion", [Elementwise(), Abs(), Weighted()], ids=lambda c: type(c).__name__)
@@ -72,3 +82,12 @@ def test_what_lies_on_two_devices_is_refused() -> None:
     weights = [nn.Linear(2, 2).weight, nn.Linear(2, 2, device="meta").weight]
     with pytest.raises(ValueError, match="what is to be pruned lies on cpu and on meta: it has to be on one device"):
         WeightTargets([WeightTarget("w", weight, Tile()) for weight in weights])
+
+
+def test_what_a_sparsity_counts_is_named() -> None:
+    model = nets.ResNet()
+    units: list[Target] = [UnitTarget(s, model) for s in find_structures(model, nets.images(2)).structures]
+    single = WeightTarget("conv1.weight", model.conv1.weight, Tile())
+    assert counted([]) is None
+    assert counted(units) == "channels"
+    assert counted([single]) == counted([*units, single]) == "weights"

@@ -28,5 +28,16 @@ def test_the_columns_are_numbers_of_a_result_and_choices_of_a_job() -> None:
     parallel, scatter, masks = view["compareRunCharts"]
     assert parallel["selectedParams"] == ["pruner", "seed"]
     assert set(parallel["selectedMetrics"]) <= set(NUMBERS)
-    assert (scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("sparsity", "accuracy")
+    assert (scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("params_nonzero", "val_accuracy")
     assert masks["imageKeys"] == ["masks"]
+
+
+def test_what_orders_the_runs_is_validation_and_the_test_split_stands_beside_it() -> None:
+    tags = experiment_tags(time_ms=0)
+    assert tags["mlflow.experiment.primaryMetric.name"] == "val_accuracy"
+    best = json.loads(tags[f"mlflow.sharedViewState.{BEST}"])
+    assert best["orderByKey"] == "metrics.`val_accuracy`"
+    assert best["compareRunCharts"][0]["selectedMetrics"][-1] == "val_accuracy"  # gives a line its colour
+    for name in (BEST, SWEEPS):
+        columns = json.loads(tags[f"mlflow.sharedViewState.{name}"])["selectedColumns"]
+        assert columns.index("metrics.`accuracy`") == columns.index("metrics.`val_accuracy`") + 1
