@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 
@@ -13,6 +14,7 @@ def choose(
     exclude: Sequence[str],
     *,
     skipped: Mapping[str, str] | None = None,
+    by_name: Collection[str] = (),
 ) -> list[str]:
     """The names that a pattern includes and none excludes, in the order given.
 
@@ -21,6 +23,8 @@ def choose(
         include: patterns with `*`, `?` and `[...]`, case matters.
         exclude: patterns that win over `include`.
         skipped: name -> why it is not on offer; told when it is all that an `include` pattern matches.
+        by_name: those of `names` that a pattern includes only if it means them: it has no wildcard, or matches nothing
+            else (and is not "*").
 
     Raises:
         ValueError: a pattern that matches nothing (the nearest name is told), or nothing left to prune.
@@ -36,10 +40,24 @@ def choose(
         for pattern in patterns:
             if not any(_matches(aliases, [pattern]) for aliases in names.values()):
                 _check_skipped(kind, pattern, names, skipped or {})
-    chosen = [n for n, aliases in names.items() if _matches(aliases, include) and not _matches(aliases, exclude)]
+    wide = [aliases for name, aliases in names.items() if name not in by_name]
+    meant = [pattern for pattern in include if _means(pattern, wide)]
+    chosen = [
+        name
+        for name, aliases in names.items()
+        if _matches(aliases, meant if name in by_name else include) and not _matches(aliases, exclude)
+    ]
     if not chosen:
-        raise ValueError(f"nothing is left to prune: include is {list(include)}, exclude is {list(exclude)}")
+        why = next((f" ({name}: {reason})" for name, reason in (skipped or {}).items()), "")
+        raise ValueError(f"nothing is left to prune: include is {list(include)}, exclude is {list(exclude)}{why}")
     return chosen
+
+
+def _means(pattern: str, wide: Sequence[Iterable[str]]) -> bool:
+    """Whether a pattern is about what it matches, and not about everything."""
+    if not re.search(r"[*?\[]", pattern):
+        return True
+    return bool(pattern.strip("*")) and not any(_matches(aliases, [pattern]) for aliases in wide)
 
 
 def _check_skipped(kind: str, pattern: str, names: Mapping[str, Iterable[str]], skipped: Mapping[str, str]) -> None:

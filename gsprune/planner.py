@@ -300,19 +300,10 @@ def _macs_left(dense: Cost, entries: Sequence[Entry]) -> int | None:
 
 def _skipped_weights(pruner: Pruner) -> dict[str, str]:
     """Every matrix or kernel that is no target; biases, norms and other vectors are never pruned."""
-    model, names = pruner.model, {target.name for target in pruner.targets}
-    skipped = {}
-    for name, parameter in model.named_parameters():
-        module = model.get_submodule(_module(name))
-        if parameter.dim() < 2 or name in names:
-            continue
-        is_layer = isinstance(module, LAYERS) and name.endswith("weight")
-        skipped[name] = "include or exclude leaves it out" if is_layer else _kind_of(module)
-    return skipped
-
-
-def _kind_of(module: nn.Module) -> str:
-    return f"it is a parameter of {type(module).__name__}, which is no convolution and no linear layer"
+    names = {target.name for target in pruner.targets}
+    matrices = [name for name, tensor in pruner.model.named_parameters(remove_duplicate=False) if tensor.dim() > 1]
+    named = "include or exclude leaves it out"
+    return {name: pruner.skipped.get(name, named) for name in matrices if name not in names}
 
 
 # ---- counting
@@ -436,7 +427,7 @@ def _notation(pattern: Pattern) -> str:
 def _collapsing(pruner: Pruner, entries: Sequence[Entry]) -> dict[str, str]:
     found = {}
     for target, entry in zip(pruner.targets, entries, strict=True):
-        few = FEW.get(entry.kind) or (len(target.keep) if target.keep.dim() > 1 else 0)  # one weight for each output
+        few = FEW.get(entry.kind) or (target.outputs if isinstance(target, WeightTarget) else 0)  # a weight for each
         if entry.most < entry.total and (entry.most < few or entry.most < entry.total // FEW_SHARE):
             at_most = "" if entry.kept is not None else "at most "
             verb = "is" if entry.most == 1 else "are"

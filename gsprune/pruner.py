@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gsprune.budgets import Budget, read_target
 from gsprune.criteria import Criterion
+from gsprune.matrices import coverage, is_sharded, warn_of_little
 from gsprune.patterns import Pattern, parse_pattern
 from gsprune.schedules import Cubic, Ramp, Schedule
 from gsprune.selection import pruned_count
@@ -31,7 +32,6 @@ from gsprune.targets import (
     UnitTargets,
     Verdict,
     WeightTarget,
-    is_sharded,
     weight_targets,
 )
 
@@ -130,6 +130,10 @@ class Pruner(Attachable):
         abs           s_u = abs(sum of w[:, u] * g[:, u])                 over the columns that read unit u
         weighted      s_u = abs(sum of w[u, :] * g[u, :] + b[u] * g_b[u])  over the rows that compute it, or over the
                       affine pair of a BatchNorm behind them
+
+    A tensor without a gradient in a step (None: a layer that was dropped, an expert that was not asked) has taken no
+    part in it: nothing is added to its score, and that does not decay either, however long this lasts. The first mask
+    waits, for an epoch at most, until everything has had a gradient once.
 
     Scores and masks have the shape of their weight, or (units,). When an update is due, of n groups the
     floor(sparsity * n + 0.5) with the lowest scores go (`gsprune.selection`).
@@ -236,7 +240,7 @@ class Pruner(Attachable):
         self.min_kept, self.steps_per_epoch, self.shrink = min_kept, steps_per_epoch, shrink
         self._example_input, self.copies = example_input, copies
         self._shrinker: Shrinker | None = None  # of units alone
-        self.skipped: Mapping[str, str] = {}  # structures that cannot be pruned -> why
+        self.skipped: Mapping[str, str] = {}  # structures or tensors that are left alone unasked -> why
         self.left_out: tuple[Structure, ...] = ()  # those that could be, but for include, exclude and keep
         counts = {kind: count for kind, count in (keep or {}).items() if count is not None}
         parsed = parse_pattern(pattern)
@@ -245,11 +249,19 @@ class Pruner(Attachable):
         if self.structured:
             self._all: Targets = self._unit_targets(include, exclude, counts, kinds)
         else:
-            self._all = weight_targets(model, parsed, include=include, exclude=exclude, per_channel=per_channel)
+            self._all, self.skipped = weight_targets(
+                model, parsed, include=include, exclude=exclude, per_channel=per_channel
+            )
         self.targets = self._all.targets
+        self._check_trainable()
+        self.coverage = coverage(model, targeted(model, self.targets))
+        if not self.structured:
+            warn_of_little(model, self.skipped, self.coverage, stacklevel=2)
         self.schedules = [_schedule_for(target, schedule, counts) for target in self.targets]
         self._applied = [0.0] * len(self.targets)  # sparsity each target's mask was last made for
         self._scored = torch.zeros((), dtype=torch.int64, device=self._all.score.device)  # batches that counted
+        self._unseen = {target.name for target in self.targets} if criterion.cumulative else set()  # without a gradient
+        self._looked = 0  # steps in which gradients were looked for since the pruner was made
         self._handles: list[RemovableHandle] = []
         self.epoch, self.step, self.updates = 0, 0, 0
         self._ended = False
@@ -289,7 +301,7 @@ class Pruner(Attachable):
         `found_inf` says will be skipped.
 
         Raises:
-            ValueError: a weight to be scored has no gradient.
+            ValueError: in the first step: a weight to be scored was frozen since the pruner was made.
         """
         self._score(found_inf=getattr(self.optimizer, "found_inf", None))
 
@@ -322,7 +334,7 @@ class Pruner(Attachable):
                 f"training after it",
                 stacklevel=3,
             )
-            self._update([schedule.final for schedule in self.schedules])
+            self._update([schedule.final for schedule in self.schedules], last=True)
             if not self.finished:
                 raise ValueError("nothing was pruned: no batch with finite gradients was seen to score it by")
         self._check_reached()
@@ -368,12 +380,15 @@ class Pruner(Attachable):
         return all(now >= s.final for now, s in zip(self._applied, self.schedules, strict=True))
 
     def report(self) -> dict[str, float]:
-        """`sparsity` of all, and `sparsity/<tensor>` of each tensor or `kept/<structure>` units of each structure."""
+        """`sparsity` of all that is targeted, and `coverage`, the share of the model's matrix weights that this is.
+
+        Besides `sparsity/<tensor>` of each tensor, or `kept/<structure>` units of each structure.
+        """
         if self.structured:
             each = {f"kept/{target.name}": float(target.total - target.pruned) for target in self.targets}
         else:
             each = {f"sparsity/{target.name}": target.pruned / target.total for target in self.targets}
-        return {"sparsity": self.sparsity, **each}
+        return {"sparsity": self.sparsity, "coverage": self.coverage, **each}
 
     def masks(self) -> dict[str, Tensor]:
         """bool masks, True = kept: tensor name -> its weight's shape, or structure name -> (units,)."""
@@ -435,6 +450,8 @@ class Pruner(Attachable):
             "masks": self.masks(),
             "applied": list(self._applied),
             "scored": int(self._scored),
+            "unseen": sorted(self._unseen),
+            "looked": self._looked,
             "epoch": self.epoch,
             "step": self.step,
             "updates": self.updates,
@@ -473,6 +490,7 @@ class Pruner(Attachable):
             self.budget.load_state_dict(state["budget"])
         self._applied = list(state["applied"])
         self._scored.fill_(state["scored"])
+        self._unseen, self._looked = set(state.get("unseen", ())), state.get("looked", 0)
         self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
         if state["cut"]:
             self._cut()
@@ -486,9 +504,44 @@ class Pruner(Attachable):
             finite = self._all.probe(self.criterion)
             if found_inf is not None:
                 finite = finite & (found_inf.reshape(()) == 0)
+            self._note_present()
             verdict = Verdict(finite, self.criterion.decay, grad_scale)
             self._all.accumulate_(self.criterion, verdict)
-            self._scored += finite
+            if any(self._all.present):
+                self._scored += finite
+
+    def _note_present(self) -> None:
+        """Which targets have had a gradient by now: the host knows that without waiting.
+
+        Raises:
+            ValueError: in the first step: something was frozen since the pruner was made.
+        """
+        self._looked += 1
+        if self._looked == 1:
+            self._check_trainable()
+        if self._unseen:
+            self._unseen -= {t.name for t, here in zip(self.targets, self._all.present, strict=True) if here}
+
+    def _waits_for_gradients(self, *, last: bool) -> bool:
+        """Whether a due mask has to wait for a first gradient: by scores that are 0 it would prune by index.
+
+        Raises:
+            ValueError: an epoch has passed, or the training, and some target never had one.
+        """
+        if not self._unseen or not self._looked:
+            return False
+        if not last and self.steps_per_epoch is not None and self._looked < self.steps_per_epoch:
+            return True
+        names = [target.name for target in self.targets if target.name in self._unseen]
+        raise ValueError(
+            f"{_first_of(names)} had no gradient in {self._looked} steps, and a mask is due that would prune it by "
+            f"index: exclude what the loss does not use"
+        )
+
+    def _check_trainable(self) -> None:
+        """What can never have a gradient is told now, and not in the first step."""
+        if self.criterion.cumulative:
+            _refuse_frozen(self._all.frozen(self.criterion), self)
 
     def _start_from(self, scores: Scores) -> None:
         name = type(self.criterion).__name__
@@ -508,6 +561,8 @@ class Pruner(Attachable):
                 target.score.copy_(target.here(scores[target.name]))
             self._scored.fill_(int(self._all.any_score()))
             self._all.settle_()
+        if int(self._scored):
+            self._unseen.clear()
 
     def _unit_targets(
         self,
@@ -550,9 +605,9 @@ class Pruner(Attachable):
         structures = [target.structure for target in self.targets if isinstance(target, UnitTarget)]
         return Budget(kind, share, self.model, structures, self._example_input, min_kept=self.min_kept)
 
-    def _update(self, wanted: Sequence[float]) -> None:
+    def _update(self, wanted: Sequence[float], *, last: bool = False) -> None:
         """A mask update: the only place that waits for the device."""
-        if self.criterion.cumulative and not int(self._scored):
+        if self._waits_for_gradients(last=last) or (self.criterion.cumulative and not int(self._scored)):
             return  # nothing was seen yet: the update stays due
         with torch.no_grad():
             if not self.criterion.cumulative:
@@ -640,6 +695,7 @@ class NoPruning:
     target_sparsity = 0.0
     updates = 0
     plan = None
+    coverage = 0.0
     horizon = 0
     criterion_name = "none"
     budget = None
@@ -706,6 +762,30 @@ class NoPruning:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing."""
+
+
+def targeted(model: nn.Module, targets: Sequence[Target]) -> list[Tensor]:
+    """What loses entries: the targets' weights, or what their units are cut out of."""
+    units = [target.structure for target in targets if isinstance(target, UnitTarget)]
+    cut = {member.tensor for structure in units for member in (*structure.producers, *structure.consumers)}
+    weights = [target.weight for target in targets if isinstance(target, WeightTarget)]
+    return [*weights, *(model.get_parameter(name) for name in cut)]
+
+
+def _refuse_frozen(names: Sequence[str], pruner: Pruner) -> None:
+    if names:
+        raise ValueError(
+            f"{_first_of(names)} never gets a gradient (requires_grad is False), and {type(pruner.criterion).__name__} "
+            f"scores by gradients: exclude it, or take a criterion without, such as Magnitude"
+        )
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """
+    >>> _first_of(["a"]), _first_of(["a", "b", "c"])
+    ('a', 'a (and 2 more)')
+    """
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
 def _check_settings(

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gsprune.matrices import coverage
 from gsprune.patterns import Tile
-from gsprune.pruner import Attachable, Pruner, Scores, cut_units
+from gsprune.pruner import Attachable, Pruner, Scores, cut_units, targeted
 from gsprune.schedules import Schedule
 from gsprune.targets import Target, UnitTarget, WeightTarget
 
@@ -91,6 +92,7 @@ class Pruners(Attachable):
         self._check_disjoint()
         self._shrinker = self._one_shrinker(example_input, copies) if self._units else None
         self._sizes = self._dense_sizes()
+        self.coverage = coverage(model, targeted(model, self.targets))
         if scores is not None:
             self.load_scores(scores)
 
@@ -125,7 +127,7 @@ class Pruners(Attachable):
         """After the backward pass, with gradients unscaled and not yet clipped: scores grow by this step's change.
 
         Raises:
-            ValueError: a weight to be scored has no gradient.
+            ValueError: as of `Pruner`.
         """
         self._score()
 
@@ -212,9 +214,9 @@ class Pruners(Attachable):
         return "+".join(part.criterion_name for part in self.parts)
 
     def report(self) -> dict[str, float]:
-        """`sparsity` of all, and the parts' `sparsity/<tensor>` and `kept/<structure>`."""
+        """`sparsity` and `coverage` of all, and the parts' `sparsity/<tensor>` and `kept/<structure>`."""
         each = {key: value for part in self.parts for key, value in part.report().items()}
-        return {**each, "sparsity": self.sparsity}
+        return {**each, "sparsity": self.sparsity, "coverage": self.coverage}
 
     def masks(self) -> dict[str, Tensor]:
         """bool masks, True = kept, as of `Pruner`; of single weights in the shapes that the model has now."""

@@ -7,9 +7,10 @@ schedules or of when a mask is due. Legend: r x n = selection groups as `selecti
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 from gsprune.blocks import BLOCK, Scratch
 from gsprune.criteria import Criterion
+from gsprune.matrices import Matrix, find_matrices, is_sharded
 from gsprune.names import choose
 from gsprune.patterns import Pattern, Tile
 from gsprune.selection import PRUNED, pruned_count, select
@@ -71,6 +73,10 @@ class Target(ABC):
     @abstractmethod
     def parameters(self) -> Sequence[nn.Parameter]:
         """What is scored and masked."""
+
+    @abstractmethod
+    def scored(self, criterion: Criterion) -> Mapping[str, Tensor]:
+        """The tensors whose gradients the criterion reads, by name."""
 
     @abstractmethod
     def groups(self) -> Tensor:
@@ -131,12 +137,18 @@ class Targets(ABC):
         self.targets = targets
         self.score = torch.zeros(total, device=device)
         self.keep = torch.ones(total, dtype=torch.bool, device=device)
+        self.present = [False] * len(targets)  # in the step that was probed last
         self.scratch = Scratch()
 
     @property
     def pruned(self) -> bool:
         """Whether there is anything to mask."""
         return any(target.pruned for target in self.targets)
+
+    def frozen(self, criterion: Criterion) -> list[str]:
+        """The tensors that the criterion reads a gradient of, and that never get one (`requires_grad` is False)."""
+        read = {name: tensor for target in self.targets for name, tensor in target.scored(criterion).items()}
+        return [name for name, tensor in read.items() if not tensor.requires_grad]
 
     def any_score(self) -> bool:
         """Whether any running score is not 0."""
@@ -155,7 +167,11 @@ class Targets(ABC):
 
     @abstractmethod
     def probe(self, criterion: Criterion) -> Tensor:
-        """A 0-dim bool on the device: whether what this step would add is finite."""
+        """A 0-dim bool on the device: whether what this step would add is finite.
+
+        A target without a gradient (None) has taken no part in this step: nothing is added, and its score stays as it
+        is. `present` says which ones have one.
+        """
 
     @abstractmethod
     def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
@@ -181,27 +197,56 @@ class Targets(ABC):
 class WeightTarget(Target):
     """Single weights, tiles or blocks of one weight tensor."""
 
-    def __init__(self, name: str, weight: nn.Parameter, pattern: Pattern, *, per_channel: bool = False) -> None:
-        pattern.check(name, weight.shape)
+    def __init__(
+        self,
+        name: str,
+        weight: nn.Parameter,
+        pattern: Pattern,
+        *,
+        per_channel: bool = False,
+        inputs_first: bool = False,
+        value: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self.name, self.weight, self.pattern, self.per_channel = name, weight, pattern, per_channel
+        self._inputs_first = inputs_first
+        self._turned = inputs_first and (per_channel or pattern != Tile(1, 1))  # single weights have no layout
+        self._value = value
+        pattern.check(name, self._outputs_first(weight).shape)
         here = self.here(weight)
         if here.stride() != torch.empty_like(here).stride():
             raise ValueError(f"{name} shares or skips memory (its strides are {here.stride()}): exclude it")
-        self.name, self.weight, self.pattern, self.per_channel = name, weight, pattern, per_channel
         self.total = weight.numel()
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the matrix, as `y = W x` has it."""
+        return self.weight.shape[1 if self._inputs_first else 0]
 
     def parameters(self) -> Sequence[nn.Parameter]:
         return [self.weight]
 
+    def scored(self, criterion: Criterion) -> Mapping[str, Tensor]:
+        return {self.name: self.weight}
+
+    def value(self) -> Tensor:
+        """What the layer computes with: the weight, or what is computed from it."""
+        return self.weight.detach() if self._value is None else self._value()
+
     def groups(self) -> Tensor:
-        groups = self.pattern.to_groups(self.score)
+        groups = self.pattern.to_groups(self._outputs_first(self.score))
         return groups if self.per_channel else groups.reshape(1, -1)
 
     def protected(self, groups: Tensor) -> Tensor | None:
         return self.pattern.protected(groups)
 
     def set_keep(self, keep_rn: Tensor) -> None:
-        rows = len(self.weight) // self.pattern.rows if isinstance(self.pattern, Tile) else len(self.weight)
-        self._take(self.pattern.to_weights(keep_rn.reshape(rows, -1), self.weight.shape))
+        shape = self._outputs_first(self.weight).shape
+        rows = shape[0] // self.pattern.rows if isinstance(self.pattern, Tile) else shape[0]
+        self._take(self._outputs_first(self.pattern.to_weights(keep_rn.reshape(rows, -1), shape)))
+
+    def _outputs_first(self, tensor: Tensor) -> Tensor:
+        """As patterns see it; its own inverse."""
+        return tensor.transpose(0, 1) if self._turned else tensor
 
     def drop(self, kept: Mapping[int, Tensor]) -> None:
         """Prune every position that is not kept of these dimensions."""
@@ -224,9 +269,11 @@ class WeightTarget(Target):
             )
         return _line(weight)
 
-    def grad_line(self) -> Tensor:
-        """The gradient as one line, in the weight's own memory format."""
-        grad, weight = self.here(_grad(self.name, self.weight)), self.here(self.weight)
+    def grad_line(self) -> Tensor | None:
+        """The gradient as one line, in the weight's own memory format; None if there is none."""
+        if self.weight.grad is None:
+            return None
+        grad, weight = self.here(self.weight.grad), self.here(self.weight)
         return _line(grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad))
 
 
@@ -250,24 +297,31 @@ class WeightTargets(Targets):
 
     def probe(self, criterion: Criterion) -> Tensor:
         # a sum is the cheapest pass that inf and NaN survive; it overflows only where the gradient is useless anyway
-        sums = [target.here(_grad(target.name, target.weight)).sum(dtype=torch.float32) for target in self.targets]
-        return torch.stack(sums).isfinite().all()
+        grads = [(target, target.weight.grad) for target in self.targets]
+        self.present = [grad is not None for _, grad in grads]
+        sums = [target.here(grad).sum(dtype=torch.float32) for target, grad in grads if grad is not None]
+        return torch.stack(sums or [self.score.new_zeros(())]).isfinite().all()
 
     def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
         weights = [target.line() for target in self.targets]
         grads = [target.grad_line() for target in self.targets]
         for start, stop, pieces in reversed(self._blocks):  # what was probed last is still in the cache
             changes = self.scratch.take(stop - start, self.score.device)
+            filled = []
             for i, lo, hi, at in pieces:
+                if (grad := grads[i]) is None:
+                    continue
                 out = changes[at : at + hi - lo]
-                change = criterion.weights(weights[i][lo:hi], grads[i][lo:hi], name=self.targets[i].name, out=out)
+                change = criterion.weights(weights[i][lo:hi], grad[lo:hi], name=self.targets[i].name, out=out)
                 if change is not out:
                     out.copy_(change)
-            verdict.add_(self.score[start:stop], changes)
+                filled.append((at, at + hi - lo))
+            for lo, hi in _runs(filled):
+                verdict.add_(self.score[start + lo : start + hi], changes[lo:hi])
 
     def compute_(self, criterion: Criterion) -> None:
         for target in self.targets:
-            target.score.copy_(criterion.weights(target.weight.detach(), None, name=target.name))
+            target.score.copy_(criterion.weights(target.value(), None, name=target.name))
         self.settle_()
 
     def settle_(self) -> None:
@@ -302,13 +356,27 @@ class UnitTarget(Target):
         self.placed = _moved(structure, _one_device(self.tensors.values()))  # as it lies in the model now
         self._left: Tensor | None = None  # units that the model still has; None: all
         self._rows: dict[Member, Tensor] = {}  # the mask as one row of each consumer
+        self._seen = False  # whether a gradient was read in this step
 
     def parameters(self) -> Sequence[nn.Parameter]:
         return list(self.tensors.values())
 
-    def change(self, criterion: Criterion) -> Tensor:
-        """What the criterion says of this step, (units,); 0 for units that were cut out."""
-        return self._dense(criterion.units(self.placed, self._read))
+    def scored(self, criterion: Criterion) -> Mapping[str, Tensor]:
+        read: dict[str, Tensor] = {}
+
+        def note(name: str) -> tuple[Tensor, Tensor | None]:
+            read[name] = self.tensors[name]
+            return (self.tensors[name].detach(),) * 2
+
+        with torch.no_grad():
+            criterion.units(self.placed, note)
+        return read
+
+    def change(self, criterion: Criterion) -> Tensor | None:
+        """What the criterion says of this step, (units,); 0 for units that were cut out. None if it saw no gradient."""
+        self._seen = False
+        change = self._dense(criterion.units(self.placed, self._read))
+        return change if self._seen else None
 
     def compute(self, criterion: Criterion) -> Tensor:
         """What the criterion says without gradients, (units,)."""
@@ -347,7 +415,11 @@ class UnitTarget(Target):
         return torch.ones_like(self.tensors[member.tensor].detach()[:1]).index_fill_(member.dim, pruned, 0)
 
     def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
-        return self.tensors[name], _grad(name, self.tensors[name])  # not detached: hooks run under no_grad
+        tensor = self.tensors[name]  # not detached: hooks run under no_grad
+        if tensor.grad is None:  # it took no part in this step, so nothing of a unit's change comes from it
+            return tensor, tensor.new_zeros(()).expand(tensor.shape)
+        self._seen = True
+        return tensor, tensor.grad
 
     def _read_weights(self, name: str) -> tuple[Tensor, Tensor | None]:
         """A tensor without its gradient, for criteria that need none."""
@@ -369,11 +441,24 @@ class UnitTargets(Targets):
         self._changes = self.score
 
     def probe(self, criterion: Criterion) -> Tensor:
-        self._changes = torch.cat([target.change(criterion) for target in self.targets]).float()
-        return self._changes.isfinite().all()
+        changes = [target.change(criterion) for target in self.targets]
+        self.present = [change is not None for change in changes]
+        blank = [
+            target.score if change is None else change for target, change in zip(self.targets, changes, strict=True)
+        ]
+        self._changes = torch.cat(blank).float()
+        seen = [change for change in changes if change is not None]
+        return (
+            (self._changes if len(seen) == len(changes) else torch.cat([*seen, self.score.new_zeros(1)]))
+            .isfinite()
+            .all()
+        )
 
     def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
-        verdict.add_(self.score, self._changes)
+        ends = list(itertools.accumulate(target.total for target in self.targets))
+        places = zip(self.targets, ends, self.present, strict=True)
+        for lo, hi in _runs([(end - target.total, end) for target, end, here in places if here]):
+            verdict.add_(self.score[lo:hi], self._changes[lo:hi])
 
     def compute_(self, criterion: Criterion) -> None:
         for target in self.targets:
@@ -406,47 +491,79 @@ def counted(targets: Iterable[Target]) -> str | None:
 
 def weight_targets(
     model: nn.Module, pattern: Pattern, *, include: Sequence[str], exclude: Sequence[str], per_channel: bool
-) -> WeightTargets:
-    """A target for every convolution's and linear layer's weight the name patterns choose.
+) -> tuple[WeightTargets, dict[str, str]]:
+    """A target for every matrix weight that the name patterns choose, and what is left out unasked -> why.
 
     Raises:
         ValueError: a name pattern matches nothing, two chosen names are one tensor, or a tile does not fit.
     """
-    named = {
-        f"{name}.weight" if name else "weight": module._parameters["weight"]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module._parameters.get("weight") is not None
+    is_plain = pattern == Tile(1, 1) and not per_channel
+    found = {matrix.name: matrix if is_plain else _by_layout(matrix) for matrix in find_matrices(model)}
+    offered = {name: matrix for name, matrix in found.items() if matrix.reason is None or matrix.by_name}
+    reasons = {name: matrix.reason for name, matrix in found.items() if matrix.reason is not None}
+    aliases = {name: matrix.aliases for name, matrix in offered.items()}
+    why = {alias: matrix.reason for matrix in found.values() for alias in matrix.aliases if alias and matrix.reason}
+    chosen = [offered[name] for name in choose(aliases, include, exclude, skipped=why, by_name=reasons.keys())]
+    if not is_plain:
+        _refuse_transposed(chosen)
+    _refuse_twice(chosen)
+    pruned = {id(matrix.weight): matrix.name for matrix in chosen}
+    skipped = {
+        name: reason
+        if id(found[name].weight) not in pruned
+        else f"it is one tensor with {pruned[id(found[name].weight)]}"
+        for name, reason in reasons.items()
+        if name not in pruned.values()
     }
-    chosen = choose({name: (name, name.removesuffix(".weight")) for name in named}, include, exclude)
-    if per_channel or pattern != Tile(1, 1):
-        _refuse_transposed(model, chosen)
-    seen: dict[int, str] = {}
-    for name in chosen:
-        first = seen.setdefault(id(named[name]), name)
-        if first != name:
-            raise ValueError(f"{first} and {name} are one tensor and would be pruned twice: exclude one of them")
-    weights = [(name, weight) for name in chosen if (weight := named[name]) is not None]
-    pieces = [name for name, weight in weights if is_sharded(weight)]
+    return _weight_targets(chosen, pattern, per_channel=per_channel), skipped
+
+
+def _weight_targets(chosen: Sequence[Matrix], pattern: Pattern, *, per_channel: bool) -> WeightTargets:
+    pieces = [matrix.name for matrix in chosen if is_sharded(matrix.weight)]
     if not pieces:
-        return WeightTargets([WeightTarget(n, w, pattern, per_channel=per_channel) for n, w in weights])
+        return WeightTargets(
+            [
+                WeightTarget(
+                    m.name,
+                    m.weight,
+                    pattern,
+                    per_channel=per_channel,
+                    inputs_first=m.order == "columns",
+                    value=m.value,
+                )
+                for m in chosen
+            ]
+        )
     from gsprune.sharded import ShardedWeight, ShardedWeights  # slow to import
 
-    for name, weight in weights:
-        if not is_sharded(weight):
-            raise ValueError(f"{pieces[0]} is cut over several processes and {name} is not: exclude one of them")
-    return ShardedWeights([ShardedWeight(n, w, pattern, per_channel=per_channel) for n, w in weights])
+    for matrix in chosen:
+        if not is_sharded(matrix.weight):
+            raise ValueError(f"{pieces[0]} is cut over several processes and {matrix.name} is not: exclude one of them")
+    return ShardedWeights([ShardedWeight(m.name, m.weight, pattern, per_channel=per_channel) for m in chosen])
 
 
-def is_sharded(weight: Tensor) -> bool:
-    """Whether other processes have parts of it (a `DTensor`, as `fully_shard` makes them)."""
-    return hasattr(weight, "placements")
+def _by_layout(matrix: Matrix) -> Matrix:
+    """For patterns and `per_channel`, which have to know the axis of the inputs."""
+    if matrix.order != "unknown" or (matrix.reason is not None and not matrix.by_name):
+        return matrix
+    reason = matrix.reason or "which of its axes are inputs is not known, so that it takes pattern 1x1 only"
+    return replace(matrix, reason=reason, by_name=False)
 
 
-def _refuse_transposed(model: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        module = model.get_submodule(name.rpartition(".")[0])
-        if getattr(module, "transposed", False):
-            raise ValueError(f"{name} has its inputs as rows (a transposed convolution): it takes pattern 1x1 only")
+def _refuse_transposed(matrices: Iterable[Matrix]) -> None:
+    for matrix in matrices:
+        if matrix.order == "transposed":
+            raise ValueError(
+                f"{matrix.name} has its inputs as rows (a transposed convolution): it takes pattern 1x1 only"
+            )
+
+
+def _refuse_twice(matrices: Iterable[Matrix]) -> None:
+    seen: dict[int, str] = {}
+    for matrix in matrices:
+        first = seen.setdefault(id(matrix.weight), matrix.name)
+        if first != matrix.name:
+            raise ValueError(f"{first} and {matrix.name} are one tensor and would be pruned twice: exclude one of them")
 
 
 Piece = tuple[int, int, int, int]  # tensor, its entries from, to, and where they lie in the block
@@ -471,6 +588,22 @@ def _cut(sizes: Sequence[int], block: int) -> list[tuple[int, int, list[Piece]]]
                 blocks.append((start, start + filled, pieces))
                 start, pieces, filled = start + filled, [], 0
     return [*blocks, (start, start + filled, pieces)] if filled else blocks
+
+
+def _runs(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pieces (from, to) in order, those that touch as one.
+
+    Example:
+        >>> _runs([(0, 3), (3, 5), (8, 9)])
+        [(0, 5), (8, 9)]
+    """
+    runs: list[tuple[int, int]] = []
+    for lo, hi in pieces:
+        if runs and runs[-1][1] == lo:
+            runs[-1] = (runs[-1][0], hi)
+        else:
+            runs.append((lo, hi))
+    return runs
 
 
 def _line(tensor: Tensor) -> Tensor:
@@ -498,12 +631,6 @@ def _one_device(tensors: Iterable[Tensor]) -> torch.device:
     if others:
         raise ValueError(f"what is to be pruned lies on {first} and on {others[0]}: it has to be on one device")
     return first
-
-
-def _grad(name: str, parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        raise ValueError(f"{name} has no gradient: it is frozen or not used by the loss; exclude it from pruning")
-    return parameter.grad
 
 
 def _state(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -864,14 +865,162 @@ def test_refused(make: Callable[[], object], sentence: str) -> None:
     assert str(error.value) == sentence
 
 
-def test_a_frozen_weight_is_refused_when_it_is_scored() -> None:
+# ---- gradients that are missing
+
+
+FROZEN = (
+    "{} never gets a gradient (requires_grad is False), and {} scores by gradients: exclude it, or take a criterion "
+    "without, such as Magnitude"
+)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "frozen", "name"),
+    [
+        (Elementwise(), ["0.weight"], "0.weight"),
+        (Elementwise(), ["0.weight", "2.weight"], "0.weight (and 1 more)"),
+        (Abs(), ["2.weight"], "2.weight"),
+        (Weighted(), ["0.bias"], "0.bias"),
+    ],
+    ids=["one", "two", "what Abs reads", "what Weighted reads"],
+)
+def test_what_is_frozen_is_refused_when_the_pruner_is_made_or_in_the_first_step(
+    criterion: Criterion, frozen: list[str], name: str
+) -> None:
+    model, sentence = mlp(), FROZEN.format(name, type(criterion).__name__)
+    early = build(criterion, model=model, example_input=INPUT)
+    for tensor in frozen:
+        model.get_parameter(tensor).requires_grad_(False)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        build(criterion, model=model, example_input=INPUT)
+    model(INPUT + torch.ones(2, 6)).mul(torch.ones(2, 3, requires_grad=True)).sum().backward()
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        early.on_before_optimizer_step()
+
+
+@pytest.mark.parametrize(("criterion", "frozen"), [(Abs(), "0.weight"), (Weighted(), "2.weight"), (Magnitude(), "*")])
+def test_what_no_gradient_is_read_of_may_be_frozen(criterion: Criterion, frozen: str) -> None:
     model = mlp()
-    model[0].weight.requires_grad_(False)
-    pruner = build(model=model)
-    F.cross_entropy(model(batches(1)[0][0]), batches(1)[0][1]).backward()
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole sentence is compared
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not fnmatchcase(name, frozen))
+    pruner = build(criterion, model=model, structured=True, example_input=INPUT, schedule=OneShot(), steps_per_epoch=1)
+    if criterion.cumulative:
+        model(torch.ones(2, 6)).sum().backward()
         pruner.on_before_optimizer_step()
-    assert str(error.value) == "0.weight has no gradient: it is frozen or not used by the loss; exclude it from pruning"
+    pruner.on_step_begin(0)
+    assert pruner.sparsity == 0.5
+
+
+def test_a_layer_may_be_frozen_after_its_first_gradient() -> None:
+    model = mlp()
+    pruner = build(Elementwise(decay=0.5), model=model)
+    fill_gradients(model)
+    pruner.on_before_optimizer_step()
+    before = scores(pruner)
+    model[0].weight.requires_grad_(False).grad = None
+    pruner.on_before_optimizer_step()
+    assert torch.equal(scores(pruner)["0.weight"], before["0.weight"])
+    assert torch.allclose(scores(pruner)["2.weight"], 1.5 * before["2.weight"])
+
+
+class Tasks(nn.Module):
+    """A trunk and two heads, of which a batch uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, task: str = "a") -> Tensor:
+        hidden = self.trunk(x).relu()
+        return torch.cat([self.a(hidden), self.b(hidden)], 1) if task == "both" else getattr(self, task)(hidden)
+
+
+@pytest.mark.parametrize("criterion", [Elementwise(decay=0.5), Abs(decay=0.5), Weighted(decay=0.5)])
+def test_a_missing_gradient_adds_nothing_and_lets_nothing_decay(criterion: Criterion) -> None:
+    """Units of the trunk are read by both heads: what one of them does not say, the other does."""
+    model = Tasks()
+    pruner = build(criterion, model=model, example_input=(INPUT, "both"))
+    x, wanted = torch.randn(4, 6), {}
+    for task in "aba":
+        model.zero_grad()
+        model(x, task).square().sum().backward()
+        changes = {}
+        for name, target in zip(pruner.masks(), pruner.targets, strict=True):
+            tensors = target.scored(criterion)
+            if isinstance(criterion, Elementwise):
+                change = None if tensors[name].grad is None else (tensors[name] * tensors[name].grad).abs()
+            elif isinstance(criterion, Abs):
+                read = [t for t in tensors.values() if t.grad is not None]
+                change = sum((t * t.grad).sum(0) for t in read).abs()
+            else:
+                change = sum((t * t.grad).reshape(8, -1).sum(1) for t in tensors.values()).abs()
+            if change is not None:
+                changes[name] = 0.5 * wanted.get(name, 0.0) + change.detach()
+        wanted |= changes
+        pruner.on_before_optimizer_step()
+    assert {*wanted} == {*scores(pruner)}
+    for name, score in scores(pruner).items():
+        assert torch.allclose(score, wanted[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("block", [1, 5, 64])
+def test_missing_gradients_in_blocks_of_any_size(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gsprune.targets.BLOCK", block)
+    model = Tasks()
+    pruner = build(Elementwise(decay=0.5), model=model)
+    fill_gradients(model)
+    pruner.on_before_optimizer_step()
+    before = scores(pruner)
+    model.a.weight.grad = None
+    pruner.on_before_optimizer_step()
+    for name, score in scores(pruner).items():
+        assert torch.allclose(score, before[name] * (1.0 if name == "a.weight" else 1.5)), name
+
+
+def test_a_step_without_any_gradient_is_no_batch() -> None:
+    model = Tasks()
+    pruner = build(model=model, include=["b"], schedule=OneShot(), steps_per_epoch=4)
+    model(torch.ones(1, 6), "a").sum().backward()
+    pruner.on_before_optimizer_step()
+    pruner.on_step_begin(1)
+    assert (pruner.sparsity, pruner.updates) == (0.0, 0)
+    model(torch.ones(1, 6), "b").sum().backward()
+    pruner.on_before_optimizer_step()
+    pruner.on_step_begin(2)
+    assert (pruner.sparsity, pruner.updates) == (0.5, 1)
+
+
+def test_a_mask_waits_for_the_first_gradient_of_everything_for_an_epoch() -> None:
+    """Also over a restart; then it is an error that names what the loss does not use."""
+    model = Tasks()
+    pruner = build(model=model, schedule=OneShot(), steps_per_epoch=3)
+    for step in range(2):
+        pruner.on_step_begin(step)
+        model(torch.ones(1, 6), "a").sum().backward()
+        pruner.on_before_optimizer_step()
+        assert pruner.updates == 0
+    again = build(model=model, schedule=OneShot(), steps_per_epoch=3)
+    again.load_state_dict(pruner.state_dict())
+    for waiting in (pruner, again):
+        waiting.on_step_begin(2)
+        assert waiting.updates == 0
+        waiting.on_before_optimizer_step()
+        waiting.on_epoch_end()
+        with pytest.raises(ValueError, match=r"^b\.weight had no gradient in 3 steps, and a mask is due"):
+            waiting.on_step_begin(0)
+
+
+def test_what_never_had_a_gradient_is_named_at_the_end_of_a_short_training() -> None:
+    model = Tasks()
+    pruner = build(model=model, steps_per_epoch=100)
+    model(torch.ones(1, 6), "a").sum().backward()
+    pruner.on_before_optimizer_step()
+    with (
+        pytest.warns(UserWarning, match="training ended at epoch 0"),
+        pytest.raises(ValueError, match=r"^b\.weight had no gradient in 1 steps"),
+    ):
+        pruner.on_train_end()
 
 
 def test_a_score_that_overflowed_is_refused_by_name() -> None:

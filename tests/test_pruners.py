@@ -184,11 +184,16 @@ def test_the_sparsity_of_units_and_other_weights_is_that_of_all_their_tensors() 
     model, pruner = run(nets.ResNet, partial(CHANNELS, include=["conv1"]), partial(WEIGHTS, include=["head"]))
     # conv1: 3 of 6 rows gone; conv2 reads them: 3 of 6 columns; the head has 32 weights
     gone = 3 * 8 * 9 + 8 * 3 * 9 + pruned_count(0.9, 32)
-    assert pruner.sparsity == pytest.approx(gone / (6 * 8 * 9 + 8 * 6 * 9 + 32))
+    targeted = 6 * 8 * 9 + 8 * 6 * 9 + 32
+    assert pruner.sparsity == pytest.approx(gone / targeted)
+    assert pruner.coverage == pytest.approx(
+        targeted / sum(p.numel() for p in nets.ResNet().parameters() if p.dim() > 1)
+    )
     pruner.on_train_end()
     assert model.head.weight.shape == (4, 8)
     assert pruner.report() == {
         "sparsity": pytest.approx(pruner.sparsity),
+        "coverage": pruner.coverage,
         "kept/conv1": 3.0,
         "sparsity/head.weight": pytest.approx(29 / 32),
     }

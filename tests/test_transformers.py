@@ -216,13 +216,10 @@ def test_tied_embeddings_and_frozen_layers() -> None:
     for parameter in (model := build("bert")[0]).bert.encoder.layer[0].parameters():
         parameter.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    pruner = Pruner(model, Abs(), target_sparsity=0.5, example_input=x, steps_per_epoch=1, epochs=1)
-    logits(model, x).sum().backward()
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    message = r"^bert\.encoder\.layer\.0\..* has no gradient: it is frozen or not used by the loss; exclude it from"
+    message = r"^bert\.encoder\.layer\.0\.attention\.output\.dense\.weight \(and 1 more\) never gets a gradient"
     with pytest.raises(ValueError, match=message):
-        pruner.on_before_optimizer_step()
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        Pruner(model, Abs(), target_sparsity=0.5, example_input=x, steps_per_epoch=1, epochs=1)
+    logits(model, x).sum().backward()
     rest = Pruner(model, Abs(), target_sparsity=0.5, example_input=x, exclude=["*.layer.0.*"], optimizer=optimizer)
     rest.on_before_optimizer_step()
 
