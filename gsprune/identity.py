@@ -51,6 +51,7 @@ NOT_DENSE = (
 )
 # What has no part in scoring the dense network: when and how many to prune.
 NOT_SCORES = ("target_sparsity", "target", "schedule", "scope", "min_kept", "scores", "shrink")
+CONTROL = "gsprune.NoPruning"  # which nothing of its settings changes
 FILES = ("model.weights", "pruner.scores")
 SCORES = "checkpoint/scores.safetensors"  # in the output directory of a job: what its pruner began with
 
@@ -62,6 +63,8 @@ def config_hash(cfg: DictConfig) -> str:
     Two jobs with the same hash give the same result on the same kind of machine.
     """
     config = plain_config(cfg)
+    if (config.get("pruner") or {}).get("_target_") == CONTROL:
+        config["pruner"] = {"_target_": CONTROL}  # a sweep of sparsities trains one control a seed
     return _sha256([_without(_with_contents(config), NOT_HASHED), _code(config)])
 
 

@@ -26,7 +26,24 @@ from gsprune.files import write_atomic
 from gsprune.results import RESULT, JobResult, Results, natural, read_results
 from gsprune.sweep_figures import STYLES, Line, Mark, Panel, draw_heatmap, draw_panels
 from gsprune.tracking import without_passwords
-from gsprune.variants import Point, Stat, dense_levels, once_each, pareto_front, points, stat, swept, variants
+from gsprune.variants import (
+    TEST,
+    VALIDATION,
+    Point,
+    Stat,
+    chosen_by,
+    control_levels,
+    dense_levels,
+    equal_merged,
+    is_control,
+    once_each,
+    pareto_front,
+    points,
+    stat,
+    swept,
+    unpruned,
+    variants,
+)
 
 __all__ = ["Report", "build_report", "main"]
 
@@ -39,8 +56,7 @@ PARTS = {
     "tracking": "tracking",
 }
 UNFINISHED = ("running", "interrupted")
-SMALLER = "best that shrinks the network"
-_MAX_BEST = 8  # wanted sparsities with a line at the top of the page
+_MAX_BEST = 8  # rows of each table at the top of the page
 _MAX_GROUPS = 12  # wanted sparsities with a heading of their own in the table; more go by tens
 _MAX_RUNS, _MAX_LAYERS, _MAX_HEATMAPS = 20, 60, 4
 _MAX_MASK_BYTES = 200_000_000  # at 1 bit a weight; eight times as much in memory
@@ -57,6 +73,7 @@ class Report:
     results: Results
     usable: int  # finished jobs with an accuracy, each configuration once
     left_out: Mapping[str, str]  # folder -> why
+    notes: Sequence[str] = ()  # what keeps its numbers from being compared as they stand
     paths: list[Path] = field(default_factory=list)
 
 
@@ -67,7 +84,7 @@ def build_report(directory: str | Path) -> Report:
         ValueError: the directory does not exist, or holds no job whose result can be read.
     """
     sweep = _Sweep.read(Path(directory))
-    report = Report(sweep.directory, sweep.results, len(sweep.usable), sweep.left_out)
+    report = Report(sweep.directory, sweep.results, len(sweep.usable), sweep.left_out, sweep.notes())
     picture = draw_panels(sweep.panels())
     contents = (sweep.page(picture).encode("utf-8", "replace"), sweep.table().encode("utf-8", "replace"), picture)
     for name, content in zip(FILES, contents, strict=True):
@@ -90,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for path in report.paths:
         say(f"Wrote {path}")
+    for note in report.notes:
+        say(f"Note: {note}")
     for index, (folder, reason) in enumerate(report.left_out.items()):
         if index == _MAX_PRINTED:
             say(f"Skipped {len(report.left_out) - index} more, see the page")
@@ -133,7 +152,7 @@ class _Sweep:
         jobs, equal = once_each(results.jobs)
         axes = swept(jobs)
         names = variants(jobs, axes)
-        found = points([job for job in jobs if _usable(job)], names)
+        found = equal_merged(points([job for job in jobs if _usable(job)], names))
         left_out = {**results.skipped, **equal}
         left_out = {name: left_out[name] for name in sorted(left_out, key=natural)}
         sweep = cls(directory, results, _read_record(directory), jobs, left_out, axes, names, found)
@@ -145,18 +164,77 @@ class _Sweep:
         return [job for job in self.jobs if _usable(job)]
 
     def panels(self) -> list[Panel]:
-        dense = {f"{d.label}: {100 * d.accuracy:.2f} %": 100 * d.accuracy for d in dense_levels(self.usable, self.axes)}
-        styles = _styles(self.points, self.fronts["sparsity"])
+        """One for each measure by which some network is smaller; the first in any case."""
+        dense, control = (
+            {
+                f"{level.label}: {100 * level.accuracy:.2f} %": 100 * level.accuracy
+                for level in find(self.usable, self.axes)
+            }
+            for find in (dense_levels, control_levels)
+        )
+        styles = _styles(self.points, self.fronts["parameters"])
+        up = "validation accuracy (%)" if self.by == VALIDATION else "test accuracy (%)"
         panels: list[Panel] = []
         for name, (title, across) in TITLES.items():
             lines = _lines(self.points, MEASURES[name], self.fronts[name], styles)
-            if lines or not panels:
-                panels.append(Panel(title, across, lines, dense, empty=self._empty))
+            if not panels or any(mark.x < 99.95 for line in lines for mark in line.marks):
+                panels.append(Panel(title, across, lines, dense, self._empty, up, control))
         return panels
 
     @property
+    def by(self) -> str:
+        """The number that choices are made by."""
+        return chosen_by(self.usable)
+
+    @property
     def _empty(self) -> str:
-        return "no finished job says its sparsity" if self.points else "no job has finished yet"
+        return "no finished job says how many parameters are left" if self.points else "no pruned network yet"
+
+    # --- what has to be said beside the numbers ---
+
+    def notes(self) -> list[str]:
+        found = [self._choice_note(), self._control_note()]
+        return [_clean(note, 1000) for note in found if note]
+
+    def _choice_note(self) -> str:
+        without = [job for job in self.usable if job.number(VALIDATION) is None]
+        if not without:
+            return ""
+        some = f"{len(without)} of {len(self.usable)} finished jobs (such as {without[0].name})"
+        return (
+            f"choices are made on test accuracy here, so that of the chosen is too good: {some} have no {VALIDATION} "
+            f"in their {RESULT}"
+        )
+
+    def _control_note(self) -> str:
+        """What differences are to, where that is no fair control of each."""
+        compared = [point for point in self.points if point.delta is not None]
+        if any(is_control(job) for job in self.usable):
+            lone = len(self.points) - len(compared)
+            told = f"{lone} of {len(self.points)} rows have no control (pruner=none) of the same seed and settings"
+            return f"{told}: they show no difference" if lone else ""
+        if not compared or not self._trained_less:
+            return ""
+        pruners = list(dict.fromkeys(point.pruner for point in self.points if point.pruner != "all jobs"))
+        override = f"pruner={','.join([*self.axes.get('pruner', pruners), 'none'])}"
+        return (
+            f"the dense network {self._epochs_told}, so differences to it are not what pruning costs: "
+            f"{override} adds the control that has trained as long"
+        )
+
+    @property
+    def _trained_less(self) -> bool:
+        """Also where a job does not tell."""
+        pairs = [(job.number("baseline_epochs"), job.number("epochs")) for job in self.usable]
+        return any(dense is None or whole is None or dense < whole for dense, whole in pairs)
+
+    @property
+    def _epochs_told(self) -> str:
+        pairs = {(job.number("baseline_epochs"), job.number("epochs")) for job in self.usable}
+        if any(None in pair for pair in pairs):
+            return "may have trained less"
+        ((dense, whole), *more) = pairs
+        return "has trained less" if more else f"has trained less ({dense:g} epochs) than the pruned one ({whole:g})"
 
     # --- summary.csv ---
 
@@ -193,9 +271,12 @@ class _Sweep:
             best=self._best(),
             picture=_data_uri(picture),
             panels=[panel.title for panel in self.panels()],
-            mixed=len({point.shrunk for point in self.points}) == 2,
+            notes=self.notes(),
+            by_test=self.by == TEST,
+            fair=any(is_control(job) for job in self.usable),
+            whole=self._whole(),
             groups=_groups(self.points, self.fronts),
-            single=any(point.accuracy.count == 1 for point in self.points),
+            few=any(point.accuracy.count < 3 for point in self.points),
             failed=[_row(job, _error(job)) for job in self.jobs if _error(job) is not None],
             unfinished=[_row(job, "") for job in self.jobs if job.status in UNFINISHED],
             left_out=[(_clean(name, 200), _clean(reason, 400)) for name, reason in self.left_out.items()],
@@ -235,17 +316,36 @@ class _Sweep:
             (len(self.left_out), "left out, with reasons", "skipped"),
         ]
 
-    def _best(self) -> list[dict[str, str]]:
-        """At each wanted sparsity, if these are few: the most accurate variant, and the best that shrinks the model."""
-        rows: list[dict[str, str]] = []
-        targets = list(dict.fromkeys(point.target for point in self.points))
-        for target in targets if len(targets) <= _MAX_BEST else []:
-            here = [point for point in self.points if point.target == target]
-            smaller = next((point for point in here if point.shrunk), here[0])
-            for point, note in [(here[0], ""), (smaller, SMALLER)][: 1 if smaller is here[0] else 2]:
-                label = "" if note else _target_text(target)
-                rows.append({"target": label, "note": note, **_point_row(point, self.fronts)})
-        return rows
+    def _best(self) -> list[dict[str, Any]]:
+        """The front of each measure, from what leaves most to what leaves least: which one to take at which size."""
+        tables = []
+        for name, what in BEST.items():
+            measure = MEASURES[name]
+            front = [
+                (left, p) for p in self.points if _key(p) in self.fronts[name] and (left := measure(p)) is not None
+            ]
+            front.sort(key=lambda pair: -pair[0])
+            if not front or front[-1][0] >= 99.95:
+                continue
+            shown = [front[i] for i in _spread_out(len(front), _MAX_BEST)]
+            rows = [{"most": percent(left / 100), **_point_row(point, self.fronts)} for left, point in shown]
+            tables.append({"what": what, "rows": rows, "more": len(front) - len(shown)})
+        return tables
+
+    def _whole(self) -> list[dict[str, str]]:
+        """Rows of the networks that are not pruned: the dense ones, and the controls."""
+        rows = []
+        for title, jobs, prefix in (
+            ("dense network", self.usable, "baseline_"),
+            ("control, pruner=none", [job for job in self.usable if is_control(job)], ""),
+        ):
+            for name, group in unpruned(jobs, self.axes).items():
+                test, choice = (stat(job.number(prefix + key) for job in group) for key in (TEST, VALIDATION))
+                if test is not None:
+                    rows.append(
+                        _whole_row(", ".join(part for part in (title, name) if part), group, prefix, test, choice)
+                    )
+        return rows[:_MAX_RUNS]
 
 
 def _usable(job: JobResult) -> bool:
@@ -273,29 +373,42 @@ def _read_record(directory: Path) -> Mapping[str, Any]:
 
 # --- accuracy against ... ----------------------------------------------------------------------------------
 
-# Name -> what a point has saved, in per cent; None keeps it out of the picture.
+# Name -> what is left of the dense network's, in per cent; None keeps it out of the picture. Each means the same for
+# single weights and for units, which a sparsity does not.
 MEASURES: Mapping[str, Callable[[Point], float | None]] = {
-    "sparsity": lambda point: 100 * point.sparsity.mean if point.sparsity else None,
-    "MACs": lambda point: _saved(point, "macs", "macs_dense"),
-    "latency": lambda point: _saved(point, "latency_ms", "latency_dense_ms"),
+    "parameters": lambda point: _per_cent(point.left),
+    "MACs": lambda point: _per_cent(point.share_left("macs", "macs_dense")),
+    "latency": lambda point: _per_cent(point.share_left("latency_ms", "latency_dense_ms")) if point.shrunk else None,
 }
 TITLES = {
-    "sparsity": ("Accuracy against sparsity", "sparsity reached (%)"),
-    "MACs": ("Accuracy against multiplications saved", "MACs saved (% of the dense network's)"),
-    "latency": ("Accuracy against time saved", "latency saved (% of the dense network's)"),
+    "parameters": ("Accuracy against parameters left", "parameters left, not zero (% of the dense network's)"),
+    "MACs": ("Accuracy against multiplications left", "MACs left (% of the dense network's)"),
+    "latency": ("Accuracy against time left", "latency left (% of the dense network's)"),
 }
+BEST = {"parameters": "parameters left (not zero)", "MACs": "MACs left"}  # the measures with a table of their own
 
 
-def _saved(point: Point, name: str, dense: str) -> float | None:
-    """Only of networks that became smaller: masked ones run all their zeros."""
-    left = point.share_left(name, dense) if point.shrunk else None
-    return None if left is None else 100 * (1 - left)
+def _per_cent(left: float | None) -> float | None:
+    """A share as per cent; None of what no network can have left, which a logarithmic axis could not show either."""
+    return None if left is None or not 1e-8 <= left <= 10 else 100 * left
+
+
+def _key(point: Point) -> tuple[str, float | None]:
+    return point.variant, point.target
+
+
+def _spread_out(count: int, most: int) -> list[int]:
+    """
+    >>> _spread_out(3, 8), _spread_out(21, 5)
+    ([0, 1, 2], [0, 5, 10, 15, 20])
+    """
+    return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
 def _front(found: Sequence[Point], measure: Callable[[Point], float | None]) -> set[tuple[str, float | None]]:
-    """The best of what was measured, compared as the table shows it: 79.9996 % is no less than 80 %."""
+    """The best of what was measured, compared as the table shows it: 20.0004 % left is no more than 20 %."""
     placed = [(point, across) for point in found if (across := measure(point)) is not None]
-    on_front = pareto_front([(round(across, 1), round(point.accuracy.mean, 4)) for point, across in placed])
+    on_front = pareto_front([(-float(f"{across:.3g}"), round(point.choice.mean, 4)) for point, across in placed])
     return {(point.variant, point.target) for (point, _), yes in zip(placed, on_front, strict=True) if yes}
 
 
@@ -313,7 +426,7 @@ def _styles(found: Sequence[Point], front: set[tuple[str, float | None]]) -> dic
         own.setdefault(point.pruner if search else point.variant, []).append(point)
 
     def merit(name: str) -> tuple[int, float]:
-        mean = sum(point.accuracy.mean for point in own[name]) / len(own[name])
+        mean = sum(point.choice.mean for point in own[name]) / len(own[name])
         return -sum((point.variant, point.target) in front for point in own[name]), -mean
 
     chosen = sorted(own, key=merit)[: len(STYLES)]
@@ -332,10 +445,10 @@ def _lines(
     for point in found:
         across = measure(point)
         if across is not None:
-            spread = None if point.accuracy.spread is None else 100 * point.accuracy.spread
+            spread = None if point.choice.spread is None else 100 * point.choice.spread
             best = (point.variant, point.target) in front
             name = point.pruner if search else point.variant
-            marks.setdefault(name, []).append(Mark(across, 100 * point.accuracy.mean, spread, best))
+            marks.setdefault(name, []).append(Mark(across, 100 * point.choice.mean, spread, best))
     return [Line(name, styles.get(name), own, joined=not search) for name, own in marks.items()]
 
 
@@ -343,58 +456,115 @@ def _lines(
 
 
 def _groups(found: Sequence[Point], fronts: Mapping[str, set[tuple[str, float | None]]]) -> list[dict[str, Any]]:
-    """The table's rows under a heading for each wanted sparsity, the most accurate first."""
+    """The table's rows under a heading for each wanted sparsity of one kind, the best first."""
     many = len({point.target for point in found}) > _MAX_GROUPS
     groups: dict[str, list[Point]] = {}
     for point in found:
-        groups.setdefault(_band(point.target) if many else _target_text(point.target), []).append(point)
+        title = _band(point.target, point.of) if many else _target_text(point.target, point.of)
+        groups.setdefault(title, []).append(point)
     return [
         {
             "title": title,
-            "rows": [_point_row(p, fronts) for p in sorted(group, key=lambda p: -p.accuracy.mean)],
+            "rows": [_point_row(p, fronts) for p in sorted(group, key=lambda p: -p.choice.mean)],
         }
         for title, group in groups.items()
     ]
 
 
-def _target_text(target: float | None) -> str:
-    return "sparsity not asked for" if target is None else f"{round(100 * target, 4):g} % sparsity"
+def _target_text(target: float | None, of: str) -> str:
+    """What was asked for, and of what.
 
-
-def _band(target: float | None) -> str:
+    >>> _target_text(0.5, "channels"), _target_text(0.5, ""), _target_text(None, "channels")
+    ('50 % of channels pruned', '50 % pruned, of what is not recorded', 'no share asked for, channels pruned')
     """
-    >>> _band(0.57), _band(1.0)
-    ('50 to 60 % sparsity', '90 to 100 % sparsity')
+    share = "no share asked for" if target is None else f"{round(100 * target, 4):g} %"
+    return _share_of(share, of, none=target is None)
+
+
+def _share_of(share: str, of: str, *, none: bool = False) -> str:
+    of = _clean(of, 60)
+    if none:
+        return f"{share}, {of} pruned" if of else share
+    return f"{share} of {of} pruned" if of else f"{share} pruned, of what is not recorded"
+
+
+def _band(target: float | None, of: str) -> str:
+    """
+    >>> _band(0.57, "weights"), _band(1.0, "heads")
+    ('50 to 60 % of weights pruned', '90 to 100 % of heads pruned')
     """
     if target is None:
-        return _target_text(target)
+        return _target_text(target, of)
     low = 10 * min(int(10 * target + 1e-9), 9)
-    return f"{low} to {low + 10} % sparsity"
+    return _share_of(f"{low} to {low + 10} %", of)
 
 
 def _point_row(point: Point, fronts: Mapping[str, set[tuple[str, float | None]]]) -> dict[str, str]:
     size = point.mean("file_bytes")
-    nonzero = point.share_left("params_nonzero", "params_dense")
+    asked = "" if point.target is None else f"{round(100 * point.target, 4):g} % of {point.of or 'what it prunes'}"
     return {
         "variant": _clean(point.variant, 160),
+        "asked": _clean(asked, 80),
+        "same": _clean(", ".join(point.same), 160),
         "n": str(point.accuracy.count),
+        "choice": _plus_minus(point.choice, "{:.2f}", 100) + " %",
         "accuracy": _plus_minus(point.accuracy, "{:.2f}", 100) + " %",
-        "delta": "" if point.delta is None else _plus_minus(point.delta, "{:+.2f}", 100),
-        "worse": "yes" if point.delta is not None and point.delta.mean < 0 else "",
-        "sparsity": "" if point.sparsity is None else percent(point.sparsity.mean),
+        "delta": _delta_text(point),
+        "verdict": _verdict(point),
+        "sparsity": ""
+        if point.sparsity is None
+        else _clean(f"{percent(point.sparsity.mean)} of {point.of}", 80)
+        if point.of
+        else percent(point.sparsity.mean),
         "params": _times_text(point.times_less("params", "params_dense")),
-        "nonzero": "" if nonzero is None else percent(nonzero),
+        "nonzero": "" if point.left is None else percent(point.left),
         "macs": _times_text(point.times_less("macs", "macs_dense")),
         "latency": _times_text(point.times_less("latency_ms", "latency_dense_ms")),
         "size": "" if size is None else _bytes(size),
-        "front": ", ".join(name for name, front in fronts.items() if (point.variant, point.target) in front),
+        "front": ", ".join(name for name, front in fronts.items() if _key(point) in front),
         "best": _clean(point.best.name, 80),
     }
 
 
+def _delta_text(point: Point) -> str:
+    """With its own number of pairs, where not every job has a control."""
+    if point.delta is None:
+        return ""
+    told = _plus_minus(point.delta, "{:+.2f}", 100)
+    return told if point.delta.count == point.accuracy.count else f"{told} (n = {point.delta.count})"
+
+
+def _verdict(point: Point) -> str:
+    """The colour of a difference: only to a fair control, and only where it is more than what seeds differ by."""
+    delta = point.delta
+    if point.controls is None or delta is None or abs(delta.mean) <= (delta.spread or 0):
+        return ""
+    return "worse" if delta.mean < 0 else "better"
+
+
+def _whole_row(name: str, jobs: Sequence[JobResult], prefix: str, test: Stat, choice: Stat | None) -> dict[str, str]:
+    epochs = {job.number(f"{prefix}epochs") for job in jobs}
+    told = epochs.pop() if len(epochs) == 1 else None
+    return {
+        "variant": _clean(name, 160),
+        "epochs": "" if told is None else f"{told:g} epochs",
+        "n": str(test.count),
+        "choice": "" if choice is None else _plus_minus(choice, "{:.2f}", 100) + " %",
+        "accuracy": _plus_minus(test, "{:.2f}", 100) + " %",
+    }
+
+
 def _plus_minus(found: Stat, form: str, factor: float) -> str:
+    """
+    >>> _plus_minus(Stat(3, 0.5, 0.01), "{:.1f}", 100), _plus_minus(Stat(2, 0.5, None), "{:.1f}", 100)
+    ('50.0 ± 1.00', '50.0')
+    >>> _plus_minus(Stat(3, 0.5, 1e-17), "{:.1f}", 100)
+    '50.0 (all equal)'
+    """
     text = form.format(factor * found.mean)
-    return text if found.spread is None else f"{text} ± {factor * found.spread:.2f}"
+    if found.spread is None:
+        return text
+    return f"{text} ± {factor * found.spread:.2f}" if factor * found.spread >= 0.005 else f"{text} (all equal)"
 
 
 def _times_text(ratio: float | None) -> str:
@@ -472,7 +642,7 @@ def _heatmaps(found: Sequence[Point], front: set[tuple[str, float | None]]) -> l
     for point in found:
         layers = shares.get((point.variant, point.target), {})
         if layers:
-            label = f"{_target_text(point.target).split(' sparsity')[0]}, {point.variant} (job {point.best.name})"
+            label = f"{_target_text(point.target, point.of)}, {point.variant} (job {point.best.name})"
             _family(families, layers)[label] = layers
     more = len(found) - len(shares) if len(shares) == _MAX_RUNS else 0
     return [{**_heatmap(family), "more": more} for family in families[:_MAX_HEATMAPS]]

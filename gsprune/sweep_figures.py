@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gsprune.drawing import FAINT, INK, new_figure, plain_label, png, quiet
@@ -31,13 +31,15 @@ STYLES = (
     ("#444444", "<"),
 )
 OTHERS = "#b6bcc6"
+DENSE: Mapping[str, Any] = {"color": FAINT, "linestyle": (0, (5, 3)), "linewidth": 1.3}
+CONTROL: Mapping[str, Any] = {"color": INK, "linestyle": "-", "linewidth": 1.1}
 _MAX_JOINED = 12  # points of a variant that are joined by a line; more are a cloud
 _MAX_CELLS_WITH_TEXT = 16  # columns
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a line, all in per cent: the spread is a standard deviation, None of a single run."""
+    """A point of a line, all in per cent: the spread is a standard deviation, None of fewer than three runs."""
 
     x: float
     y: float
@@ -60,13 +62,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Accuracy against one thing. In every panel up and right is better."""
+    """Accuracy against what is left of one thing, on a logarithmic axis that falls: up and right is better."""
 
     title: str
     across: str
     lines: Sequence[Line]
     dense: Mapping[str, float]  # the dashed lines: label -> accuracy in per cent
     empty: str = "nothing recorded"
+    up: str = "accuracy (%)"
+    control: Mapping[str, float] = field(default_factory=dict)  # the same, drawn through
 
 
 def draw_panels(panels: Sequence[Panel]) -> bytes:
@@ -103,13 +107,14 @@ def _key_columns(named: Mapping[int, str]) -> int:
 def _draw_panel(axes: Axes, panel: Panel, *, styles: int) -> None:
     axes.set_title(panel.title, fontsize=11.5, loc="left", color=INK, weight="bold")
     axes.set_xlabel(panel.across, color=INK)
-    axes.set_ylabel("test accuracy (%)", color=INK)
+    axes.set_ylabel(panel.up, color=INK)
     quiet(axes, grid="both")
     grey = [mark for line in panel.lines if line.style is None for mark in line.marks]
     for line in [Line("", None, grey), *(line for line in panel.lines if line.style is not None)]:
         _draw_line(axes, line, shift=_shift(line, styles))
-    for level in panel.dense.values():
-        axes.axhline(level, color=FAINT, linestyle=(0, (5, 3)), linewidth=1.3, zorder=1.5)
+    for levels, style in ((panel.dense, DENSE), (panel.control, CONTROL)):
+        for level in levels.values():
+            axes.axhline(level, zorder=1.5, **style)
     marks = [mark for line in panel.lines for mark in line.marks]
     if marks:
         _draw_front(axes, [mark for mark in marks if mark.front])
@@ -159,18 +164,43 @@ def _moved(axes: Axes, points: float) -> Any:
 
 
 def _draw_front(axes: Axes, front: Sequence[Mark]) -> None:
-    """What can be had: steps through the points of the front."""
-    corners = sorted({(mark.x, mark.y) for mark in front})
+    """What can be had: steps through the points of the front, from what leaves most on."""
+    corners = sorted({(-mark.x, mark.y) for mark in front})
     if len(corners) > 1:
-        x, y = zip(*corners, strict=True)
+        x, y = zip(*((-x, y) for x, y in corners), strict=True)
         axes.step(x, y, where="pre", color=INK, linewidth=1, linestyle=":", zorder=1.8)
 
 
 def _limits(axes: Axes, panel: Panel, marks: Sequence[Mark]) -> None:
     x = [mark.x for mark in marks]
-    y = [mark.y + sign * (mark.spread or 0) for mark in marks for sign in (-1, 1)] + list(panel.dense.values())
-    axes.set_xlim(*_range(x, least=10, pad=0.08))
+    y = [mark.y + sign * (mark.spread or 0) for mark in marks for sign in (-1, 1)]
+    y += [*panel.dense.values(), *panel.control.values()]
+    most, least = max(x), min(x)
+    room = max(most / least, 2.0) ** 0.08
+    middle = math.sqrt(most * least)
+    most, least = max(most, 1.4 * middle) * room, min(least, middle / 1.4) / room
+    axes.set_xscale("log")
+    axes.set_xlim(most, least)
+    ticks = _ticks(least, most)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_ylim(*_range(y, least=1, pad=0.12))
+
+
+def _ticks(least: float, most: float) -> list[float]:
+    """Round values of a logarithmic axis in per cent, few enough to be read.
+
+    >>> _ticks(0.9, 60), _ticks(0.001, 100)
+    ([1.0, 2.0, 5.0, 10.0, 20.0, 50.0], [0.001, 0.01, 0.1, 1.0, 10.0, 100.0])
+    """
+    found: list[float] = []
+    for steps in ((1, 2, 3, 5, 7), (1, 2, 5), (1,)):
+        found = [
+            tick for power in range(-8, 4) for step in steps if least <= (tick := float(f"{step}e{power}")) <= most
+        ]
+        if len(found) <= 8:
+            break
+    return found
 
 
 def _range(values: Sequence[float], *, least: float, pad: float) -> tuple[float, float]:
@@ -209,7 +239,9 @@ def _draw_key(figure: Figure, panels: Sequence[Panel], named: Mapping[int, str],
         ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.4}
         entry("Pareto front", color=INK, linestyle=":", linewidth=1, marker="o", markersize=11, **ring)
     for label in dict.fromkeys(label for panel in panels for label in panel.dense):
-        entry(plain_label(label, 60), color=FAINT, linestyle=(0, (5, 3)), linewidth=1.3)
+        entry(plain_label(label, 60), **DENSE)
+    for label in dict.fromkeys(label for panel in panels for label in panel.control):
+        entry(plain_label(label, 60), **CONTROL)
     if handles:
         options: dict[str, Any] = {"fontsize": 9, "frameon": False, "handlelength": 2.6, "labelcolor": INK}
         key = figure.legend(handles, [""] * len(labels), loc="outside lower center", ncols=columns, **options)

@@ -1,7 +1,8 @@
 """What the jobs of a sweep say together: variants, means over seeds, Pareto fronts.
 
 A *variant* is the configuration without seed and wanted sparsity; a *point* is a variant at one wanted sparsity, that
-is its jobs over all seeds. Imports results.py and the standard library.
+is its jobs over all seeds. A *control* is a job with `pruner=none`: what points are compared with. Choices are
+made by the validation split. Imports results.py, identity.py, files.py and the standard library.
 """
 
 from __future__ import annotations
@@ -9,20 +10,44 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from gsprune.files import sha256
+from gsprune.identity import NOT_HASHED
 from gsprune.results import JobResult, natural
 
-__all__ = ["Dense", "Point", "Stat", "dense_levels", "once_each", "pareto_front", "points", "stat", "swept", "variants"]
+__all__ = [
+    "Dense",
+    "Point",
+    "Stat",
+    "chosen_by",
+    "control_levels",
+    "controls",
+    "dense_levels",
+    "equal_merged",
+    "is_control",
+    "once_each",
+    "pareto_front",
+    "points",
+    "stat",
+    "swept",
+    "unpruned",
+    "variants",
+]
 
 SEED, TARGET = "seed", "pruner.target_sparsity"
+VALIDATION, TEST = "val_accuracy", "accuracy"
+# What no control has to share: what it is there to differ in, and what changes no number of a result.
+_NOT_SHARED = ("pruner", "seed", "experiment", *NOT_HASHED, "trainer.latency_repeats", "trainer.latency_batch")
+_RESULT = ("accuracy", "val_accuracy", "loss", "sparsity", "params", "params_nonzero", "macs")
+_MAX_NAMES = 4  # of variants with the same result
 
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean and sample standard deviation; a single value has no spread."""
+    """Mean and sample standard deviation; fewer than three values have no spread that says anything."""
 
     count: int
     mean: float
@@ -32,36 +57,67 @@ class Stat:
 def stat(values: Iterable[float | None]) -> Stat | None:
     """The statistics of what is not None; None when nothing is left.
 
-    >>> stat([1.0, None, 3.0])
-    Stat(count=2, mean=2.0, spread=1.4142135623730951)
-    >>> stat([5.0])
-    Stat(count=1, mean=5.0, spread=None)
+    >>> stat([1.0, None, 2.0, 3.0])
+    Stat(count=3, mean=2.0, spread=1.0)
+    >>> stat([5.0, 5.0])
+    Stat(count=2, mean=5.0, spread=None)
     """
     found = [value for value in values if value is not None]
     if not found:
         return None
-    spread = statistics.stdev(found) if len(found) > 1 else None
+    spread = statistics.stdev(found) if len(found) > 2 else None
     return Stat(len(found), math.fsum(found) / len(found), spread)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One variant at one wanted sparsity (None: no job says which, or a budget was wanted)."""
+    """One variant at one wanted sparsity (None: no job says which, or a budget was wanted).
+
+    Attributes:
+        by: the number of a result that choices are made by (`chosen_by`).
+        controls: of each job, by name, the control with its seed and settings; None where the sweep has no controls.
+        same: other variants whose jobs here have the same masks and the same result.
+    """
 
     variant: str
     target: float | None
     jobs: tuple[JobResult, ...]
+    by: str = VALIDATION
+    controls: Mapping[str, JobResult] | None = None
+    same: tuple[str, ...] = ()
 
     @cached_property
     def accuracy(self) -> Stat:
-        found = stat(job.number("accuracy") for job in self.jobs)
+        """On the test split."""
+        found = stat(job.number(TEST) for job in self.jobs)
         assert found is not None  # only jobs with an accuracy get here
         return found
 
     @cached_property
+    def choice(self) -> Stat:
+        """What this point is chosen by, or not: accuracy on the validation split."""
+        return stat(job.number(self.by) for job in self.jobs) or self.accuracy
+
+    @cached_property
     def delta(self) -> Stat | None:
-        """Accuracy less that of the same job's dense network."""
-        return stat(_difference(job, "accuracy", "baseline_accuracy") for job in self.jobs)
+        """Test accuracy less that of the job's control; of its own dense network where the sweep has no controls."""
+        if self.controls is None:
+            return stat(_difference(job, TEST, job, "baseline_accuracy") for job in self.jobs)
+        pairs = [(job, self.controls[job.name]) for job in self.jobs if job.name in self.controls]
+        return stat(_difference(job, TEST, control, TEST) for job, control in pairs)
+
+    @property
+    def of(self) -> str:
+        """What the sparsity is a share of: "weights", "channels", ...; "" where no job tells."""
+        return _counted(self.jobs[0])
+
+    @property
+    def left(self) -> float | None:
+        """Share of the dense network's parameters that is left and not zero: the same for all kinds of pruning."""
+        left = self.share_left("params_nonzero", "params_dense")
+        if left is None and self.shrunk:
+            left = self.share_left("params", "params_dense")
+        return left
 
     @cached_property
     def sparsity(self) -> Stat | None:
@@ -78,7 +134,7 @@ class Point:
 
     @property
     def best(self) -> JobResult:
-        return max(self.jobs, key=lambda job: job.number("accuracy") or 0.0)  # of equals the first
+        return max(self.jobs, key=lambda job: job.number(self.by) or 0.0)  # of equals the first
 
     def mean(self, name: str) -> float | None:
         found = stat(job.number(name) for job in self.jobs)
@@ -97,7 +153,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense networks' accuracy: one value each for jobs that start from different ones."""
+    """The accuracy of networks that are not pruned: one value each for jobs that start from different ones."""
 
     label: str
     accuracy: float
@@ -161,12 +217,118 @@ def variants(jobs: Sequence[JobResult], axes: Iterable[str]) -> dict[str, str]:
 
 
 def points(jobs: Sequence[JobResult], names: Mapping[str, str]) -> list[Point]:
-    """The usable jobs by wanted sparsity (rising, unknown last), in that the best mean accuracy first."""
+    """The usable jobs but for controls, by wanted sparsity (rising, unknown last) and what it is of, the best first.
+
+    The best is that with the highest mean of what choices are made by.
+    """
     groups: dict[tuple[str, float | None], list[JobResult]] = {}
     for job in jobs:
-        groups.setdefault((names[job.name], _target(job)), []).append(job)
-    found = [Point(variant, target, tuple(group)) for (variant, target), group in groups.items()]
-    return sorted(found, key=lambda p: (p.target is None, p.target or 0, -p.accuracy.mean, natural(p.variant)))
+        if not is_control(job):
+            groups.setdefault((names[job.name], _target(job)), []).append(job)
+    by, pairs = chosen_by(jobs), controls(jobs)
+    found = [Point(variant, target, tuple(group), by, pairs) for (variant, target), group in groups.items()]
+    return sorted(found, key=_place)
+
+
+def _place(point: Point) -> tuple[object, ...]:
+    return point.target is None, point.target or 0, point.of, -point.choice.mean, natural(point.variant)
+
+
+def chosen_by(jobs: Sequence[JobResult]) -> str:
+    """ "val_accuracy", or "accuracy" where a job has no other: unlike numbers are not compared."""
+    return VALIDATION if all(job.number(VALIDATION) is not None for job in jobs) else TEST
+
+
+# --- controls ----------------------------------------------------------------------------------------------
+
+
+def is_control(job: JobResult) -> bool:
+    """Whether nothing was pruned on purpose: `pruner=none`, which trains as long as the others."""
+    return _pruner(job) == "none"
+
+
+def controls(jobs: Sequence[JobResult]) -> dict[str, JobResult] | None:
+    """Job name -> the control with the same seed, data set, model and other settings; None without any control."""
+    known: dict[Hashable, JobResult] = {}
+    for job in jobs:
+        if is_control(job):
+            known.setdefault(_settings(job), job)
+    found = {job.name: known[_settings(job)] for job in jobs if not is_control(job) and _settings(job) in known}
+    return found if known else None
+
+
+def unpruned(jobs: Sequence[JobResult], axes: Iterable[str]) -> dict[str, list[JobResult]]:
+    """Name of the settings outside the pruner -> one job for each network that was not pruned there."""
+    outside = _outside(axes)
+    groups: dict[str, dict[Hashable, JobResult]] = {}
+    for job in jobs:
+        name = ", ".join(part for part in (job.overrides.get(axis, "") for axis in outside) if part)
+        groups.setdefault(name, {}).setdefault(_settings(job), job)
+    return {name: list(group.values()) for name, group in groups.items()}
+
+
+def _settings(job: JobResult) -> Hashable:
+    """Seed and settings outside the pruner: jobs that share them differ in how they prune, and in nothing else."""
+    seed, chosen = job.number(SEED), job.choices
+    told = str(int(seed)) if seed is not None else job.overrides.get(SEED, "")
+    found = {**{key: value for key, value in job.overrides.items() if key not in chosen}, **chosen}
+    return told, frozenset((key, value) for key, value in found.items() if _is_shared(key))
+
+
+def _is_shared(key: str) -> bool:
+    return not any(key == name or key.startswith((f"{name}.", f"{name}/")) for name in _NOT_SHARED)
+
+
+def _outside(axes: Iterable[str]) -> list[str]:
+    return [axis for axis in axes if _is_shared(axis)]
+
+
+# --- equal results -----------------------------------------------------------------------------------------
+
+
+def equal_merged(found: Sequence[Point]) -> list[Point]:
+    """The points, of variants that are the same everywhere one: "abs = weighted".
+
+    The same are jobs with equal seed and settings, equal numbers and equal masks. Variants that are the same at some
+    sparsities only stay apart, and their points name each other in `same`.
+    """
+    signs = _signs(found, lambda job: tuple(job.number(name) for name in _RESULT))
+    counts = Counter((point.target, signs[_key(point)]) for point in found)
+    tied = [point for point in found if counts[point.target, signs[_key(point)]] > 1]  # masks are read of these alone
+    signs |= _signs(tied, _masks)
+    whole: dict[Hashable, list[str]] = {}
+    for variant in dict.fromkeys(point.variant for point in found):
+        own = frozenset((point.target, signs[_key(point)]) for point in found if point.variant == variant)
+        whole.setdefault(own, []).append(variant)
+    names = {group[0]: _joined(sorted(group, key=natural)) for group in whole.values()}
+    kept = [replace(point, variant=names[point.variant]) for point in found if point.variant in names]
+    first = {names[group[0]]: group[0] for group in whole.values()}
+    signed = [(point, (point.target, signs[first[point.variant], point.target])) for point in kept]
+    return [replace(p, same=tuple(q.variant for q, s in signed if s == sign and q is not p)) for p, sign in signed]
+
+
+def _key(point: Point) -> tuple[str, float | None]:
+    return point.variant, point.target
+
+
+def _signs(
+    found: Sequence[Point], sign: Callable[[JobResult], Hashable]
+) -> dict[tuple[str, float | None], frozenset[Hashable]]:
+    return {_key(point): frozenset((_settings(job), sign(job)) for job in point.jobs) for point in found}
+
+
+def _masks(job: JobResult) -> Hashable:
+    """Equal for equal masks and numbers; of a job whose masks cannot be read its own name, which no other job has."""
+    try:
+        masks = sha256(job.folder / "masks.safetensors")
+    except OSError:
+        masks = job.name
+    return masks, *(job.number(name) for name in _RESULT)
+
+
+def _joined(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return " = ".join(names[:_MAX_NAMES]) + more
 
 
 def pareto_front(pairs: Sequence[tuple[float, float]]) -> list[bool]:
@@ -187,21 +349,30 @@ def pareto_front(pairs: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def dense_levels(jobs: Sequence[JobResult], axes: Iterable[str], *, most: int = 3) -> list[Dense]:
-    """Mean accuracy of the dense networks; apart for each setting outside the pruner, if these are few and differ."""
-    outside = [axis for axis in axes if axis != SEED and axis.partition(".")[0] != "pruner"]
-    groups: dict[tuple[str, ...], list[JobResult]] = {}
-    for job in jobs:
-        groups.setdefault(tuple(job.overrides.get(axis, "") for axis in outside), []).append(job)
+    """Mean accuracy of the dense networks, on the split that choices are made by.
+
+    Apart for each setting outside the pruner, if these are few and differ.
+    """
+    return _levels("dense network", jobs, axes, f"baseline_{chosen_by(jobs)}", most)
+
+
+def control_levels(jobs: Sequence[JobResult], axes: Iterable[str], *, most: int = 3) -> list[Dense]:
+    """The same of the controls."""
+    found = [job for job in jobs if is_control(job)]
+    return _levels("control, pruner=none", found, axes, chosen_by(jobs), most)
+
+
+def _levels(what: str, jobs: Sequence[JobResult], axes: Iterable[str], by: str, most: int) -> list[Dense]:
     levels: dict[float, list[str]] = {}
-    for key, group in groups.items():
-        found = stat(job.number("baseline_accuracy") for job in group)
+    for name, group in unpruned(jobs, axes).items():
+        found = stat(job.number(by) for job in group)
         if found is not None:
-            levels.setdefault(round(found.mean, 4), []).append(", ".join(part for part in key if part))
+            levels.setdefault(round(found.mean, 4), []).append(name)
     if len(levels) <= 1:
-        return [Dense("dense network", level) for level in levels]
+        return [Dense(what, level) for level in levels]
     if len(levels) <= most:
-        return [Dense(f"dense network, {' or '.join(names)}", level) for level, names in sorted(levels.items())]
-    return [Dense("lowest dense network", min(levels)), Dense("highest dense network", max(levels))]
+        return [Dense(f"{what}, {' or '.join(names)}", level) for level, names in sorted(levels.items())]
+    return [Dense(f"lowest {what}", min(levels)), Dense(f"highest {what}", max(levels))]
 
 
 def _pruner(job: JobResult) -> str:
@@ -229,8 +400,18 @@ def _share(job: JobResult) -> float | None:
     return share if share is not None and 0 <= share <= 1 else None
 
 
-def _difference(job: JobResult, name: str, less: str) -> float | None:
-    first, second = job.number(name), job.number(less)
+def _counted(job: JobResult) -> str:
+    """As written; older results tell by what became of the network, or by a pruner that knows one thing only."""
+    told = job.text("sparsity_of")
+    if told is not None:
+        return told
+    if job.result.get("shrunk") is True:
+        return "units"
+    return "weights" if _pruner(job) == "elementwise" else ""
+
+
+def _difference(job: JobResult, name: str, other: JobResult, less: str) -> float | None:
+    first, second = job.number(name), other.number(less)
     return None if first is None or second is None else first - second
 
 

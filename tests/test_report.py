@@ -25,22 +25,25 @@ DENSE = {"params_dense": 1000, "macs_dense": 5000, "latency_dense_ms": 2.0, "fil
 
 def job(folder: Path, *overrides: str, **result: object) -> Path:
     folder.mkdir(parents=True)
-    full = {"status": "finished", "accuracy": 0.9, "baseline_accuracy": 0.95, "overrides": list(overrides), **result}
+    told = {"status": "finished", "accuracy": 0.9, "baseline_accuracy": 0.95, "epochs": 14, "baseline_epochs": 6}
+    full = {**told, "val_accuracy": result.get("accuracy", 0.9), "overrides": list(overrides), **result}
     (folder / "result.json").write_text(json.dumps(full))
     return folder
 
 
 def sweep(root: Path) -> Path:
-    """Two pruners at two sparsities with two seeds: accuracies 90 to 97 %."""
+    """Two pruners at two sparsities with two seeds: accuracies 90 to 97 %, on validation one point less."""
     accuracy = iter((0.95, 0.97, 0.91, 0.93, 0.94, 0.94, 0.90, 0.92))
     index = 0
     for pruner in ("elementwise", "abs"):
         for target in (0.5, 0.8):
             for seed in (0, 1):
                 left = 1 - target if pruner == "abs" else 1
-                numbers = {"target_sparsity": target, "sparsity": target, "accuracy": next(accuracy)}
+                test = next(accuracy)
+                numbers = {"target_sparsity": target, "sparsity": target, "accuracy": test, "val_accuracy": test - 0.01}
                 size = {"params": round(1000 * left), "macs": round(5000 * left), "latency_ms": 2 * left, **DENSE}
                 more = {"shrunk": pruner == "abs", "params_nonzero": round(1000 * (1 - target)), "file_bytes": 4000}
+                more["sparsity_of"] = "channels" if pruner == "abs" else "weights"
                 words = (f"pruner={pruner}", f"pruner.target_sparsity={target}", f"seed={seed}")
                 folder = job(root / str(index), *words, config_hash=f"hash{index}", **numbers, **size, **more)
                 masks = {"a.weight": torch.arange(10) >= 10 * target, "b.weight": torch.ones(4, dtype=torch.bool)}
@@ -84,27 +87,186 @@ class Parser(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
+def tables(page: str) -> dict[str, list[list[str]]]:
+    """The rows below each heading inside a table, by that heading; what stands before one goes to ""."""
+    found: dict[str, list[list[str]]] = {"": []}
+    heading = ""
+    for row in cells(page):
+        heading = (
+            row[0] if len(row) == 1 else "" if row[0] in ("variant", "leaves", "job", "part of a job") else heading
+        )
+        found.setdefault(heading, []).extend([row] if len(row) > 1 else [])
+    return found
+
+
 def test_the_table_has_the_values_of_the_sweep(built: Path) -> None:
-    rows = cells(read_page(built))
-    table = rows[rows.index(["50 % sparsity"]) :][:6]
-    assert [[*row[:6], *row[-1:]] for row in table] == [
-        ["50 % sparsity", "50 % sparsity"],
-        ["elementwise", "2", "96.00 ± 1.41 %", "+1.00 ± 1.41", "50.0 %", "1.00x", "sparsity"],
-        ["abs", "2", "94.00 ± 0.00 %", "-1.00 ± 0.00", "50.0 %", "2.00x", "MACs, latency"],
-        ["80 % sparsity", "80 % sparsity"],
-        ["elementwise", "2", "92.00 ± 1.41 %", "-3.00 ± 1.41", "80.0 %", "1.00x", "sparsity"],
-        ["abs", "2", "91.00 ± 1.41 %", "-4.00 ± 1.41", "80.0 %", "5.00x", "MACs, latency"],
+    page = tables(read_page(built))
+    found = {title: [[*row[:6], *row[-1:]] for row in rows] for title, rows in page.items() if title.endswith("pruned")}
+    assert list(found) == [
+        "Nothing pruned",
+        "50 % of channels pruned",
+        "50 % of weights pruned",
+        "80 % of channels pruned",
+        "80 % of weights pruned",
     ]
-    assert table[5][5:10] == ["5.00x", "20.0 %", "5.00x", "5.00x", "4 kB"]
+    assert found["50 % of channels pruned"] == [
+        ["abs", "2", "93.00 %", "94.00 %", "-1.00", "50.0 % of channels", "MACs, latency"]
+    ]
+    assert found["50 % of weights pruned"] == [
+        ["elementwise", "2", "95.00 %", "96.00 %", "+1.00", "50.0 % of weights", "parameters, MACs"]
+    ]
+    assert page["80 % of channels pruned"][0][5:11] == [
+        "80.0 % of channels",
+        "20.0 %",
+        "5.00x",
+        "5.00x",
+        "5.00x",
+        "4 kB",
+    ]
 
 
-def test_the_best_at_each_sparsity_come_first(built: Path) -> None:
-    assert cells(read_page(built))[1:5] == [
-        ["50 % sparsity", "elementwise", "96.00 ± 1.41 %", "+1.00 ± 1.41", "50.0 %", "1.00x", "1.00x"],
-        ["", "abs best that shrinks the network", "94.00 ± 0.00 %", "-1.00 ± 0.00", "50.0 %", "2.00x", "2.00x"],
-        ["80 % sparsity", "elementwise", "92.00 ± 1.41 %", "-3.00 ± 1.41", "20.0 %", "1.00x", "1.00x"],
-        ["", "abs best that shrinks the network", "91.00 ± 1.41 %", "-4.00 ± 1.41", "20.0 %", "5.00x", "5.00x"],
+def test_which_one_to_take_is_told_on_an_axis_that_is_the_same_for_all_kinds(built: Path) -> None:
+    page = tables(read_page(built))
+    assert page["By parameters left (not zero)"] == [
+        ["at most 50.0 %", "elementwise", "50 % of weights", "2", "95.00 %", "96.00 %", "+1.00"],
+        ["at most 20.0 %", "elementwise", "80 % of weights", "2", "91.00 %", "92.00 %", "-3.00"],
     ]
+    assert page["By MACs left"] == [
+        ["at most 100.0 %", "elementwise", "50 % of weights", "2", "95.00 %", "96.00 %", "+1.00"],
+        ["at most 50.0 %", "abs", "50 % of channels", "2", "93.00 %", "94.00 %", "-1.00"],
+        ["at most 20.0 %", "abs", "80 % of channels", "2", "90.00 %", "91.00 %", "-4.00"],
+    ]
+
+
+def test_validation_chooses_and_the_test_split_stands_beside_it(tmp_path: Path) -> None:
+    """One that only shines on the test split is neither first nor on a front."""
+    same = {"target_sparsity": 0.5, "sparsity": 0.5, "params_nonzero": 500, "params_dense": 1000}
+    job(tmp_path / "0", "pruner=lucky", val_accuracy=0.80, accuracy=0.99, **same)
+    job(tmp_path / "1", "pruner=good", val_accuracy=0.90, accuracy=0.89, **same)
+    report = build_report(tmp_path)
+    page = tables(read_page(tmp_path))
+    assert [row[1:6] for row in page["By parameters left (not zero)"]] == [
+        ["good", "50 % of what it prunes", "1", "90.00 %", "89.00 %"]
+    ]
+    rows = page["50 % pruned, of what is not recorded"]
+    assert [(row[0], row[2], row[3], row[-1]) for row in rows] == [
+        ("good", "90.00 %", "89.00 %", "parameters"),
+        ("lucky", "80.00 %", "99.00 %", ""),
+    ]
+    assert not any("test accuracy" in note for note in report.notes)
+
+
+def test_results_without_validation_are_ordered_by_test_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job(tmp_path / "0", "pruner=a", val_accuracy=0.99, accuracy=0.80, target_sparsity=0.5)
+    job(tmp_path / "1", "pruner=b", val_accuracy=None, accuracy=0.90, target_sparsity=0.5)
+    (note, _) = build_report(tmp_path).notes
+    assert note.startswith("choices are made on test accuracy here")
+    assert "1 of 2 finished jobs (such as 1) have no val_accuracy" in note
+    assert main([str(tmp_path)]) == 0
+    assert f"Note: {note}" in capsys.readouterr().out.splitlines()
+    page = read_page(tmp_path)
+    assert note[1:] in unescape(page)
+    rows = tables(page)["50 % pruned, of what is not recorded"]
+    assert [row[:4] for row in rows] == [["b", "1", "90.00 %", "-5.00"], ["a", "1", "80.00 %", "-15.00"]]
+
+
+def colours(page: str) -> dict[str, str]:
+    """A difference as the page shows it -> the class of its cell."""
+    return {text: name for name, text in re.findall(r'<td class="(better|worse|)">([+-][\d.]+[^<]*)</td>', page)}
+
+
+def test_with_the_control_in_the_sweep_differences_and_their_colour_are_to_it(tmp_path: Path) -> None:
+    """The dense network has 95 %, the control 99 % and 97 %: 98 % is better than the one and worse than the other."""
+    for seed, control in ((0, 0.99), (1, 0.97)):
+        job(tmp_path / f"c{seed}", "pruner=none", f"seed={seed}", accuracy=control, target_sparsity=0.0, sparsity=0.0)
+        job(tmp_path / f"a{seed}", "pruner=abs", f"seed={seed}", accuracy=0.975, target_sparsity=0.5, shrunk=True)
+        job(tmp_path / f"b{seed}", "pruner=best", f"seed={seed}", accuracy=0.985, target_sparsity=0.5, shrunk=True)
+    report = build_report(tmp_path)
+    page = read_page(tmp_path)
+    assert colours(page) == {"-0.50": "worse", "+0.50": "better"}
+    assert "points to<br>control" in page
+    assert "points to<br>dense" not in page
+    assert report.notes == []
+    assert tables(page)["Nothing pruned"] == [
+        ["dense network 6 epochs", "2", "", "95.00 %", ""],
+        ["control, pruner=none 14 epochs", "2", "98.00 %", "98.00 %", ""],
+    ]
+
+
+def test_a_difference_within_what_seeds_differ_by_has_no_colour(tmp_path: Path) -> None:
+    for seed, more in enumerate((-0.02, 0.0, 0.01)):
+        job(tmp_path / f"c{seed}", "pruner=none", f"seed={seed}", accuracy=0.9, target_sparsity=0.0)
+        job(tmp_path / f"a{seed}", "pruner=abs", f"seed={seed}", accuracy=0.9 + more, target_sparsity=0.5)
+        job(tmp_path / f"b{seed}", "pruner=bad", f"seed={seed}", accuracy=0.7 + more, target_sparsity=0.5)
+    build_report(tmp_path)
+    assert colours(read_page(tmp_path)) == {"-0.33 ± 1.53": "", "-20.33 ± 1.53": "worse"}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "told"),
+    [
+        ({"epochs": 14, "baseline_epochs": 6}, "has trained less (6 epochs) than the pruned one (14)"),
+        ({"epochs": None, "baseline_epochs": None}, "may have trained less"),
+        ({"epochs": 6, "baseline_epochs": 6}, None),
+    ],
+)
+def test_without_a_control_one_line_says_so_and_names_the_override(
+    epochs: dict[str, object], told: str | None, tmp_path: Path
+) -> None:
+    for index, pruner in enumerate(("abs", "weighted")):
+        job(tmp_path / str(index), f"pruner={pruner}", target_sparsity=0.5, **epochs)
+    notes = build_report(tmp_path).notes
+    if told is None:
+        assert notes == []
+        return
+    (note,) = notes
+    assert told in note
+    assert "pruner=abs,weighted,none adds the control" in note
+    assert note[1:] in read_page(tmp_path)
+    assert set(colours(read_page(tmp_path)).values()) == {""}  # it is not what pruning costs
+
+
+def test_rows_without_a_control_of_their_own_show_no_difference_and_are_counted(tmp_path: Path) -> None:
+    job(tmp_path / "0", "pruner=none", "model=a", target_sparsity=0.0)
+    for model in ("a", "b"):
+        job(tmp_path / model, "pruner=abs", f"model={model}", target_sparsity=0.5)
+    (note,) = build_report(tmp_path).notes
+    assert note.startswith("1 of 2 rows have no control (pruner=none) of the same seed and settings")
+    rows = tables(read_page(tmp_path))["50 % pruned, of what is not recorded"]
+    assert [row[4] for row in rows] == ["+0.00", ""]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "told"),
+    [
+        ((0.9,), "90.00 %"),
+        ((0.9, 0.9), "90.00 %"),
+        ((0.88, 0.92), "90.00 %"),
+        ((0.9, 0.9, 0.9), "90.00 (all equal) %"),
+        ((0.89, 0.9, 0.91), "90.00 ± 1.00 %"),
+    ],
+)
+def test_a_spread_takes_three_seeds_and_their_number_is_beside_it(
+    accuracies: tuple[float, ...], told: str, tmp_path: Path
+) -> None:
+    for seed, accuracy in enumerate(accuracies):
+        job(tmp_path / str(seed), "pruner=abs", f"seed={seed}", accuracy=accuracy, target_sparsity=0.5)
+    build_report(tmp_path)
+    (row,) = tables(read_page(tmp_path))["50 % pruned, of what is not recorded"]
+    assert row[:4] == ["abs", str(len(accuracies)), told, told]
+    assert "± 0.00" not in read_page(tmp_path)
+
+
+def test_variants_with_the_same_masks_stand_in_one_row(tmp_path: Path) -> None:
+    masks = {"a.weight": torch.arange(10) >= 5}
+    for index, pruner in enumerate(("abs", "weighted", "random")):
+        folder = job(tmp_path / str(index), f"pruner={pruner}", target_sparsity=0.5, sparsity_of="channels")
+        save_masks(folder / "masks.safetensors", {"a.weight": ~masks["a.weight"]} if pruner == "random" else masks)
+    build_report(tmp_path)
+    rows = tables(read_page(tmp_path))["50 % of channels pruned"]
+    assert [row[0] for row in rows] == ["abs = weighted", "random"]  # of equal accuracy, but other masks
 
 
 def test_summary_has_a_row_a_job_and_numbers_stay_numbers(tmp_path: Path) -> None:
@@ -116,7 +278,8 @@ def test_summary_has_a_row_a_job_and_numbers_stay_numbers(tmp_path: Path) -> Non
     assert rows[3] | {"error": ""} == {
         "folder": "3", "status": "finished", "variant": "elementwise",
         "pruner": "elementwise", "pruner.target_sparsity": "0.8", "seed": "1", "note": "",
-        "accuracy": "0.93", "baseline_accuracy": "0.95", "target_sparsity": "0.8", "sparsity": "0.8",
+        "accuracy": "0.93", "baseline_accuracy": "0.95", "epochs": "14", "baseline_epochs": "6", "val_accuracy": "0.92",
+        "target_sparsity": "0.8", "sparsity": "0.8",
         "params": "1000", "macs": "5000", "latency_ms": "2", "params_dense": "1000", "macs_dense": "5000",
         "latency_dense_ms": "2.0", "file_bytes_dense": "4000", "params_nonzero": "200", "file_bytes": "4000",
         "loss": "", "config_hash": "hash3", "mlflow_run_id": "", "error": "",
@@ -170,7 +333,7 @@ def test_failed_and_unfinished_jobs_are_listed_with_what_they_say(tmp_path: Path
 
 
 def test_the_command_says_what_it_skipped_and_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job(tmp_path / "0", target_sparsity=0.5)
+    job(tmp_path / "0", target_sparsity=0.5, epochs=6)
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "result.json").write_text('{"status"')
     (tmp_path / "notes").mkdir()
@@ -207,7 +370,7 @@ def test_another_apps_smallest_result_is_enough(tmp_path: Path) -> None:
         (tmp_path / str(index)).mkdir()
         (tmp_path / str(index) / "result.json").write_text('{"status": "finished", "accuracy": 0.75}')
     assert build_report(tmp_path).usable == 2
-    assert ["as configured", "2", "75.00 ± 0.00 %", *[""] * 8] in cells(read_page(tmp_path))
+    assert ["as configured", "2", "75.00 %", *[""] * 8] in cells(read_page(tmp_path))
 
 
 def test_values_of_odd_types_never_stop_it(tmp_path: Path) -> None:
@@ -285,7 +448,10 @@ def test_many_sparsities_go_by_tens(tmp_path: Path) -> None:
         job(tmp_path / str(index), f"lr={index}", target_sparsity=0.3 + index / 50, sparsity=0.3 + index / 50)
     build_report(tmp_path)
     headings = [row[0] for row in cells(read_page(tmp_path)) if len(row) == 1]
-    assert headings == ["30 to 40 % sparsity", "40 to 50 % sparsity", "50 to 60 % sparsity"]
+    assert headings == [
+        "Nothing pruned",
+        *(f"{low} to {low + 10} % pruned, of what is not recorded" for low in (30, 40, 50)),
+    ]
 
 
 def test_equal_jobs_are_counted_once_and_said(tmp_path: Path) -> None:
