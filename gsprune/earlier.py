@@ -14,11 +14,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gsprune.composed import check_objective
-from gsprune.files import read_object, remove_leftovers, spared, write_json
+from gsprune.files import read_object, refusing, remove_leftovers, spared, write_json
 from gsprune.identity import config_hash
 from gsprune.locks import Lock
-from gsprune.results import read_results
-from gsprune.run_state import Checkpoints
+from gsprune.results import JobResult, read_results
+from gsprune.run_state import MAX_RECORD, Checkpoints
+from gsprune.run_state import RECORD as STATE
 from gsprune.sweep import Sweep, fetch, set_aside
 from gsprune.tracking import RECORD
 
@@ -58,6 +59,7 @@ def finished_here(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: that of another configuration is there, which must not be lost by mistake.
     """
+    _check_readable(folder / "result.json")
     result = read_object(folder / "result.json")
     ended = result.get("status") == "finished" and read_object(folder / RECORD).get("status") != "RUNNING"
     if not ended or cfg.trainer.get("resume") != "auto":
@@ -74,11 +76,32 @@ def finished_here(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     return result
 
 
+@refusing()
+def _check_readable(path: Path) -> None:
+    """Refuse to go on where the disk does not answer: the record of what is done there may be a good one."""
+    if path.is_file():
+        path.read_bytes()
+
+
+@refusing()
+def _owner(folder: Path) -> str | None:
+    """The configuration of the newest checkpoint in a folder, as far as its record tells; None if there is none."""
+    for path in Checkpoints(folder / "checkpoint").paths()[-1:]:
+        state = read_object(path / STATE, most=MAX_RECORD).get("state")
+        owner = state.get("config_hash") if isinstance(state, dict) else None
+        return owner if isinstance(owner, str) else None
+    return None
+
+
 def finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, Any] | None:
     """The result of an equal job of this sweep; if there is none, the folder is made ready for the one to come.
 
     What other jobs have done there is set aside, and what this one has left unfinished in another folder is fetched.
+
+    Raises:
+        ValueError: what is there cannot be read just now.
     """
+    _check_readable(folder / "result.json")
     try:
         mine = config_hash(cfg)
     except ValueError:  # the job itself will say what is wrong
@@ -88,13 +111,15 @@ def finished_before(cfg: DictConfig, folder: Path, sweep: Sweep) -> dict[str, An
     job = job or (sweep.finished(mine) if mine else None)
     if job is not None:
         check_objective(cfg.objective, cfg.trainer)  # it is no part of the hash: an equal job may have had a right one
+    owner = _owner(folder)
     if job is None or job.folder != folder:
-        for other in here:
-            is_unfinished = other.config_hash not in (mine, None) and Checkpoints(folder / "checkpoint").paths()
-            if other.status == "finished" or is_unfinished:
-                log.info("the result of another job in %s is kept in %s", folder, set_aside(folder, other))
+        others = [other for other in here if other.status == "finished"]
+        if not others and mine and owner not in (mine, None):  # its result may be of yet another one, or missing
+            others = [JobResult(folder, {"status": "interrupted", "config_hash": owner}, sweep.directory)]
+        for other in others:
+            log.info("what another job has left in %s is kept in %s", folder, set_aside(folder, other))
     if job is None:
-        if mine and not any(other.config_hash == mine for other in here):
+        if mine and owner != mine and not any(other.config_hash == mine for other in here):
             _fetch_unfinished(mine, folder, sweep)
         return None
     log.info("not done again: %s has finished with the same configuration", job.folder)
@@ -130,9 +155,11 @@ def how_to_go_on(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> str:
     """What to do with a run that has ended before its time."""
     more = "sweep.resume=true" if sweep else f"hydra.run.dir={folder}"
     less = " and without trainer.resume=never" if cfg.trainer.get("resume") == "never" else ""
-    if not Checkpoints(folder / "checkpoint").paths():
+    with contextlib.suppress(OSError):
+        if Checkpoints(folder / "checkpoint").paths():
+            return f"the same command with {more}{less} goes on from the newest checkpoint"
         return f"the same command with {more} starts anew: there is no checkpoint yet"
-    return f"the same command with {more}{less} goes on from the newest checkpoint"
+    return f"the same command with {more}{less} goes on once {folder / 'checkpoint'} can be read"
 
 
 def of_another(folder: Path, overrides: Any, *, unfinished: bool) -> str:

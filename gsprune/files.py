@@ -6,6 +6,7 @@ Imports the standard library only.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "Damaged",
     "aside",
     "folder_aside",
     "number",
     "one_line",
     "plain",
+    "put_aside",
     "read_json",
     "read_object",
     "reason",
@@ -39,6 +42,10 @@ log = logging.getLogger(__name__)
 
 _MAX_JSON = 32_000_000  # bytes, which may be 25 times as many in memory; a plan of a million units has 10 million
 _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
+
+
+class Damaged(ValueError):
+    """What a file holds is proved not to be what was written there; any other fault of reading may pass."""
 
 
 @contextmanager
@@ -105,6 +112,24 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def put_aside(path: Path, mark: str = "damaged") -> Path:
+    """Rename what must neither be used nor lost; returns its new path, `<mark>-<name>`, numbered if that is taken.
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = Path(folder.name, "a.json")
+    >>> for _ in range(2):
+    ...     _ = path.write_text("{")
+    ...     print(put_aside(path).name)
+    damaged-a.json
+    damaged-2-a.json
+    """
+    tries = (path.with_name(f"{mark}{f'-{number}' if number > 1 else ''}-{path.name}") for number in itertools.count(1))
+    there = next(other for other in tries if not os.path.lexists(other))
+    os.replace(path, there)
+    return there
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
@@ -130,8 +155,10 @@ def write_json(path: str | os.PathLike[str], obj: object) -> None:
 
 
 @contextmanager
-def spared(name: str, unwritten: list[str]) -> Iterator[None]:
+def spared(name: str, unwritten: list[str], meaning: str = "") -> Iterator[None]:
     """Write a file that a run can do without: a fault of the disk is one warning, and the block is left.
+
+    The warning ends with `meaning`: what the lack of this file means.
 
     `unwritten` lists the names of such files that are not on the disk as they should be. A name that is in it already
     is not warned of again, and goes out of it when a later write ends well. With `aside` the last good file stays.
@@ -150,7 +177,8 @@ def spared(name: str, unwritten: list[str]) -> Iterator[None]:
         yield
     except OSError as error:
         if name not in unwritten:
-            log.warning("%s could not be written, the run goes on without it: %s", name, reason(error))
+            more = f"; {meaning}" if meaning else ""
+            log.warning("%s could not be written, the run goes on without it: %s%s", name, reason(error), more)
             unwritten.append(name)
     else:
         if name in unwritten:
@@ -200,23 +228,29 @@ def number(value: Any) -> float:
 
 
 def read_json(path: str | os.PathLike[str], *, most: int | None = None) -> Any:
-    """The content of a JSON file of at most so many bytes; ValueError in one sentence when it is not one."""
+    """The content of a JSON file of at most so many bytes.
+
+    Raises:
+        ValueError: in one sentence: there is no such file, or it is too large.
+        Damaged: what it holds is not JSON.
+    """
     most = _MAX_JSON if most is None else most
     path = Path(path)
     if not path.is_file():  # a pipe would be waited for
         raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    if path.stat().st_size > most:
+        raise ValueError(f"{path} is too large: it has more than {most:,} bytes")
+    content = path.read_bytes()
     try:
-        if path.stat().st_size > most:
-            raise ValueError(f"it is larger than {most:,} bytes")
-        return json.loads(path.read_bytes())
+        return json.loads(content)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deep
-        raise ValueError(f"{path} is not valid JSON ({type(error).__name__}: {error})") from None
+        raise Damaged(f"{path} is not valid JSON ({type(error).__name__}: {error})") from None
 
 
-def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_object(path: str | os.PathLike[str], *, most: int | None = None) -> dict[str, Any]:
     """The object in a JSON file; empty when there is none that can be read."""
     with suppress(ValueError, OSError):
-        found = read_json(path)
+        found = read_json(path, most=most)
         return found if isinstance(found, dict) else {}
     return {}
 
@@ -242,7 +276,7 @@ def refusing() -> Iterator[None]:
         told = one_line(str(error))
         if told == str(error):
             raise
-        raise ValueError(told) from None
+        raise (Damaged if isinstance(error, Damaged) else ValueError)(told) from None
     except MemoryError:
         raise ValueError("the file needs more memory than there is") from None
     except OSError as error:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import logging
 import os
 import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -43,6 +44,7 @@ from gsprune.console import Progress, epoch_line, make_progress, print_summary, 
 from gsprune.dense_cache import BASELINE, DenseCache, DenseRecord
 from gsprune.earlier import alone, finished_before, finished_here, how_to_go_on, of_another, tidy
 from gsprune.files import (
+    put_aside,
     read_object,
     reason,
     refusing,
@@ -75,7 +77,7 @@ DENSE = Path("checkpoint", "dense.safetensors")
 SAVED: Mapping[str, Any] = {
     **dict.fromkeys(("config_hash", "made_on", "phase"), str),
     **dict.fromkeys(("model", "optimizer", "lr_schedule", "pruner", "position", "job"), dict),
-    "dense": (str, NoneType),
+    "dense": (str, NoneType),  # sha256 of DENSE; None: it could not be written, and is `dense_model`
     "others": list,
 }
 NOTES: Mapping[str, Any] = {
@@ -175,15 +177,20 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         found = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"model.weights={path} is not a safetensors file ({error})") from None
+    load_tensors(model, found, f"model.weights={path}")
+
+
+def load_tensors(model: nn.Module, found: Mapping[str, Tensor], what: str) -> None:
+    """Load every tensor of the model, after checking that `what` has all of them in shape and by name."""
     state = model.state_dict()
     needed, ties = state_tensors(model)  # of tied tensors one name is enough
     for name in [*needed, *found]:
         if name not in found or name not in state:
             where = "the model" if name not in state else "the file"
-            raise ValueError(f"model.weights={path} does not fit the model: {where} has no tensor {name!r}")
-        if found[name].shape != state[name].shape:
-            shapes = f"{list(found[name].shape)} in the file but {list(state[name].shape)} in the model"
-            raise ValueError(f"model.weights={path} does not fit the model: {name!r} has shape {shapes}")
+            raise ValueError(f"{what} does not fit the model: {where} has no tensor {name!r}")
+        if not isinstance(found[name], Tensor) or found[name].shape != state[name].shape:
+            shapes = f"{list(getattr(found[name], 'shape', []))} in the file but {list(state[name].shape)} in the model"
+            raise ValueError(f"{what} does not fit the model: {name!r} has shape {shapes}")
     model.load_state_dict({**{alias: found[name] for alias, name in ties.items()}, **found})
 
 
@@ -214,6 +221,7 @@ class _Job:
         self.checkpoints = Checkpoints(output_dir / "checkpoint")
         self.rows: list[Mapping[str, float]] = []  # the metrics of each epoch
         self.unwritten: list[str] = []  # files that a fault of the disk has kept from being written
+        self.again: dict[str, Callable[[], None]] = {}  # how to write those that the next checkpoint tries again
         self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS), "unwritten": []}
         self.result |= dict.fromkeys(("mlflow_run_id", "config_hash", "device", "sparsity_of", "dense"))
         self.result["shrunk"] = False
@@ -237,11 +245,21 @@ class _Job:
         with self.spared("result.json"):
             write_json(self.output_dir / "result.json", self.result)
         tidy(self.output_dir)
-        self.checkpoints.remove_after(self.saved.path if self.saved else None)
-        for old in ("masks", "figures") if self.saved is None else ():  # of another job in the same directory
-            shutil.rmtree(self.output_dir / old, ignore_errors=True)
+        if self.saved is None:
+            self._make_room()
         with self.watch.part("tracking"):
             self._open_tracker(before)
+
+    def _make_room(self) -> None:
+        """What an earlier run has left is written over if that was asked for, else set aside."""
+        anew = self.trainer.resume == "never"
+        if anew:
+            self.checkpoints.remove_all()
+        for old in (self.output_dir / "masks", self.output_dir / "figures"):
+            if anew:
+                shutil.rmtree(old, ignore_errors=True)
+            elif old.is_dir() and any(old.iterdir()):
+                put_aside(old, "earlier")
 
     def plan(self) -> planner.PruningPlan | planner.PruningPlans:
         """What the second phase's pruner would do; nothing is trained."""
@@ -300,8 +318,7 @@ class _Job:
             self._note_dense(record, key=cache.key, source=source, seconds=time.perf_counter() - began)
         self.result |= {f"baseline_{name}": value for name, value in record.baseline.items()}
         self.dense, self.dense_val, self.cache = copy.deepcopy(self.model), record.baseline["val_accuracy"], cache
-        with self.watch.part("files"), self.spared(DENSE.as_posix()):
-            self._save_dense()
+        self._save_dense()
 
     def prune_phase(self) -> None:
         """Training with the pruner's hooks; at its end the final mask is set and a structured model is smaller."""
@@ -377,9 +394,23 @@ class _Job:
 
     # --- what may go wrong with the machine ---
 
-    def spared(self, name: str) -> contextlib.AbstractContextManager[None]:
+    def spared(self, name: str, meaning: str = "") -> contextlib.AbstractContextManager[None]:
         """Write a file that the run can do without: if the disk is full, say so, list it in the result, go on."""
-        return spared(name, self.unwritten)
+        return spared(name, self.unwritten, meaning)
+
+    def _write(self, name: str, write: Callable[[], None], meaning: str = "") -> None:
+        """Write such a file; if that fails, the next checkpoint tries it again."""
+        self.again[name] = write
+        with self.watch.part("files"), self.spared(name, meaning or "it is tried again at the next checkpoint"):
+            write()
+            del self.again[name]
+
+    def _write_again(self) -> None:
+        for name, write in list(self.again.items()):
+            self._write(name, write)
+            if name not in self.again and name != DENSE.as_posix():  # which is not sent
+                with self.watch.part("tracking"):
+                    self._log_file(name, folder=os.path.dirname(name))
 
     @contextlib.contextmanager
     def enough_memory(self) -> Iterator[None]:
@@ -433,8 +464,14 @@ class _Job:
 
     def _save_dense(self) -> None:
         """What `model.weights` takes."""
-        write_atomic(self.output_dir / DENSE, save(state_tensors(self.model)[0]))
-        self.dense_file = sha256(self.output_dir / DENSE)
+        path, self.dense_file = self.output_dir / DENSE, None
+
+        def write() -> None:
+            write_atomic(path, save(state_tensors(self.dense)[0]))
+            self.dense_file = sha256(path)
+
+        meaning = "checkpoints hold it meanwhile, so that the run can go on from them, and each tries to write it again"
+        self._write(DENSE.as_posix(), write, meaning)
 
     def _save_model(self) -> Mapping[str, Tensor]:
         """The model first: the one file that a run must leave."""
@@ -449,7 +486,9 @@ class _Job:
         """On a full disk the older checkpoint makes room; the newest stays, to go on from."""
         try:
             return self._save_model()
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
             self.checkpoints.keep(1)
             return self._save_model()
 
@@ -632,8 +671,7 @@ class _Job:
             return
         if not given:
             self._score_dense(optimizer)
-        with self.watch.part("files"), self.spared(SCORES):
-            self._save_scores(self.output_dir / SCORES)
+        self._write_scores()
         with self.watch.part("tracking"):
             self._log_file(SCORES, folder="checkpoint")
 
@@ -661,6 +699,11 @@ class _Job:
 
     def _save_scores(self, path: Path) -> None:
         save_scores(path, self.pruner.scores(), criterion=self.pruner.criterion_name, steps=self._score_steps)
+
+    def _write_scores(self) -> None:
+        """Those of now, also when the disk takes them only later."""
+        path, found, criterion = self.output_dir / SCORES, self.pruner.scores(), self.pruner.criterion_name
+        self._write(SCORES, lambda: save_scores(path, found, criterion=criterion, steps=self._score_steps))
 
     def _fit(self, name: str, optimizer: Optimizer, lr_schedule: Schedule, *, epochs: int, offset: int = 0) -> None:
         start = self._restore(optimizer, lr_schedule) if self._goes_on(name) else None
@@ -710,8 +753,7 @@ class _Job:
         name = f"masks/epoch_{trained:04d}.safetensors"
         with self.watch.part("files"):
             self.picture = figures.mask_image(masks)
-            with self.spared(name):
-                save_masks(self.output_dir / name, masks)
+        self._write(name, lambda: save_masks(self.output_dir / name, masks))
         with self.watch.part("tracking"):
             self._log_file(name, folder="masks")
             self.tracker.log_image(self.picture, key="masks", step=trained)
@@ -736,11 +778,15 @@ class _Job:
 
     def _write_checkpoint(self, phase: str, at: Position, offset: int, optimizer: Optimizer, lr_schedule: Any) -> None:
         position, *others = distributed.gathered(at.state_dict())
+        if phase == "prune" and not (self.output_dir / DENSE).is_file():  # whoever has removed it
+            self._save_dense()
+        self._write_again()
         state = {
             "config_hash": self.result["config_hash"],
             "made_on": self._surroundings(),
             "phase": phase,
             "dense": self.dense_file,
+            "dense_model": None if phase == "dense" or self.dense_file else state_tensors(self.dense)[0],
             "model": state_tensors(self.model)[0],
             "optimizer": optimizer.state_dict(),
             "lr_schedule": lr_schedule.state_dict(),
@@ -753,10 +799,17 @@ class _Job:
             log.warning("no checkpoint was written, those before it stay: %s holds nan or inf", lost[0])
             return
         try:
-            with self.spared("checkpoint"):
+            with self.spared("checkpoint", self._without_checkpoint()):
                 self.checkpoints.write(state, epoch=offset + at.epoch, step=at.step)
         except ValueError as error:
             log.warning("no checkpoint was written, the run goes on: %s", error)
+
+    def _without_checkpoint(self) -> str:
+        with contextlib.suppress(OSError):
+            before = self.checkpoints.paths()
+            then = f"go on from {before[-1].name}" if before else "start anew"
+            return f"the next one is tried in its turn, and if the run ends before that it will {then}"
+        return "the next one is tried in its turn"
 
     def _notes(self) -> dict[str, Any]:
         return {
@@ -807,9 +860,15 @@ class _Job:
         numbers = [state["job"]["seconds"], *state["job"]["rows"]] if whole else []
         if not whole or set(numbers[0]) != set(PARTS) or not all(_are_numbers(values) for values in numbers):
             raise ValueError("it is not that of a job")
+        if not isinstance(state.get("dense_model"), (dict, NoneType)):
+            raise ValueError("it is not that of a job")
+        if state["phase"] == "dense" or state.get("dense_model"):
+            return
         dense = self.output_dir / DENSE
-        if state["phase"] == "prune" and not (dense.is_file() and sha256(dense) == state["dense"]):
-            raise ValueError(f"{dense} is not the dense network that it belongs to")
+        if not dense.is_file():
+            raise ValueError(f"{dense}, the dense network that it belongs to, is not there")
+        if sha256(dense) != state["dense"]:
+            raise ValueError(f"{dense} is not the dense network that it belongs to: its sha256 is another")
 
     def _surroundings(self) -> str:
         return f"torch {torch_version}, {self.trainer.torch_device.type}"
@@ -819,9 +878,14 @@ class _Job:
 
     def _restore_dense(self) -> None:
         assert self.saved is not None
-        notes = self.saved.state["job"]
-        load_weights(self.model, self.output_dir / DENSE)
+        notes, weights = self.saved.state["job"], self.saved.state.get("dense_model")
+        if weights is None:
+            load_weights(self.model, self.output_dir / DENSE)
+        else:
+            load_tensors(self.model, weights, f"the dense network in {self.saved.path}")
         self.dense, self.pruner = copy.deepcopy(self.model), NoPruning(self.model)
+        if weights is not None:
+            self._save_dense()
         self.result |= {**notes["baseline"], "dense": notes["dense_note"]}
 
     def _restore(self, optimizer: Optimizer, lr_schedule: Any) -> Mapping[str, Any]:
@@ -900,7 +964,7 @@ class _Follower(_Job):
     def _record_masks(self, trained: int) -> None:
         pass
 
-    def _save_dense(self) -> None:
+    def _write(self, name: str, write: Callable[[], None], meaning: str = "") -> None:
         pass
 
     def _write_checkpoint(self, phase: str, at: Position, offset: int, optimizer: Optimizer, lr_schedule: Any) -> None:

@@ -1,8 +1,9 @@
 """Checkpoints of a run that is under way: nested data with tensors in it, in a folder each, the last two kept.
 
 Files are data from strangers, as in `checkpoint.py`: nothing is unpickled, everything is checked before it is used, and
-every fault is a ValueError of one sentence; the checkpoint before is then taken. Imports torch, safetensors, and
-`checkpoint` and `files` of this package.
+every fault is a ValueError of one sentence. What is proved damaged is set aside, and the checkpoint before is taken.
+Any other fault (another version, a disk that does not answer) may pass: it is refused, and all stays as it is. Imports
+torch, safetensors, and `checkpoint` and `files` of this package.
 
 In the folder `checkpoint/` of a run:
 
@@ -19,6 +20,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +30,7 @@ import safetensors
 from torch import Tensor
 
 from gsprune.checkpoint import read_header, write_tensors
-from gsprune.files import folder_aside, number, plain, read_json, refusing, remove_folder, sha256
+from gsprune.files import Damaged, folder_aside, number, plain, put_aside, read_json, refusing, remove_folder, sha256
 
 __all__ = ["Checkpoints", "Saved", "read_state", "write_state"]
 
@@ -37,7 +39,7 @@ VERSION = 1
 TENSORS, RECORD = "state.safetensors", "state.json"
 KEPT = 2
 _NAME = re.compile(r"epoch_(\d{4,9})_step_(\d{6,12})")
-_MAX_RECORD = 128_000_000  # bytes of state.json: the metrics of fifty thousand epochs
+MAX_RECORD = 128_000_000  # bytes of state.json: the metrics of fifty thousand epochs
 _KIND = "$"  # marks what JSON has no word for
 log = logging.getLogger(__name__)
 
@@ -65,9 +67,15 @@ class Checkpoints:
         self.folder = folder
 
     def paths(self) -> list[Path]:
-        """Those that are there, the oldest first."""
-        found = [path for path in self.folder.glob("epoch_*_step_*") if path.is_dir() and _NAME.fullmatch(path.name)]
-        return sorted(found, key=_place)
+        """Those that are there, the oldest first.
+
+        Raises:
+            OSError: the folder cannot be read, so that it is not known.
+        """
+        if not os.path.lexists(self.folder):
+            return []
+        names = [name for name in os.listdir(self.folder) if _NAME.fullmatch(name)]  # of a broken link: an error
+        return sorted((path for path in map(self.folder.joinpath, names) if path.is_dir()), key=_place)
 
     def write(self, state: Mapping[str, Any], *, epoch: int, step: int) -> Path:
         """Write one, then remove all but the last two.
@@ -89,25 +97,39 @@ class Checkpoints:
         for old in self.paths()[:-count]:
             remove_folder(old)
 
+    @refusing()
     def newest(self, check: Callable[[Mapping[str, Any]], None] = lambda state: None) -> Saved | None:
-        """The newest that can be read and that `check` (which raises ValueError) lets pass; a warning names others."""
+        """The newest one that is whole. A damaged one is set aside (`damaged-epoch_...`), which a warning says.
+
+        Raises:
+            ValueError: it is not proved damaged, but cannot be read just now, or `check` refuses it. All stays there.
+        """
         paths = self.paths()[::-1]
         for path in paths:
             try:
-                state = read_state(path)
-                check(state)
-                return Saved(path, state)
-            except ValueError as error:
+                return self._read(path, check)
+            except Damaged as error:
                 last = path == paths[-1]
                 then = "no other is left, and the run starts anew" if last else "the one before it is tried"
-                log.warning("the checkpoint %s cannot be used, %s: %s", path.name, then, error)
+                aside = put_aside(path).name
+                log.warning("the checkpoint %s is damaged and set aside as %s, %s: %s", path.name, aside, then, error)
+            except ValueError as error:
+                raise ValueError(
+                    f"the checkpoint {path} cannot be used now, and is kept: {error}; make that good and give the "
+                    f"same command again, or start anew, without it, with trainer.resume=never"
+                ) from error
         return None
 
-    def remove_after(self, path: Path | None) -> None:
-        """Remove those that are newer than `path`; all of them, if it is None."""
-        for newer in self.paths():
-            if path is None or _place(newer) > _place(path):
-                remove_folder(newer)
+    @staticmethod
+    @refusing()
+    def _read(path: Path, check: Callable[[Mapping[str, Any]], None]) -> Saved:
+        state = read_state(path)
+        check(state)
+        return Saved(path, state)
+
+    def remove_all(self) -> None:
+        for path in self.paths():
+            remove_folder(path)
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -132,17 +154,22 @@ def read_state(path: Path) -> dict[str, Any]:
     """What `write_state` was given.
 
     Raises:
-        ValueError: a file is missing, damaged, or not what it says.
+        Damaged: a file does not hold what was written there.
+        ValueError: a file is missing, cannot be read, is of another version, or is not what it says.
     """
     tree, mark = _read_tree(path / RECORD)
+    if not (path / TENSORS).is_file():
+        raise ValueError(f"{path / TENSORS} is not there")
+    if sha256(path / TENSORS) != mark:
+        raise Damaged(f"{path / TENSORS} is damaged, or it does not belong to the {RECORD} beside it")
     header = read_header(path / TENSORS, FORMAT)
-    if sha256(header.path) != mark:
-        raise ValueError(f"{header.path} is damaged, or it does not belong to the {RECORD} beside it")
     try:
         with safetensors.safe_open(header.path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in header.shapes}
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # SafetensorError derives from Exception only
-        raise ValueError(f"{header.path} is a damaged safetensors file ({error})") from None
+        raise ValueError(f"{header.path} is a safetensors file that cannot be read ({error})") from None
     try:
         state = _unpack(tree, tensors)
     except (KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
@@ -154,16 +181,16 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _read_tree(path: Path) -> tuple[Any, str]:
     try:
-        record = read_json(path, most=_MAX_RECORD)
+        record = read_json(path, most=MAX_RECORD)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError(f"{path} is not the record of a checkpoint")
+            raise Damaged(f"{path} is not the record of a checkpoint")
         if record.get("version") != VERSION:
             raise ValueError(
                 f"{path} has format version {str(record.get('version'))[:20]}, this gsprune reads {VERSION}"
             )
         mark = record.pop("sha256", None)
         if mark != _digest(record):
-            raise ValueError(f"{path} is damaged or was edited: its sha256 is another")
+            raise Damaged(f"{path} is damaged or was edited: its sha256 is another")
         return record["state"], str(record["tensors"])
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None

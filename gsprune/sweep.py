@@ -40,7 +40,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from gsprune.files import read_object, spared, write_json
+from gsprune.files import put_aside, read_object, spared, write_json
 from gsprune.locks import Lock, file_name
 from gsprune.results import JobResult, Results, read_results
 from gsprune.tracking import without_passwords
@@ -158,12 +158,19 @@ def set_aside(folder: Path, job: JobResult) -> Path:
     A sweep that was extended numbers its jobs anew, and what was done must not be written over.
     """
     mark = job.config_hash or hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()
-    beside = folder.with_name(f"{folder.name}-{mark[:8]}")
-    shutil.rmtree(beside, ignore_errors=True)  # of the same configuration, when that was done twice
+    beside, count = folder.with_name(f"{folder.name}-{mark[:8]}"), 1
+    while beside.exists():
+        if job.status == read_object(beside / "result.json").get("status") == "finished":
+            shutil.rmtree(beside)  # the same configuration, done twice
+        else:
+            count += 1
+            beside = folder.with_name(f"{folder.name}-{mark[:8]}-{count}")
     beside.mkdir()
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):  # what makes it count, last
         if path.name != ".hydra" and path.suffix != ".log":
             os.replace(path, beside / path.name)
+    if read_object(beside / "result.json").get("config_hash") != job.config_hash:  # its own record was lost
+        write_json(beside / "result.json", dict(job.result))
     return beside
 
 
@@ -172,7 +179,7 @@ def fetch(job: JobResult, folder: Path) -> None:
     for path in sorted(job.folder.iterdir(), key=lambda path: path.name == "result.json"):
         if path.name != ".hydra" and path.suffix != ".log":
             if (folder / path.name).is_dir():
-                shutil.rmtree(folder / path.name)
+                put_aside(folder / path.name, "earlier")
             os.replace(path, folder / path.name)
     with suppress(OSError):  # other jobs' folders have Hydra's files
         job.folder.rmdir()

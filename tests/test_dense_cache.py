@@ -197,6 +197,16 @@ def test_what_is_set_aside_twice_stands_there_once(tmp_path):
         assert sorted(path.name for path in (tmp_path / "0-01234567").iterdir()) == ["masks", "result.json"]
 
 
+def test_what_was_set_aside_before_is_not_lost_for_what_is_unfinished(tmp_path):
+    for status in ("finished", "interrupted"):
+        (tmp_path / "0").mkdir(exist_ok=True)
+        (tmp_path / "0" / "result.json").write_text(json.dumps({"status": status, "config_hash": "0123456789"}))
+        (job,) = read_results(tmp_path / "0").jobs
+        set_aside(tmp_path / "0", job)
+    left = {path.name: json.loads((path / "result.json").read_text())["status"] for path in tmp_path.glob("0-*")}
+    assert left == {"0-01234567": "finished", "0-01234567-2": "interrupted"}
+
+
 def test_the_scores_key_is_of_the_criterion_and_not_of_how_much_is_pruned():
     base = scores_key(configure("pruner=elementwise"))
     same = ["pruner.target_sparsity=0.5", "pruner.scope=local", "pruner.schedule.start_epoch=1"]

@@ -24,7 +24,7 @@ def test_json_is_read_from_a_file_alone_and_not_from_a_large_one(
         read_json(path)
     monkeypatch.setattr(files, "_MAX_JSON", 3)
     (tmp_path / "b.json").write_text("[12]")
-    with pytest.raises(ValueError, match=r"b.json is not valid JSON \(ValueError: it is larger than 3 bytes\)$"):
+    with pytest.raises(ValueError, match=r"b.json is too large: it has more than 3 bytes$"):
         read_json(tmp_path / "b.json")
     (tmp_path / "b.json").write_text("[1]")
     assert read_json(tmp_path / "b.json") == [1]

@@ -23,7 +23,7 @@ from jobs import ROOT, TINY, configure
 from kills import differences
 from safetensors.torch import load_file, save_file
 
-from gsprune import earlier
+from gsprune import earlier, files
 from gsprune import job as job_module
 from gsprune.guard import BadNumbers
 from gsprune.identity import config_hash, dense_key
@@ -179,7 +179,10 @@ def test_a_checkpoint_that_cannot_be_written_costs_a_warning(tmp_path, whole, mo
 
     monkeypatch.setattr(Checkpoints, "write", full)
     go(tmp_path)
-    assert "checkpoint could not be written, the run goes on without it: No space left on device" in caplog.messages
+    (told,) = [text for text in caplog.messages if text.startswith("checkpoint could not be written, the run goes on")]
+    assert told.endswith(
+        "device; the next one is tried in its turn, and if the run ends before that it will start anew"
+    )
     assert result_of(tmp_path)["unwritten"] == ["checkpoint"]
     assert list(differences(whole, tmp_path)) == ["result.json differs"]
 
@@ -206,27 +209,120 @@ def damage(path):
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(crashed, whole, at_step, caplog):
     damage(crashed / "checkpoint" / "epoch_0002_step_000000" / TENSORS)
     go(crashed)
-    assert "the checkpoint epoch_0002_step_000000 cannot be used, the one before it is tried: " in caplog.text
+    assert "epoch_0002_step_000000 is damaged and set aside as damaged-epoch_0002_step_000000, the one" in caplog.text
     assert at_step.count == 10
-    assert list(differences(whole, crashed)) == []
+    only = [f"checkpoint/damaged-epoch_0002_step_000000/{name} is in one only" for name in (RECORD, TENSORS)]
+    assert list(differences(whole, crashed)) == only
 
 
 def test_with_both_damaged_the_run_starts_anew_and_says_so(crashed, whole, at_step, caplog):
     for name in names(crashed):
         damage(crashed / "checkpoint" / name / RECORD)
     go(crashed)
-    assert "epoch_0001_step_000000 cannot be used, no other is left, and the run starts anew: " in caplog.text
+    assert "epoch_0001_step_000000, no other is left, and the run starts anew: " in caplog.text
     assert at_step.count == 15
-    assert list(differences(whole, crashed)) == []
+    left = [text for text in differences(whole, crashed) if not text.startswith("checkpoint/damaged-")]
+    kept = ("figures/masks/0002.png", "masks/epoch_0002.safetensors")
+    assert left == [f"earlier-{name} is in one only" for name in kept]
 
 
-def test_a_checkpoint_is_no_good_without_its_dense_network(crashed, whole, at_step, caplog):
-    dense = crashed / "checkpoint" / "dense.safetensors"
+def replaced(dense):
     save_file({name: tensor + 1 for name, tensor in load_file(dense).items()}, dense)
+    return "is not the dense network that it belongs to: its sha256 is another"
+
+
+def moved(dense):
+    os.rename(dense, dense.with_name("kept"))
+    return "the dense network that it belongs to, is not there"
+
+
+@pytest.mark.parametrize("happens", [replaced, moved])
+def test_a_checkpoint_waits_for_its_dense_network(crashed, whole, at_step, happens):
+    dense = crashed / "checkpoint" / "dense.safetensors"
+    right = dense.read_bytes()
+    told = happens(dense)
+    with pytest.raises(ValueError, match=rf"epoch_0002_step_000000 cannot be used now, and is kept: {dense},? {told}"):
+        go(crashed)
+    assert names(crashed) == ["epoch_0001_step_000000", "epoch_0002_step_000000"]
+    dense.write_bytes(right)
+    dense.with_name("kept").unlink(missing_ok=True)
     go(crashed)
-    assert f"{dense} is not the dense network that it belongs to" in caplog.text
-    assert at_step.count == 10  # that of the dense phase's end needs none
+    assert at_step.count == 5
     assert list(differences(whole, crashed)) == []
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_run_whose_checkpoint_cannot_be_read_just_now_is_refused_and_goes_on_later(
+    crashed, whole, at_step, monkeypatch, error
+):
+    def unreadable(path):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gsprune.run_state.sha256", unreadable)
+        with pytest.raises(ValueError, match="epoch_0002_step_000000 cannot be used now, and is kept: "):
+            go(crashed)
+    assert names(crashed) == ["epoch_0001_step_000000", "epoch_0002_step_000000"]
+    go(crashed)
+    assert at_step.count == 5
+    assert list(differences(whole, crashed)) == []
+
+
+def test_a_finished_run_whose_result_cannot_be_read_just_now_is_not_done_again(crashed, monkeypatch):
+    go(crashed)
+    left = {path: path.read_bytes() for path in crashed.rglob("*") if path.is_file()}
+    read = Path.read_bytes
+
+    def unreadable(path):
+        if path.name == "result.json":
+            raise OSError(5, "Input/output error", str(path))
+        return read(path)
+
+    for sweep in (None, Sweep(crashed.parent)):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_bytes", unreadable)
+            patched.setattr(job_module, "current_sweep", lambda sweep=sweep: sweep)
+            with pytest.raises(ValueError, match=r"result.json cannot be read \(Input/output error\)$"):
+                go(crashed)
+        assert {path: path.read_bytes() for path in crashed.rglob("*") if path.is_file()} == left
+
+
+@pytest.mark.parametrize("lasts", [3, 99])
+def test_a_dense_network_that_found_no_room_costs_nothing(tmp_path, whole, at_step, monkeypatch, caplog, lasts):
+    """It is written by a later checkpoint; one that is written before carries it."""
+    flush, tried = files._flush, []
+
+    def full(path):
+        if path.name.startswith(".dense.safetensors."):
+            tried.append(path)
+            if len(tried) <= lasts:
+                raise OSError(28, "No space left on device")
+        flush(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "_flush", full)
+        at_step.do(12, crash)
+        with pytest.raises(Crash):
+            go(tmp_path, "trainer.checkpoint_minutes=0")
+    dense = tmp_path / "checkpoint" / "dense.safetensors"
+    assert dense.exists() == (lasts == 3)
+    (told,) = [text for text in caplog.messages if "could not be written" in text]
+    assert told.startswith(
+        "checkpoint/dense.safetensors could not be written, the run goes on without it: No space left"
+    )
+    assert "checkpoints hold it meanwhile, so that the run can go on from them" in told
+    assert Checkpoints(dense.parent).newest().state["dense_model"] is None or lasts == 99
+    at_step.do(0, crash)
+    go(tmp_path)
+    assert at_step.count == 4
+    assert result_of(tmp_path)["unwritten"] == []
+    assert list(differences(whole, tmp_path)) == []
+
+
+def test_a_dense_network_that_somebody_removes_meanwhile_is_written_again(tmp_path, whole, at_step):
+    at_step.do(7, (tmp_path / "checkpoint" / "dense.safetensors").unlink)
+    go(tmp_path)
+    assert list(differences(whole, tmp_path)) == []
 
 
 def test_a_run_of_another_configuration_is_not_lost_by_mistake(crashed, at_step):
@@ -259,6 +355,21 @@ def test_a_checkpoint_of_a_job_that_an_extended_sweep_numbers_anew_goes_with_it(
     assert at_step.count == 5
     assert not aside.exists()
     assert list(differences(whole, sweep / "1")) == []
+
+
+@pytest.mark.parametrize("record", [None, '{"status": "running", "config_hash": null}', '{"status": "fini'])
+def test_it_goes_with_it_too_if_the_record_of_whose_it_is_was_lost(crashed, at_step, monkeypatch, record):
+    """A try that is killed right at its start leaves a result of nobody's."""
+    sweep = crashed.parent
+    os.rename(crashed, sweep / "0")
+    monkeypatch.setattr(job_module, "current_sweep", lambda: Sweep(sweep))
+    (sweep / "0" / "result.json").unlink() if record is None else (sweep / "0" / "result.json").write_text(record)
+    go(sweep / "0", "seed=1")
+    (aside,) = sweep.glob("0-*")
+    assert names(aside) == ["epoch_0001_step_000000", "epoch_0002_step_000000"]
+    at_step.do(0, crash)
+    go(sweep / "1")
+    assert at_step.count == 5
 
 
 def test_a_checkpoint_in_a_folder_where_another_job_is_going_on_stays_there(crashed, at_step, monkeypatch):
@@ -366,14 +477,16 @@ def test_a_checkpoint_that_is_whole_and_does_not_fit_is_one_sentence(crashed):
         ("position", "random", None),
     ],
 )
-def test_a_checkpoint_of_something_else_is_passed_over(crashed, at_step, caplog, part, key, value):
+def test_a_checkpoint_of_something_else_is_refused_and_kept(crashed, part, key, value):
     checkpoints = Checkpoints(crashed / "checkpoint")
     state = checkpoints.newest().state
     state[part][key] = value
     checkpoints.write(state, epoch=2, step=0)
-    go(crashed)
-    assert "epoch_0002_step_000000 cannot be used, the one before it is tried: it is not that of a job" in caplog.text
-    assert at_step.count == 10
+    with pytest.raises(
+        ValueError, match="epoch_0002_step_000000 cannot be used now, and is kept: it is not that of a job"
+    ):
+        go(crashed)
+    assert len(names(crashed)) == 2
 
 
 def test_metrics_of_a_killed_try_are_dropped_and_a_torn_line_with_them(crashed, whole):

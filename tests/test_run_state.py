@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -118,9 +119,7 @@ def test_the_last_two_are_kept_by_place_and_not_by_name_or_time(tmp_path):
     checkpoints.write({"at": "again"}, epoch=10, step=0)
     assert [path.name for path in checkpoints.paths()] == ["epoch_0001_step_000000", "epoch_0010_step_000000"]
     assert checkpoints.newest().state == {"at": "again"}
-    checkpoints.remove_after(checkpoints.paths()[0])
-    assert [path.name for path in checkpoints.paths()] == ["epoch_0001_step_000000"]
-    checkpoints.remove_after(None)
+    checkpoints.remove_all()
     assert list(checkpoints.folder.iterdir()) == []
 
 
@@ -143,20 +142,85 @@ def replace(path):
         )
 
 
-DAMAGES = {"truncated": truncate, "a bit is another": flip, "missing": os.remove, "another": replace}
+DAMAGES = {
+    "truncated": truncate,
+    "a bit is another": flip,
+    "empty": lambda path: path.write_bytes(b""),
+    "another": replace,
+}
 
 
 @pytest.mark.parametrize("name", [TENSORS, RECORD])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(tmp_path, caplog, name, damage):
+def test_a_damaged_newest_is_set_aside_and_the_one_before_taken(tmp_path, caplog, name, damage):
     checkpoints = checkpoints_of(tmp_path)
-    DAMAGES[damage](checkpoints.paths()[-1] / name)
+    newest = checkpoints.paths()[-1]
+    DAMAGES[damage](newest / name)
+    left = {path.name: path.read_bytes() for path in newest.iterdir()}
     with caplog.at_level(logging.WARNING):
         assert checkpoints.newest().state["at"] == [1, 0]
     (record,) = caplog.records
-    start = "the checkpoint epoch_0010_step_000000 cannot be used, the one before it is tried: "
-    assert record.getMessage().startswith(start)
-    assert str(checkpoints.paths()[-1] / name) in record.getMessage()
+    assert record.getMessage().startswith(
+        "the checkpoint epoch_0010_step_000000 is damaged and set aside as damaged-epoch_0010_step_000000, "
+        "the one before it is tried: "
+    )
+    assert str(newest / name) in record.getMessage()
+    aside = checkpoints.folder / "damaged-epoch_0010_step_000000"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == left
+    assert [path.name for path in checkpoints.paths()] == ["epoch_0001_step_000000"]
+
+
+def not_answering(monkeypatch, error):
+    def sha256(path):
+        raise error
+
+    monkeypatch.setattr(run_state, "sha256", sha256)
+
+
+def of_another_version(folder):
+    record = json.loads((folder / RECORD).read_text())
+    del record["sha256"]
+    (folder / RECORD).write_text(sealed({**record, "version": 2}))
+
+
+MOMENTS = {
+    "eio": (lambda patch, _: not_answering(patch, OSError(errno.EIO, "Input/output error", "x")), "Input/output error"),
+    "estale": (lambda patch, _: not_answering(patch, OSError(errno.ESTALE, "Stale file handle")), "Stale file handle"),
+    "memory": (lambda patch, _: not_answering(patch, MemoryError()), "more memory than there is"),
+    "version": (lambda _, folder: of_another_version(folder), "has format version 2, this gsprune reads 1"),
+    "moved": (lambda _, folder: os.rename(folder / TENSORS, folder.parent / "kept"), f"{TENSORS} is not there"),
+    "moved record": (lambda _, folder: os.rename(folder / RECORD, folder.parent / "kept"), f"{RECORD} does not exist"),
+    "a folder": (lambda _, folder: (os.remove(folder / RECORD), os.mkdir(folder / RECORD)), "is not a file"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_cannot_be_read_just_now_is_refused_by_name_and_nothing_changes(tmp_path, monkeypatch, moment):
+    checkpoints = checkpoints_of(tmp_path)
+    newest = checkpoints.paths()[-1]
+    happens, told = MOMENTS[moment]
+    happens(monkeypatch, newest)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(
+        ValueError, match=rf"^the checkpoint {newest} cannot be used now, and is kept: [^\n]*{told}.*never$"
+    ):
+        checkpoints.newest()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in checkpoints.paths()] == ["epoch_0001_step_000000", "epoch_0010_step_000000"]
+
+
+def test_a_folder_of_checkpoints_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(ValueError, match=r"link cannot be read \(No such file or directory\)$"):
+        Checkpoints(tmp_path / "link").newest()
+    checkpoints = checkpoints_of(tmp_path)
+
+    def listdir(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(ValueError, match=r"checkpoint cannot be read \(Permission denied\)$"):
+        checkpoints.newest()
 
 
 def test_without_a_usable_one_there_is_none_and_a_warning(tmp_path, caplog):
@@ -165,16 +229,23 @@ def test_without_a_usable_one_there_is_none_and_a_warning(tmp_path, caplog):
     for path in checkpoints.paths():
         flip(path / TENSORS)
     assert checkpoints.newest() is None
-    assert "cannot be used, no other is left, and the run starts anew: " in caplog.records[-1].getMessage()
+    assert ", no other is left, and the run starts anew: " in caplog.records[-1].getMessage()
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    aside = sorted(path.name for path in checkpoints.folder.iterdir())
+    assert aside == ["damaged-epoch_0001_step_000000", "damaged-epoch_0010_step_000000"]
 
 
-def test_what_the_caller_refuses_is_passed_over_too(tmp_path):
+@pytest.mark.parametrize("error", [ValueError("not this one"), OSError(errno.EIO, "not this one"), MemoryError()])
+def test_what_the_caller_refuses_is_kept_too(tmp_path, error):
     def check(state):
-        if state["at"] == [10, 0]:
-            raise ValueError("not this one")
+        raise error
 
-    assert checkpoints_of(tmp_path).newest(check).state["at"] == [1, 0]
+    checkpoints = checkpoints_of(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"epoch_0010_step_000000 cannot be used now, and is kept: .*(not this one|memory)"
+    ):
+        checkpoints.newest(check)
+    assert len(checkpoints.paths()) == 2
 
 
 def test_a_write_that_fails_leaves_those_that_are_there(tmp_path, monkeypatch):
@@ -250,8 +321,8 @@ def test_a_deep_record_a_large_one_and_another_version_are_refused(tmp_path, mon
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match="is not valid JSON"):
         read_state(tmp_path / "a")
-    monkeypatch.setattr(run_state, "_MAX_RECORD", 10)
-    with pytest.raises(ValueError, match=r"state.json is not valid JSON \(ValueError: it is larger than 10 bytes\)$"):
+    monkeypatch.setattr(run_state, "MAX_RECORD", 10)
+    with pytest.raises(ValueError, match=r"state.json is too large: it has more than 10 bytes$"):
         read_state(tmp_path / "a")
 
 
