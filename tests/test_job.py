@@ -407,6 +407,15 @@ def test_config_hash_is_of_what_determines_the_result(tmp_path):
     assert config_hash(configure(f"model.weights={tmp_path / 'b'}")) != a
 
 
+def test_a_control_is_the_same_job_whatever_sparsity_is_swept_beside_it():
+    share = "pruner.target_sparsity=0.5"
+    control = config_hash(configure("pruner=none"))
+    assert config_hash(configure("pruner=none", share)) == control
+    others = (("pruner=none", "seed=1"), ("pruner=none", "trainer.prune_epochs=1"), ("pruner=abs", share))
+    assert len({control, *(config_hash(configure(*other)) for other in others)}) == 4
+    assert config_hash(configure("pruner=abs")) != config_hash(configure("pruner=abs", "pruner.target_sparsity=0.7"))
+
+
 def test_objective_is_one_number_or_several():
     result = {"accuracy": 0.9, "macs": 12}
     assert objective(result, "macs") == 12.0
