@@ -342,6 +342,8 @@ class _OpenSweep:
         try:
             report = build_report(self.sweep.directory)
             log.info("report of %d finished jobs: %s", report.usable, report.directory / "report.html")
+            for note in report.notes:
+                log.info("%s", note)
             return report.paths
         except (ValueError, OSError) as error:
             log.warning("no report of the sweep: %s", error)
