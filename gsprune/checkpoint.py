@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +225,7 @@ def save_pruned(
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "settings": _settings(model),
         "ties": ties,
+        "versions": _versions(model),
     }
     mark = _fingerprint(record)
     metadata = {"format": MODEL_FORMAT, "version": str(VERSION), "fingerprint": mark}
@@ -284,8 +286,7 @@ def load_pruned(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn
     apply_plan(dense_model, plan)
     with safetensors.safe_open(header.path, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in header.shapes}
-    state.update({alias: state[name] for alias, name in record["ties"].items()})
-    dense_model.load_state_dict(state, strict=True)
+    load_state(dense_model, state, record["ties"], versions=record.get("versions"))
     return dense_model.eval()
 
 
@@ -355,9 +356,37 @@ def state_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, ties
 
 
+def load_state(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    ties: Mapping[str, str],
+    *,
+    versions: Mapping[str, int] | None = None,
+) -> None:
+    """Load what `state_tensors` gave, strictly, with the versions of the layers' formats that a bare dict has lost.
+
+    Args:
+        versions: module name -> version of its format, of the network that was saved; None: as here.
+    """
+    state: Any = model.state_dict()  # carries the metadata that torchvision's MNASNet and BatchNorm ask for
+    metadata = {name: dict(entry) for name, entry in getattr(state, "_metadata", {}).items()}
+    for name, entry in metadata.items() if versions is not None else ():
+        entry["version"] = versions.get(name)
+    state = OrderedDict({**tensors, **{alias: tensors[name] for alias, name in ties.items() if name in tensors}})
+    state._metadata = metadata
+    model.load_state_dict(state, strict=True)
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    state = getattr(model, "_orig_mod", model).state_dict()
+    metadata: Mapping[str, Mapping[str, Any]] = getattr(state, "_metadata", {})
+    return {name: entry["version"] for name, entry in metadata.items() if type(entry.get("version")) is int}
+
+
 def _fingerprint(record: Mapping[str, Any]) -> str:
     """Ties the two files together: written into both, so that an edit or a mix of two runs shows."""
-    kept = {key: record[key] for key in ("format", "version", "plan", "shapes", "settings", "ties")}
+    keys = ("format", "version", "plan", "shapes", "settings", "ties", "versions")
+    kept = {key: record[key] for key in keys if key in record}  # older files have no versions
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -373,6 +402,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     ties = record["ties"]
     if not isinstance(ties, dict) or not all(isinstance(name, str) for name in ties.values()):
         raise ValueError(f"{path}: 'ties' must map names to names")
+    versions = record.get("versions", {})
+    if not isinstance(versions, dict) or not all(type(version) is int for version in versions.values()):
+        raise ValueError(f"{path}: 'versions' must map modules to whole numbers")
     if not isinstance(record["settings"], dict):
         raise ValueError(f"{path}: 'settings' must map modules to their settings")
     return record

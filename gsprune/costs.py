@@ -8,7 +8,6 @@ May import: torch, gsprune.distributed, gsprune.metrics, gsprune.shrink, gsprune
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -20,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.distributed import broadcast
+from gsprune.examples import arguments, copy_of, same_randomness
 from gsprune.metrics import LAYERS, count_macs, count_macs_by_module, latency_ms
 from gsprune.shrink import Plan, apply_plan, plan_shrink
-from gsprune.structures import Structure, same_randomness
+from gsprune.structures import Structure
 
 __all__ = ["Cost", "Table", "make_cost"]
 
@@ -238,7 +238,7 @@ def _measure(
         name: [_points(layer.weight.shape[dim], is_cut=(_weight(name), dim) in cut) for dim in (0, 1)]
         for name, layer in layers.items()
     }
-    stages: dict[str, nn.Module] = {"": _Call(model, *_arguments(example_input))}
+    stages: dict[str, nn.Module] = {"": _Call(model, *arguments(example_input))}
     keys: dict[str, list[str]] = {name: [] for name in layers}  # of each call of a layer
     for name, (rows, columns) in grids.items():
         for args, kwargs in calls[name]:
@@ -314,7 +314,7 @@ def _calls(
         )
         for name, module in modules.items()
     ]
-    args, kwargs = _arguments(example_input)
+    args, kwargs = arguments(example_input)
     try:
         with torch.inference_mode():
             model(*args, **kwargs)
@@ -324,16 +324,10 @@ def _calls(
     return calls
 
 
-def _arguments(example_input: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    if isinstance(example_input, Mapping):
-        return (), example_input
-    return (tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)), {}
-
-
 def _narrowed(layer: nn.Module, x: Tensor, rows: int, columns: int) -> _Call:
     """A copy of a layer with the first rows and columns of its weight, and an input of its new width."""
     home: Any = nn.Module()
-    home.layer = copy.deepcopy(layer)
+    home.layer = copy_of(layer)
     kept = {"layer.weight": {0: rows, 1: columns}, "layer.bias": {0: rows}}
     if home.layer.bias is None:
         del kept["layer.bias"]
@@ -351,7 +345,7 @@ def _narrowed(layer: nn.Module, x: Tensor, rows: int, columns: int) -> _Call:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(model).eval()
+    twin = copy_of(model).eval()
     for parameter in twin.parameters():
         parameter.grad = None
     return twin

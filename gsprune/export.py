@@ -14,7 +14,6 @@ torch.Size([5, 3])
 from __future__ import annotations
 
 import contextlib
-import copy
 import glob
 import inspect
 import io
@@ -33,11 +32,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from gsprune.attention import no_fast_path
+from gsprune.examples import Example, arguments, call, copy_of, map_tensors, plain, tensors_in
 from gsprune.files import aside
-from gsprune.structures import Example, call, refuse_wrapped
+from gsprune.structures import refuse_wrapped
 
 __all__ = ["to_exported_program", "to_onnx"]
 
@@ -61,7 +60,7 @@ def to_exported_program(model: nn.Module, example_input: Example) -> torch.expor
     """
     twin = _copy(model)
     device = next((t.device for t in [*twin.parameters(), *twin.buffers()]), None)
-    example = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), example_input)
+    example = map_tensors(lambda tensor: plain(tensor).to(device), example_input)
     with _quietly():
         _run(twin, example)
         return _export(twin, example)
@@ -103,7 +102,7 @@ def to_onnx(
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}: it must be above 0")
     twin, path = _copy(model).cpu(), Path(path)
-    example = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), example_input)
+    example = map_tensors(lambda tensor: plain(tensor).cpu(), example_input)
     with _writing(path) as files, _quietly(), no_fast_path():
         _save(_convert(twin, example, opset), files)
         return _check(twin, example, files.graph, tolerance)
@@ -113,16 +112,12 @@ def to_onnx(
 
 
 def _batch_size(example_input: Example) -> int:
-    first = next((leaf for leaf in pytree.tree_leaves(example_input) if _has_rows(leaf)), None)
+    first = next((leaf for leaf in tensors_in(example_input, floating=False) if leaf.dim()), None)
     if first is None:
         raise ValueError("the example input has no tensor with a batch dimension")
     if len(first) == 0:
         raise ValueError("the example input is an empty batch: it must hold 1 sample or more")
     return len(first)
-
-
-def _has_rows(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _at_batch(example_input: Example, size: int, *, found: list[Tensor] | None = None) -> Example:
@@ -132,8 +127,8 @@ def _at_batch(example_input: Example, size: int, *, found: list[Tensor] | None =
     """
     batch = _batch_size(example_input)
 
-    def resize(value: Any) -> Any:
-        if not _has_rows(value) or len(value) != batch:
+    def resize(value: Tensor) -> Tensor:
+        if not value.dim() or len(value) != batch:
             return value
         place = torch.arange(size, device=value.device)
         rows = value[place % batch]
@@ -144,16 +139,14 @@ def _at_batch(example_input: Example, size: int, *, found: list[Tensor] | None =
             found.append(rows)
         return rows
 
-    resized: Example = pytree.tree_map(resize, example_input)
-    return resized
+    return map_tensors(resize, example_input)
 
 
 def _arguments(model: nn.Module, example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments, the latter in the order of `forward`: that of the exported inputs."""
-    if not isinstance(example_input, dict):
-        return tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,), {}
-    known = [name for name in inspect.signature(model.forward).parameters if name in example_input]
-    return (), {name: example_input[name] for name in dict.fromkeys([*known, *example_input])}
+    args, kwargs = arguments(example_input)
+    known = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
+    return args, {name: kwargs[name] for name in dict.fromkeys([*known, *kwargs])}
 
 
 # ---- torch.export
@@ -162,7 +155,7 @@ def _arguments(model: nn.Module, example_input: Example) -> tuple[tuple[Any, ...
 def _copy(model: nn.Module) -> nn.Module:
     refuse_wrapped(model)
     try:
-        twin = copy.deepcopy(model).eval()
+        twin = copy_of(model).eval()
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be copied: {_first_line(error)}") from error
     for module in twin.modules():
@@ -272,7 +265,7 @@ def _output_names(result: Any, signature: Any) -> list[str] | None:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return list(tensors_in(value, floating=False))
 
 
 class _Files(NamedTuple):

@@ -29,7 +29,7 @@ from torch import __version__ as torch_version
 from torch.optim import Optimizer
 
 from gsprune import distributed, drawing, figures, launcher, metrics, planner
-from gsprune.checkpoint import WEIGHTS, save_masks, save_pruned, save_scores, state_tensors
+from gsprune.checkpoint import WEIGHTS, load_state, save_masks, save_pruned, save_scores, state_tensors
 from gsprune.composed import (
     NUMBERS,
     build,
@@ -43,6 +43,7 @@ from gsprune.composed import (
 from gsprune.console import Progress, epoch_line, make_progress, print_summary, to_log_file
 from gsprune.dense_cache import BASELINE, DenseCache, DenseRecord
 from gsprune.earlier import alone, finished_before, finished_here, how_to_go_on, of_another, tidy
+from gsprune.examples import copy_of, map_tensors
 from gsprune.files import (
     put_aside,
     read_object,
@@ -191,7 +192,7 @@ def load_tensors(model: nn.Module, found: Mapping[str, Tensor], what: str) -> No
         if not isinstance(found[name], Tensor) or found[name].shape != state[name].shape:
             shapes = f"{list(getattr(found[name], 'shape', []))} in the file but {list(state[name].shape)} in the model"
             raise ValueError(f"{what} does not fit the model: {name!r} has shape {shapes}")
-    model.load_state_dict({**{alias: found[name] for alias, name in ties.items()}, **found})
+    load_state(model, {**{alias: found[name] for alias, name in ties.items()}, **found}, {})
 
 
 class _Job:
@@ -317,7 +318,7 @@ class _Job:
             source = "cache" if found and not own else "trained"
             self._note_dense(record, key=cache.key, source=source, seconds=time.perf_counter() - began)
         self.result |= {f"baseline_{name}": value for name, value in record.baseline.items()}
-        self.dense, self.dense_val, self.cache = copy.deepcopy(self.model), record.baseline["val_accuracy"], cache
+        self.dense, self.dense_val, self.cache = copy_of(self.model), record.baseline["val_accuracy"], cache
         self._save_dense()
 
     def prune_phase(self) -> None:
@@ -512,7 +513,7 @@ class _Job:
         """Raise a ValueError if the network does not run on the data, or has fewer outputs than there are classes."""
         try:
             with torch.no_grad():
-                outputs = copy.deepcopy(self.model).eval()(self.example).shape[1]
+                outputs = copy_of(self.model).eval()(self.example).shape[1]
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -883,7 +884,7 @@ class _Job:
             load_weights(self.model, self.output_dir / DENSE)
         else:
             load_tensors(self.model, weights, f"the dense network in {self.saved.path}")
-        self.dense, self.pruner = copy.deepcopy(self.model), NoPruning(self.model)
+        self.dense, self.pruner = copy_of(self.model), NoPruning(self.model)
         if weights is not None:
             self._save_dense()
         self.result |= {**notes["baseline"], "dense": notes["dense_note"]}
@@ -900,8 +901,7 @@ class _Job:
             position: Mapping[str, Any] = [state["position"], *state["others"]][distributed.rank()]
             self.pruner.load_state_dict(state["pruner"])  # a pruner that has cut the model cuts it, and the optimizer
             ties = state_tensors(self.model)[1]
-            weights = state["model"]
-            self.model.load_state_dict({**weights, **{alias: weights[name] for alias, name in ties.items()}})
+            load_state(self.model, state["model"], ties)
             optimizer.load_state_dict(state["optimizer"])
             lr_schedule.load_state_dict(state["lr_schedule"])
             _like_parameters(optimizer)
@@ -982,7 +982,7 @@ def smaller(model: nn.Module, pruner: Any) -> nn.Module:
     plan = pruner.next_plan()
     if plan is None:
         return model
-    twin = copy.deepcopy(model)
+    twin = copy_of(model)
     apply_plan(twin, plan)
     return twin
 
@@ -1005,9 +1005,5 @@ def _like_parameters(optimizer: Optimizer) -> None:
 
 
 def _first(inputs: Any, count: int) -> Any:
-    """The first samples of a batch: a tensor, or a tuple or mapping of tensors."""
-    if isinstance(inputs, Tensor):
-        return inputs[:count]
-    if isinstance(inputs, Mapping):
-        return {name: value[:count] for name, value in inputs.items()}
-    return tuple(value[:count] for value in inputs)
+    """The first samples of a batch, however its tensors are wrapped."""
+    return map_tensors(lambda tensor: tensor[:count] if tensor.dim() else tensor, inputs)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
+from gsprune.examples import Example, call, map_tensors
+
 __all__ = [
     "LAYERS",
     "Stopwatch",
@@ -109,7 +111,7 @@ def count_macs_by_module(model: nn.Module, example_input: Any) -> dict[str, int]
 def _count(counter: FlopCounterMode, model: nn.Module, example_input: Any) -> None:
     # The fused kernels for CPU attention and the encoder layer's fast path are opaque to the counter.
     with _evaluating([model]), torch.no_grad(), _slow_attention(), counter:
-        _call(model, _to_device_of(model, example_input))
+        call(model, _to_device_of(model, example_input))
 
 
 def latency_ms(
@@ -153,7 +155,7 @@ def _time_once(model: nn.Module, example_input: Any) -> float:
     wait = _waiter(model)
     wait()
     begin = time.perf_counter()
-    _call(model, example_input)
+    call(model, example_input)
     wait()
     return time.perf_counter() - begin
 
@@ -204,21 +206,9 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def _to_device_of(model: nn.Module, example_input: Any) -> Any:
+def _to_device_of(model: nn.Module, example_input: Example) -> Example:
     device = _device(model)
-    if isinstance(example_input, Tensor):
-        return example_input.to(device)
-    if isinstance(example_input, Mapping):
-        return {name: _to_device_of(model, value) for name, value in example_input.items()}
-    if isinstance(example_input, (tuple, list)):
-        return tuple(_to_device_of(model, value) for value in example_input)
-    return example_input
-
-
-def _call(model: nn.Module, example_input: Any) -> Any:
-    if isinstance(example_input, Mapping):
-        return model(**example_input)
-    return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+    return map_tensors(lambda tensor: tensor.to(device), example_input)
 
 
 class Stopwatch:

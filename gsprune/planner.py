@@ -7,7 +7,6 @@ rich to render.
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import sys
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from gsprune.budgets import KINDS, Budget
+from gsprune.examples import copy_of
 from gsprune.metrics import LAYERS, count_macs_by_module, count_parameters
 from gsprune.patterns import Block, Pattern, Tile
 from gsprune.pruner import NoPruning, Pruner
@@ -173,7 +173,7 @@ def plan(model: nn.Module, pruner: Pruner | NoPruning, example_input: Any) -> Pr
         raise ValueError("this pruner has shrunk its model already: plan before training")
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):  # a forward pass may draw random numbers
-        twin = copy.deepcopy(model)
+        twin = copy_of(model)
         if isinstance(pruner, NoPruning):
             return _no_plan(twin, example_input)
         return (
@@ -191,7 +191,7 @@ def plan_several(model: nn.Module, pruner: Pruners, example_input: Any) -> Pruni
     """
     parts = tuple(plan(model, part, example_input) for part in pruner.parts)
     units = [part for part in parts if part.structured]
-    twin = copy.deepcopy(model)
+    twin = copy_of(model)
     dense = parts[0].dense
     if any(part.pruned is None for part in units):
         return PruningPlans(parts, dense, None)

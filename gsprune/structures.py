@@ -12,7 +12,6 @@ Legend: u = unit, a position = an index along one dimension of one tensor.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,11 +25,21 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.overrides import TorchFunctionMode
 
-from gsprune.attention import GROUP_NAMES, HEAD_NAMES, WIDTH_NAMES, no_fast_path, why_not_narrow
+from gsprune.attention import GROUP_NAMES, HEAD_NAMES, WIDTH_NAMES, why_not_narrow
+from gsprune.examples import (
+    Example,
+    call,
+    copy_of,
+    map_tensors,
+    outputs,
+    plain,
+    same_randomness,
+    tensors_in,
+    to_precision,
+)
 from gsprune.names import choose
 
 Kind = Literal["channels", "neurons", "heads"]
-Example = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 
 _TYPE = tp.ops.OPTYPE
 _CONV = nn.modules.conv._ConvNd
@@ -129,7 +138,7 @@ def find_structures(
         if wake(twin, args, observed.calls):
             observed = _observe(twin, args)
         _check_static(observed, args)
-        twin, args = twin.double(), _map_example(lambda value: _as(value, torch.float64), args)
+        twin, args = to_precision(twin, torch.float64), map_tensors(lambda t: plain(t, torch.float64), args)
         trace = _trace(observed, args)
         structures, skipped = _convert(trace)
         structures, leaking = _separate(twin, args, structures)
@@ -154,23 +163,16 @@ def _copy(model: nn.Module, example_input: Example, dtype: torch.dtype) -> tuple
     _refuse_unknown(model)
     _check_device(model, example_input)
     mps = any(p.device.type == "mps" for p in model.parameters())
-    twin = copy.deepcopy(model).to(device="cpu" if mps else None, dtype=dtype).eval()
+    twin = to_precision(copy_of(model).to(device="cpu" if mps else None), dtype).eval()
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     if "flash" in _attention_kernel(twin) or "flex" in _attention_kernel(twin):
         _set_attention_kernel(twin, "sdpa")
 
-    def convert(value: Any) -> Any:
-        here = value.cpu() if mps and isinstance(value, Tensor) else value  # first: MPS has no float64
-        return _as(here, dtype)
+    def convert(value: Tensor) -> Tensor:
+        return plain(value.cpu() if mps else value, dtype)  # on the CPU first: MPS has no float64
 
-    return twin, _map_example(convert, example_input)
-
-
-def _as(value: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().to(dtype) if value.is_floating_point() else value.detach()
+    return twin, map_tensors(convert, example_input)
 
 
 def _attention_kernel(model: nn.Module) -> str:
@@ -243,10 +245,8 @@ def _check_device(model: nn.Module, example_input: Example) -> None:
     homes = {p.device for p in model.parameters()}
     if any(home.type == "meta" for home in homes):
         raise ValueError("the model is on the meta device, which holds no values: build it on another one")
-    given: list[Tensor] = []
-    _map_example(lambda v: given.append(v) if isinstance(v, Tensor) and v.dim() else None, example_input)
-    for tensor in given if len(homes) == 1 else ():
-        if tensor.device not in homes:
+    for tensor in tensors_in(example_input, floating=False) if len(homes) == 1 else ():
+        if tensor.dim() and tensor.device not in homes:
             home = next(iter(homes))
             raise ValueError(f"the model is on {home} and the example input on {tensor.device}: move one of them")
 
@@ -259,55 +259,6 @@ def refuse_wrapped(model: nn.Module) -> None:
     if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
         raise ValueError(f"{type(model).__name__} is a wrapper, pass the model inside it (.{inner})")
-
-
-def call(model: nn.Module, example_input: Example) -> Any:
-    """model(x), model(*tuple) or model(**dict)."""
-    if isinstance(example_input, dict):
-        return model(**example_input)
-    return model(*example_input) if isinstance(example_input, tuple | list) else model(example_input)
-
-
-def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
-    """The floating-point outputs, without gradients; the example is cloned, the model may write into it.
-
-    Encoders of PyTorch run as they do in training: their fast path puts zeros at padded positions, the other does not.
-    """
-    with torch.no_grad(), same_randomness(model), no_fast_path():
-        args = _map_example(lambda v: v.clone() if isinstance(v, Tensor) else v, example_input)
-        return list(tensors_in(call(model, args)))
-
-
-@contextmanager
-def same_randomness(model: nn.Module) -> Iterator[None]:
-    """Random numbers start from a fixed seed; the caller's generators are left as they were."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        yield
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor in nested tuples, lists, mappings and dataclass-like outputs, in order."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        yield from tensors_in(tuple(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from tensors_in(tuple(vars(value).values()))
-
-
-def _map_example(function: Any, example_input: Example) -> Example:
-    if isinstance(example_input, dict):
-        return {key: function(value) for key, value in example_input.items()}
-    if isinstance(example_input, tuple | list):
-        return tuple(function(value) for value in example_input)
-    result: Tensor = function(example_input)
-    return result
 
 
 # ---- tracing
@@ -372,15 +323,15 @@ def _observe(model: nn.Module, args: Example) -> _Observed:
                 stack.callback(module.register_forward_hook(note).remove)
         try:
             with _Watch() as watch:
-                call(model, _map_example(_grown, args))
+                call(model, map_tensors(_grown, args))
         except Exception as error:
             raise _untraced(model, error) from error
     return _Observed(model, names, calls, tuple(_attentions(watch, made, read)))
 
 
-def _grown(value: Any) -> Any:
+def _grown(value: Tensor) -> Tensor:
     """A copy with a history of its own, so that inputs can be told from constants."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not value.is_floating_point():
         return value
     return value.clone().requires_grad_().clone()
 
@@ -430,12 +381,12 @@ def _walk_back(start: Any, stops: set[Any]) -> tuple[set[Any], set[str]]:
 def _check_static(observed: _Observed, args: Example) -> None:
     """Raise for a model that calls other modules on another input than on the example: those ways are not seen."""
 
-    def other(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dim():
+    def other(value: Tensor) -> Tensor:
+        if not value.dim():
             return value
         return -1.5 * value if value.is_floating_point() else value.flip(-1)
 
-    calls = _called(observed.model, _map_example(other, args))
+    calls = _called(observed.model, map_tensors(other, args))
     if calls is None:
         return
     for module in observed.names:
@@ -497,7 +448,7 @@ def _trace(observed: _Observed, args: Example) -> _Trace:
     outputs: list[Any] = []
     modes = [(module, module.training) for module in model.modules()]
 
-    def mark(value: Any) -> Any:
+    def mark(value: Tensor) -> Tensor:
         marked = _grown(value)  # its second clone is a node the graph can show
         if marked is not value:
             inputs.append(marked.grad_fn)
@@ -506,7 +457,7 @@ def _trace(observed: _Observed, args: Example) -> _Trace:
     def forward(model: nn.Module, args: Example) -> list[Tensor]:
         for module, mode in modes:  # torch-pruning switches to evaluation
             module.training = mode
-        found = [t for t in tensors_in(call(model, _map_example(mark, args))) if t.grad_fn is not None]
+        found = [t for t in tensors_in(call(model, map_tensors(mark, args))) if t.grad_fn is not None]
         outputs.extend(t.grad_fn for t in found)
         return found
 

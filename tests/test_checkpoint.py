@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from gsprune.checkpoint import (
     load_masks,
     load_pruned,
     load_scores,
+    load_state,
     read_plan,
     save_masks,
     save_pruned,
@@ -549,3 +551,35 @@ def test_a_header_that_would_take_a_gigabyte_in_memory_is_not_read(tmp_path, mon
     monkeypatch.setattr("gsprune.checkpoint.MAX_HEADER", 50)
     with pytest.raises(ValueError, match=r"masks.safetensors is not a safetensors file$"):
         load_masks(tmp_path / "masks.safetensors")
+
+
+class Versioned(nn.Linear):
+    """Asks for the version of its format, as torchvision's MNASNet and BatchNorm do."""
+
+    _version = 3
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        self.loaded_as = metadata.get("version")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_the_version_of_a_layers_format_travels_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(Versioned(4, 2), nn.BatchNorm1d(2))
+    save_pruned(tmp_path, model, None)
+    monkeypatch.setattr(Versioned, "_version", 4)  # the class has moved on since then
+    again = load_pruned(tmp_path, nn.Sequential(Versioned(4, 2), nn.BatchNorm1d(2)))
+    assert again[0].loaded_as == 3
+    assert torch.equal(again[0].weight, model[0].weight)
+    other = nn.Sequential(Versioned(4, 2), nn.BatchNorm1d(2))
+    load_state(other, *state_tensors(model))
+    assert other[0].loaded_as == 4
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("versions", [["0"], {"0": "3"}, {"0": True}])
+def test_versions_that_are_none_are_refused(tmp_path: Path, versions: object) -> None:
+    save_pruned(tmp_path, nn.Linear(4, 2), None)
+    record = json.loads((tmp_path / "pruning.json").read_text())
+    (tmp_path / "pruning.json").write_text(json.dumps({**record, "versions": versions}))
+    with pytest.raises(ValueError, match="versions"):
+        load_pruned(tmp_path, nn.Linear(4, 2))
