@@ -370,8 +370,9 @@ def load_state(
     """
     state: Any = model.state_dict()  # carries the metadata that torchvision's MNASNet and BatchNorm ask for
     metadata = {name: dict(entry) for name, entry in getattr(state, "_metadata", {}).items()}
-    for name, entry in metadata.items() if versions is not None else ():
-        entry["version"] = versions.get(name)
+    if versions is not None:
+        for name, entry in metadata.items():
+            entry["version"] = versions.get(name)
     state = OrderedDict({**tensors, **{alias: tensors[name] for alias, name in ties.items() if name in tensors}})
     state._metadata = metadata
     model.load_state_dict(state, strict=True)

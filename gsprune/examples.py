@@ -127,7 +127,7 @@ def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             return tensor.to(dtype.to_complex())
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    model._apply(convert)
+    model._apply(convert)  # type: ignore[no-untyped-call]
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
