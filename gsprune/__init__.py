@@ -8,11 +8,17 @@ imports the package to list its configuration groups (`--help`, shell completion
 '0.1.0'
 >>> "Pruner" in dir(gsprune)
 True
+
+So are the modules: `gsprune.export` needs no import of its own.
+
+>>> gsprune.selection.__name__
+'gsprune.selection'
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,12 +43,20 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    elif name in _modules():
+        value = import_module(f"{__name__}.{name}")
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_modules()})
+
+
+def _modules() -> set[str]:
+    """The modules and packages in this one's folder."""
+    return {module.name for module in iter_modules(__path__)}

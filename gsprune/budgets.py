@@ -147,10 +147,6 @@ class Budget:
 
         return self._around(keeps, 0, total, self.share if wanted is None else wanted)[1]
 
-    def remaining(self, keeps: Keeps) -> float:
-        """The share of the dense network's cost that stays with these units, as counted or as the table says."""
-        return self._cost(keeps)
-
     def missed(self, keeps: Keeps) -> str | None:
         """A sentence if the final cut is farther than 2 % from the budget."""
         reached = self._reached if self._reached is not None else self._cost(keeps)

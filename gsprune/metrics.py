@@ -25,7 +25,6 @@ __all__ = [
     "count_macs_by_module",
     "count_parameters",
     "file_bytes",
-    "fraction_pruned",
     "latency_ms",
 ]
 
@@ -39,17 +38,6 @@ def count_parameters(model: nn.Module) -> int:
     8
     """
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def fraction_pruned(masks: Mapping[str, Tensor]) -> float:
-    """Pruned elements / all elements over all masks (True = kept), in [0, 1]; 0.0 without masks.
-
-    >>> fraction_pruned({"a": torch.tensor([True, False]), "b": torch.tensor([False, False])})
-    0.75
-    """
-    total = sum(mask.numel() for mask in masks.values())
-    kept = sum(int(mask.sum()) for mask in masks.values())
-    return (total - kept) / total if total else 0.0
 
 
 def file_bytes(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from gsprune import metrics
-from gsprune.metrics import count_macs, count_parameters, file_bytes, fraction_pruned, latency_ms
+from gsprune.metrics import count_macs, count_parameters, file_bytes, latency_ms
 
 
 class Attention(nn.Module):
@@ -75,12 +75,6 @@ def test_modes_come_back_when_the_model_raises() -> None:
 def test_parameters_count_ties_once() -> None:
     layer = nn.Linear(3, 2)
     assert count_parameters(nn.Sequential(layer, nn.ReLU(), layer)) == 8
-
-
-def test_fraction_pruned_weighs_by_size() -> None:
-    masks = {"a": torch.zeros(3, 2, dtype=torch.bool), "b": torch.ones(2, dtype=torch.bool)}
-    assert fraction_pruned(masks) == 0.75
-    assert fraction_pruned({}) == 0.0
 
 
 def test_file_bytes_is_the_size_of_the_file() -> None:

@@ -66,6 +66,23 @@ def test_every_command_line_composes(compose_config: object) -> None:
         compose_config(*plain)  # type: ignore[operator]
 
 
+def test_every_name_of_the_package_is_there_after_importing_it() -> None:
+    """`gsprune.X.y` of the README and the docs, each in the form in which it is written, after `import gsprune`."""
+    pages = [README, *(path.read_text(encoding="utf8") for path in sorted((ROOT / "docs").glob("*.md")))]
+    names = sorted({name for page in pages for name in re.findall(r"(?<![\w/\[-])gsprune(?:\.[A-Za-z_]\w*)+", page)})
+    assert {"gsprune.export.to_onnx", "gsprune.compat.load_inc_config", "gsprune.sweep.start_run"} <= {*names}
+    code = (
+        "import gsprune, sys\n"
+        "assert 'torch' not in sys.modules\n"
+        "for name in sys.argv[1:]:\n"
+        "    found = gsprune\n"
+        "    for part in name.split('.')[1:]:\n"
+        "        found = getattr(found, part)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def test_links_and_pictures_are_there() -> None:
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
