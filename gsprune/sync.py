@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any
 
+from gsprune.addresses import database_file, resolve_tracking_uri
 from gsprune.files import number, read_json, write_json
 from gsprune.locks import Lock
 from gsprune.report import say
@@ -38,9 +39,7 @@ from gsprune.tracking import (
     Names,
     Store,
     connect,
-    database_file,
     fit_tags,
-    resolve_tracking_uri,
     without_passwords,
 )
 

@@ -37,6 +37,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from gsprune.addresses import command_directory, database_file, resolve_tracking_uri
 from gsprune.files import aside, number, plain, read_object, spared, write_atomic, write_json
 from gsprune.locks import Lock
 from gsprune.views import experiment_tags
@@ -310,7 +311,7 @@ class MLflowTracker(Tracker):
     the same process begins within ten minutes of a server's silence gives that server a second to speak.
 
     Args:
-        tracking_uri: MLflow's own; None takes `MLFLOW_TRACKING_URI`, else `sqlite:///<cwd>/mlflow.db`.
+        tracking_uri: MLflow's own; None takes `MLFLOW_TRACKING_URI`, else `mlflow.db` in the directory of the command.
         experiment: created when missing, with an absolute artifact location.
         artifact_root: a folder or URI where a new experiment keeps its files, in a folder of its name. None:
             `mlartifacts` beside a local database, the server's choice otherwise (so too for a relative folder).
@@ -784,32 +785,13 @@ def connect(
     return Store(uri, experiment, artifact_root, run_name, parent_run_id, None)
 
 
-def resolve_tracking_uri(uri: str | None) -> str:
-    """The tracking URI with an absolute path: the current folder may change under a run, its store must not."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    file = database_file(uri)
-    return uri if file is None else f"sqlite:///{file.as_posix()}"
-
-
-def database_file(uri: str) -> Path | None:
-    """The file behind a SQLite URI, None for servers and databases elsewhere.
-
-    >>> database_file("sqlite:////data/mlflow.db").as_posix(), database_file("http://host:5000")
-    ('/data/mlflow.db', None)
-    """
-    prefix = "sqlite:///"
-    if not uri.startswith(prefix) or uri == prefix or "?" in uri or ":memory:" in uri:
-        return None
-    return Path(uri[len(prefix) :]).absolute()
-
-
 def _artifact_location(uri: str, experiment: str, root: str | os.PathLike[str] | None) -> str | None:
     file = database_file(uri)
     name = re.sub(r"[^\w.\-]", "_", experiment)
     if isinstance(root, str) and "://" in root:
         return f"{root.rstrip('/')}/{name}"
     if file is not None:
-        return (Path(root).absolute() if root else file.parent / "mlartifacts").joinpath(name).as_uri()
+        return (command_directory() / root if root else file.parent / "mlartifacts").joinpath(name).as_uri()
     if root and Path(root).is_absolute():
         return (Path(root) / name).as_uri()
     return None  # a folder relative to this process means nothing to a server
