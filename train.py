@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """One job; returns what a sweeper optimises. With `plan=true` what it would prune is printed, and no more."""
-    from gsprune.composed import objective
+    from gsprune.composed import check_plan, objective
     from gsprune.console import warn_on_one_line
     from gsprune.job import run, show_plan
     from gsprune.launcher import ProcessFailed
@@ -30,9 +30,7 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     logging.raiseExceptions = False  # a full disk takes the log file; the screen still has every line, once
     folder = HydraConfig.get().runtime.output_dir
     try:
-        if (plan := cfg.get("plan", False)) not in (True, False):
-            raise ValueError(f"plan={plan} is not allowed: it must be true or false")
-        if plan:
+        if check_plan(cfg):
             show_plan(cfg, output_dir=folder)
             return None
         result = run(cfg, output_dir=folder)

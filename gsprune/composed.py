@@ -5,15 +5,18 @@ May import hydra and omegaconf, and of this package `files` and `sweep`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from gsprune.addresses import command_directory
 from gsprune.files import one_line
 from gsprune.sweep import without_sweep_settings
 
@@ -43,6 +46,13 @@ NUMBERS = (
     "updates",
     "epochs",
     "baseline_epochs",
+)
+
+
+# Settings that may name a file or folder.
+PATHS = (
+    *(f"dataset.{key}" for key in ("root", "path", "train", "val", "test", "tokenizer")),
+    *("model.name", "model.weights", "pruner.scores"),
 )
 
 
@@ -98,6 +108,30 @@ def check_objective(wanted: str | Sequence[str], trainer: Trainer | DictConfig) 
             raise ValueError(f"objective={name} is not in the result: {hint}There are {', '.join(NUMBERS)}")
         if name.startswith("latency") and not trainer.latency_repeats:
             raise ValueError(f"objective={name} is not measured with trainer.latency_repeats=0")
+
+
+def check_plan(cfg: DictConfig) -> bool:
+    """Whether only a plan is wanted."""
+    plan = cfg.get("plan", False)
+    if plan not in (True, False):
+        raise ValueError(f"plan={plan} is not allowed: it must be true or false")
+    return bool(plan)
+
+
+def from_command(cfg: DictConfig) -> DictConfig:
+    """The configuration with its paths as the command meant them, where Hydra has started the job in another directory.
+
+    A name that may be something else than a path (on a hub, of an MLflow run) is one if there is such a file.
+    """
+    start = command_directory()
+    if start == Path.cwd():
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    for key in PATHS:
+        given = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if isinstance(given, str) and given and (key == "dataset.root" or (start / given).exists()):
+            OmegaConf.update(cfg, key, str(start / Path(given).expanduser()))
+    return cfg
 
 
 def hydra_choices() -> dict[str, Any]:

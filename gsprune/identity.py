@@ -29,6 +29,7 @@ NOT_HASHED = (
     "hydra",
     "plan",
     "sweep.resume",
+    "sweep.check",
     "tracking",
     "objective",
     "trainer.progress",

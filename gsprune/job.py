@@ -34,7 +34,9 @@ from gsprune.composed import (
     NUMBERS,
     build,
     check_objective,
+    check_plan,
     complete,
+    from_command,
     hydra_choices,
     hydra_tags,
     is_timed,
@@ -97,6 +99,12 @@ POSITION: Mapping[str, Any] = {
 }
 
 
+# How a rehearsal sees the network: what the device does faster changes nothing that is refused.
+REHEARSED: Mapping[str, Any] = {
+    **dict.fromkeys(("compile", "fused", "deterministic"), False),
+    **{"device": "cpu", "precision": "fp32", "progress": "none"},
+}
+
 PHASES = 3  # that draw random numbers, each from a seed of its own
 
 
@@ -112,7 +120,7 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
         ValueError: a mistake in the configuration, in one sentence.
         Interrupted: SIGTERM or SIGINT has come; the step was finished and a checkpoint written.
     """
-    folder, sweep = Path(output_dir).absolute(), current_sweep()
+    folder, sweep, cfg = Path(output_dir).absolute(), current_sweep(), from_command(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     cfg = as_torchrun_has_it(cfg, sweep) if launcher.under_torchrun() else cfg
     if sweep is None:
@@ -138,6 +146,18 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> planner
     with job.spared("plan.json"):
         write_json(folder / "plan.json", planned.to_json())
     return planned
+
+
+def rehearse(cfg: DictConfig, *, here: bool) -> None:
+    """Refuse what the job itself would refuse before its training. Nothing is trained, tracked or written.
+
+    Args:
+        here: the job will run on this machine, so its device, its data and its network are looked at too (on the CPU).
+
+    Raises:
+        ValueError: a mistake in the configuration, in one sentence.
+    """
+    _Rehearsal(from_command(cfg), Path.cwd(), None).check(here=here)
 
 
 def _start(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
@@ -271,14 +291,7 @@ class _Job:
         return make(self.model, pruner, self.example)
 
     def _set_up(self) -> None:
-        for key in ("seed", "objective"):
-            if key not in self.cfg:  # as ~seed leaves it
-                raise ValueError(f"{key} must be given: {key}=...")
-        self.result["config_hash"] = config_hash(self.cfg)
-        if type(self.cfg.seed) is not int:
-            raise ValueError(f"seed={self.cfg.seed} is not allowed: it must be a whole number")
-        if not -(2**63) <= self.cfg.seed < 2**63 - PHASES:  # what torch takes, for each phase
-            raise ValueError(f"seed={self.cfg.seed} is not allowed: it must be from -2**63 to 2**63 - {PHASES + 1}")
+        self._check_seed()
         self.trainer = build(self.cfg.trainer)
         check_objective(self.cfg.objective, self.trainer)
         self._fetch_scores()
@@ -295,6 +308,16 @@ class _Job:
         self.model = self.trainer.place(self._build_model())
         self._check_outputs(labels)
         self.unbounded = unbounded(self.model)
+
+    def _check_seed(self) -> None:
+        for key in ("seed", "objective"):
+            if key not in self.cfg:  # as ~seed leaves it
+                raise ValueError(f"{key} must be given: {key}=...")
+        self.result["config_hash"] = config_hash(self.cfg)
+        if type(self.cfg.seed) is not int:
+            raise ValueError(f"seed={self.cfg.seed} is not allowed: it must be a whole number")
+        if not -(2**63) <= self.cfg.seed < 2**63 - PHASES:  # what torch takes, for each phase
+            raise ValueError(f"seed={self.cfg.seed} is not allowed: it must be from -2**63 to 2**63 - {PHASES + 1}")
 
     def dense_phase(self) -> None:
         """Ordinary training, and the dense network's accuracy on both splits; a copy of it is kept to compare.
@@ -975,6 +998,30 @@ class _Follower(_Job):
 
     def _save_scores(self, path: Path) -> None:
         pass
+
+
+class _Rehearsal(_Job):
+    """A job up to its training, in the process that starts a sweep."""
+
+    def check(self, *, here: bool) -> None:
+        check_plan(self.cfg)
+        self._check_seed()
+        if not here:
+            OmegaConf.update(self.cfg, "trainer.device", "cpu")
+        check_objective(self.cfg.objective, build(self.cfg.trainer))
+        for group in ("pruner", "optimizer", "lr_schedule"):
+            build(self.cfg[group])
+        if here and not is_timed(self.cfg.pruner):  # which takes seconds of measuring
+            for key, value in REHEARSED.items():
+                OmegaConf.update(self.cfg, f"trainer.{key}", value)
+            self._set_up()
+            self._rehearse()
+
+    def _fetch_scores(self) -> None:
+        """Another run's scores may have to be fetched: only the job does."""
+        given = self.cfg.pruner.get("scores")
+        if given is not None and not scores_path(given).is_file():
+            self.cfg.pruner.scores = None
 
 
 def smaller(model: nn.Module, pruner: Any) -> nn.Module:

@@ -31,26 +31,30 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from gsprune.files import put_aside, read_object, spared, write_json
 from gsprune.locks import Lock, file_name
 from gsprune.results import JobResult, Results, read_results
+from gsprune.shown import line
+from gsprune.sweep_check import Checked, check_jobs
 from gsprune.tracking import without_passwords
 
 if TYPE_CHECKING:
     from gsprune.tracking import Status, Tracker
 
-__all__ = ["Sweep", "SweepCallback", "current_sweep", "parent_run_id"]
+__all__ = ["Sweep", "SweepCallback", "current_sweep", "parent_run_id", "start_run"]
 
 RECORD = "sweep.json"
+MOST_TOLD = 10  # failed jobs that a command's last lines name
 _RUN_STATUS: Mapping[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 log = logging.getLogger(__name__)
 
@@ -72,8 +76,12 @@ class Sweep:
     @property
     def parent_run_id(self) -> str | None:
         """The MLflow run that the jobs belong under; None when the sweep is not tracked."""
-        found = self.record.get("parent_run_id")
-        return found if isinstance(found, str) else None
+        return self.text("parent_run_id")
+
+    def text(self, key: str) -> str | None:
+        """A text of `sweep.json` that is not empty and holds no left-out password, or None."""
+        found = self.record.get(key)
+        return found if isinstance(found, str) and found and "***@" not in found else None
 
     def finished(self, config_hash: str) -> JobResult | None:
         """The job with that configuration, if it has finished."""
@@ -134,13 +142,32 @@ def current_sweep() -> Sweep | None:
 def parent_run_id() -> str | None:
     """The MLflow run of this process's sweep, for jobs that do their own tracking.
 
-    Example: `mlflow.start_run(parent_run_id=gsprune.sweep.parent_run_id())`.
+    `start_run` is the shorter way.
 
     >>> parent_run_id() is None
     True
     """
     sweep = current_sweep()
     return sweep.parent_run_id if sweep is not None else None
+
+
+def start_run(**options: Any) -> Any:
+    """`mlflow.start_run(**options)`, for jobs that do their own tracking: nested under this process's sweep, in its
+    experiment and its store. Outside of a sweep, or in one without tracking, it is MLflow's own.
+
+    Example: `with gsprune.sweep.start_run(): mlflow.log_metric("accuracy", 0.9)`.
+    """
+    import mlflow
+
+    sweep = current_sweep()
+    parent = sweep.parent_run_id if sweep is not None else None
+    if sweep is None or parent is None:
+        return mlflow.start_run(**options)
+    if not mlflow.is_tracking_uri_set() and (uri := sweep.text("tracking_uri")):  # type: ignore[no-untyped-call]
+        mlflow.set_tracking_uri(uri)
+    if "experiment_id" not in options and "run_id" not in options:
+        options["experiment_id"] = mlflow.get_run(parent).info.experiment_id
+    return mlflow.start_run(**{"parent_run_id": parent, **options})
 
 
 def last_line(error: BaseException) -> str:
@@ -195,6 +222,9 @@ class SweepCallback(Callback):
         resume: continue the newest sweep of the same command instead of starting a new directory. A sweep in a fixed
             `hydra.sweep.dir` is continued in any case.
         report: write `report.html`, `summary.csv` and `pareto.png` at the end.
+        check: compose and check every job before the first one runs; with a mistake in one of them none runs.
+        rehearse: the name of the application's own part of that check, a function `(cfg, *, here)` that raises a
+            ValueError of one sentence; `here` is whether the jobs run on this machine.
         tracking_uri, experiment: for applications without a `tracking` group.
 
     A fault of tracking or of the report never ends the sweep.
@@ -205,12 +235,15 @@ class SweepCallback(Callback):
         *,
         resume: bool = False,
         report: bool = True,
+        check: bool = True,
+        rehearse: str | None = None,
         tracking_uri: str | None = None,
         experiment: str | None = None,
     ) -> None:
-        self.resume, self.report = resume, report
+        self.resume, self.report, self.check, self.rehearse = resume, report, check, rehearse
         self.tracking_uri, self.experiment = tracking_uri, experiment
         self._open: _OpenSweep | None = None
+        self._lent: list[str] = []  # environment variables that this process's job has from here
 
     def __getstate__(self) -> dict[str, Any]:
         """Launchers send callbacks to their workers, where there is no sweep to close."""
@@ -218,14 +251,14 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Before the first job: find or make the directory, the parent run, and the database behind it."""
+        self._check_settings()
+        checked = self._check_jobs(config) if self.check else Checked(None)
         identity = _identity(config)
         sweep = Sweep((self._earlier(config, identity) or Path(str(config.hydra.sweep.dir))).absolute())
         _settle(config, sweep.directory)
-        self._open = _OpenSweep(sweep, report=self.report)
+        self._open = _OpenSweep(sweep, report=self.report, jobs=len(checked.jobs or ()))
         if not self._open.lock.acquire():
-            message = f"another process sweeps in {sweep.directory}: wait for it, or choose another hydra.sweep.dir"
-            print(message, file=sys.stderr)
-            raise SystemExit(1)  # Hydra would turn an ordinary exception into a warning, and sweep
+            _refuse(f"another process sweeps in {sweep.directory}: wait for it, or choose another hydra.sweep.dir")
         atexit.register(self._open.close, "failed")  # on_multirun_end is not called when a job has failed
         self._open.begin(config, identity, lambda **kwargs: self._make_tracker(config, **kwargs))
 
@@ -234,9 +267,11 @@ class SweepCallback(Callback):
         path = Path(config.hydra.runtime.output_dir) / "result.json"
         if config.hydra.mode == RunMode.MULTIRUN and read_object(path).get("recorded_by") == __name__:
             path.unlink()
+        self._lend_environment()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """In the worker: a job that failed before it could say so itself (or that never does) is put on record."""
+        self._return_environment()
         path = Path(config.hydra.runtime.output_dir) / "result.json"
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED or path.exists():
             return
@@ -250,6 +285,45 @@ class SweepCallback(Callback):
         assert self._open is not None
         self._open.close("finished")
         atexit.unregister(self._open.close)
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """A single run has no sweep, but a mistake in the settings of one is a mistake there too."""
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        for name in ("resume", "check", "report"):
+            if not isinstance(value := getattr(self, name), bool):
+                setting = f"sweep.{name}" if name != "report" else "hydra.callbacks.gsprune.report"
+                _refuse(f"{setting}={value} is not allowed: it must be true or false")
+
+    def _check_jobs(self, config: DictConfig) -> Checked:
+        """End the command where a job has a mistake; all of them are told, the command's last line first."""
+        checked = check_jobs(config, get_method(self.rehearse) if self.rehearse else None)
+        if checked.refused and checked.jobs is not None:
+            for number in list(checked.refused)[:MOST_TOLD]:
+                print(line(f"job {number} would be: {' '.join(checked.jobs[number])}"), file=sys.stderr)
+            told = {str(number): why for number, why in checked.refused.items()}
+            print("Nothing was run: correct it, or let the others run with sweep.check=false", file=sys.stderr)
+            _refuse(failures(told, len(checked.jobs)))
+        return checked
+
+    def _lend_environment(self) -> None:
+        """What a job tracks by itself, with `mlflow.start_run()` or a framework's logger, goes where its parent is."""
+        sweep, self._lent = current_sweep(), list[str]()
+        if sweep is None or sweep.parent_run_id is None:
+            return
+        own = {"MLFLOW_TRACKING_URI": "tracking_uri", "MLFLOW_EXPERIMENT_NAME": "experiment"}
+        if "MLFLOW_EXPERIMENT_ID" in os.environ:
+            del own["MLFLOW_EXPERIMENT_NAME"]
+        for variable, key in own.items():
+            if variable not in os.environ and (value := sweep.text(key)):
+                os.environ[variable] = value
+                self._lent.append(variable)
+
+    def _return_environment(self) -> None:
+        for variable in self._lent:
+            os.environ.pop(variable, None)
+        self._lent = []
 
     def _earlier(self, config: DictConfig, identity: str) -> Path | None:
         found = _find(config, identity) if self.resume else None
@@ -273,8 +347,8 @@ class SweepCallback(Callback):
 class _OpenSweep:
     """A sweep between its start and its end, in the process that started it."""
 
-    def __init__(self, sweep: Sweep, *, report: bool) -> None:
-        self.sweep, self.report = sweep, report
+    def __init__(self, sweep: Sweep, *, report: bool, jobs: int = 0) -> None:
+        self.sweep, self.report, self.jobs = sweep, report, jobs
         self.lock, self._process = sweep.lock("sweep"), os.getpid()
         self._record: dict[str, Any] = {}
         self._tracker: Tracker | None = None
@@ -331,6 +405,8 @@ class _OpenSweep:
             reports = self._write_report() if self.report else []
             if self._tracker is not None:
                 self._finish_run(self._tracker, results, reports)
+            if failed := {job.name: job.text("error") or "" for job in results.with_status("failed")}:
+                print(failures(failed, max(self.jobs, len(results.jobs))), file=sys.stderr)
         except Exception:
             log.exception("the sweep in %s could not be closed", self.sweep.directory)
         finally:
@@ -378,6 +454,25 @@ class _OpenSweep:
             write_json(self.sweep.directory / RECORD, self._record)
 
 
+def failures(failed: Mapping[str, str], jobs: int) -> str:
+    """How many failed, which, and why: a line each.
+
+    >>> print(failures({"0": "ValueError: seed=x is not allowed", "2": "RuntimeError: no"}, 3))
+    2 of 3 failed: 0: seed=x is not allowed
+                   2: RuntimeError: no
+    """
+    start = f"{len(failed)} of {jobs} failed: "
+    lines = [line(f"{name}: {why.removeprefix('ValueError: ')}") for name, why in failed.items()]
+    more = [f"and {len(lines) - MOST_TOLD} more"] if len(lines) > MOST_TOLD else []
+    return start + f"\n{' ' * len(start)}".join([*lines[:MOST_TOLD], *more])
+
+
+def _refuse(message: str) -> NoReturn:
+    """End the command: Hydra would turn an ordinary exception of a callback into a warning, and go on."""
+    print(line(message) if "\n" not in message else message, file=sys.stderr)
+    raise SystemExit(1)
+
+
 def _runs(jobs: Iterable[JobResult]) -> list[str]:
     return [run for run in map(_run_of, jobs) if run is not None]
 
@@ -391,12 +486,12 @@ def _run_of(job: JobResult) -> str | None:
 
 
 def without_sweep_settings(overrides: Iterable[str]) -> list[str]:
-    """Overrides but for the one that only says whether to resume.
+    """Overrides but for those that only say how to go about the sweep.
 
-    >>> without_sweep_settings(["pruner=abs", "sweep.resume=true", "+sweep.lr=1"])
+    >>> without_sweep_settings(["pruner=abs", "sweep.resume=true", "sweep.check=false", "+sweep.lr=1"])
     ['pruner=abs', '+sweep.lr=1']
     """
-    return [str(override) for override in overrides if not re.match(r"\+*sweep\.resume=", str(override))]
+    return [str(override) for override in overrides if not re.match(r"\+*sweep\.(resume|check)=", str(override))]
 
 
 def _identity(config: DictConfig) -> str:

@@ -84,6 +84,7 @@ def test_a_failed_job_leaves_a_closed_parent_and_a_report_in_any_application(tmp
     )
     assert code == 1
     assert "RuntimeError: three is too much" in output
+    assert output.splitlines()[-1] == "1 of 3 failed: 1: RuntimeError: three is too much"
     assert not list(tmp_path.glob("[0-9]*"))
     record = json.loads((tmp_path / "s" / "sweep.json").read_text())
     assert (record["status"], record["axes"]) == ("failed", {"x": ["1", "3", "2"]})
@@ -152,6 +153,59 @@ def test_a_directory_takes_one_sweep_at_a_time(tmp_path: Path) -> None:
     assert not (tmp_path / "s" / "0").exists()
 
 
+OWN_TRACKING = """
+import hydra, json, logging, mlflow, os, gsprune.sweep
+from hydra.core.hydra_config import HydraConfig
+
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(cfg):
+    begin = mlflow.start_run if cfg.own else gsprune.sweep.start_run
+    with begin(tags={"x": str(cfg.x)}):
+        mlflow.log_metric("accuracy", 0.5)
+    with open(HydraConfig.get().runtime.output_dir + "/result.json", "w") as file:
+        json.dump({"status": "finished", "accuracy": 0.5}, file)
+
+
+main()
+"""
+
+
+@pytest.mark.slow
+def test_jobs_that_track_by_themselves_are_in_the_experiment_of_their_parent(tmp_path: Path) -> None:
+    """Also those that know nothing of a sweep, and those that Hydra starts in another directory."""
+    (tmp_path / "app.py").write_text(OWN_TRACKING)
+    sweep = ("--multirun", "+x=0", "+own=false,true", "hydra/callbacks=gsprune", "hydra.job.chdir=true")
+    code, output = finish(process(["app.py", *sweep], tmp_path))
+    assert code == 0, output
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("mlflow.db")] == [Path("mlflow.db")]
+    query = "select e.name, r.run_uuid, t.value from runs r join experiments e using (experiment_id) "
+    query += "left join tags t on t.run_uuid = r.run_uuid and t.key = 'mlflow.parentRunId' order by r.start_time"
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        (name, parent, _), *jobs = database.execute(query).fetchall()
+    assert name == "app"
+    assert [(found, above) for found, _, above in jobs] == [("app", parent), ("app", None)]
+
+
+@pytest.mark.parametrize("name", ["plain", "a b#c, é=50%", "My%20Runs", "best?", "x?y=1 [2]", "it's"])
+def test_a_sweep_goes_to_a_directory_of_any_name(name: str, tmp_path: Path) -> None:
+    config = composed("seed=1")
+    room._settle(config, tmp_path / name)
+    assert config.hydra.sweep.dir == str(tmp_path / name)
+    again = composed(*config.hydra.overrides.hydra, *config.hydra.overrides.task)
+    assert again.hydra.sweep.dir == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("setting", ["resume", "check", "report"])
+@pytest.mark.parametrize("value", ["maybe", "no", 1, None])
+def test_a_switch_is_true_or_false(setting: str, value: object, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = SweepCallback(**{setting: value})  # type: ignore[arg-type]
+    for call in (callback.on_multirun_start, callback.on_run_start):
+        with pytest.raises(SystemExit):
+            call(composed())
+        assert f"{setting}={value} is not allowed: it must be true or false\n" in capsys.readouterr().err
+
+
 # --- its parts ---------------------------------------------------------------------------------------------
 
 
@@ -183,15 +237,19 @@ def test_axes_are_those_of_the_command_and_of_the_sweeper() -> None:
         (["finished", "running"], "failed", "interrupted"),
     ],
 )
-def test_the_end_of_a_sweep_is_told_by_its_jobs(jobs: list[str], called: str, status: str, tmp_path: Path) -> None:
+def test_the_end_of_a_sweep_is_told_by_its_jobs(
+    jobs: list[str], called: str, status: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number, job in enumerate(jobs):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "result.json").write_text(json.dumps({"status": job}))
-    opened = room._OpenSweep(Sweep(tmp_path), report=False)
+    opened = room._OpenSweep(Sweep(tmp_path), report=False, jobs=3)
     assert opened.lock.acquire()
     assert Sweep(tmp_path).is_open()
     opened.close(called)
     assert json.loads((tmp_path / "sweep.json").read_text())["status"] == status
+    told = capsys.readouterr().err
+    assert told == ("1 of 3 failed: 1: \n" if "failed" in jobs else "")
     assert not Sweep(tmp_path).is_open()
 
 

@@ -62,9 +62,17 @@ def check_mlflow(store, result):
 @pytest.mark.slow
 def test_a_sweep_returns_the_objective_and_one_bad_job_does_not_stop_the_others(tmp_path):
     overrides = [text for text in TINY if not text.startswith("hydra")]
-    done = train(tmp_path, "--multirun", "tracking=none", "pruner.min_kept=0,1", "hydra.sweep.dir=sweep", *overrides)
+    sweep = ("--multirun", "tracking=none", "pruner.min_kept=0,1", "hydra.sweep.dir=sweep")
+    refused = train(tmp_path, *sweep, *overrides)
+    assert refused.returncode == 1
+    lines = refused.stderr.splitlines()
+    assert lines[0].startswith("job 0 would be: tracking=none pruner.min_kept=0 model.width=4")
+    assert "sweep.check=false" in lines[1]
+    assert lines[2:] == ["1 of 2 failed: 0: min_kept is 0: it must be 1 or more"]
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+    done = train(tmp_path, *sweep, *overrides, "sweep.check=false")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[1:] == ["min_kept is 0: it must be 1 or more", *HINT.splitlines()]
+    assert done.stderr.splitlines()[1:] == ["min_kept is 0: it must be 1 or more", *HINT.splitlines(), *lines[2:]]
     status = [json.loads((tmp_path / "sweep" / job / "result.json").read_text())["status"] for job in "01"]
     assert status == ["failed", "finished"]
 
