@@ -602,6 +602,8 @@ class _Job:
         known = {**dict.fromkeys(NUMBERS), **self.last}  # a number that the last epoch has logged is not repeated
         final = {name: self.result[name] for name in NUMBERS if self.result[name] != known[name]}
         self.tracker.log_metrics(final, step=self.result["epochs"])
+        if self.result["sparsity_of"]:
+            self.tracker.log_params({"sparsity_of": self.result["sparsity_of"]})
 
     def _send_files(self) -> None:
         for name in ("result.json", "masks.safetensors", WEIGHTS, "pruning.json"):

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -319,10 +320,9 @@ def _signs(
 
 def _masks(job: JobResult) -> Hashable:
     """Equal for equal masks and numbers; of a job whose masks cannot be read its own name, which no other job has."""
-    try:
-        masks = sha256(job.folder / "masks.safetensors")
-    except OSError:
-        masks = job.name
+    path, masks = job.folder / "masks.safetensors", job.name
+    with suppress(OSError):
+        masks = sha256(path) if path.is_file() else masks  # a pipe would never end
     return masks, *(job.number(name) for name in _RESULT)
 
 

@@ -51,6 +51,7 @@ def check_mlflow(store, result):
     assert run.data.params["pruner.criterion._target_"] == "gsprune.criteria.Elementwise"
     assert run.data.tags["group.pruner"] == "elementwise"
     assert run.data.tags["hydra.overrides"].startswith("pruner=elementwise model.width=4")
+    assert run.data.params["sparsity_of"] == result["sparsity_of"] == "weights"
     for name in ("accuracy", "val_accuracy", "baseline_val_accuracy"):
         assert run.data.metrics[name] == result[name]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2, 3]

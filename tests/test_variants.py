@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -322,6 +323,13 @@ def test_variants_with_the_same_masks_and_numbers_at_every_seed_are_one(
         saved(tmp_path, "3", "pruner=weighted", "seed=1", masks=masks, accuracy=second),
     ]
     assert merged(jobs) == expected
+
+
+def test_masks_that_are_a_pipe_keep_nobody_waiting(tmp_path: Path) -> None:
+    jobs = [saved(tmp_path, str(i), f"pruner={p}", masks=None, accuracy=0.9) for i, p in enumerate(("abs", "weighted"))]
+    for found in jobs:
+        os.mkfifo(found.folder / "masks.safetensors")
+    assert [variant for variant, _, _ in merged(jobs)] == ["abs", "weighted"]
 
 
 def test_variants_that_are_the_same_at_one_sparsity_only_say_so_there(tmp_path: Path) -> None:

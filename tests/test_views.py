@@ -23,8 +23,8 @@ def test_each_view_is_a_tag_that_fits_and_holds_its_state_in_both_forms() -> Non
 def test_the_columns_are_numbers_of_a_result_and_choices_of_a_job() -> None:
     (view,) = (json.loads(tag) for name, tag in experiment_tags(time_ms=0).items() if name.endswith(BEST))
     columns = [column.split("`")[1] for column in view["selectedColumns"]]
-    assert columns[:2] == ["pruner", "seed"]
-    assert set(columns[2:]) <= set(NUMBERS)
+    assert columns[:3] == ["pruner", "seed", "sparsity_of"]
+    assert set(columns[3:]) <= set(NUMBERS)
     parallel, scatter, masks = view["compareRunCharts"]
     assert parallel["selectedParams"] == ["pruner", "seed"]
     assert set(parallel["selectedMetrics"]) <= set(NUMBERS)
