@@ -10,7 +10,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from gsprune.drawing import percent
 from gsprune.tracking import without_passwords
 
 if TYPE_CHECKING:
@@ -129,15 +130,15 @@ def describe(values: Mapping[str, float], *, of: str | None = None) -> str:
     >>> describe({"train/loss": 8.8e33, "sparsity": 0.5}, of="channels")
     'loss 8.8e+33  sparsity 50.0 % of channels'
     """
-    forms = {
-        "train/loss": "loss {:.4f}" if values.get("train/loss", 0.0) < 1e6 else "loss {:.4g}",
-        "train/accuracy": "accuracy {:7.2%}",
-        "val/accuracy": "val {:7.2%}",
-        "sparsity": "sparsity {:5.1%}" + (f" of {of}" if of else ""),
-        "epoch_seconds": "{:.1f} s",
+    told = f" of {of}" if of else ""
+    forms: Mapping[str, Callable[[float], str]] = {
+        "train/loss": lambda loss: f"loss {loss:.4f}" if loss < 1e6 else f"loss {loss:.4g}",
+        "train/accuracy": lambda share: f"accuracy {100 * share:6.2f} %",
+        "val/accuracy": lambda share: f"val {100 * share:6.2f} %",
+        "sparsity": lambda share: f"sparsity {percent(share):>6}{told}",
+        "epoch_seconds": lambda seconds: f"{seconds:.1f} s",
     }
-    texts = [form.format(values[name]) for name, form in forms.items() if name in values]
-    return "  ".join(texts).replace("%", " %")
+    return "  ".join(form(values[name]) for name, form in forms.items() if name in values)
 
 
 def warn_on_one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
@@ -184,9 +185,9 @@ def summary_table(result: Mapping[str, Any]) -> Table:
     table.add_row("epochs trained", str(result["baseline_epochs"]), str(result["epochs"]), "")
     for label, key in (("validation accuracy", "val_accuracy"), ("test accuracy", "accuracy")):
         dense, pruned = result[f"baseline_{key}"], result[key]
-        table.add_row(label, _percent(dense, 2), _percent(pruned, 2), f"{100 * (pruned - dense):+.2f} points")
+        table.add_row(label, _accuracy(dense), _accuracy(pruned), f"{100 * (pruned - dense):+.2f} points")
     of = f" of {result['sparsity_of']}" if result["sparsity_of"] else ""
-    table.add_row(f"sparsity{of}", _percent(0, 1), _percent(result["sparsity"], 1), "")
+    table.add_row(f"sparsity{of}", percent(0), percent(result["sparsity"]), "")
     for row in _cost_rows(result):
         table.add_row(*row)
     return table
@@ -209,8 +210,8 @@ def _is_control(result: Mapping[str, Any]) -> bool:
     return (result.get("choices") or {}).get("pruner") == "none"
 
 
-def _percent(share: float, digits: int) -> str:
-    return f"{100 * share:.{digits}f} %"
+def _accuracy(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 def _cost_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

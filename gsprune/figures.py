@@ -35,6 +35,8 @@ from gsprune.drawing import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from gsprune.targets import Share
+
 __all__ = ["mask_image", "save_history", "save_layer_sparsity"]
 
 # Axis legend: h, w = pixels of a picture; r, c = rows and columns of a mask
@@ -63,8 +65,11 @@ class _Panel:
         return f"{size}, {percent(self.kept / max(self.total, 1))} kept"
 
 
-def mask_image(masks: Mapping[str, Tensor]) -> np.ndarray:
+def mask_image(masks: Mapping[str, Tensor], *, share: Share | None = None) -> np.ndarray:
     """A picture (H, W, 3; uint8) of all masks: a labelled panel each, kept dark, pruned light.
+
+    The head line says what `share` says of all of them (of a pruner: its `share`, beside its `dense_masks()`); without
+    one the entries of all masks are counted.
 
     A weight's panel has one row per output and one column per input (times kernel position); a unit mask is a strip
     with one cell per unit. What is larger than its panel is averaged, and the shade is the share kept (on a square-root
@@ -83,7 +88,21 @@ def mask_image(masks: Mapping[str, Tensor]) -> np.ndarray:
         h, w = panel.pixels.shape
         canvas[top + _TITLE - 1 : top + _TITLE + h + 1, left - 1 : left + w + 1] = 150  # a frame of one pixel
         canvas[top + _TITLE : top + _TITLE + h, left : left + w] = _shade(panel.pixels)
-    return _label(canvas, panels, places, box_w, hidden=len(masks) - len(shown))
+    return _label(canvas, panels, places, box_w, head=_head(masks, share))
+
+
+def _head(masks: Mapping[str, Tensor], share: Share | None) -> str:
+    """
+    >>> _head({"a": torch.tensor([True, False, False, False])}, None)
+    '1 mask: 1 of 4 kept, 75.0 % pruned'
+    """
+    noun = "mask" if len(masks) == 1 else "masks"
+    more = f" (the first {_MAX_PANELS} are shown)" if len(masks) > _MAX_PANELS else ""
+    if share is not None:
+        kept, total, of = share.total - share.pruned, share.total, f" {share.of}"
+    else:
+        kept, total, of = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values()), ""
+    return f"{len(masks)} {noun}{more}: {kept:,} of {total:,}{of} kept, {percent(1 - kept / max(total, 1))} pruned"
 
 
 def _columns(count: int, strips: bool) -> int:
@@ -140,19 +159,15 @@ def _label(
     places: Sequence[tuple[int, int]],
     box_w: int,
     *,
-    hidden: int,
+    head: str,
 ) -> np.ndarray:
     height, width = canvas.shape[:2]
-    kept, total = sum(panel.kept for panel in panels), sum(panel.total for panel in panels)
     _draw_key(canvas)
     figure = new_figure(width / DPI, height / DPI)
 
     def write(left: float, top: float, text: str, **style: Any) -> None:
         figure.text(left / width, 1 - top / height, text, va="top", **style)
 
-    noun = "mask" if len(panels) == 1 else "masks"
-    more = f" (and {hidden} more, not shown)" if hidden else ""
-    head = f"{len(panels)} {noun}{more}: {kept:,} of {total:,} kept, {percent(1 - kept / max(total, 1))} pruned"
     write(_MARGIN, 14, head, fontsize=12, color=INK, weight="bold")
     write(width - _MARGIN - 222, 8, "share kept", fontsize=9, color=FAINT, ha="right")
     for share in (0, 0.25, 0.5, 1):
@@ -177,13 +192,12 @@ def _draw_key(canvas: np.ndarray) -> None:
 # --- sparsity by layer -------------------------------------------------------------------------------------
 
 
-def save_layer_sparsity(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:
-    """Write a PNG with one horizontal bar for each tensor or structure: its share pruned, and how many of how many."""
-    names = list(masks)
-    totals = [mask.numel() for mask in masks.values()]
-    pruned = [mask.numel() - int(mask.sum()) for mask in masks.values()]
-    shares = [100 * part / max(total, 1) for part, total in zip(pruned, totals, strict=True)]
-    overall = 100 * sum(pruned) / max(sum(totals), 1)
+def save_layer_sparsity(path: str | os.PathLike[str], shares: Mapping[str, Share], overall: Share) -> None:
+    """Write a PNG with one horizontal bar for each tensor or structure: its share pruned, and how many of how many.
+
+    `shares` and `overall` are a pruner's `shares()` and `share`; the latter is the dashed line.
+    """
+    names = list(shares)
     figure = new_figure(9, 1.5 + 0.27 * max(len(names), 1))
     axes = figure.add_subplot()
     longest = max((len(name) for name in names), default=0)
@@ -191,12 +205,12 @@ def save_layer_sparsity(path: str | os.PathLike[str], masks: Mapping[str, Tensor
     figure.subplots_adjust(
         left=(0.3 + 0.07 * min(longest, 44)) / 9, right=0.99, top=1 - 0.45 / height, bottom=0.6 / height
     )
-    axes.barh(range(len(names)), shares, color=SPARSITY, height=0.72)
-    for row, (share, part, total) in enumerate(zip(shares, pruned, totals, strict=True)):
-        text = f"{percent(share / 100)}  ({part:,} of {total:,})"
+    axes.barh(range(len(names)), [100 * float(share) for share in shares.values()], color=SPARSITY, height=0.72)
+    for row, share in enumerate(shares.values()):
+        text = f"{percent(float(share))}  ({share.pruned:,} of {share.total:,})"
         axes.text(102, row, text, va="center", fontsize=8, color=INK)
-    axes.axvline(overall, color=INK, linewidth=1.2, linestyle="--")
-    axes.set_title(f"Pruned: {percent(overall / 100)} of all (dashed)", fontsize=11, loc="left", color=INK)
+    axes.axvline(100 * float(overall), color=INK, linewidth=1.2, linestyle="--")
+    axes.set_title(_title(overall), fontsize=11, loc="left", color=INK)
     axes.set_yticks(range(len(names)), [elide(name, 44) for name in names], fontsize=8.5)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 142)  # the counts stand right of 100 %
@@ -204,6 +218,11 @@ def save_layer_sparsity(path: str | os.PathLike[str], masks: Mapping[str, Tensor
     axes.set_xlabel("share pruned (%)")
     quiet(axes, grid="x")
     save(figure, path)
+
+
+def _title(overall: Share) -> str:
+    of = f" of the {overall.of}" if overall.of else ""
+    return f"Pruned: {percent(float(overall))}{of} (dashed)"
 
 
 # --- history -----------------------------------------------------------------------------------------------
@@ -265,7 +284,7 @@ def _from_first_change(x: list[float], y: list[float]) -> tuple[list[float], lis
 def _mark_end(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
     if x:
         axes.plot(x[-1:], y[-1:], marker="o", markersize=9, markerfacecolor="none", color=SPARSITY)
-        text = f"end: {y[-1]:.1f} % at {x[-1]:.1f} %"
+        text = f"end: {y[-1]:.1f} % at {percent(x[-1] / 100)}"
         place: Any = {"xytext": (0, -18), "textcoords": "offset points", "ha": "right", "fontsize": 8.5}
         axes.annotate(text, (x[-1], y[-1]), color=INK, **place)
 

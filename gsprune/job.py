@@ -20,6 +20,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
@@ -67,7 +68,6 @@ from gsprune.several import as_torchrun_has_it, run_in_several, run_under_torchr
 from gsprune.shrink import Plan, apply_plan
 from gsprune.signals import Interrupted, Stop
 from gsprune.sweep import Sweep, current_sweep, last_line
-from gsprune.targets import counted
 from gsprune.tracking import RECORD, SilentTracker, Tracker, download_artifact, read_metrics
 from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
 
@@ -244,7 +244,7 @@ class _Job:
         self.unwritten: list[str] = []  # files that a fault of the disk has kept from being written
         self.again: dict[str, Callable[[], None]] = {}  # how to write those that the next checkpoint tries again
         self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS), "unwritten": []}
-        self.result |= dict.fromkeys(("mlflow_run_id", "config_hash", "device", "sparsity_of", "dense"))
+        self.result |= dict.fromkeys(("mlflow_run_id", "config_hash", "device", "sparsity_of", "layers", "dense"))
         self.result["shrunk"] = False
         seed = cfg.get("seed") if type(cfg.get("seed")) is int else None  # what else it may be is refused in a moment
         self.result |= {"name": run_name(cfg), "seed": seed, **hydra_choices()}
@@ -369,7 +369,7 @@ class _Job:
         with self.watch.part("files"):
             folder = self.output_dir / "figures"
             try:
-                masks = self._save_model_somehow()
+                self._save_model_somehow()
             except OSError as error:
                 self.unwritten.append(WEIGHTS)
                 more = how_to_go_on(self.cfg, self.output_dir, self.sweep)
@@ -377,7 +377,8 @@ class _Job:
                     f"the model could not be written to {self.output_dir}: {reason(error)}; once there is room, {more}"
                 ) from error
             with self.spared("figures/sparsity_by_layer.png"):
-                figures.save_layer_sparsity(folder / "sparsity_by_layer.png", masks)
+                shares, overall = self.pruner.shares(), self.pruner.share
+                figures.save_layer_sparsity(folder / "sparsity_by_layer.png", shares, overall)
             rows = read_metrics(self.output_dir / "metrics.jsonl")
             if self.picture is not None:  # of the last masks
                 with self.spared("figures/masks.png"):
@@ -459,6 +460,7 @@ class _Job:
             "val_accuracy": val["accuracy"],
             "sparsity": self.pruner.sparsity,
             "sparsity_of": self._sparsity_of,
+            "layers": {name: [share.pruned, share.total] for name, share in self.pruner.shares().items()},
             "target_sparsity": self.pruner.target_sparsity,
             "budget": budget and {budget.kind: budget.share},
             "updates": self.pruner.updates,
@@ -497,24 +499,22 @@ class _Job:
         meaning = "checkpoints hold it meanwhile, so that the run can go on from them, and each tries to write it again"
         self._write(DENSE.as_posix(), write, meaning)
 
-    def _save_model(self) -> Mapping[str, Tensor]:
+    def _save_model(self) -> None:
         """The model first: the one file that a run must leave."""
         plan = self.pruner.plan or Plan(kept={}, sizes={}, attributes={})
         save_pruned(self.output_dir, self.model, plan, extra={"config_hash": self.result["config_hash"]})
-        masks: Mapping[str, Tensor] = self.pruner.masks()
         with self.spared("masks.safetensors"):
-            save_masks(self.output_dir / "masks.safetensors", masks)
-        return masks
+            save_masks(self.output_dir / "masks.safetensors", self.pruner.masks())
 
-    def _save_model_somehow(self) -> Mapping[str, Tensor]:
+    def _save_model_somehow(self) -> None:
         """On a full disk the older checkpoint makes room; the newest stays, to go on from."""
         try:
-            return self._save_model()
+            self._save_model()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self.checkpoints.keep(1)
-            return self._save_model()
+            self._save_model()
 
     def _seed(self, *, phase: int) -> None:
         """Seed everything for a phase, the order of the training data included."""
@@ -769,7 +769,8 @@ class _Job:
 
     @property
     def _sparsity_of(self) -> str | None:
-        return counted(getattr(self.pruner, "targets", ()))
+        of: str = self.pruner.share.of
+        return of or None
 
     def _record_masks(self, trained: int) -> None:
         """The masks, if they changed since the last time."""
@@ -778,11 +779,14 @@ class _Job:
         self.recorded, masks = self.pruner.updates, self.pruner.masks()
         name = f"masks/epoch_{trained:04d}.safetensors"
         with self.watch.part("files"):
-            self.picture = figures.mask_image(masks)
+            self.picture = self._draw_masks()
         self._write(name, lambda: save_masks(self.output_dir / name, masks))
         with self.watch.part("tracking"):
             self._log_file(name, folder="masks")
             self.tracker.log_image(self.picture, key="masks", step=trained)
+
+    def _draw_masks(self) -> np.ndarray:
+        return figures.mask_image(self.pruner.dense_masks(), share=self.pruner.share)
 
     # --- checkpoints ---
 
@@ -931,7 +935,7 @@ class _Job:
             lr_schedule.load_state_dict(state["lr_schedule"])
             _like_parameters(optimizer)
             if self.recorded and self.recorded == self.pruner.updates:
-                self.picture = figures.mask_image(self.pruner.masks())
+                self.picture = self._draw_masks()
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"the checkpoint {path} does not fit this job ({last_line(error)}): trainer.resume=never starts anew"

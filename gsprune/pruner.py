@@ -26,12 +26,14 @@ from gsprune.patterns import Pattern, parse_pattern
 from gsprune.schedules import Cubic, Ramp, Schedule
 from gsprune.selection import pruned_count
 from gsprune.targets import (
+    Share,
     Target,
     Targets,
     UnitTarget,
     UnitTargets,
     Verdict,
     WeightTarget,
+    sum_of,
     weight_targets,
 )
 
@@ -347,9 +349,14 @@ class Pruner(Attachable):
         return self.epoch + (self.step / self.steps_per_epoch if self.steps_per_epoch else 0)
 
     @property
+    def share(self) -> Share:
+        """How many weights or units are pruned, of how many targeted."""
+        return sum_of(self.shares().values())
+
+    @property
     def sparsity(self) -> float:
-        """Reached share of pruned weights or units, over everything targeted, in [0, 1)."""
-        return sum(target.pruned for target in self.targets) / sum(target.total for target in self.targets)
+        """Reached share of pruned weights or units, over everything targeted, in [0, 1): `share` as a number."""
+        return float(self.share)
 
     @property
     def target_sparsity(self) -> float | None:
@@ -387,12 +394,20 @@ class Pruner(Attachable):
         if self.structured:
             each = {f"kept/{target.name}": float(target.total - target.pruned) for target in self.targets}
         else:
-            each = {f"sparsity/{target.name}": target.pruned / target.total for target in self.targets}
+            each = {f"sparsity/{name}": float(share) for name, share in self.shares().items()}
         return {"sparsity": self.sparsity, "coverage": self.coverage, **each}
+
+    def shares(self) -> dict[str, Share]:
+        """How many weights of each tensor or units of each structure are pruned, of the dense network's."""
+        return {target.name: target.share for target in self.targets}
 
     def masks(self) -> dict[str, Tensor]:
         """bool masks, True = kept: tensor name -> its weight's shape, or structure name -> (units,)."""
         return {target.name: target.outside(target.keep.clone()) for target in self.targets}
+
+    def dense_masks(self) -> dict[str, Tensor]:
+        """The masks in the shapes of the dense network, whatever was cut out since: here those of `masks`."""
+        return self.masks()
 
     def scores(self) -> dict[str, Tensor]:
         """The running score, float32 and 0 or more, with the names and shapes of `masks`; what is pruned has 0."""
@@ -691,7 +706,8 @@ class NoPruning:
 
     structured = False
     finished = True
-    sparsity = 0.0
+    share = Share(0, 0, "")
+    sparsity = float(share)
     target_sparsity = 0.0
     updates = 0
     plan = None
@@ -742,7 +758,15 @@ class NoPruning:
         """`sparsity`, which is 0."""
         return {"sparsity": 0.0}
 
+    def shares(self) -> dict[str, Share]:
+        """Nothing is pruned."""
+        return {}
+
     def masks(self) -> dict[str, Tensor]:
+        """No masks."""
+        return {}
+
+    def dense_masks(self) -> dict[str, Tensor]:
         """No masks."""
         return {}
 

@@ -22,7 +22,7 @@ from gsprune.matrices import coverage
 from gsprune.patterns import Tile
 from gsprune.pruner import Attachable, Pruner, Scores, cut_units, targeted
 from gsprune.schedules import Schedule
-from gsprune.targets import Target, UnitTarget, WeightTarget
+from gsprune.targets import Share, Target, UnitTarget, WeightTarget, sum_of
 
 if TYPE_CHECKING:
     from gsprune.shrink import Plan, Shrinker
@@ -179,14 +179,18 @@ class Pruners(Attachable):
         return self._shrinker.plan if self._shrinker else None
 
     @property
-    def sparsity(self) -> float:
-        """Reached share of what is pruned over everything targeted, in [0, 1): of units, or of weights.
+    def share(self) -> Share:
+        """How many weights or units are pruned, of how many targeted.
 
-        Where parts prune units and others single weights: the share of the weights in all their tensors (biases and
-        norms aside) that is zero or cut out.
+        Where parts prune units and others single weights: of the weights in all their tensors (biases and norms aside)
+        how many are zero or cut out.
         """
-        pruned, total = self._mixed() if self._units and self._weights else _counted(self.targets)
-        return pruned / total
+        return self._mixed() if self._units and self._weights else sum_of(self.shares().values())
+
+    @property
+    def sparsity(self) -> float:
+        """Reached share of what is pruned over everything targeted, in [0, 1): `share` as a number."""
+        return float(self.share)
 
     @property
     def target_sparsity(self) -> float | None:
@@ -194,7 +198,7 @@ class Pruners(Attachable):
         shares = [part.target_sparsity for part in self.parts]
         if (self._units and self._weights) or any(share is None for share in shares):
             return None
-        totals = [_counted(part.targets)[1] for part in self.parts]
+        totals = [part.share.total for part in self.parts]
         return round(sum(s * n for s, n in zip(shares, totals, strict=True) if s is not None) / sum(totals), 12)
 
     @property
@@ -218,9 +222,17 @@ class Pruners(Attachable):
         each = {key: value for part in self.parts for key, value in part.report().items()}
         return {**each, "sparsity": self.sparsity, "coverage": self.coverage}
 
+    def shares(self) -> dict[str, Share]:
+        """How many weights of each tensor or units of each structure are pruned, of the dense network's."""
+        return {name: share for part in self.parts for name, share in part.shares().items()}
+
+    def dense_masks(self) -> dict[str, Tensor]:
+        """The masks in the shapes of the dense network, whatever was cut out since."""
+        return {name: mask for part in self.parts for name, mask in part.masks().items()}
+
     def masks(self) -> dict[str, Tensor]:
         """bool masks, True = kept, as of `Pruner`; of single weights in the shapes that the model has now."""
-        masks = {name: mask for part in self.parts for name, mask in part.masks().items()}
+        masks = self.dense_masks()
         for name, cuts in self.plan.kept.items() if self.plan else ():
             for dim, kept in cuts.items() if name in masks else ():
                 masks[name] = masks[name].index_select(dim, kept.to(masks[name].device))
@@ -351,7 +363,7 @@ class Pruners(Attachable):
         tensors = {name: self.model.get_parameter(name) for name in named}
         return {name: tensor.numel() for name, tensor in tensors.items() if tensor.dim() > 1}
 
-    def _mixed(self) -> tuple[int, int]:
+    def _mixed(self) -> Share:
         """Weights that are zero or cut out, of all in the tensors that lose any."""
         gone = {target.name: target.pruned for part in self._weights for target in part.targets}
         plan = self._plan()
@@ -361,7 +373,7 @@ class Pruners(Attachable):
                 for dim, kept in cuts.items():
                     left = left // plan.sizes[name][dim] * len(kept)
                 gone[name] = self._sizes[name] - left
-        return sum(gone.values()), sum(self._sizes.values())
+        return Share(sum(gone.values()), sum(self._sizes.values()), "weights")
 
 
 def _scheduled(make: Callable[..., Pruner], schedule: Schedule | None) -> Callable[..., Pruner]:
@@ -396,7 +408,3 @@ def _check_on_top(number: int, target: WeightTarget, when: str) -> None:
             f"pruners[{number}] masks {target.name}, which shrink=each_update of another keeps cutting: "
             f"set shrink=at_end, or exclude it"
         )
-
-
-def _counted(targets: Sequence[Target]) -> tuple[int, int]:
-    return sum(target.pruned for target in targets), sum(target.total for target in targets)

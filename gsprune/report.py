@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gsprune.drawing import percent
 from gsprune.files import write_atomic
@@ -668,7 +668,9 @@ def _heatmap(family: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _layer_shares(job: JobResult) -> dict[str, float]:
-    """Tensor or structure -> share pruned, from the job's masks; empty when there are none that can be read."""
+    """Tensor or structure -> share pruned, of `layers` in the result, else of the job's masks; empty without both."""
+    if told := _told_layers(job):
+        return told
     path = job.folder / "masks.safetensors"
     if not path.is_file() or path.stat().st_size > _MAX_MASK_BYTES:
         return {}
@@ -679,6 +681,19 @@ def _layer_shares(job: JobResult) -> dict[str, float]:
     except (ValueError, OSError):
         return {}
     return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in masks.items() if mask.numel()}
+
+
+def _told_layers(job: JobResult) -> dict[str, float]:
+    found = job.result.get("layers")
+    counts = {name: pair for name, pair in found.items() if _is_count(pair)} if isinstance(found, dict) else {}
+    return {name: pruned / total for name, (pruned, total) in counts.items()}
+
+
+def _is_count(pair: object) -> TypeGuard[list[int]]:
+    """Whether it is [pruned, total] of a layer."""
+    if not (isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair)):
+        return False
+    return 0 <= pair[0] <= pair[1] and pair[1] > 0
 
 
 # --- text --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -54,11 +54,41 @@ class Verdict:
         torch.addcmul(change, score, self.decay, out=score)
 
 
+@dataclass(frozen=True)
+class Share:
+    """How many are pruned, of how many, of what: every figure of a run's sparsity is one of these.
+
+    >>> share = Share(3, 4, "heads")
+    >>> share.pruned / share.total, float(share), float(Share(0, 0, "weights"))
+    (0.75, 0.75, 0.0)
+    """
+
+    pruned: int
+    total: int
+    of: str  # weights, channels, neurons, heads; several are named side by side, and nothing is ""
+
+    def __float__(self) -> float:
+        return self.pruned / self.total if self.total else 0.0
+
+
+def sum_of(shares: Iterable[Share]) -> Share:
+    """All of them as one; kinds of units are named side by side, and of single weights beside units it is of weights.
+
+    >>> sum_of([Share(1, 2, "heads"), Share(1, 8, "heads")]), sum_of([Share(1, 2, "heads"), Share(1, 8, "neurons")])
+    (Share(pruned=2, total=10, of='heads'), Share(pruned=2, total=10, of='heads and neurons'))
+    """
+    found = list(shares)
+    kinds = list(dict.fromkeys(share.of for share in found))
+    of = "weights" if "weights" in kinds else " and ".join(kinds)
+    return Share(sum(share.pruned for share in found), sum(share.total for share in found), of)
+
+
 class Target(ABC):
     """One tensor's weights or one structure's units.
 
     Attributes:
         name: of the tensor or structure.
+        of: what is pruned here: weights, channels, neurons or heads.
         score: running score S, float32: of the weight's shape, or (units,). -inf where pruned.
         keep: mask of the same shape, True = kept.
         total, pruned: number of weights or units, and how many are pruned.
@@ -69,6 +99,12 @@ class Target(ABC):
     keep: Tensor
     total: int
     pruned: int = 0
+    of: str = "weights"
+
+    @property
+    def share(self) -> Share:
+        """Pruned, of the dense network's."""
+        return Share(self.pruned, self.total, self.of)
 
     @abstractmethod
     def parameters(self) -> Sequence[nn.Parameter]:
@@ -350,7 +386,7 @@ class UnitTarget(Target):
     """The units of one structure."""
 
     def __init__(self, structure: Structure, model: nn.Module) -> None:
-        self.name, self.total = structure.name, structure.units
+        self.name, self.total, self.of = structure.name, structure.units, structure.kind
         self.tensors = {member.tensor: model.get_parameter(member.tensor) for member in _scored(structure)}
         self.structure = structure  # of the dense network, as are score and mask
         self.placed = _moved(structure, _one_device(self.tensors.values()))  # as it lies in the model now
@@ -478,15 +514,6 @@ class UnitTargets(Targets):
             for tensor, row in target.masked():
                 for state in _state(optimizer, tensor):
                     state.mul_(row)
-
-
-def counted(targets: Iterable[Target]) -> str | None:
-    """What a sparsity over these is a share of: "weights", or the kinds of units, such as "heads and neurons".
-
-    Of single weights on top of units it is "weights"; None of nothing.
-    """
-    kinds = dict.fromkeys(t.structure.kind if isinstance(t, UnitTarget) else "weights" for t in targets)
-    return "weights" if "weights" in kinds else " and ".join(kinds) or None
 
 
 def weight_targets(

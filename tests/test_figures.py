@@ -9,10 +9,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.text import Text
 from PIL import Image
 
 from gsprune.drawing import KEPT, PRUNED, SPARSITY, elide, percent, plain_label
 from gsprune.figures import _fit, mask_image, save_history, save_layer_sparsity
+from gsprune.targets import Share
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that are drawn."""
+    texts: list[str] = []
+    draw = Text.draw
+    monkeypatch.setattr(Text, "draw", lambda text, *args: (texts.append(text.get_text()), draw(text, *args))[1])
+    return texts
+
+
+@pytest.fixture
+def line_at(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Where lines are drawn across a picture."""
+    found: list[float] = []
+    draw = Axes.axvline
+    monkeypatch.setattr(Axes, "axvline", lambda axes, x, **style: (found.append(x), draw(axes, x, **style))[1])
+    return found
 
 
 def colours(picture: np.ndarray) -> set[tuple[int, ...]]:
@@ -77,13 +98,31 @@ def test_empty_and_scalar_masks_do_not_break_the_picture() -> None:
 
 
 def test_layer_sparsity_is_a_png_with_bars(tmp_path: Path) -> None:
-    masks = {"a.weight": torch.tensor([True, False, False, False]), "b.weight": torch.ones(12, dtype=torch.bool)}
-    save_layer_sparsity(tmp_path / "figures" / "sparsity.png", masks)
+    shares = {"a.weight": Share(3, 4, "weights"), "b.weight": Share(0, 12, "weights")}
+    save_layer_sparsity(tmp_path / "figures" / "sparsity.png", shares, Share(3, 16, "weights"))
     picture = np.array(Image.open(tmp_path / "figures" / "sparsity.png").convert("RGB"))
     bar = (picture == [int(SPARSITY[i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
     assert bar.any()
     assert bar[: picture.shape[0] // 2].sum() == bar.sum()  # the lower layer is not pruned: no bar
-    save_layer_sparsity(tmp_path / "empty.png", {})
+    save_layer_sparsity(tmp_path / "empty.png", {}, Share(0, 0, "weights"))
+
+
+def test_the_dashed_line_and_the_head_line_say_the_share_they_are_given(
+    tmp_path: Path, written: list[str], line_at: list[float]
+) -> None:
+    """Of strips and matrices side by side: their entries are not all of one kind, so nothing is added up here."""
+    share = Share(90, 100, "weights")
+    masks = {"a": torch.tensor([True, False]), "a.weight": torch.ones(4, 5, dtype=torch.bool)}
+    save_layer_sparsity(tmp_path / "a.png", {"a": Share(1, 2, "channels"), "a.weight": Share(0, 20, "weights")}, share)
+    mask_image(masks, share=share)
+    assert "Pruned: 90.0 % of the weights (dashed)" in written
+    assert line_at == [90.0]
+    assert "2 masks: 10 of 100 weights kept, 90.0 % pruned" in written
+
+
+def test_the_head_line_counts_the_masks_that_are_not_shown(written: list[str]) -> None:
+    mask_image({f"layer{index}": torch.arange(2) < (2 if index < 120 else 0) for index in range(150)})
+    assert "150 masks (the first 120 are shown): 240 of 300 kept, 20.0 % pruned" in written
 
 
 def test_history_draws_what_there_is(tmp_path: Path) -> None:

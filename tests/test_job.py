@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import configure
+from matplotlib.text import Text
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,6 +22,7 @@ from gsprune import job as job_module
 from gsprune.checkpoint import load_masks
 from gsprune.composed import NUMBERS, build, check_objective, hydra_tags, objective, run_name
 from gsprune.console import Bar, Lines, Progress, make_progress, summary_table, unfair_line
+from gsprune.drawing import percent
 from gsprune.identity import config_hash, plain_config
 from gsprune.job import load_weights, run
 from gsprune.tracking import Tracker, read_metrics
@@ -62,7 +64,8 @@ def test_result_json_has_the_promised_keys_and_is_what_run_returns(weighted):
     result, folder = weighted
     assert json.loads((folder / "result.json").read_text()) == result
     extra = {"status", "mlflow_run_id", "config_hash", "device", "shrunk", "skipped", "skipped_steps"}
-    extra |= {"name", "seed", "overrides", "choices", "timings", "dense", "unwritten", "budget", "sparsity_of"}
+    extra |= {"name", "seed", "overrides", "choices", "timings", "dense", "unwritten", "budget"}
+    extra |= {"sparsity_of", "layers"}
     assert set(result) == {*NUMBERS, *extra}
     assert result["status"] == "finished"
     assert result["mlflow_run_id"] is None
@@ -100,6 +103,41 @@ def test_a_job_with_two_pruners_leaves_a_smaller_model_with_masks_that_fit(tmp_p
     for name, mask in weights.items():
         assert not model.get_parameter(name)[~mask].any(), name
     assert {"kept/down", "sparsity/down.weight"} <= set(rows_of(tmp_path)[2])
+
+
+SHARES = {
+    "weights": ("weights", "pruner=elementwise", "pruner.target_sparsity=0.95"),
+    "units": ("channels", "pruner=weighted", "pruner.target_sparsity=0.3"),
+    "units cut at each update": ("channels", "pruner=abs", "pruner.shrink=each_update"),
+    "a budget": ("channels", "pruner=weighted", "pruner.target.macs=0.6", "model.width=8"),
+    "units, and weights of what is left": ("weights", "pruner=units_and_weights"),
+    "nothing": (None, "pruner=none"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHARES)
+def test_a_run_has_one_figure_for_its_sparsity(tmp_path, monkeypatch, kind):
+    of, *overrides = SHARES[kind]
+    drawn, draw, shown = [], Text.draw, io.StringIO()
+    monkeypatch.setattr(Text, "draw", lambda text, *args: (drawn.append(text.get_text()), draw(text, *args))[1])
+    with redirect_stdout(shown):
+        result = run(configure(*overrides), output_dir=tmp_path)
+    figure = percent(result["sparsity"])
+    heads = [text.rpartition("kept, ")[2] for text in drawn if re.match(r"\d+ masks?", text)]
+    assert heads[-1:] == ([] if kind == "nothing" else [f"{figure} pruned"])
+    assert f"Pruned: {figure}{f' of the {of}' if of else ''} (dashed)" in drawn
+    (row,) = (line for line in shown.getvalue().splitlines() if f"\u2502 sparsity{f' of {of}' if of else ' '}" in line)
+    assert row.split("\u2502")[3].strip() == figure
+    assert rows_of(tmp_path)[-2]["sparsity"] == result["sparsity"]  # what MLflow gets: the last epoch,
+    assert "sparsity" not in rows_of(tmp_path)[-1]  # and nothing else beside it
+    assert result["sparsity_of"] == of
+    bars = {name: f"{percent(p / n)}  ({p:,} of {n:,})" for name, (p, n) in result["layers"].items()}
+    assert set(bars.values()) <= set(drawn)
+    last = {
+        name.partition("/")[2]: value for name, value in rows_of(tmp_path)[-2].items() if name.startswith("sparsity/")
+    }
+    assert last == {name: pytest.approx(p / n) for name, (p, n) in result["layers"].items() if name in last}
 
 
 def test_a_structured_job_ends_with_a_smaller_model(weighted):
@@ -595,15 +633,6 @@ def test_validation_accuracy_is_that_of_the_final_network_and_of_the_dense_one(t
     assert result["val_accuracy"] == judge.evaluate(final, data.val)["accuracy"]
     assert result["baseline_val_accuracy"] == judge.evaluate(dense, data.val)["accuracy"] != result["val_accuracy"]
     assert (result["epochs"], result["baseline_epochs"]) == (1, 1)
-
-
-@pytest.mark.parametrize(
-    ("pruner", "of"),
-    [("weighted", "channels"), ("elementwise", "weights"), ("units_and_weights", "weights")],
-)
-def test_a_sparsity_says_what_it_is_of(pruner, of, tmp_path):
-    result = finished(tmp_path, f"pruner={pruner}", "trainer.prune_epochs=1")
-    assert result["sparsity_of"] == of
 
 
 @pytest.mark.slow

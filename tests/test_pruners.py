@@ -167,8 +167,14 @@ def test_the_masks_of_single_weights_fit_the_smaller_model() -> None:
             assert parameter[mask].all()
     x = batch(5, 5)[0]
     torch.testing.assert_close(model(x), masked(x), rtol=1e-9, atol=1e-9)
+    assert counts(pruner.dense_masks()) == {name: (s.pruned, s.total) for name, s in pruner.shares().items()}
+    assert pruner.share.of == "weights"
     assert pruner.sparsity == before == pytest.approx(0.9, abs=1e-3)
     assert pruner.target_sparsity is None
+
+
+def counts(masks: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
+    return {name: (mask.numel() - int(mask.sum()), mask.numel()) for name, mask in masks.items()}
 
 
 def test_units_that_take_more_than_was_asked_for_leave_nothing_to_prune() -> None:

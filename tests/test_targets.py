@@ -20,7 +20,7 @@ from gsprune.targets import (
     WeightTarget,
     WeightTargets,
     _cut,
-    counted,
+    sum_of,
 )
 
 
@@ -88,6 +88,5 @@ def test_what_a_sparsity_counts_is_named() -> None:
     model = nets.ResNet()
     units: list[Target] = [UnitTarget(s, model) for s in find_structures(model, nets.images(2)).structures]
     single = WeightTarget("conv1.weight", model.conv1.weight, Tile())
-    assert counted([]) is None
-    assert counted(units) == "channels"
-    assert counted([single]) == counted([*units, single]) == "weights"
+    of = [sum_of(target.share for target in targets).of for targets in ([], units, [single], [*units, single])]
+    assert of == ["", "channels", "weights", "weights"]
