@@ -25,6 +25,7 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     from gsprune.console import warn_on_one_line
     from gsprune.job import run, show_plan
     from gsprune.launcher import ProcessFailed
+    from gsprune.shown import one_line
 
     warnings.showwarning = warn_on_one_line
     logging.raiseExceptions = False  # a full disk takes the log file; the screen still has every line, once
@@ -37,7 +38,7 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     except (ValueError, ProcessFailed) as error:  # a sentence for the user: Hydra shows this class without a traceback
         if isinstance(error, ProcessFailed) and error.__cause__:  # which has the traceback of the process
             raise
-        raise CompactHydraException(str(error)) from error
+        raise CompactHydraException(one_line(str(error), 4000)) from error
     return objective(result, cfg.objective)
 
 

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from gsprune.files import refusing
 from gsprune.schedules import Linear, OneShot
+from gsprune.shown import one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -606,7 +607,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(load_inc_config(parser.parse_args(arguments).file).to_yaml(), end="")
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(one_line(str(error), 4000), file=sys.stderr)
         return 1
     return 0
 

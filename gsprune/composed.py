@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from gsprune.addresses import command_directory
-from gsprune.files import one_line
+from gsprune.shown import one_line
 from gsprune.sweep import without_sweep_settings
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from gsprune.drawing import percent
+from gsprune.shown import one_line
 from gsprune.tracking import without_passwords
 
 if TYPE_CHECKING:
@@ -143,8 +144,8 @@ def describe(values: Mapping[str, float], *, of: str | None = None) -> str:
 
 def warn_on_one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """`warnings.showwarning` for users: what the warning says, not where in the library it was raised."""
-    print(f"{category.__name__}: {message}", file=sys.stderr)
-    to_log_file(logging.WARNING, str(message))
+    print(one_line(f"{category.__name__}: {message}", 4000), file=sys.stderr)
+    to_log_file(logging.WARNING, one_line(str(message), 4000))
 
 
 def to_log_file(level: int, text: str) -> None:
@@ -162,11 +163,11 @@ def print_summary(
     result: Mapping[str, Any], output_dir: Path, *, tracking_uri: str | None, unsent: bool = False
 ) -> None:
     """The table dense against pruned, where the outputs are, and how to open the MLflow page on them."""
-    Console(file=sys.stdout, highlight=False).print(summary_table(result))
+    Console(file=sys.stdout, highlight=False, markup=False).print(summary_table(result))
     if (line := unfair_line(result)) is not None:
         print(line)
     for name, reason in (result.get("skipped") or {}).items():
-        print(f"Left whole: {name} ({reason})")
+        print(one_line(f"Left whole: {name} ({reason})"))
     if not result["shrunk"] and result["sparsity"] > 0:
         print("Masked weights are zeros in tensors of the old size: pruner=abs or weighted makes the model smaller.")
     print(f"Outputs: {output_dir}")  # not through rich: it would break long lines, and commands get copied

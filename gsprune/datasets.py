@@ -9,7 +9,6 @@ Axes in names: n sample, c channel, h row, w column.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +19,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from gsprune.files import one_line
+from gsprune.shown import logger, one_line
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Batch = tuple[Tensor, Tensor]
 

@@ -11,7 +11,6 @@ dies; a damaged entry is made anew. Imports the sweep's locks and the file forma
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -22,12 +21,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gsprune import distributed
-from gsprune.files import number, one_line, read_json, write_atomic, write_json
+from gsprune.files import number, read_json, write_atomic, write_json
+from gsprune.shown import logger
 from gsprune.sweep import Sweep
 
 __all__ = ["DenseCache", "DenseRecord"]
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 BASELINE = ("accuracy", "loss", "val_accuracy")  # what is measured of a dense network
 
 
@@ -73,9 +73,7 @@ class DenseCache:
         try:
             return _record(read_json(path), self.key)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
-            log.warning(
-                "the dense network in %s is not used, it is trained again: %s", self.folder, one_line(str(error))
-            )
+            log.warning("the dense network in %s is not used, it is trained again: %s", self.folder, error)
             return None
 
     def store(self, tensors: Mapping[str, Tensor], record: DenseRecord) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-import logging
 import os
 import warnings
 from collections import deque
@@ -27,6 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Sampler
+
+from gsprune.shown import logger
 
 if TYPE_CHECKING:
     from gsprune.locks import Lock
@@ -45,7 +46,7 @@ __all__ = [
     "world_size",
 ]
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Batch = tuple[Any, Tensor]
 Result = TypeVar("Result")

@@ -6,7 +6,6 @@ One run at a time works in a directory. May import omegaconf, and of this packag
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ from gsprune.locks import Lock
 from gsprune.results import JobResult, read_results
 from gsprune.run_state import MAX_RECORD, Checkpoints
 from gsprune.run_state import RECORD as STATE
+from gsprune.shown import logger, one_line
 from gsprune.sweep import Sweep, fetch, set_aside
 from gsprune.tracking import RECORD
 
 LOCK = "run.lock"  # in the output directory, held by the process that writes there
 LEAVING = 10.0  # seconds that what a killed process has left behind (workers that load data) may still hold it
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ def how_to_go_on(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> str:
 
 def of_another(folder: Path, overrides: Any, *, unfinished: bool) -> str:
     """Why a run is refused in a directory that holds one of another configuration, with those overrides."""
-    told = " ".join(map(str, overrides)) if isinstance(overrides, list) and overrides else "none"
+    told = one_line(" ".join(map(str, overrides))) if isinstance(overrides, list) and overrides else "none"
     what, then = ("an unfinished", "give the same one to go on with it, ") if unfinished else ("a finished", "give ")
     return (
         f"{folder} holds {what} run of another configuration (overrides: {told}): {then}trainer.resume=never to write "

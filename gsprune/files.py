@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -19,12 +18,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gsprune.shown import logger, one_line
+
 __all__ = [
     "Damaged",
     "aside",
     "folder_aside",
     "number",
-    "one_line",
     "plain",
     "put_aside",
     "read_json",
@@ -38,7 +38,7 @@ __all__ = [
     "write_json",
 ]
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _MAX_JSON = 32_000_000  # bytes, which may be 25 times as many in memory; a plan of a million units has 10 million
 _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
@@ -281,14 +281,3 @@ def refusing() -> Iterator[None]:
         raise ValueError("the file needs more memory than there is") from None
     except OSError as error:
         raise ValueError(one_line(f"{error.filename or 'the file'} cannot be read ({reason(error)})")) from None
-
-
-def one_line(text: str, length: int = 600) -> str:
-    """A text that may quote a stranger's, as a sentence can hold it: printable, the middle of a long one left out.
-
-    >>> one_line("a\\nb\\ud800"), one_line("0123456789", 5)
-    ('a\\\\nb\\\\ud800', '01 ... 89')
-    """
-    if len(text) > length:
-        text = f"{text[: length // 2]} ... {text[-(length // 2) :]}"
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

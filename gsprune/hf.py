@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
@@ -18,9 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from gsprune.shown import logger
+
 __all__ = ["load_config", "load_tokenizer", "make_network", "padding_id", "transformers"]
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 LONGEST = 200  # characters of a message of the library that are passed on
 

@@ -65,13 +65,14 @@ from gsprune.pruner import NoPruning
 from gsprune.pruners import Pruners
 from gsprune.run_state import Checkpoints, Saved, read_state
 from gsprune.several import as_torchrun_has_it, run_in_several, run_under_torchrun
+from gsprune.shown import logger
 from gsprune.shrink import Plan, apply_plan
 from gsprune.signals import Interrupted, Stop
 from gsprune.sweep import Sweep, current_sweep, last_line
 from gsprune.tracking import RECORD, SilentTracker, Tracker, download_artifact, read_metrics
 from gsprune.trainer import Schedule, Trainer, make_optimizer, seed_everything
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # Seconds of a job, by what they went to.
 PARTS = ("start", "train", "measure", "files", "tracking")

@@ -7,7 +7,6 @@ whoever starts the same thing twice at once has to take care.
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from gsprune.shown import logger
+
 __all__ = ["Lock", "file_name"]
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Lock:

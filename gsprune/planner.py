@@ -203,7 +203,7 @@ def print_plan(plan: PruningPlan | PruningPlans) -> None:
     """Print the plan on the screen."""
     from rich.console import Console
 
-    Console(file=sys.stdout, highlight=False).print(render(plan))
+    Console(file=sys.stdout, highlight=False, markup=False).print(render(plan))
 
 
 # ---- units

@@ -24,6 +24,7 @@ from typing import Any, TypeGuard
 from gsprune.drawing import percent
 from gsprune.files import write_atomic
 from gsprune.results import RESULT, JobResult, Results, natural, read_results
+from gsprune.shown import cell, label
 from gsprune.sweep_figures import STYLES, Line, Mark, Panel, draw_heatmap, draw_panels
 from gsprune.tracking import without_passwords
 from gsprune.variants import (
@@ -711,19 +712,12 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _cell(value: object) -> object:
-    """A cell of the table: numbers as they are; text never as something that a spreadsheet would calculate.
+    """A cell of the table, without passwords.
 
-    >>> [_cell(value) for value in (-0.5, "-0.5", "=1+1", "abs", "@x")]
-    [-0.5, '-0.5', "'=1+1", 'abs', "'@x"]
+    >>> _cell("=http://ann:secret@host")
+    "'=http://***@host"
     """
-    if not isinstance(value, str):
-        return value
-    text = _clean(value, 2000)
-    try:
-        float(text)
-    except ValueError:
-        return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
-    return text
+    return cell(without_passwords(value[:10_000]) if isinstance(value, str) else value)
 
 
 def _clean(text: str, length: int) -> str:
@@ -732,9 +726,7 @@ def _clean(text: str, length: int) -> str:
     >>> _clean("tracking.tracking_uri=http://ann:secret@host:5000\\n", 60)
     'tracking.tracking_uri=http://***@host:5000 '
     """
-    text = without_passwords(text[: length + 1000])
-    shown = "".join(letter if letter.isprintable() else " " for letter in text[: length + 1])
-    return shown if len(shown) <= length else f"{shown[: length - 1]}…"
+    return label(without_passwords(text[: length + 1000]), length)
 
 
 def _values(values: Sequence[object]) -> str:

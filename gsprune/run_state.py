@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from gsprune.checkpoint import read_header, write_tensors
 from gsprune.files import Damaged, folder_aside, number, plain, put_aside, read_json, refusing, remove_folder, sha256
+from gsprune.shown import logger
 
 __all__ = ["Checkpoints", "Saved", "read_state", "write_state"]
 
@@ -41,7 +41,7 @@ KEPT = 2
 _NAME = re.compile(r"epoch_(\d{4,9})_step_(\d{6,12})")
 MAX_RECORD = 128_000_000  # bytes of state.json: the metrics of fifty thousand epochs
 _KIND = "$"  # marks what JSON has no word for
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Saved(NamedTuple):

@@ -25,11 +25,12 @@ from gsprune.console import warn_on_one_line
 from gsprune.earlier import alone, how_to_go_on
 from gsprune.files import read_object, write_json
 from gsprune.identity import config_hash
+from gsprune.shown import logger
 from gsprune.sweep import Sweep, last_line
 from gsprune.tracking import RECORD, Tracker
 from gsprune.trainer import Trainer
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 Work = Callable[[DictConfig, Path, "Sweep | None"], dict[str, Any]]  # configuration, output directory
 
 

@@ -6,18 +6,26 @@ a cell of a table, a picture or MLflow but through here. Imports the standard li
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import unicodedata
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["cell", "label", "line", "markdown", "tag"]
+__all__ = ["cell", "code", "label", "logger", "one_line", "tag"]
+
+if TYPE_CHECKING:
+    Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    Adapter = logging.LoggerAdapter
 
 
-def line(text: str, length: int = 600) -> str:
+def one_line(text: str, length: int = 600) -> str:
     """For a terminal, a log or an error: printable, on one line, the middle of a long text left out.
 
     Escape sequences, newlines and signs that turn the direction of writing are shown as codes.
 
-    >>> print(line("a\\nb \\x1b[2J \\u202e"), line("0123456789", 5))
+    >>> print(one_line("a\\nb \\x1b[2J \\u202e"), one_line("0123456789", 5))
     a\\nb \\x1b[2J \\u202e 01 ... 89
     """
     if len(text) > length:
@@ -54,14 +62,15 @@ def cell(value: object, length: int = 2000) -> object:
     return text
 
 
-def markdown(text: str) -> str:
-    """For a sentence or a cell of a table in Markdown, which MLflow's page renders: nothing in it is a mark.
+def code(text: str) -> str:
+    """For a command in Markdown, which MLflow's page renders: code from its first sign to its last.
 
-    >>> print(markdown("<b>a|b</b> `x` [y](javascript:z)"))
-    &lt;b&gt;a\\|b&lt;/b&gt; \\`x\\` \\[y\\](javascript:z)
+    >>> print(code("python a.py"), code("a`b"))
+    `python a.py` `` a`b ``
     """
-    marked = line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", marked)
+    shown = one_line(text, 4000)
+    fence = "`" * (1 + max((len(found) for found in re.findall("`+", shown)), default=0))
+    return f"{fence}{shown}{fence}" if fence == "`" else f"{fence} {shown} {fence}"
 
 
 def tag(text: str, length: int = 5000) -> str:
@@ -71,3 +80,16 @@ def tag(text: str, length: int = 5000) -> str:
     'a\\nb \\\\x1b[2J'
     """
     return "".join(x if x.isprintable() or x == "\n" else repr(x)[1:-1] for x in text)[:length]
+
+
+def logger(name: str) -> Adapter:
+    """`logging.getLogger(name)`, but texts, paths and errors that are filled into a message go through `one_line`."""
+    return _Logger(logging.getLogger(name), {})
+
+
+class _Logger(Adapter):
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if self.isEnabledFor(level):
+            kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the caller's line, not this one
+            kinds = (str, BaseException, os.PathLike)
+            super().log(level, msg, *(one_line(str(x), 4000) if isinstance(x, kinds) else x for x in args), **kwargs)

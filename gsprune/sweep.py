@@ -20,7 +20,6 @@ import atexit
 import glob
 import hashlib
 import json
-import logging
 import os
 import re
 import shlex
@@ -44,7 +43,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from gsprune.files import put_aside, read_object, spared, write_json
 from gsprune.locks import Lock, file_name
 from gsprune.results import JobResult, Results, read_results
-from gsprune.shown import line
+from gsprune.shown import code, logger, one_line
 from gsprune.sweep_check import Checked, check_jobs
 from gsprune.tracking import without_passwords
 
@@ -56,7 +55,7 @@ __all__ = ["Sweep", "SweepCallback", "current_sweep", "parent_run_id", "start_ru
 RECORD = "sweep.json"
 MOST_TOLD = 10  # failed jobs that a command's last lines name
 _RUN_STATUS: Mapping[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 # --- what a job asks ---------------------------------------------------------------------------------------
@@ -184,7 +183,8 @@ def set_aside(folder: Path, job: JobResult) -> Path:
 
     A sweep that was extended numbers its jobs anew, and what was done must not be written over.
     """
-    mark = job.config_hash or hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()
+    known = re.fullmatch("[0-9a-f]{8,64}", job.config_hash or "")  # anything else would name another folder
+    mark = known[0] if known else hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()
     beside, count = folder.with_name(f"{folder.name}-{mark[:8]}"), 1
     while beside.exists():
         if job.status == read_object(beside / "result.json").get("status") == "finished":
@@ -301,7 +301,7 @@ class SweepCallback(Callback):
         checked = check_jobs(config, get_method(self.rehearse) if self.rehearse else None)
         if checked.refused and checked.jobs is not None:
             for number in list(checked.refused)[:MOST_TOLD]:
-                print(line(f"job {number} would be: {' '.join(checked.jobs[number])}"), file=sys.stderr)
+                print(one_line(f"job {number} would be: {' '.join(checked.jobs[number])}"), file=sys.stderr)
             told = {str(number): why for number, why in checked.refused.items()}
             print("Nothing was run: correct it, or let the others run with sweep.check=false", file=sys.stderr)
             _refuse(failures(told, len(checked.jobs)))
@@ -380,7 +380,7 @@ class _OpenSweep:
             run_id=self._record["parent_run_id"],
         )
         values = {key: ",".join(found) for key, found in axes.items()}
-        tags = {"sweep.directory": str(self.sweep.directory), "mlflow.note.content": f"`{command}`"}
+        tags = {"sweep.directory": str(self.sweep.directory), "mlflow.note.content": code(command)}
         tags |= {f"sweep.{key}": text for key, text in values.items()}  # parameters cannot change when it goes on
         tracker.start(config={"command": command, "axes": values}, tags=tags)
         self._close_killed(results)
@@ -439,7 +439,7 @@ class _OpenSweep:
         """What the parent's page says of it, in its first three lines."""
         done, failed = (len(results.with_status(name)) for name in ("finished", "failed"))
         where = "report.html is among the artifacts" if self.report else "no report was wanted"
-        return f"{done} jobs finished, {failed} failed; {where}.\n\n`{self._record['command']}`"
+        return f"{done} jobs finished, {failed} failed; {where}.\n\n{code(str(self._record['command']))}"
 
     def _close_killed(self, results: Results) -> None:
         """End the MLflow runs of jobs that no process works on."""
@@ -462,14 +462,14 @@ def failures(failed: Mapping[str, str], jobs: int) -> str:
                    2: RuntimeError: no
     """
     start = f"{len(failed)} of {jobs} failed: "
-    lines = [line(f"{name}: {why.removeprefix('ValueError: ')}") for name, why in failed.items()]
+    lines = [one_line(f"{name}: {why.removeprefix('ValueError: ')}") for name, why in failed.items()]
     more = [f"and {len(lines) - MOST_TOLD} more"] if len(lines) > MOST_TOLD else []
     return start + f"\n{' ' * len(start)}".join([*lines[:MOST_TOLD], *more])
 
 
 def _refuse(message: str) -> NoReturn:
     """End the command: Hydra would turn an ordinary exception of a callback into a warning, and go on."""
-    print(line(message) if "\n" not in message else message, file=sys.stderr)
+    print(one_line(message) if "\n" not in message else message, file=sys.stderr)
     raise SystemExit(1)
 
 

@@ -23,12 +23,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from gsprune.shown import logger
+
 __all__ = ["Checked", "check_jobs", "sentence"]
 
 Check = Callable[..., None]  # (configuration of a job, here=whether it will run on this machine)
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 HERE = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")  # start their jobs on this machine
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass

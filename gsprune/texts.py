@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,10 +23,11 @@ from torch import Generator, Tensor
 from gsprune import hf
 from gsprune.datasets import FetchedWhole, Splits
 from gsprune.files import refusing
+from gsprune.shown import logger
 
 __all__ = ["Lines", "Texts", "divide", "read_lines", "text_classification"]
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 LARGEST = 2 * 1024**3  # bytes of a file that is read into memory
 LONGEST = 10_000_000  # characters of a line of JSON, which may become 20 times as many bytes in memory

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gsprune.addresses import command_directory, database_file, resolve_tracking_uri
 from gsprune.files import aside, number, plain, read_object, spared, write_atomic, write_json
 from gsprune.locks import Lock
+from gsprune.shown import logger, one_line, tag
 from gsprune.views import experiment_tags
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ __all__ = ["MLflowTracker", "SilentTracker", "Tracker", "read_metrics"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Event = dict[str, Any]
-log = logging.getLogger(__name__)
+log = logger(__name__)
 _THREAD = "gsprune-tracking"
 _REQUESTS = {"start": 4, "image": 4}  # of calls that ask several things of a server, and would do harm twice
 _SECONDS_A_MB = 0.1  # that a file may take for nothing
@@ -582,7 +583,8 @@ class Store:
         self._params: set[str] = set()
         self._steps: dict[str, int] = {}  # the last step of each metric: steps only grow
         self._images: set[tuple[str, str]] = set()  # key and step
-        self._uri, self._experiment, self._run_name = uri, experiment, run_name
+        self._uri, self._experiment = uri, experiment
+        self._run_name = None if run_name is None else one_line(run_name, 1000)
         self._location = _artifact_location(uri, experiment, artifact_root)
         self._parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
         self._client: Any = None
@@ -602,7 +604,7 @@ class Store:
     def params(self, *, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        entries = [Param(key, value[:6000]) for key, value in params.items() if key not in self._params]
+        entries = [Param(key, tag(value, 6000)) for key, value in params.items() if key not in self._params]
         for some in _chunks(entries, 100):
             self._client.log_batch(self.run_id, params=some)
 
@@ -807,7 +809,7 @@ def _origin() -> dict[str, str]:
 
 
 def fit_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {Names.clean(key): str(value)[:5000] for key, value in tags.items()}
+    return {Names.clean(key): tag(str(value)) for key, value in tags.items()}
 
 
 def _megabytes(path: str | None) -> float:
