@@ -203,7 +203,8 @@ def unfair_line(result: Mapping[str, Any]) -> str | None:
     dense, pruned = result["baseline_epochs"], result["epochs"]
     if _is_control(result) or dense >= pruned:
         return None
-    told = f"This run has trained the dense network for {dense} epochs and the pruned one for {pruned}"
+    epochs = "epoch" if dense == 1 else "epochs"
+    told = f"This run has trained the dense network for {dense} {epochs} and the pruned one for {pruned}"
     return f"{told}: the fair control is pruner=none."
 
 

@@ -508,8 +508,8 @@ def _point_row(point: Point, fronts: Mapping[str, set[tuple[str, float | None]]]
         "asked": _clean(asked, 80),
         "same": _clean(", ".join(point.same), 160),
         "n": str(point.accuracy.count),
-        "choice": _plus_minus(point.choice, "{:.2f}", 100) + " %",
-        "accuracy": _plus_minus(point.accuracy, "{:.2f}", 100) + " %",
+        "choice": _plus_minus(point.choice, "{:.2f}", 100, " %"),
+        "accuracy": _plus_minus(point.accuracy, "{:.2f}", 100, " %"),
         "delta": _delta_text(point),
         "verdict": _verdict(point),
         "sparsity": ""
@@ -548,24 +548,25 @@ def _whole_row(name: str, jobs: Sequence[JobResult], prefix: str, test: Stat, ch
     told = epochs.pop() if len(epochs) == 1 else None
     return {
         "variant": _clean(name, 160),
-        "epochs": "" if told is None else f"{told:g} epochs",
+        "epochs": "" if told is None else f"{told:g} epoch{'' if told == 1 else 's'}",
         "n": str(test.count),
-        "choice": "" if choice is None else _plus_minus(choice, "{:.2f}", 100) + " %",
-        "accuracy": _plus_minus(test, "{:.2f}", 100) + " %",
+        "choice": "" if choice is None else _plus_minus(choice, "{:.2f}", 100, " %"),
+        "accuracy": _plus_minus(test, "{:.2f}", 100, " %"),
     }
 
 
-def _plus_minus(found: Stat, form: str, factor: float) -> str:
+def _plus_minus(found: Stat, form: str, factor: float, unit: str = "") -> str:
     """
     >>> _plus_minus(Stat(3, 0.5, 0.01), "{:.1f}", 100), _plus_minus(Stat(2, 0.5, None), "{:.1f}", 100)
     ('50.0 ± 1.00', '50.0')
-    >>> _plus_minus(Stat(3, 0.5, 1e-17), "{:.1f}", 100)
-    '50.0 (all equal)'
+    >>> _plus_minus(Stat(3, 0.5, 1e-17), "{:.1f}", 100, " %")
+    '50.0 % (all equal)'
     """
     text = form.format(factor * found.mean)
     if found.spread is None:
-        return text
-    return f"{text} ± {factor * found.spread:.2f}" if factor * found.spread >= 0.005 else f"{text} (all equal)"
+        return f"{text}{unit}"
+    spread = factor * found.spread
+    return f"{text} ± {spread:.2f}{unit}" if spread >= 0.005 else f"{text}{unit} (all equal)"
 
 
 def _times_text(ratio: float | None) -> str:

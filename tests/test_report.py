@@ -244,7 +244,7 @@ def test_rows_without_a_control_of_their_own_show_no_difference_and_are_counted(
         ((0.9,), "90.00 %"),
         ((0.9, 0.9), "90.00 %"),
         ((0.88, 0.92), "90.00 %"),
-        ((0.9, 0.9, 0.9), "90.00 (all equal) %"),
+        ((0.9, 0.9, 0.9), "90.00 % (all equal)"),
         ((0.89, 0.9, 0.91), "90.00 ± 1.00 %"),
     ],
 )
