@@ -20,6 +20,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from gsprune.drawing import percent
+from gsprune.names import told
 from gsprune.shown import one_line
 from gsprune.tracking import without_passwords
 
@@ -166,8 +167,11 @@ def print_summary(
     Console(file=sys.stdout, highlight=False, markup=False).print(summary_table(result))
     if (line := unfair_line(result)) is not None:
         print(line)
-    for name, reason in (result.get("skipped") or {}).items():
-        print(one_line(f"Left whole: {name} ({reason})"))
+    for label, texts in (("Left whole", "skipped"), ("Next to nothing is left", "collapsed")):
+        for line in told(result.get(texts) or {}):
+            print(one_line(f"{label}: {line}"))
+    if (line := chance_line(result)) is not None:
+        print(line)
     if not result["shrunk"] and result["sparsity"] > 0:
         print("Masked weights are zeros in tensors of the old size: pruner=abs or weighted makes the model smaller.")
     print(f"Outputs: {output_dir}")  # not through rich: it would break long lines, and commands get copied
@@ -189,9 +193,25 @@ def summary_table(result: Mapping[str, Any]) -> Table:
         table.add_row(label, _accuracy(dense), _accuracy(pruned), f"{100 * (pruned - dense):+.2f} points")
     of = f" of {result['sparsity_of']}" if result["sparsity_of"] else ""
     table.add_row(f"sparsity{of}", percent(0), percent(result["sparsity"]), "")
+    if coverage := result.get("coverage"):
+        table.add_row("  in matrix weights", "", f"{percent(coverage)} of them", "")
     for row in _cost_rows(result):
         table.add_row(*row)
     return table
+
+
+def chance_line(result: Mapping[str, Any]) -> str | None:
+    """That the network has learnt nothing, or lost all it had; None where it is better than guessing.
+
+    >>> chance_line({"at_chance": {"accuracy": 0.125, "classes": 10, "dense": False}})
+    'The validation accuracy of 12.50 % is no better than guessing among 10 classes: too much was pruned.'
+    """
+    found = result.get("at_chance")
+    if not found:
+        return None
+    why = "and so was that of the dense network" if found["dense"] else "too much was pruned"
+    text = f"The validation accuracy of {_accuracy(found['accuracy'])} is no better than guessing among"
+    return f"{text} {found['classes']} classes{', ' if found['dense'] else ': '}{why}."
 
 
 def unfair_line(result: Mapping[str, Any]) -> str | None:
@@ -204,8 +224,8 @@ def unfair_line(result: Mapping[str, Any]) -> str | None:
     if _is_control(result) or dense >= pruned:
         return None
     epochs = "epoch" if dense == 1 else "epochs"
-    told = f"This run has trained the dense network for {dense} {epochs} and the pruned one for {pruned}"
-    return f"{told}: the fair control is pruner=none."
+    text = f"This run has trained the dense network for {dense} {epochs} and the pruned one for {pruned}"
+    return f"{text}: the fair control is pruner=none."
 
 
 def _is_control(result: Mapping[str, Any]) -> bool:

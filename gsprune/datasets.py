@@ -245,9 +245,10 @@ def make_loader(
     Args:
         train: shuffle (and augment) by a generator of its own, seeded with `seed`. The last batch may be short; it is
             dropped only where it would be a single sample, which BatchNorm cannot normalise.
-        device: where batches go next. For CUDA, memory is pinned and `num_workers` processes read ahead; what is
-            in memory never needs them. They start anew each epoch, with seeds drawn from the loader's generator, so
-            that an epoch depends on that generator alone and not on how many came before it.
+        device: where batches go next. For CUDA, memory is pinned.
+        num_workers: processes that read ahead; what is in memory never needs them. They start anew each epoch, with
+            seeds drawn from the loader's generator, so that an epoch depends on that generator alone and not on how
+            many came before it.
 
     Raises:
         ValueError: `batch_size` below 1 or `num_workers` below 0.
@@ -257,7 +258,7 @@ def make_loader(
     generator = Generator().manual_seed(seed)
     on_cuda = _is_cuda(device)
     collate = _Collate(generator if train and dataset.augment else None) if isinstance(dataset, FetchedWhole) else None
-    workers = num_workers if on_cuda and collate is None else 0
+    workers = num_workers if collate is None else 0
     samples = len(dataset)  # type: ignore[arg-type]
     return DataLoader(
         dataset,

@@ -60,6 +60,7 @@ from gsprune.files import (
 from gsprune.guard import not_finite, unbounded
 from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
 from gsprune.memory import is_out_of_memory, smaller_steps
+from gsprune.names import told
 from gsprune.position import Position
 from gsprune.pruner import NoPruning
 from gsprune.pruners import Pruners
@@ -234,6 +235,7 @@ class _Job:
     saved: Saved | None = None  # what this job goes on from
     dense_file: str | None = None  # sha256 of DENSE
     dense_val: float | None = None
+    classes: int
     unbounded: frozenset[str]  # buffers that hold inf on purpose
 
     def __init__(self, cfg: DictConfig, output_dir: Path, sweep: Sweep | None) -> None:
@@ -342,7 +344,7 @@ class _Job:
             source = "cache" if found and not own else "trained"
             self._note_dense(record, key=cache.key, source=source, seconds=time.perf_counter() - began)
         self.result |= {f"baseline_{name}": value for name, value in record.baseline.items()}
-        self.dense, self.dense_val, self.cache = copy_of(self.model), record.baseline["val_accuracy"], cache
+        self.dense, self.dense_val, self.cache = copy_of(self.model).cpu(), record.baseline["val_accuracy"], cache
         self._save_dense()
 
     def prune_phase(self) -> None:
@@ -470,6 +472,9 @@ class _Job:
             "skipped_steps": int(sum(row.get("train/skipped_steps", 0) for row in self.rows)),
             "shrunk": self.pruner.plan is not None,
             "skipped": dict(self.pruner.skipped),
+            "coverage": self.pruner.coverage,
+            "collapsed": planner.collapsed(getattr(self.pruner, "targets", ())),
+            "at_chance": self._at_chance(val["accuracy"]),
             "params_nonzero": sum(int(p.count_nonzero()) for p in self.model.parameters()),
         }
         for suffix, model in (("", self.model), ("_dense", self.dense)):
@@ -477,9 +482,18 @@ class _Job:
             self.result[f"macs{suffix}"] = metrics.count_macs(model, self.example)
             self.result[f"file_bytes{suffix}"] = metrics.file_bytes(model)
         if self.trainer.latency_repeats:
-            models = {"latency_dense_ms": self.dense, "latency_ms": self.model}
+            models = {"latency_dense_ms": self.dense.to(self.trainer.torch_device), "latency_ms": self.model}
             repeats = self.trainer.latency_repeats
             self.result |= metrics.latency_ms(models, self.latency_example, repeats=repeats)
+
+    def _at_chance(self, accuracy: float) -> dict[str, Any] | None:
+        """Said where the final network does not beat guessing on the validation split; None where it does."""
+        samples = len(getattr(self.data.val, "dataset", ()))
+        lost, never = (
+            metrics.is_guessing(value, samples=samples, classes=self.classes)
+            for value in (accuracy, self.result["baseline_val_accuracy"])
+        )
+        return {"accuracy": accuracy, "classes": self.classes, "dense": never} if lost else None
 
     @property
     def epochs(self) -> int:
@@ -542,10 +556,11 @@ class _Job:
             if is_out_of_memory(error):
                 raise
             raise ValueError(f"the model does not run on the data: {last_line(error)}") from error
-        classes = max(self.cfg.dataset.get("num_classes") or 0, int(labels.max()) + 1)
-        if outputs < classes:
+        self.classes = max(self.cfg.dataset.get("num_classes") or 0, int(labels.max()) + 1)
+        if outputs < self.classes:
             raise ValueError(
-                f"the model has {outputs} outputs, and the data has {classes} classes: set model.num_classes={classes}"
+                f"the model has {outputs} outputs, and the data has {self.classes} classes: "
+                f"set model.num_classes={self.classes}"
             )
 
     def _note_classes(self) -> None:
@@ -582,6 +597,9 @@ class _Job:
                 "trainer.prune_epochs=0 leaves no gradient to score by: it must be 1 or more, "
                 "or pruner=none or magnitude"
             )
+        self.result["collapsing"] = planner.foreseen(pruner)
+        for line in told(self.result["collapsing"]):
+            log.warning("about to collapse when the schedule ends, so that accuracy may be that of guessing: %s", line)
 
     def _build_optimizer(self, epochs: int, lr: float | None) -> tuple[Optimizer, Schedule]:
         factory, steps = build(self.cfg.optimizer), epochs * self.steps_per_epoch
@@ -914,7 +932,7 @@ class _Job:
             load_weights(self.model, self.output_dir / DENSE)
         else:
             load_tensors(self.model, weights, f"the dense network in {self.saved.path}")
-        self.dense, self.pruner = copy_of(self.model), NoPruning(self.model)
+        self.dense, self.pruner = copy_of(self.model).cpu(), NoPruning(self.model)
         if weights is not None:
             self._save_dense()
         self.result |= {**notes["baseline"], "dense": notes["dense_note"]}

@@ -5,6 +5,7 @@ Measures only: no model is changed, and every training mode is put back. Imports
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ __all__ = [
     "count_macs_by_module",
     "count_parameters",
     "file_bytes",
+    "is_guessing",
     "latency_ms",
 ]
 
@@ -38,6 +40,20 @@ def count_parameters(model: nn.Module) -> int:
     8
     """
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def is_guessing(accuracy: float, *, samples: int, classes: int) -> bool:
+    """Whether an accuracy is no better than guessing: at most two standard errors above 1 / classes.
+
+    Of n samples and c classes that is 1/c + 2 * sqrt(1/c * (1 - 1/c) / n).
+
+    >>> [is_guessing(a, samples=100, classes=10) for a in (0.1, 0.16, 0.17)], is_guessing(0.5, samples=0, classes=1)
+    ([True, True, False], False)
+    """
+    if samples < 1 or classes < 2:
+        return False
+    chance = 1 / classes
+    return accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / samples) + 1e-12
 
 
 def file_bytes(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Choose by name: `*` patterns to include and to exclude. Imports nothing but the standard library."""
+"""Names: `*` patterns to include and to exclude, and many of them in few words. Imports the standard library alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+
+_LINES = 10  # of reasons
+_NAMES = 6  # for one reason
 
 
 def choose(
@@ -81,3 +84,76 @@ def _nearest(pattern: str, names: Mapping[str, Iterable[str]], skipped: Mapping[
     if near:
         return f"; the nearest name is {near[0]!r}"
     return f"; there are {', '.join(aliases[:8])}{', ...' if len(aliases) > 8 else ''}" if aliases else ""
+
+
+# ---- many names in few words
+
+
+def told(texts: Mapping[str, str]) -> list[str]:
+    """One line for each text, with the names it is about; the texts after the tenth are only counted.
+
+    >>> told({"a.0": "it is small", "b": "it is odd", "a.1": "it is small"})
+    ['a.{0,1}: it is small', 'b: it is odd']
+    """
+    about: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        about.setdefault(text, []).append(name)
+    lines = [f"{_named(names)}: {text}" for text, names in about.items()]
+    more = sum(len(names) for names in [*about.values()][_LINES:])
+    return [*lines[:_LINES], f"and {more} more"] if more else lines
+
+
+def _named(names: Sequence[str]) -> str:
+    """A few names, folded, and how many more."""
+    groups = [folded(group) for group in alike(names)]
+    more = len(groups) - _NAMES
+    return ", ".join(groups[:_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def alike(names: Sequence[str]) -> list[list[str]]:
+    """Names in groups that differ in one number alone.
+
+    >>> alike(["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer1.1.conv2"])
+    [['conv1'], ['layer1.0.conv1', 'layer1.1.conv1'], ['layer1.0.conv2', 'layer1.1.conv2']]
+    """
+    shapes: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        shapes.setdefault(tuple(_parts(name)[::2]), []).append(name)
+    return [group for same in shapes.values() for group in _split(same)]
+
+
+def _split(names: Sequence[str]) -> list[list[str]]:
+    """Names of one shape in the fewest groups."""
+    best: list[list[str]] = [[name] for name in names]
+    for place in range(1, len(_parts(names[0])), 2):
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for name in names:
+            parts = _parts(name)
+            groups.setdefault((*parts[:place], *parts[place + 1 :]), []).append(name)
+        best = min(best, [*groups.values()], key=len)
+    return best
+
+
+def folded(names: Sequence[str]) -> str:
+    """One name for a group of `alike`.
+
+    >>> folded([f"layer1.{i}.conv2" for i in (0, 1, 2, 5)])
+    'layer1.{0-2,5}.conv2'
+    """
+    columns = [list(dict.fromkeys(column)) for column in zip(*map(_parts, names), strict=True)]
+    return "".join(column[0] if len(column) == 1 else _range([int(number) for number in column]) for column in columns)
+
+
+def _range(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "{" + ",".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in runs) + "}"
+
+
+def _parts(name: str) -> list[str]:
+    """Text and numbers in turn; numbers are the odd ones."""
+    return re.split(r"(\d+)", name)

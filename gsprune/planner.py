@@ -8,7 +8,6 @@ rich to render.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from torch import nn
 from gsprune.budgets import KINDS, Budget
 from gsprune.examples import copy_of
 from gsprune.metrics import LAYERS, count_macs_by_module, count_parameters
+from gsprune.names import alike, folded, told
 from gsprune.patterns import Block, Pattern, Tile
 from gsprune.pruner import NoPruning, Pruner
 from gsprune.pruners import Pruners
@@ -31,7 +31,18 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["Cost", "Entry", "PruningPlan", "PruningPlans", "plan", "plan_several", "print_plan", "render"]
+__all__ = [
+    "Cost",
+    "Entry",
+    "PruningPlan",
+    "PruningPlans",
+    "collapsed",
+    "foreseen",
+    "plan",
+    "plan_several",
+    "print_plan",
+    "render",
+]
 
 FEW = {"channels": 4, "neurons": 4, "heads": 2}  # fewer units than this are about to collapse
 FEW_SHARE = 20  # as is less than one in so many, of units and of weights
@@ -94,6 +105,7 @@ class PruningPlan:
     schedule      (epoch of the pruning phase, sparsity over all entries; under a budget the share of the cost gone)
     notes         whole sentences for the user
     budget        what share of which cost may stay, as {"macs": 0.5}; empty where a share or a count of units is wanted
+    coverage      share of the model's matrix weights that is targeted, as `Pruner.coverage`
     """
 
     criterion: str | None
@@ -115,6 +127,7 @@ class PruningPlan:
     schedule: tuple[tuple[float, float], ...] = ()
     notes: tuple[str, ...] = ()
     budget: Mapping[str, float] = field(default_factory=dict)
+    coverage: float = 0.0
 
     @property
     def sparsity(self) -> float:
@@ -407,7 +420,8 @@ def _settings(pruner: Pruner, entries: Sequence[Entry], kept: int) -> dict[str, 
         "entries": tuple(entries),
         "total": sum(entry.total for entry in entries),
         "kept": kept,
-        "collapsing": _collapsing(pruner, entries),
+        "collapsing": foreseen(pruner),
+        "coverage": pruner.coverage,
         "schedule": tuple(_points(pruner)),
         "notes": tuple(_budget_notes(pruner.budget) if pruner.budget else _notes(pruner, entries, kept)),
         "budget": {pruner.budget.kind: pruner.budget.share} if pruner.budget else {},
@@ -424,18 +438,42 @@ def _notation(pattern: Pattern) -> str:
     return f"{pattern.n}:{pattern.m}" if isinstance(pattern, Block) else type(pattern).__name__
 
 
-def _collapsing(pruner: Pruner, entries: Sequence[Entry]) -> dict[str, str]:
+def foreseen(pruner: Pruner | Pruners | NoPruning) -> dict[str, str]:
+    """What will be about to collapse at the schedule's end -> what is left of it; nothing is measured.
+
+    >>> from gsprune.criteria import Magnitude
+    >>> pruner = Pruner(nn.Linear(100, 4), Magnitude(), target_sparsity=0.99)
+    >>> foreseen(pruner)
+    {'weight': '4 of 400 weights are left'}
+    """
+    if isinstance(pruner, Pruners):
+        return {name: text for part in pruner.parts for name, text in foreseen(part).items()}
+    if isinstance(pruner, NoPruning):
+        return {}
+    if pruner.budget is not None:  # as if every structure gave the same share: its bounds say next to nothing
+        counts = [int(keep.sum()) for keep in pruner.budget.even()]
+        return _few(pruner.targets, counts, ["about "] * len(counts))
+    bounds, _ = _bounds(pruner)
+    exact = ["" if least == most else "at most " for least, most in bounds]
+    return _few(pruner.targets, [most for _, most in bounds], exact)
+
+
+def collapsed(targets: Sequence[Target]) -> dict[str, str]:
+    """The same of the masks as they are."""
+    return _few(targets, [target.total - target.pruned for target in targets], [""] * len(targets))
+
+
+def _few(targets: Sequence[Target], counts: Sequence[int], about: Sequence[str]) -> dict[str, str]:
     found = {}
-    for target, entry in zip(pruner.targets, entries, strict=True):
-        few = FEW.get(entry.kind) or (target.outputs if isinstance(target, WeightTarget) else 0)  # a weight for each
-        if entry.most < entry.total and (entry.most < few or entry.most < entry.total // FEW_SHARE):
-            at_most = "" if entry.kept is not None else "at most "
-            verb = "is" if entry.most == 1 else "are"
-            what = entry.kind if entry.most != 1 or entry.total != 1 else entry.kind[:-1]
-            text = f"{at_most}{entry.most:,} of {entry.total:,} {what} {verb} left"
-            if entry.kind == "weights" and entry.most < few:
+    for target, left, word in zip(targets, counts, about, strict=True):
+        kind = target.structure.kind if isinstance(target, UnitTarget) else "weights"
+        few = FEW.get(kind) or (target.outputs if isinstance(target, WeightTarget) else 0)  # a weight for each
+        if left < target.total and (left < few or left < target.total // FEW_SHARE):
+            what = kind if left != 1 or target.total != 1 else kind[:-1]
+            text = f"{word}{left:,} of {target.total:,} {what} {'is' if left == 1 else 'are'} left"
+            if kind == "weights" and left < few:
                 text += f", fewer than its {few:,} outputs"
-            found[entry.name] = text
+            found[target.name] = text
     return found
 
 
@@ -478,6 +516,8 @@ def _notes(pruner: Pruner, entries: Sequence[Entry], kept: int) -> Iterable[str]
             f"The {things} are ranked together: the scores will say where the {kept:,} {units} that stay are, so there "
             f"are only bounds for each. scope=local gives each its own share."
         )
+    if not pruner.structured and pruner.coverage < 1:
+        yield (f"The tensors hold {_percent(pruner.coverage)} of the model's matrix weights: sparsity is that of them.")
     if not pruner.structured and kept < total:
         yield "Pruned weights are zeros in tensors of the old size: only removing units makes the model smaller."
 
@@ -490,8 +530,6 @@ def _module(tensor: str) -> str:
 
 ROWS = 24  # of a table; the middle of a longer one is left out
 POINTS = 9  # of the schedule
-LINES = 10  # of reasons
-NAMES = 6  # for one reason
 
 
 def render(plan: PruningPlan | PruningPlans) -> RenderableType:
@@ -537,9 +575,9 @@ def _sections(plan: PruningPlan) -> list[RenderableType]:
     if len(plan.schedule) > 1:
         sections.append([Text("Schedule, in epochs of the pruning phase"), _schedule_table(plan)])
     if plan.collapsing:
-        sections.append([Text("About to collapse"), *indented(_lines(plan.collapsing))])
+        sections.append([Text("About to collapse"), *indented(told(plan.collapsing))])
     if plan.skipped:
-        sections.append([Text("Left whole"), *indented(_lines(plan.skipped))])
+        sections.append([Text("Left whole"), *indented(told(plan.skipped))])
     if plan.notes:
         sections.append([Text(note) for note in plan.notes])
     return [*sections[0], *(part for section in sections[1:] for part in (Text(), *section))]
@@ -582,7 +620,7 @@ def _how(plan: PruningPlan) -> str:
 def _unit_table(plan: PruningPlan) -> Table:
     table = _table("structure (+ layers)", "units that stay", "parameters", "MACs")
     rows = [
-        (_folded([entry.name for entry in group]) + _coupled(group[0]), _staying(group), *_costs(group))
+        (folded([entry.name for entry in group]) + _coupled(group[0]), _staying(group), *_costs(group))
         for group in _groups(plan.entries)
     ]
     for row in _elided(rows, "structures"):
@@ -602,7 +640,7 @@ def _weight_table(plan: PruningPlan) -> Table:
         first, many = group[0], f"{len(group)} x " if len(group) > 1 else ""
         last = _percent(first.most / first.total) if is_exact else f"{many}{_short(first.most)}"
         macs = _sum(entry.dense.macs for entry in group)
-        name = _folded([entry.name for entry in group])
+        name = folded([entry.name for entry in group])
         rows.append((name, f"{many}{_short(first.total)}", f"{many}{_short(first.least)}", last, _short(macs)))
     for row in _elided(rows, "tensors"):
         table.add_row(*row)
@@ -676,81 +714,15 @@ def _sum(numbers: Iterable[int | None]) -> int | None:
     return sum(known) if len(known) == len(found) else None
 
 
-def _lines(texts: Mapping[str, str]) -> list[str]:
-    """One line for each text, with the names it is about."""
-    about: dict[str, list[str]] = {}
-    for name, text in texts.items():
-        about.setdefault(text, []).append(name)
-    lines = [f"{_named(names)}: {text}" for text, names in about.items()]
-    more = sum(len(names) for names in [*about.values()][LINES:])
-    return [*lines[:LINES], f"and {more} more"] if more else lines
-
-
-def _named(names: Sequence[str]) -> str:
-    """A few names, folded, and how many more."""
-    folded = [_folded(group) for group in _split_all(names)]
-    more = len(folded) - NAMES
-    return ", ".join(folded[:NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
 def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
     """Entries that differ in one number of their name alone, in order of the first."""
-    alike: dict[Any, list[Entry]] = {}
+    similar: dict[Any, list[Entry]] = {}
     for entry in entries:
-        alike.setdefault((entry.kind, len(entry.layers), entry.total, entry.least, entry.most), []).append(entry)
+        similar.setdefault((entry.kind, len(entry.layers), entry.total, entry.least, entry.most), []).append(entry)
     by_name = {entry.name: entry for entry in entries}
-    found = [names for same in alike.values() for names in _split_all([entry.name for entry in same])]
+    found = [names for same in similar.values() for names in alike([entry.name for entry in same])]
     order = {entry.name: place for place, entry in enumerate(entries)}
     return [[by_name[name] for name in names] for names in sorted(found, key=lambda names: order[names[0]])]
-
-
-def _split_all(names: Sequence[str]) -> list[list[str]]:
-    """Names in groups that differ in one number alone.
-
-    >>> _split_all(["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer1.1.conv2"])
-    [['conv1'], ['layer1.0.conv1', 'layer1.1.conv1'], ['layer1.0.conv2', 'layer1.1.conv2']]
-    """
-    shapes: dict[tuple[str, ...], list[str]] = {}
-    for name in names:
-        shapes.setdefault(tuple(_parts(name)[::2]), []).append(name)
-    return [group for same in shapes.values() for group in _split(same)]
-
-
-def _split(names: Sequence[str]) -> list[list[str]]:
-    """Names of one shape in the fewest groups."""
-    best: list[list[str]] = [[name] for name in names]
-    for place in range(1, len(_parts(names[0])), 2):
-        groups: dict[tuple[str, ...], list[str]] = {}
-        for name in names:
-            parts = _parts(name)
-            groups.setdefault((*parts[:place], *parts[place + 1 :]), []).append(name)
-        best = min(best, [*groups.values()], key=len)
-    return best
-
-
-def _folded(names: Sequence[str]) -> str:
-    """One name for a group of `_split_all`.
-
-    >>> _folded([f"layer1.{i}.conv2" for i in (0, 1, 2, 5)])
-    'layer1.{0-2,5}.conv2'
-    """
-    columns = [list(dict.fromkeys(column)) for column in zip(*map(_parts, names), strict=True)]
-    return "".join(column[0] if len(column) == 1 else _range([int(number) for number in column]) for column in columns)
-
-
-def _range(numbers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return "{" + ",".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in runs) + "}"
-
-
-def _parts(name: str) -> list[str]:
-    """Text and numbers in turn; numbers are the odd ones."""
-    return re.split(r"(\d+)", name)
 
 
 def _short(number: int | None, *, digits: int = 3) -> str:

@@ -152,13 +152,14 @@ def test_the_last_batch_is_dropped_only_when_single(samples: int, batch_size: in
     assert [len(labels) for _, labels in loader] == sizes
 
 
-def test_workers_and_pinning_are_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_for_what_is_not_in_memory_and_pinning_is_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     plain: Any = [(torch.zeros(1), 0)] * 4
     settings: Any = {"batch_size": 2, "train": True, "num_workers": 1}
     on_cpu = make_loader(plain, device="cpu", **settings)
     on_cuda = make_loader(plain, device="cuda:0", **settings)
     in_memory = make_loader(numbered(4), device="cuda", **settings)
-    assert (on_cpu.num_workers, on_cpu.pin_memory) == (0, False)
+    assert (on_cpu.num_workers, on_cpu.pin_memory) == (1, False)
+    assert sorted(labels.tolist() for _, labels in on_cpu) == [[0, 0], [0, 0]]
     assert (on_cuda.num_workers, on_cuda.pin_memory, on_cuda.persistent_workers) == (1, True, False)
     assert (in_memory.num_workers, in_memory.pin_memory) == (0, True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

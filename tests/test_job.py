@@ -21,7 +21,7 @@ from gsprune import composed, load_pruned
 from gsprune import job as job_module
 from gsprune.checkpoint import load_masks
 from gsprune.composed import NUMBERS, build, check_objective, hydra_tags, objective, run_name
-from gsprune.console import Bar, Lines, Progress, make_progress, summary_table, unfair_line
+from gsprune.console import Bar, Lines, Progress, chance_line, make_progress, summary_table, unfair_line
 from gsprune.drawing import percent
 from gsprune.identity import config_hash, plain_config
 from gsprune.job import load_weights, run
@@ -65,7 +65,7 @@ def test_result_json_has_the_promised_keys_and_is_what_run_returns(weighted):
     assert json.loads((folder / "result.json").read_text()) == result
     extra = {"status", "mlflow_run_id", "config_hash", "device", "shrunk", "skipped", "skipped_steps"}
     extra |= {"name", "seed", "overrides", "choices", "timings", "dense", "unwritten", "budget"}
-    extra |= {"sparsity_of", "layers"}
+    extra |= {"sparsity_of", "layers", "coverage", "collapsing", "collapsed", "at_chance"}
     assert set(result) == {*NUMBERS, *extra}
     assert result["status"] == "finished"
     assert result["mlflow_run_id"] is None
@@ -578,6 +578,7 @@ def test_the_summary_compares_dense_and_pruned():
         "choices": {"pruner": "abs"},
         "sparsity": 0.5,
         "sparsity_of": "heads and neurons",
+        "coverage": 0.75,
         "params": 50,
         "params_dense": 1000,
         "params_nonzero": 40,
@@ -595,6 +596,7 @@ def test_the_summary_compares_dense_and_pruned():
         ("validation accuracy", "96.00 %", "97.00 %", "+1.00 points"),
         ("test accuracy", "99.00 %", "98.00 %", "-1.00 points"),
         ("sparsity of heads and neurons", "0.0 %", "50.0 %", ""),
+        ("  in matrix weights", "", "75.0 % of them", ""),
         ("parameters", "1,000", "50", "20.00x"),
         ("  not zero", "1,000", "40", "25.00x"),
         ("MACs", "600", "300", "2.00x"),
@@ -654,6 +656,66 @@ def test_the_end_names_the_outputs_and_the_one_command(tmp_path, capsys):
 
 def test_a_job_outside_hydra_has_no_name_of_its_own():
     assert run_name(configure()) is None
+
+
+LEARNS = ("dataset.batch_size=32", "trainer.dense_epochs=3", "trainer.prune_epochs=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "foreseen", "left"),
+    [
+        (("pruner=elementwise", "pruner.target_sparsity=0.998"), "at most ", "weights"),
+        (("pruner=weighted", "pruner.target_sparsity=0.99"), "", "channels"),
+        (("pruner=weighted", "pruner.target={macs: 0.08}", "pruner.target_sparsity=null"), "about ", "channels"),
+    ],
+    ids=["weights", "units", "a budget"],
+)
+def test_what_will_leave_chance_level_is_said_at_the_start_and_in_the_summary(
+    overrides, foreseen, left, tmp_path, caplog, capsys
+):
+    result = run(configure(*overrides, *LEARNS), output_dir=tmp_path)
+    told = [record.getMessage() for record in caplog.records if "about to collapse" in record.getMessage()]
+    assert told
+    assert result["collapsing"].keys() <= set(load_masks(tmp_path / "masks.safetensors"))
+    assert all(text.startswith(foreseen) and left in text for text in result["collapsing"].values())
+    assert any(text.endswith(("left", "outputs")) for text in result["collapsed"].values())
+    out = capsys.readouterr().out
+    assert "Next to nothing is left: " in out
+    lost = result["val_accuracy"] < 0.1 + 2 * (0.09 / 180) ** 0.5
+    assert lost or foreseen == "about "
+    found = {"accuracy": result["val_accuracy"], "classes": 10, "dense": False}
+    assert result["at_chance"] == (found if lost else None)
+    assert ("is no better than guessing among 10 classes: too much was pruned." in out) == lost
+
+
+def test_a_sound_run_warns_of_nothing_and_tells_its_coverage(tmp_path, capsys):
+    folder = tmp_path
+    result = run(configure("pruner=magnitude", "pruner.target_sparsity=0.3", *LEARNS), output_dir=folder)
+    assert (result["at_chance"], result["collapsing"], result["collapsed"]) == (None, {}, {})
+    assert "guessing" not in capsys.readouterr().out
+    assert result["coverage"] == 1.0
+    assert [row["coverage"] for row in rows_of(folder) if "coverage" in row] == [1.0]  # of the epoch of pruning
+    job_module.print_summary(
+        {**result, "coverage": 0.921, "skipped": {f"a.{i}": "it is odd" for i in (0, 1)}}, folder, tracking_uri=None
+    )
+    out = capsys.readouterr().out
+    assert "in matrix weights" in out
+    assert "92.1 % of them" in out
+    assert "Left whole: a.{0,1}: it is odd" in out
+
+
+def test_no_better_than_guessing_as_the_dense_network():
+    found = {"accuracy": 0.5, "classes": 2, "dense": True}
+    assert chance_line({"at_chance": found}).endswith("among 2 classes, and so was that of the dense network.")
+    assert chance_line({"at_chance": None}) is None is chance_line({})
+
+
+def test_the_dense_copy_is_on_the_host(elementwise, tmp_path, monkeypatch):
+    """On a device that is only pretended: what a copy is moved to is written down."""
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda self: moved.append(type(self)) or self)
+    finished(tmp_path, "pruner=magnitude", "trainer.prune_epochs=1")
+    assert moved == [type(fresh_model())]
 
 
 def test_a_plan_is_printed_and_nothing_is_trained(tmp_path, monkeypatch, capsys):

@@ -257,6 +257,20 @@ def test_what_no_single_weight_is_pruned_of():
     }
 
 
+def test_how_much_of_the_model_single_weights_are():
+    model = nn.ModuleDict({"words": nn.Embedding(10, 4), "fc": nn.Linear(4, 10)})
+    model.forward = lambda x: model["fc"](model["words"](x))
+    with pytest.warns(UserWarning, match="50 % of the model's matrix weights"):
+        planned = plan(model, make(model, Elementwise(), target_sparsity=0.5), torch.tensor([1]))
+    assert planned.coverage == planned.to_json()["coverage"] == 0.5
+    assert planned.skipped == {"words.weight": "it is an embedding"}
+    assert "The tensors hold 50.0 % of the model's matrix weights: sparsity is that of them." in text(planned)
+    model = mlp()
+    planned = plan(model, make(model, Elementwise(), target_sparsity=0.5), torch.ones(1, 8))
+    assert planned.coverage == 1.0
+    assert "matrix weights" not in text(planned)
+
+
 def test_layers_about_to_collapse():
     model = conv_model()
     planned = plan(model, make(model, Weighted(), keep={"channels": 3}), DIGIT)
