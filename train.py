@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
+from gsprune.instantiation import allowed_in_main
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+CONF = Path(__file__).parent / "conf"
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config", **allowed_in_main(CONF))
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """One job; returns what a sweeper optimises. With `plan=true` what it would prune is printed, and no more."""
     from gsprune.composed import check_plan, objective

@@ -32,6 +32,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,11 +153,9 @@ class IncConfig:
         Raises:
             ValueError: the model has no such names or units, or two pruners of the file prune the same.
         """
-        from hydra.utils import instantiate
-
         from gsprune.pruners import Pruners
 
-        return Pruners(model, [instantiate(config) for config in self.pruners], **arguments)
+        return Pruners(model, [_made(config) for config in self.pruners], **arguments)
 
     def to_yaml(self) -> str:
         """A file for `conf/pruner/`, with the notes as comments: `python train.py pruner=<its name>` takes it."""
@@ -519,6 +519,17 @@ def _node(criterion: str, score: Fields, schedule: Fields, include: Sequence[str
         "scope": "local",
         "include": [re.sub(r"[\[?]", r"[\g<0>]", name) for name in include],  # plain letters there, wildcards here
     }
+
+
+def _made(node: Mapping[str, Any]) -> Any:
+    """The pruner (as a partial), criterion or schedule that `_node` describes; Hydra would read what the file says."""
+    module, _, name = node["_target_"].rpartition(".")
+    fields = {key: value for key, value in node.items() if key not in ("_target_", "_partial_", "_convert_")}
+    for key in ("criterion", "schedule"):
+        if key in fields:
+            fields[key] = _made(fields[key])
+    found = getattr(import_module(module), name)
+    return partial(found, **fields) if "_partial_" in node else found(**fields)
 
 
 def _inherited(where: str, field: str, own: Fields, common: Fields, notes: list[str]) -> Any:

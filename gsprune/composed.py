@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from gsprune.addresses import command_directory
+from gsprune.instantiation import make
 from gsprune.shown import one_line
 from gsprune.sweep import without_sweep_settings
 
@@ -57,10 +57,10 @@ PATHS = (
 
 
 def build(node: Any, **arguments: Any) -> Any:
-    """Hydra's `instantiate`, but what is wrong with the arguments comes out as one sentence in a ValueError."""
+    """`make`, but what is wrong with the arguments comes out as one sentence in a ValueError."""
     try:
-        return instantiate(node, _convert_="all", **arguments)
-    except InstantiationException as error:
+        return make(node, **arguments)
+    except Exception as error:
         cause: BaseException | None = error
         while isinstance(cause, InstantiationException):
             cause = cause.__cause__

@@ -41,6 +41,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from gsprune.files import put_aside, read_object, spared, write_json
+from gsprune.instantiation import make
 from gsprune.locks import Lock, file_name
 from gsprune.results import JobResult, Results, read_results
 from gsprune.shown import code, logger, one_line
@@ -75,7 +76,8 @@ class Sweep:
     @property
     def parent_run_id(self) -> str | None:
         """The MLflow run that the jobs belong under; None when the sweep is not tracked."""
-        return self.text("parent_run_id")
+        found = self.text("parent_run_id")
+        return found if found is not None and re.fullmatch("[0-9a-zA-Z]{1,64}", found) else None
 
     def text(self, key: str) -> str | None:
         """A text of `sweep.json` that is not empty and holds no left-out password, or None."""
@@ -336,9 +338,7 @@ class SweepCallback(Callback):
 
         node = config.get("tracking")
         if OmegaConf.is_config(node) and "_target_" in node:
-            from hydra.utils import instantiate
-
-            tracker: Tracker = instantiate(node, **kwargs)
+            tracker: Tracker = make(node, **kwargs)
             return tracker
         experiment = self.experiment or str(config.hydra.job.name)
         return MLflowTracker(tracking_uri=self.tracking_uri, experiment=experiment, **kwargs)
@@ -367,7 +367,8 @@ class _OpenSweep:
             "status": "running",
             "started": before.get("started") or _now(),
             "ended": None,
-            **{key: before.get(key) for key in ("parent_run_id", "tracking_uri", "experiment")},
+            "parent_run_id": self.sweep.parent_run_id,
+            **{key: self.sweep.text(key) for key in ("tracking_uri", "experiment")},
         }
         self._write()
         results = read_results(self.sweep.directory)
