@@ -539,8 +539,7 @@ class _Job:
             generator.manual_seed(self.cfg.seed + phase)
 
     def _build_model(self) -> nn.Module:
-        node = self.cfg.model.copy()
-        OmegaConf.set_struct(node, False)
+        node = OmegaConf.create(OmegaConf.to_container(self.cfg.model, resolve=True))
         weights = node.pop("weights", None)
         model: nn.Module = build(node)
         if weights is not None:
