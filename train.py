@@ -39,12 +39,11 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
         if check_plan(cfg):
             show_plan(cfg, output_dir=folder)
             return None
-        result = run(cfg, output_dir=folder)
+        return objective(run(cfg, output_dir=folder), cfg.objective)
     except (ValueError, ProcessFailed) as error:  # a sentence for the user: Hydra shows this class without a traceback
         if isinstance(error, ProcessFailed) and error.__cause__:  # which has the traceback of the process
             raise
         raise CompactHydraException(one_line(str(error), 4000)) from error
-    return objective(result, cfg.objective)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from gsprune import Pruner
 from gsprune.criteria import Abs
-from gsprune.metrics import count_macs, latency_ms
+from gsprune.latency import latency_ms
+from gsprune.metrics import count_macs
 from gsprune.schedules import Linear
 from gsprune.shrink import apply_plan, plan_shrink, shrink
 from gsprune.structures import Found, Structure, find_structures

@@ -40,6 +40,9 @@ NUMBERS = (
     "macs_dense",
     "latency_ms",
     "latency_dense_ms",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
     "file_bytes",
     "file_bytes_dense",
     "seconds",
@@ -54,6 +57,8 @@ PATHS = (
     *(f"dataset.{key}" for key in ("root", "path", "train", "val", "test", "tokenizer")),
     *("model.name", "model.weights", "pruner.scores"),
 )
+
+TIMED = tuple(name for name in NUMBERS if name.startswith(("latency", "speedup")))
 
 
 def build(node: Any, **arguments: Any) -> Any:
@@ -82,12 +87,18 @@ def complete(group: str, partial: Callable[..., Any], *arguments: Any, **named: 
 def objective(result: Mapping[str, Any], wanted: str | Sequence[str]) -> float | tuple[float, ...]:
     """The number (or numbers) of the result that a sweep optimises.
 
+    Raises:
+        ValueError: there is none, because no latency could be measured.
+
     >>> objective({"accuracy": 0.9, "sparsity": 0.5}, ["accuracy", "sparsity"])
     (0.9, 0.5)
     """
-    if isinstance(wanted, str):
-        return float(result[wanted])
-    return tuple(float(result[name]) for name in wanted)
+    names = objective_names(wanted)
+    for name in names:
+        if result[name] is None:
+            raise ValueError(f"objective={name} has no value ({result.get('latency_note') or 'it was not measured'})")
+    values = tuple(float(result[name]) for name in names)
+    return values[0] if isinstance(wanted, str) else values
 
 
 def objective_names(wanted: str | Sequence[str]) -> list[str]:
@@ -106,8 +117,13 @@ def check_objective(wanted: str | Sequence[str], trainer: Trainer | DictConfig) 
             near = get_close_matches(str(name), NUMBERS, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(f"objective={name} is not in the result: {hint}There are {', '.join(NUMBERS)}")
-        if name.startswith("latency") and not trainer.latency_repeats:
-            raise ValueError(f"objective={name} is not measured with trainer.latency_repeats=0")
+        if name in TIMED:
+            from gsprune.latency import LEAST  # imports torch
+
+            if (repeats := trainer.latency_repeats) < LEAST:
+                raise ValueError(
+                    f"objective={name} is not measured with trainer.latency_repeats={repeats}: it takes {LEAST}"
+                )
 
 
 def check_plan(cfg: DictConfig) -> bool:

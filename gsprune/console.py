@@ -20,6 +20,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from gsprune.drawing import percent
+from gsprune.latency import NOT_HERE
 from gsprune.names import told
 from gsprune.shown import one_line
 from gsprune.tracking import without_passwords
@@ -167,6 +168,8 @@ def print_summary(
     Console(file=sys.stdout, highlight=False, markup=False).print(summary_table(result))
     if (line := unfair_line(result)) is not None:
         print(line)
+    if (result["latency_note"] or "").startswith(NOT_HERE):
+        print(one_line(f"Latency: {result['latency_note']}"))
     for label, texts in (("Left whole", "skipped"), ("Next to nothing is left", "collapsed")):
         for line in told(result.get(texts) or {}):
             print(one_line(f"{label}: {line}"))
@@ -246,9 +249,13 @@ def _cost_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
     rows = []
     for label, key, dense_key, form in parts:
+        if key == "latency_ms" and (note := result["latency_note"]) is not None:
+            rows.append((label, "", "", note.partition(":")[0]))
         now, dense = result[key], result[dense_key]
         if now is not None and dense is not None:
             ratio = f"{dense / now:.2f}x" if now else ""
+            if key == "latency_ms":
+                ratio += f" ({result['speedup_low']:.2f} to {result['speedup_high']:.2f})"
             rows.append((label, form.format(dense), form.format(now), ratio))
     return rows
 

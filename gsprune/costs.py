@@ -3,7 +3,7 @@
 A cost is the share of the dense network's own (1.0 is all of it). Parameters and MACs are counted, milliseconds come
 from a table of the layers, measured at several widths on the model's device. Everything is read off the dense model
 once, without changing it or the random numbers of others; only milliseconds are looked at again later, with a copy.
-May import: torch, gsprune.distributed, gsprune.metrics, gsprune.shrink, gsprune.structures. Used by budgets.
+May import: torch, gsprune.distributed, gsprune.latency, gsprune.metrics, shrink, structures. Used by budgets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from gsprune.distributed import broadcast
 from gsprune.examples import arguments, copy_of, same_randomness
-from gsprune.metrics import LAYERS, count_macs, count_macs_by_module, latency_ms
+from gsprune.latency import latency_ms
+from gsprune.metrics import LAYERS, count_macs, count_macs_by_module
 from gsprune.shrink import Plan, apply_plan, plan_shrink
 from gsprune.structures import Structure
 

@@ -49,6 +49,7 @@ NOT_DENSE = (
     "trainer.dense_scores",
     "trainer.latency_repeats",
     "trainer.latency_batch",
+    "trainer.latency_seconds",
 )
 # What has no part in scoring the dense network: when and how many to prune.
 NOT_SCORES = ("target_sparsity", "target", "schedule", "scope", "min_kept", "scores", "shrink")

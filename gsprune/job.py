@@ -11,6 +11,7 @@ import copy
 import errno
 import logging
 import os
+import platform
 import re
 import shutil
 import time
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 from torch import __version__ as torch_version
 from torch.optim import Optimizer
 
-from gsprune import distributed, drawing, figures, launcher, metrics, planner
+from gsprune import distributed, drawing, figures, latency, launcher, metrics, planner
 from gsprune.checkpoint import WEIGHTS, load_state, save_masks, save_pruned, save_scores, state_tensors
 from gsprune.composed import (
     NUMBERS,
+    TIMED,
     build,
     check_objective,
     check_plan,
@@ -41,6 +43,7 @@ from gsprune.composed import (
     hydra_choices,
     hydra_tags,
     is_timed,
+    objective_names,
     run_name,
 )
 from gsprune.console import Progress, epoch_line, make_progress, print_summary, to_log_file
@@ -247,7 +250,8 @@ class _Job:
         self.unwritten: list[str] = []  # files that a fault of the disk has kept from being written
         self.again: dict[str, Callable[[], None]] = {}  # how to write those that the next checkpoint tries again
         self.result: dict[str, Any] = {"status": "running", **dict.fromkeys(NUMBERS), "unwritten": []}
-        self.result |= dict.fromkeys(("mlflow_run_id", "config_hash", "device", "sparsity_of", "layers", "dense"))
+        unknown = ("mlflow_run_id", "config_hash", "device", "sparsity_of", "layers", "latency_note", "dense")
+        self.result |= dict.fromkeys(unknown)
         self.result["shrunk"] = False
         seed = cfg.get("seed") if type(cfg.get("seed")) is int else None  # what else it may be is refused in a moment
         self.result |= {"name": run_name(cfg), "seed": seed, **hydra_choices()}
@@ -482,9 +486,20 @@ class _Job:
             self.result[f"macs{suffix}"] = metrics.count_macs(model, self.example)
             self.result[f"file_bytes{suffix}"] = metrics.file_bytes(model)
         if self.trainer.latency_repeats:
-            models = {"latency_dense_ms": self.dense.to(self.trainer.torch_device), "latency_ms": self.model}
-            repeats = self.trainer.latency_repeats
-            self.result |= metrics.latency_ms(models, self.latency_example, repeats=repeats)
+            self._measure_latency()
+
+    def _measure_latency(self) -> None:
+        """In turns with the dense network; in a sweep once for all networks of an architecture."""
+        settings = {"repeats": self.trainer.latency_repeats, "max_seconds": self.trainer.latency_seconds}
+        pair = self.dense.to(self.trainer.torch_device), self.model
+        if self.sweep is None:
+            found = latency.compare(*pair, self.latency_example, **settings)
+        else:
+            with self.sweep.lock(f"latency {platform.node()}").held(waiting_for="that measures latency"):
+                folder = self.sweep.directory / ".gsprune" / "latency"
+                found = latency.shared(folder, *pair, self.latency_example, **settings)
+        self.result |= {"latency_ms": found.ms, "latency_dense_ms": found.dense_ms, "latency_note": found.note}
+        self.result |= {"speedup": found.speedup, "speedup_low": found.low, "speedup_high": found.high}
 
     def _at_chance(self, accuracy: float) -> dict[str, Any] | None:
         """Said where the final network does not beat guessing on the validation split; None where it does."""
@@ -591,6 +606,12 @@ class _Job:
             warnings.simplefilter("ignore")  # they come when it is built for good
             optimizer, _ = self._build_optimizer(self.trainer.prune_epochs, self.trainer.prune_lr)
             pruner = self._build_pruner(optimizer)
+        timed = [name for name in objective_names(self.cfg.objective) if name in TIMED]
+        if timed and not pruner.structured:
+            raise ValueError(
+                f"objective={timed[0]} has no value without units: single weights change no shape and save no time, "
+                f"so take pruner=abs or weighted, or another objective"
+            )
         if self.trainer.prune_epochs == 0 and pruner.horizon != 0:
             raise ValueError(
                 "trainer.prune_epochs=0 leaves no gradient to score by: it must be 1 or more, "
@@ -620,6 +641,8 @@ class _Job:
         known = {**dict.fromkeys(NUMBERS), **self.last}  # a number that the last epoch has logged is not repeated
         final = {name: self.result[name] for name in NUMBERS if self.result[name] != known[name]}
         self.tracker.log_metrics(final, step=self.result["epochs"])
+        if self.result["latency_note"] is not None:
+            self.tracker.log_tags({"latency_note": self.result["latency_note"]})
         if self.result["sparsity_of"]:
             self.tracker.log_params({"sparsity_of": self.result["sparsity_of"]})
 

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates, milliseconds, bytes; and how much of it is pruned.
+"""What a model costs: parameters, multiply-accumulates, bytes; milliseconds are in latency.py.
 
 Measures only: no model is changed, and every training mode is put back. Imports torch; safetensors for sizes.
 """
@@ -6,9 +6,8 @@ Measures only: no model is changed, and every training mode is put back. Imports
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +24,11 @@ __all__ = [
     "count_macs",
     "count_macs_by_module",
     "count_parameters",
+    "device_of",
+    "evaluating",
     "file_bytes",
     "is_guessing",
-    "latency_ms",
+    "to_device_of",
 ]
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # whose MACs go with the elements of their weight
@@ -114,63 +115,8 @@ def count_macs_by_module(model: nn.Module, example_input: Any) -> dict[str, int]
 
 def _count(counter: FlopCounterMode, model: nn.Module, example_input: Any) -> None:
     # The fused kernels for CPU attention and the encoder layer's fast path are opaque to the counter.
-    with _evaluating([model]), torch.no_grad(), _slow_attention(), counter:
-        call(model, _to_device_of(model, example_input))
-
-
-def latency_ms(
-    models: Mapping[str, nn.Module],
-    example_input: Any,
-    *,
-    repeats: int = 50,
-    warmup: int = 5,
-    max_seconds: float = 10.0,
-) -> dict[str, float]:
-    """Median milliseconds of a forward pass of each model, in eval mode and `torch.inference_mode`.
-
-    The models take turns (the order reversed every round), so that a busy machine slows all of them alike; CUDA
-    is synchronised before each clock reading. `warmup` untimed rounds come first (fewer when they take over a
-    quarter of `max_seconds`); then `repeats` timed ones, or as many, three at least, as fit into `max_seconds`.
-    Units: ms for the whole `example_input`.
-    """
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"latency needs repeats >= 1 and warmup >= 0, got repeats={repeats}, warmup={warmup}")
-    inputs = {name: _to_device_of(model, example_input) for name, model in models.items()}
-    order = list(models)
-    times: dict[str, list[float]] = {name: [] for name in order}
-
-    def rounds(count: int, *, least: int, seconds: float) -> None:
-        end = time.perf_counter() + seconds
-        for turn in range(count):
-            for name in order[::-1] if turn % 2 else order:
-                times[name].append(_time_once(models[name], inputs[name]))
-            if turn + 1 >= least and time.perf_counter() > end:
-                return
-
-    with _evaluating(models.values()), torch.inference_mode():
-        rounds(warmup, least=1, seconds=max_seconds / 4)
-        for values in times.values():
-            values.clear()
-        rounds(repeats, least=3, seconds=max_seconds)
-    return {name: statistics.median(values) * 1000 for name, values in times.items()}
-
-
-def _time_once(model: nn.Module, example_input: Any) -> float:
-    wait = _waiter(model)
-    wait()
-    begin = time.perf_counter()
-    call(model, example_input)
-    wait()
-    return time.perf_counter() - begin
-
-
-def _waiter(model: nn.Module) -> Callable[[], None]:
-    device = _device(model)
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    if device.type == "mps":
-        return torch.mps.synchronize
-    return lambda: None
+    with evaluating([model]), torch.no_grad(), _slow_attention(), counter:
+        call(model, to_device_of(model, example_input))
 
 
 def _extra_formulas() -> dict[Any, Any]:
@@ -193,7 +139,7 @@ def _slow_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(models: Any) -> Iterator[None]:
+def evaluating(models: Any) -> Iterator[None]:
     """Eval mode for every module inside the block; each module's own mode afterwards."""
     before = [(module, module.training) for model in models for module in model.modules()]
     try:
@@ -205,13 +151,15 @@ def _evaluating(models: Any) -> Iterator[None]:
             module.training = training
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter lies."""
     tensor = next(model.parameters(), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def _to_device_of(model: nn.Module, example_input: Example) -> Example:
-    device = _device(model)
+def to_device_of(model: nn.Module, example_input: Example) -> Example:
+    """The same example, where the model is."""
+    device = device_of(model)
     return map_tensors(lambda tensor: tensor.to(device), example_input)
 
 

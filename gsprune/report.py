@@ -33,6 +33,7 @@ from gsprune.variants import (
     Point,
     Stat,
     chosen_by,
+    clear_front,
     control_levels,
     dense_levels,
     equal_merged,
@@ -157,7 +158,7 @@ class _Sweep:
         left_out = {**results.skipped, **equal}
         left_out = {name: left_out[name] for name in sorted(left_out, key=natural)}
         sweep = cls(directory, results, _read_record(directory), jobs, left_out, axes, names, found)
-        sweep.fronts = {name: _front(found, measure) for name, measure in MEASURES.items()}
+        sweep.fronts = _fronts(found)
         return sweep
 
     @property
@@ -177,7 +178,7 @@ class _Sweep:
         up = "validation accuracy (%)" if self.by == VALIDATION else "test accuracy (%)"
         panels: list[Panel] = []
         for name, (title, across) in TITLES.items():
-            lines = _lines(self.points, MEASURES[name], self.fronts[name], styles)
+            lines = _lines(self.points, MEASURES[name], self.fronts[name], styles, INTERVALS.get(name))
             if not panels or any(mark.x < 99.95 for line in lines for mark in line.marks):
                 panels.append(Panel(title, across, lines, dense, self._empty, up, control))
         return panels
@@ -246,14 +247,15 @@ class _Sweep:
         axes = [axis for axis in self.axes if axis not in numbers][:_MAX_COLUMNS]
         buffer = io.StringIO()
         writer = csv.writer(buffer)
-        head = ["folder", "status", "variant", *axes, *numbers, "config_hash", "mlflow_run_id", "error"]
+        texts = ("latency_note", "config_hash", "mlflow_run_id", "error")
+        head = ["folder", "status", "variant", *axes, *numbers, *texts]
         writer.writerow([_cell(name) for name in head])
         for job in self.results.jobs:
             found = _numbers(job.result)
             row: list[object] = [job.name, job.status, self.variants.get(job.name, "")]
             row += [job.overrides.get(axis, "") for axis in axes]
             row += [found.get(name, job.overrides.get(name, "") if name in self.axes else "") for name in numbers]
-            row += [job.text(name) or "" for name in ("config_hash", "mlflow_run_id", "error")]
+            row += [job.text(name) or "" for name in texts]
             writer.writerow([_cell(value) for value in row])
         return buffer.getvalue()
 
@@ -379,12 +381,16 @@ def _read_record(directory: Path) -> Mapping[str, Any]:
 MEASURES: Mapping[str, Callable[[Point], float | None]] = {
     "parameters": lambda point: _per_cent(point.left),
     "MACs": lambda point: _per_cent(point.share_left("macs", "macs_dense")),
-    "latency": lambda point: _per_cent(point.share_left("latency_ms", "latency_dense_ms")) if point.shrunk else None,
+    "latency": lambda point: _per_cent(1 / point.faster[0]) if point.faster else None,
 }
 TITLES = {
     "parameters": ("Accuracy against parameters left", "parameters left, not zero (% of the dense network's)"),
     "MACs": ("Accuracy against multiplications left", "MACs left (% of the dense network's)"),
     "latency": ("Accuracy against time left", "latency left (% of the dense network's)"),
+}
+# Name -> what a measurement leaves open: differences inside it are none.
+INTERVALS: Mapping[str, Callable[[Point], tuple[float, float] | None]] = {
+    "latency": lambda point: (100 / point.faster[2], 100 / point.faster[1]) if point.faster else None,
 }
 BEST = {"parameters": "parameters left (not zero)", "MACs": "MACs left"}  # the measures with a table of their own
 
@@ -413,6 +419,13 @@ def _front(found: Sequence[Point], measure: Callable[[Point], float | None]) -> 
     return {(point.variant, point.target) for (point, _), yes in zip(placed, on_front, strict=True) if yes}
 
 
+def _fronts(found: Sequence[Point]) -> dict[str, set[tuple[str, float | None]]]:
+    fronts = {name: _front(found, measure) for name, measure in MEASURES.items()}
+    timed = [(point, point.faster) for point in found if point.faster is not None]
+    clear = clear_front([(low, high, round(point.choice.mean, 4)) for point, (_, low, high) in timed])
+    return {**fronts, "latency": {_key(point) for (point, _), yes in zip(timed, clear, strict=True) if yes}}
+
+
 def _is_search(found: Sequence[Point]) -> bool:
     """Too many variants for lines, most of them met once, as a sweeper that searches leaves them."""
     met = Counter(point.variant for point in found)
@@ -439,6 +452,7 @@ def _lines(
     measure: Callable[[Point], float | None],
     front: set[tuple[str, float | None]],
     styles: Mapping[str, int],
+    interval: Callable[[Point], tuple[float, float] | None] | None = None,
 ) -> list[Line]:
     """A line for each variant; of a search a cloud for each pruner."""
     search = _is_search(found)
@@ -449,7 +463,8 @@ def _lines(
             spread = None if point.choice.spread is None else 100 * point.choice.spread
             best = (point.variant, point.target) in front
             name = point.pruner if search else point.variant
-            marks.setdefault(name, []).append(Mark(across, 100 * point.choice.mean, spread, best))
+            within = interval(point) if interval else None
+            marks.setdefault(name, []).append(Mark(across, 100 * point.choice.mean, spread, best, within))
     return [Line(name, styles.get(name), own, joined=not search) for name, own in marks.items()]
 
 
@@ -520,7 +535,7 @@ def _point_row(point: Point, fronts: Mapping[str, set[tuple[str, float | None]]]
         "params": _times_text(point.times_less("params", "params_dense")),
         "nonzero": "" if point.left is None else percent(point.left),
         "macs": _times_text(point.times_less("macs", "macs_dense")),
-        "latency": _times_text(point.times_less("latency_ms", "latency_dense_ms")),
+        "latency": _faster_text(point),
         "size": "" if size is None else _bytes(size),
         "front": ", ".join(name for name, front in fronts.items() if _key(point) in front),
         "best": _clean(point.best.name, 80),
@@ -571,6 +586,13 @@ def _plus_minus(found: Stat, form: str, factor: float, unit: str = "") -> str:
 
 def _times_text(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}\u00d7" if ratio < 100 else f"{ratio:.0f}\u00d7"
+
+
+def _faster_text(point: Point) -> str:
+    if point.faster is None:
+        return _clean(point.latency_note, 40)
+    ratio, low, high = point.faster
+    return f"{_times_text(ratio)} ({low:.2f} to {high:.2f})"
 
 
 def _bytes(size: float) -> str:

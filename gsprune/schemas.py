@@ -144,6 +144,7 @@ class TrainerConfig:
     progress: str = "auto"
     latency_repeats: int = 30
     latency_batch: int = 1
+    latency_seconds: float = 10.0
     dense_cache: bool = True
     dense_scores: bool = True
     devices: int = 1

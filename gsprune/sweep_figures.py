@@ -45,6 +45,7 @@ class Mark:
     y: float
     spread: float | None
     front: bool
+    interval: tuple[float, float] | None = None  # of x, where that was measured by a clock
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def _draw_line(axes: Axes, line: Line, *, shift: float) -> None:
     if joined:
         axes.plot([mark.x for mark in marks], [mark.y for mark in marks], linewidth=1.4, alpha=0.75, zorder=2, **place)
         _draw_spreads(axes, [mark for mark in marks if mark.spread], place)
+        _draw_intervals(axes, marks, place)
     edge = {"markeredgecolor": "white", "markeredgewidth": 0.8} if joined else {"alpha": 0.8}
     _dots(axes, marks, marker=marker, markersize=7.5 if joined else 5, zorder=3, **edge, **place)
     ring = {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.4}
@@ -147,6 +149,12 @@ def _draw_line(axes: Axes, line: Line, *, shift: float) -> None:
 
 def _dots(axes: Axes, marks: Sequence[Mark], **style: Any) -> None:
     axes.plot([mark.x for mark in marks], [mark.y for mark in marks], linestyle="none", **style)
+
+
+def _draw_intervals(axes: Axes, marks: Sequence[Mark], place: Mapping[str, Any]) -> None:
+    for mark in marks:
+        if mark.interval is not None:
+            axes.hlines(mark.y, *mark.interval, linewidth=1.2, zorder=2.5, **place)
 
 
 def _draw_spreads(axes: Axes, marks: Sequence[Mark], place: Mapping[str, Any]) -> None:

@@ -160,8 +160,9 @@ class Trainer:
         compile: run forward through `torch.compile`; the pruner works on the plain module.
         fused: use the optimizer's fused form where it has one (one kernel instead of one per operation).
         deterministic: ask also CUDA for the same numbers twice (slower). On CPU they are the same anyway.
-        progress, latency_repeats, latency_batch: read by `gsprune.job`: how to show progress, and on how many
-            repeats and samples to measure latency (0 repeats: not at all).
+        progress: read by `gsprune.job`: how to show it.
+        latency_repeats, latency_batch, latency_seconds: read by `gsprune.job`: how often to time a forward pass of both
+            networks (0: not at all; fewer than 30 give no figure), of how many samples, and for how long at most.
         devices: processes on this machine that train one network together, each on its part of every batch: a batch
             size is that of all of them. On CUDA each takes a GPU of its own.
         nodes: machines that do so; the same command is started on each of them, in an output directory that all see (or
@@ -194,6 +195,7 @@ class Trainer:
     progress: str = "auto"
     latency_repeats: int = 30
     latency_batch: int = 1
+    latency_seconds: float = 10.0
     dense_cache: bool = True
     dense_scores: bool = True
     devices: int = 1
@@ -208,6 +210,7 @@ class Trainer:
             _check(getattr(self, name) >= 0, f"trainer.{name}", getattr(self, name), "0 or more")
         for name in ("accumulate_steps", "latency_batch"):
             _check(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), "1 or more")
+        _check(self.latency_seconds > 0, "trainer.latency_seconds", self.latency_seconds, "above 0")
         for name in ("clip_norm", "prune_lr"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"trainer.{name}", value, "above 0, or null")

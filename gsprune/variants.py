@@ -24,6 +24,7 @@ __all__ = [
     "Point",
     "Stat",
     "chosen_by",
+    "clear_front",
     "control_levels",
     "controls",
     "dense_levels",
@@ -41,7 +42,8 @@ __all__ = [
 SEED, TARGET = "seed", "pruner.target_sparsity"
 VALIDATION, TEST = "val_accuracy", "accuracy"
 # What no control has to share: what it is there to differ in, and what changes no number of a result.
-_NOT_SHARED = ("pruner", "seed", "experiment", *NOT_HASHED, "trainer.latency_repeats", "trainer.latency_batch")
+_TIMED = tuple(f"trainer.latency_{name}" for name in ("repeats", "batch", "seconds"))
+_NOT_SHARED = ("pruner", "seed", "experiment", *NOT_HASHED, *_TIMED)
 _RESULT = ("accuracy", "val_accuracy", "loss", "sparsity", "params", "params_nonzero", "macs")
 _MAX_NAMES = 4  # of variants with the same result
 
@@ -140,6 +142,22 @@ class Point:
     def mean(self, name: str) -> float | None:
         found = stat(job.number(name) for job in self.jobs)
         return found.mean if found else None
+
+    @cached_property
+    def faster(self) -> tuple[float, float, float] | None:
+        """How many times faster than dense, the mean over the jobs, between the ends of all their intervals."""
+        told = [tuple(job.number(name) for name in ("speedup", "speedup_low", "speedup_high")) for job in self.jobs]
+        known = [(r, low, high) for r, low, high in told if r and low and high and 0 < low <= high and r > 0]
+        if not known:
+            return None
+        ratios, lows, highs = zip(*known, strict=True)
+        return math.fsum(ratios) / len(ratios), min(lows), max(highs)
+
+    @property
+    def latency_note(self) -> str:
+        """Why it has no `faster`, in a few words; "" where no job tells."""
+        notes = (job.text("latency_note") for job in self.jobs)
+        return next((note.partition(":")[0] for note in notes if note), "")
 
     def times_less(self, name: str, dense: str) -> float | None:
         """dense / pruned, the mean over the jobs: 4.0 is four times smaller."""
@@ -329,6 +347,21 @@ def _masks(job: JobResult) -> Hashable:
 def _joined(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return " = ".join(names[:_MAX_NAMES]) + more
+
+
+def clear_front(found: Sequence[tuple[float, float, float]]) -> list[bool]:
+    """The front of (low, high, merit), where intervals that overlap are no difference.
+
+    Off it is what another beats in merit without being clearly lower, and what is as good but clearly lower.
+
+    >>> clear_front([(1.0, 1.2, 0.99), (1.1, 1.3, 0.98), (1.4, 1.5, 0.97), (1.6, 1.7, 0.97)])
+    [True, False, False, True]
+    """
+
+    def beats(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
+        return one[1] >= other[0] if one[2] > other[2] else one[2] == other[2] and one[0] > other[1]
+
+    return [not any(beats(one, other) for one in found) for other in found]
 
 
 def pareto_front(pairs: Sequence[tuple[float, float]]) -> list[bool]:

@@ -250,7 +250,8 @@ def _make_weights(folder: Path) -> None:
 RESULT = {
     "status": "finished", "accuracy": 0.9, "baseline_accuracy": 0.95, "val_accuracy": 0.91, "loss": 0.3, "seed": 0,
     "sparsity": 0.5, "target_sparsity": 0.5, "params": 100, "params_dense": 200, "macs": 1000, "macs_dense": 2000,
-    "latency_ms": 1.0, "latency_dense_ms": 2.0, "seconds": 9.0, "updates": 4, "epochs": 3, "mlflow_run_id": "a" * 32,
+    "latency_ms": 1.0, "latency_dense_ms": 2.0, "speedup": 2.0, "speedup_low": 1.9, "speedup_high": 2.1,
+    "seconds": 9.0, "updates": 4, "epochs": 3, "mlflow_run_id": "a" * 32,
     "config_hash": "b" * 64, "device": "cpu", "shrunk": True, "skipped": {"0": "it has one"}, "name": "weighted",
     "overrides": ["pruner=weighted", "seed=0"], "choices": {"pruner": "weighted", "model": "convnet"},
     "timings": {"start": 1.0, "train": 5.0}, "dense": {"key": "c", "source": "trained", "run_id": "d", "job": "0"},

@@ -39,10 +39,11 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from gsprune import datasets, job, models, run_state, shrink, structures  # noqa: F401
+from gsprune.composed import TIMED
 from gsprune.tracking import read_metrics
 
 # What a clock has measured, and so differs between any two runs.
-CLOCKED = {"seconds", "timings", "latency_ms", "latency_dense_ms", "epoch_seconds", "time"}
+CLOCKED = {"seconds", "timings", "epoch_seconds", "time", "latency_note", *TIMED}
 WRITING = "/checkpoint/."  # in the paths of what becomes a checkpoint
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 RUNS = (

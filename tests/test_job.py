@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import re
@@ -17,14 +18,15 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gsprune import composed, load_pruned
+from gsprune import composed, latency, load_pruned
 from gsprune import job as job_module
 from gsprune.checkpoint import load_masks
-from gsprune.composed import NUMBERS, build, check_objective, hydra_tags, objective, run_name
+from gsprune.composed import NUMBERS, TIMED, build, check_objective, hydra_tags, objective, run_name
 from gsprune.console import Bar, Lines, Progress, chance_line, make_progress, summary_table, unfair_line
 from gsprune.drawing import percent
 from gsprune.identity import config_hash, plain_config
 from gsprune.job import load_weights, run
+from gsprune.sweep import Sweep
 from gsprune.tracking import Tracker, read_metrics
 from gsprune.trainer import Totals, Trainer
 
@@ -65,14 +67,17 @@ def test_result_json_has_the_promised_keys_and_is_what_run_returns(weighted):
     assert json.loads((folder / "result.json").read_text()) == result
     extra = {"status", "mlflow_run_id", "config_hash", "device", "shrunk", "skipped", "skipped_steps"}
     extra |= {"name", "seed", "overrides", "choices", "timings", "dense", "unwritten", "budget"}
-    extra |= {"sparsity_of", "layers", "coverage", "collapsing", "collapsed", "at_chance"}
+    extra |= {"sparsity_of", "layers", "coverage", "collapsing", "collapsed", "at_chance", "latency_note"}
     assert set(result) == {*NUMBERS, *extra}
     assert result["status"] == "finished"
     assert result["mlflow_run_id"] is None
     assert (result["epochs"], result["device"], result["target_sparsity"]) == (3, "cpu", 0.5)
     assert list(result["timings"]) == ["start", "train", "measure", "files", "tracking"]
     assert sum(result["timings"].values()) == pytest.approx(result["seconds"])
-    assert all(isinstance(result[name], (int, float)) for name in NUMBERS)
+    told = [name for name in NUMBERS if name not in TIMED]
+    assert all(isinstance(result[name], (int, float)) for name in told)
+    assert [result[name] for name in TIMED] == [None] * 5
+    assert result["latency_note"] == "not measurable here: 3 repeats are too few, it takes 30"
 
 
 def test_a_job_that_shrinks_at_each_update_leaves_the_same(weighted, tmp_path):
@@ -220,9 +225,57 @@ def test_metrics_of_each_epoch_run_on_over_both_phases(weighted, elementwise):
 def test_the_last_row_holds_the_final_numbers_and_repeats_none(weighted):
     result, folder = weighted
     *_, epoch, final = rows_of(folder)
-    assert final["latency_ms"] == result["latency_ms"]
     assert final["accuracy"] == result["accuracy"]
     assert not set(final) & set(epoch) - {"step", "time"}
+
+
+def clock(model, inputs, passes):
+    """A clock that reads the parameters, now and then 2 % more."""
+    return 1e-6 * sum(p.numel() for p in model.parameters()) * (1 + 0.02 * (next(READINGS) % 3))
+
+
+READINGS = itertools.count()
+
+
+@pytest.mark.slow
+def test_equal_networks_of_a_sweep_share_a_measurement_and_masks_have_none(tmp_path, monkeypatch):
+    """Two criteria that leave each layer as wide are equally fast, whatever the clock says the second time."""
+    monkeypatch.setattr(job_module, "current_sweep", lambda: Sweep(tmp_path))
+    monkeypatch.setattr(latency, "_time", clock)
+    more = ("trainer.latency_repeats=30", "trainer.prune_epochs=1")
+    first, second, masked = (
+        finished(tmp_path / str(n), f"pruner={name}", *more) for n, name in enumerate(("weighted", "magnitude", "abs"))
+    )
+    assert len(list((tmp_path / ".gsprune" / "latency").iterdir())) == 1
+    assert [first[name] for name in TIMED] == [masked[name] for name in TIMED]
+    assert first["speedup"] == pytest.approx(first["params_dense"] / first["params"], rel=0.05)
+    assert first["speedup_low"] <= first["speedup"] == first["latency_dense_ms"] / first["latency_ms"]
+    assert first["speedup"] <= first["speedup_high"] < 1.1 * first["speedup_low"]
+    final = rows_of(tmp_path / "0")[-1]
+    assert {name: final[name] for name in TIMED} == {name: first[name] for name in TIMED}
+    assert first["latency_note"] is None
+    cells = [str(cell) for column in summary_table(first).columns for cell in column.cells]
+    low, high = first["speedup_low"], first["speedup_high"]
+    assert f"{first['speedup']:.2f}x ({low:.2f} to {high:.2f})" in cells
+    assert second["latency_note"] == "no change: the same shapes"
+    assert [second[name] for name in TIMED] == [None] * 5
+    assert not set(TIMED) & set(rows_of(tmp_path / "1")[-1])
+    assert "no change" in [str(cell) for column in summary_table(second).columns for cell in column.cells]
+
+
+def test_why_there_is_no_latency_is_a_tag(tmp_path, monkeypatch):
+    tags = {}
+    monkeypatch.setattr(Tracker, "log_tags", lambda self, given: tags.update(given))
+    finished(tmp_path, "pruner=weighted", "trainer.prune_epochs=1", "trainer.latency_repeats=4")
+    assert tags["latency_note"] == "not measurable here: 4 repeats are too few, it takes 30"
+
+
+@pytest.mark.parametrize("name", ["latency_ms", "speedup"])
+def test_a_speed_cannot_be_the_objective_where_no_shape_changes(tmp_path, name):
+    with pytest.raises(ValueError, match=f"objective={name} .*shape"):
+        finished(tmp_path, "pruner=elementwise", "trainer.latency_repeats=30", f"objective={name}")
+    with pytest.raises(ValueError, match=f"objective={name} .*not measurable here: why"):
+        objective({name: None, "latency_note": "not measurable here: why"}, name)
 
 
 @pytest.mark.slow
@@ -243,7 +296,7 @@ def test_no_pruning_trains_for_the_same_length_and_says_so(tmp_path):
 def test_the_same_configuration_gives_the_same_numbers(tmp_path, elementwise):
     again = finished(tmp_path, "pruner=elementwise")
     first = elementwise[0]
-    timed = {"seconds", "timings", "latency_ms", "latency_dense_ms"}
+    timed = {"seconds", "timings"}
     assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in first.items() if k not in timed}
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, elementwise[1]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -586,6 +639,7 @@ def test_the_summary_compares_dense_and_pruned():
         "macs_dense": 600,
         "latency_ms": None,
         "latency_dense_ms": None,
+        "latency_note": None,
         "file_bytes": 4000,
         "file_bytes_dense": 8000,
     }

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from gsprune import metrics
-from gsprune.metrics import count_macs, count_parameters, file_bytes, latency_ms
+from gsprune import latency
+from gsprune.metrics import count_macs, count_parameters, file_bytes
 
 
 class Attention(nn.Module):
@@ -57,7 +57,7 @@ def test_measuring_leaves_modes_buffers_gradients_and_switches_alone() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fast = torch.backends.mha.get_fastpath_enabled()
     count_macs(model, torch.ones(2, 4))
-    latency_ms({"a": model}, torch.ones(2, 4), repeats=2)
+    latency.latency_ms({"a": model}, torch.ones(2, 4), repeats=2)
     assert [module.training for module in model.modules()] == [True, True, False, True]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model[0].weight.grad is None
@@ -82,48 +82,3 @@ def test_file_bytes_is_the_size_of_the_file() -> None:
     assert file_bytes(model) == len(save(model.state_dict()))
     tied = nn.ModuleList([model[0], model[0]])
     assert file_bytes(tied) < file_bytes(model[0]) + 100  # stored once
-
-
-def test_latency_takes_turns_and_returns_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    times = {"dense": [9.0, 1.0, 3.0, 2.0], "small": [9.0, 0.5, 0.4, 0.6]}
-
-    class Named(nn.Module):
-        def __init__(self, name: str) -> None:
-            super().__init__()
-            self.name = name
-
-    def fake(model: Named, _: object) -> float:
-        order.append(model.name)
-        return times[model.name].pop(0)
-
-    monkeypatch.setattr(metrics, "_time_once", fake)
-    models = {name: Named(name) for name in times}
-    result = latency_ms(models, torch.ones(1), repeats=3, warmup=1)
-    assert result == {"dense": 2000.0, "small": 500.0}  # the slow warm-up round is not in it
-    assert order == ["dense", "small"] * 2 + ["small", "dense"] + ["dense", "small"]
-
-
-def test_latency_stops_at_its_budget_but_not_before_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    monkeypatch.setattr(metrics, "_time_once", lambda *_: calls.append(1) or 0.25)
-    result = latency_ms({"a": nn.Linear(1, 1)}, torch.ones(1), repeats=50, warmup=5, max_seconds=0)
-    assert len(calls) == 1 + 3
-    assert result == {"a": 250.0}
-
-
-def test_latency_runs_without_gradients_in_eval_mode() -> None:
-    seen = []
-
-    class Probe(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append((self.training, torch.is_inference_mode_enabled()))
-            return x
-
-    assert latency_ms({"probe": Probe()}, torch.ones(1), repeats=2, warmup=0)["probe"] > 0
-    assert seen == [(False, True)] * 2
-
-
-def test_latency_refuses_no_repeats() -> None:
-    with pytest.raises(ValueError, match="repeats >= 1 and warmup >= 0, got repeats=0"):
-        latency_ms({}, torch.ones(1), repeats=0)

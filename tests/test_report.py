@@ -20,7 +20,7 @@ from PIL import Image
 from gsprune.checkpoint import save_masks
 from gsprune.report import build_report, main
 
-DENSE = {"params_dense": 1000, "macs_dense": 5000, "latency_dense_ms": 2.0, "file_bytes_dense": 4000}
+DENSE = {"params_dense": 1000, "macs_dense": 5000, "file_bytes_dense": 4000}
 
 
 def job(folder: Path, *overrides: str, **result: object) -> Path:
@@ -29,6 +29,14 @@ def job(folder: Path, *overrides: str, **result: object) -> Path:
     full = {**told, "val_accuracy": result.get("accuracy", 0.9), "overrides": list(overrides), **result}
     (folder / "result.json").write_text(json.dumps(full))
     return folder
+
+
+def timed(left: float) -> dict[str, float | str | None]:
+    """What a job has measured of a network that takes this share of the dense one's time."""
+    names = ("latency_ms", "latency_dense_ms", "speedup", "speedup_low", "speedup_high")
+    if left == 1:
+        return {**dict.fromkeys(names), "latency_note": "no change: the same shapes"}
+    return dict(zip(names, (2 * left, 2.0, 1 / left, 0.98 / left, 1.02 / left), strict=True))
 
 
 def sweep(root: Path) -> Path:
@@ -41,7 +49,7 @@ def sweep(root: Path) -> Path:
                 left = 1 - target if pruner == "abs" else 1
                 test = next(accuracy)
                 numbers = {"target_sparsity": target, "sparsity": target, "accuracy": test, "val_accuracy": test - 0.01}
-                size = {"params": round(1000 * left), "macs": round(5000 * left), "latency_ms": 2 * left, **DENSE}
+                size = {"params": round(1000 * left), "macs": round(5000 * left), **DENSE, **timed(left)}
                 more = {"shrunk": pruner == "abs", "params_nonzero": round(1000 * (1 - target)), "file_bytes": 4000}
                 more["sparsity_of"] = "channels" if pruner == "abs" else "weights"
                 words = (f"pruner={pruner}", f"pruner.target_sparsity={target}", f"seed={seed}")
@@ -120,9 +128,37 @@ def test_the_table_has_the_values_of_the_sweep(built: Path) -> None:
         "20.0 %",
         "5.00x",
         "5.00x",
-        "5.00x",
+        "5.00x (4.90 to 5.10)",
         "4 kB",
     ]
+    assert page["80 % of weights pruned"][0][9] == "no change"
+
+
+def test_a_speed_is_told_with_its_interval_or_not_at_all(tmp_path: Path) -> None:
+    wide = "not measurable here: the ratio lies between 0.80x and 1.90x, wider than 10 % of it"
+    told: dict[str, dict[str, Any]] = {
+        "fast": {**timed(0.5), "val_accuracy": 0.88},
+        "faster_by_chance": {**timed(0.495), "val_accuracy": 0.87},
+        "clearly_faster": {**timed(0.25), "val_accuracy": 0.80},
+        "noisy": {"latency_note": wide, "val_accuracy": 0.70},
+        "no_interval": {"latency_ms": 1.0, "latency_dense_ms": 5.0, "val_accuracy": 0.70},
+        "turned_round": {**timed(0.2), "speedup_low": 9.0, "val_accuracy": 0.70},
+    }
+    for index, (name, result) in enumerate(told.items()):
+        job(tmp_path / str(index), f"pruner={name}", shrunk=True, params_nonzero=500, params_dense=1000, **result)
+    build_report(tmp_path)
+    rows = {row[0]: row for table in tables(read_page(tmp_path)).values() for row in table if len(row) > 10}
+    assert {name: rows[name][9] for name in told} == {
+        "fast": "2.00x (1.96 to 2.04)",
+        "faster_by_chance": "2.02x (1.98 to 2.06)",
+        "clearly_faster": "4.00x (3.92 to 4.08)",
+        "noisy": "not measurable here",
+        "no_interval": "",
+        "turned_round": "",
+    }
+    assert {name for name in told if "latency" in rows[name][-1]} == {"fast", "clearly_faster"}
+    assert [row["latency_note"] for row in read_table(tmp_path)] == ["", "", "", wide, "", ""]
+    assert read_table(tmp_path)[0]["speedup_low"] == "1.96"
 
 
 def test_which_one_to_take_is_told_on_an_axis_that_is_the_same_for_all_kinds(built: Path) -> None:
@@ -278,8 +314,10 @@ def test_summary_has_a_row_a_job_and_numbers_stay_numbers(tmp_path: Path) -> Non
         "pruner": "elementwise", "pruner.target_sparsity": "0.8", "seed": "1", "note": "",
         "accuracy": "0.93", "baseline_accuracy": "0.95", "epochs": "14", "baseline_epochs": "6", "val_accuracy": "0.92",
         "target_sparsity": "0.8", "sparsity": "0.8",
-        "params": "1000", "macs": "5000", "latency_ms": "2", "params_dense": "1000", "macs_dense": "5000",
-        "latency_dense_ms": "2.0", "file_bytes_dense": "4000", "params_nonzero": "200", "file_bytes": "4000",
+        "params": "1000", "macs": "5000", "params_dense": "1000", "macs_dense": "5000",
+        "latency_ms": "", "latency_dense_ms": "", "speedup": "", "speedup_low": "", "speedup_high": "",
+        "latency_note": "no change: the same shapes",
+        "file_bytes_dense": "4000", "params_nonzero": "200", "file_bytes": "4000",
         "loss": "", "config_hash": "hash3", "mlflow_run_id": "", "error": "",
     }  # fmt: skip
     assert {name: rows[8][name] for name in ("seed", "note", "error", "loss", "accuracy")} == {
