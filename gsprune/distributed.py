@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Sampler
 
+from gsprune.examples import inputs_and_labels, map_tensors
 from gsprune.shown import logger
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ def shares(loader: Any, *, training: bool) -> Iterator[Batch]:
         training: with random numbers of each process's own (for dropout, and for data that is drawn on the fly).
     """
     if world_size() == 1:
-        yield from loader
+        yield from map(inputs_and_labels, loader)
         return
     _same_random_state()
     sliceable = isinstance(loader, DataLoader) and loader.batch_sampler is not None
@@ -369,7 +370,7 @@ def _fetched(loader: DataLoader[Any]) -> Iterator[Share]:
         generator=torch.Generator().manual_seed((seed + rank() * _SPREAD) % 2**63),
         **workers,  # type: ignore[arg-type]
     )
-    for inputs, labels in local:
+    for inputs, labels in map(inputs_and_labels, local):
         whole, own = counts.popleft()
         yield Share.of(inputs, labels, whole=whole, own=own)
 
@@ -385,16 +386,9 @@ class _Once(Sampler[list[int]]):
 
 
 def _cut(loader: Any) -> Iterator[Share]:
-    for inputs, labels in loader:
+    for inputs, labels in map(inputs_and_labels, loader):
         mine = part(len(labels), rank(), world_size())
         here = mine or range(1)
         at = slice(here.start, here.stop)
-        yield Share.of(_rows(inputs, at), labels[at], whole=len(labels), own=len(mine))
-
-
-def _rows(value: Any, at: slice) -> Any:
-    if isinstance(value, Tensor):
-        return value[at]
-    if isinstance(value, Mapping):
-        return {name: _rows(item, at) for name, item in value.items()}
-    return type(value)(_rows(item, at) for item in value)
+        rows = map_tensors(lambda tensor: tensor[at] if tensor.dim() else tensor, inputs)  # noqa: B023 - called at once
+        yield Share.of(rows, labels[at], whole=len(labels), own=len(mine))

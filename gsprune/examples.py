@@ -40,6 +40,54 @@ def call(model: nn.Module, example_input: Example) -> Any:
     return model(*args, **kwargs)
 
 
+LABELS = ("labels", "label", "targets", "target")  # what a batch of named parts calls them
+
+
+def inputs_and_labels(batch: Any) -> tuple[Any, Any]:
+    """What a network is called with, and what its answer is compared with.
+
+    A pair is that already. Of a mapping, a named tuple or a dataclass, labels are the part called so (or one of
+    `LABELS`); a mapping or named tuple without it is the rest, a dataclass is left whole.
+
+    Raises:
+        ValueError: there is neither.
+
+    >>> inputs_and_labels({"x": 1, "mask": 2, "labels": 3}), inputs_and_labels((1, 2))
+    (({'x': 1, 'mask': 2}, 3), (1, 2))
+    """
+    names = _parts_of(batch)
+    label = next((name for name in LABELS if name in names), None)
+    if label is None:
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            return batch  # type: ignore[return-value]
+        given = f"a {type(batch).__name__}" + (f" of {', '.join(map(str, names))}" if names else "")
+        raise ValueError(
+            f"a batch is {given}: it must be (inputs, labels), or have a part called {' or '.join(LABELS)}"
+        )
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name != label}, batch[label]
+    if isinstance(batch, tuple):
+        rest = tuple(value for name, value in zip(names, batch, strict=True) if name != label)
+        return rest[0] if len(rest) == 1 else rest, getattr(batch, label)
+    return batch, getattr(batch, label)
+
+
+def _parts_of(batch: Any) -> list[str]:
+    if isinstance(batch, Mapping):
+        return list(batch)
+    if is_dataclass(batch):
+        return [field.name for field in fields(batch)]
+    return list(getattr(batch, "_fields", ()))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The scores of the classes in what a network returns: a tensor, its `logits`, or the first of several tensors."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]  # type: ignore[no-any-return]
+    output = getattr(output, "logits", output)
+    return output[0] if isinstance(output, tuple | list) else output  # type: ignore[no-any-return]
+
+
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """The same nest of tuples, lists, mappings and dataclasses with `function` of every tensor.
 

@@ -49,7 +49,7 @@ from gsprune.composed import (
 from gsprune.console import Progress, epoch_line, make_progress, print_summary, to_log_file
 from gsprune.dense_cache import BASELINE, DenseCache, DenseRecord
 from gsprune.earlier import alone, finished_before, finished_here, how_to_go_on, of_another, tidy
-from gsprune.examples import copy_of, map_tensors
+from gsprune.examples import call, copy_of, inputs_and_labels, logits_of, map_tensors
 from gsprune.files import (
     put_aside,
     read_object,
@@ -308,7 +308,7 @@ class _Job:
         with distributed.one_after_the_first():
             self.data = build(self.cfg.dataset)
         self._note_classes()
-        inputs, labels = next(iter(self.data.val))
+        inputs, labels = inputs_and_labels(next(iter(self.data.val)))
         self.example = self.trainer.to_device(_first(inputs, 1))
         self.latency_example = self.trainer.to_device(_first(inputs, self.trainer.latency_batch))
         self._seed(phase=0)  # the model starts the same whatever the data drew
@@ -565,7 +565,7 @@ class _Job:
         """Raise a ValueError if the network does not run on the data, or has fewer outputs than there are classes."""
         try:
             with torch.no_grad():
-                outputs = copy_of(self.model).eval()(self.example).shape[1]
+                outputs = logits_of(call(copy_of(self.model).eval(), self.example)).shape[1]
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             if is_out_of_memory(error):
                 raise

@@ -2,8 +2,8 @@
 
 The only caller of the pruner's hooks in this repository. There is one loop and it has no feature branches:
 what pruning needs comes in through the hooks (`Hooks`), what a screen, a log or a checkpoint needs through callbacks.
-May import torch and numpy, and of this package `guard`, `position` and `distributed` alone: in several processes every
-one runs this loop, on its part of each batch, with averaged gradients.
+May import torch and numpy, and of this package `guard`, `position`, `examples` and `distributed` alone: in several
+processes every one runs this loop, on its part of each batch, with averaged gradients.
 
 One optimizer step, in order:
 
@@ -41,6 +41,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gsprune import distributed
+from gsprune.examples import call, inputs_and_labels, logits_of, map_tensors
 from gsprune.guard import Guard
 from gsprune.position import Position
 
@@ -70,7 +71,11 @@ class Schedule(Protocol):
 
 
 class Loader(Protocol):
-    """Batches of (inputs, labels) whose number is known: a `DataLoader`, or a list of batches."""
+    """Batches whose number is known: a `DataLoader`, or a list of batches.
+
+    A batch is (inputs, labels), or a mapping, named tuple or dataclass with a part called labels. The network is called
+    with the inputs as `example_input` is traced: model(x), model(*tuple) or model(**mapping).
+    """
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __len__(self) -> int: ...
@@ -347,21 +352,20 @@ class Trainer:
 
     def loss_sum(self, forward: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy summed over the batch, the logits, and the labels on the device."""
-        inputs, labels = self.to_device(batch[0]), self.to_device(batch[1])
+        inputs, labels = map(self.to_device, inputs_and_labels(batch))
         dtype = AUTOCAST[self.precision]
         with torch.autocast(self.torch_device.type, dtype=dtype, enabled=dtype is not None):
-            logits = forward(inputs)
+            logits = logits_of(call(forward, inputs))
         return F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels
 
     def to_device(self, value: Any) -> Any:
-        """Copy a tensor (or a tuple, list or mapping of them) without waiting for pinned memory."""
-        if isinstance(value, Tensor):
-            if self.channels_last and value.dim() == 4:
-                return value.to(self.torch_device, memory_format=torch.channels_last, non_blocking=True)
-            return value.to(self.torch_device, non_blocking=True)
-        if isinstance(value, Mapping):
-            return {name: self.to_device(item) for name, item in value.items()}
-        return type(value)(self.to_device(item) for item in value)
+        """Copy every tensor of a nest (tuples, mappings, dataclasses) without waiting for pinned memory."""
+        return map_tensors(self._to_device, value)
+
+    def _to_device(self, value: Tensor) -> Tensor:
+        if self.channels_last and value.dim() == 4:
+            return value.to(self.torch_device, memory_format=torch.channels_last, non_blocking=True)
+        return value.to(self.torch_device, non_blocking=True)
 
 
 @dataclass

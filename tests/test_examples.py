@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +15,17 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from gsprune import Pruner
 from gsprune.criteria import Magnitude
-from gsprune.examples import call, copy_of, map_tensors, outputs, plain, tensors_in, to_precision
+from gsprune.examples import (
+    call,
+    copy_of,
+    inputs_and_labels,
+    logits_of,
+    map_tensors,
+    outputs,
+    plain,
+    tensors_in,
+    to_precision,
+)
 from gsprune.export import to_exported_program
 from gsprune.metrics import count_macs, latency_ms
 from gsprune.schedules import OneShot
@@ -153,3 +164,58 @@ def test_plain_tensors_follow_the_precision_and_sharing_copies_nothing() -> None
     assert shared is not net
     assert shared.a is not net.a
     assert shared.a.weight is net.a.weight
+
+
+# ---- batches
+
+
+class Pair(NamedTuple):
+    x: Any
+    target: Any
+
+
+class Triple(NamedTuple):
+    x: Any
+    labels: Any
+    mask: Any
+
+
+@dataclass
+class Whole:
+    x: Any
+    labels: Any
+
+
+WHOLE = Whole(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs"),
+    [
+        ((1, 3), 1),
+        ([1, 3], 1),
+        ({"x": 1, "labels": 3}, {"x": 1}),
+        (UserDict(x=1, mask=2, label=3), {"x": 1, "mask": 2}),
+        (({"x": 1, "labels": 2}, 3), {"x": 1, "labels": 2}),
+        (Pair(1, 3), 1),
+        (Triple(1, 3, 2), (1, 2)),
+        (WHOLE, WHOLE),
+    ],
+)
+def test_a_batch_is_inputs_and_labels(batch: Any, inputs: Any) -> None:
+    found, labels = inputs_and_labels(batch)
+    assert (found, labels) == (inputs, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "given"), [({"x": 1, "y": 2}, "a dict of x, y"), ((1, 2, 3), "a tuple"), (1, "a int"), ([1], "a list")]
+)
+def test_a_batch_without_labels_is_refused(batch: Any, given: str) -> None:
+    with pytest.raises(ValueError, match=rf"^a batch is {given}: it must be \(inputs, labels\)"):
+        inputs_and_labels(batch)
+
+
+def test_logits_of_what_networks_return() -> None:
+    logits = torch.ones(2)
+    outputs = (logits, (logits, 1), {"logits": logits, "loss": 0}, SimpleNamespace(logits=logits))
+    assert all(logits_of(output) is logits for output in outputs)

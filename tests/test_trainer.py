@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -681,3 +684,57 @@ def test_another_count_of_numbers_is_refused_before_a_step(betas):
     with pytest.raises(ValueError, match=f"^{message}$"):
         make_optimizer(partial(torch.optim.AdamW, betas=betas), nn.Linear(2, 2))
     assert make_optimizer(partial(torch.optim.AdamW, betas=[0.5, 0.9]), nn.Linear(2, 2)).defaults["betas"] == (0.5, 0.9)
+
+
+# ---- batches, however they are wrapped
+
+
+class Named(nn.Module):
+    """Takes its inputs by name or in order, and answers as networks of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x, scale):
+        return SimpleNamespace(logits=self.net(x * scale[:, None]))
+
+
+@dataclass
+class Wrapped:
+    x: torch.Tensor
+    scale: torch.Tensor
+    labels: torch.Tensor
+
+
+class OfAClass(Named):
+    def forward(self, batch):
+        return super().forward(batch.x, batch.scale)
+
+
+Fields = namedtuple("Fields", "x scale targets")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "network"),
+    [
+        (lambda x, s, y: ({"x": x, "scale": s}, y), Named),
+        (lambda x, s, y: (UserDict(x=x, scale=s), y), Named),
+        (lambda x, s, y: ((x, s), y), Named),
+        (lambda x, s, y: [[x, s], y], Named),
+        (lambda x, s, y: {"scale": s, "x": x, "labels": y}, Named),
+        (lambda x, s, y: UserDict(x=x, scale=s, label=y), Named),
+        (Fields, Named),
+        (Wrapped, OfAClass),
+        (lambda x, s, y: (Wrapped(x, s, y), y), OfAClass),
+    ],
+)
+def test_a_network_is_called_with_a_batch_as_it_is_traced(wrap, network):
+    torch.manual_seed(1)
+    data = [(x, torch.rand(len(x)), y) for x, y in batches(4, 3)]
+    plain, model, losses = mlp(), network(), []
+    scaled, wrapped = [(x * s[:, None], y) for x, s, y in data], [wrap(*batch) for batch in data]
+    for net, loader in ((plain, scaled), (model, wrapped)):
+        fit(CPU(), net, loader, val=loader, on_epoch=lambda epoch, values: losses.append(values["val/loss"]))
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
