@@ -34,7 +34,7 @@ def arguments(example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)), {}
 
 
-def call(model: nn.Module, example_input: Example) -> Any:
+def call(model: Callable[..., Any], example_input: Example) -> Any:
     """model(x), model(*tuple) or model(**mapping)."""
     args, kwargs = arguments(example_input)
     return model(*args, **kwargs)
