@@ -173,10 +173,16 @@ def run_name(cfg: DictConfig) -> str | None:
     if not HydraConfig.initialized():
         return None
     chosen = HydraConfig.get().runtime.choices
-    share, budget = cfg.pruner.get("target_sparsity"), budget_of(cfg.pruner)
+    share, budget = wanted_sparsity(cfg.pruner), budget_of(cfg.pruner)
     wanted = [f"{kind} {left:g}" for kind, left in budget.items()] or ([f"{share:g}"] if share else [])
     pruner = " ".join([chosen["pruner"], *wanted])
     return f"{pruner}, seed {cfg.seed}, {chosen['model']}, {chosen['dataset']}"  # a table cuts the end off
+
+
+def wanted_sparsity(pruner: DictConfig) -> float | None:
+    """What the configuration of a pruner says is to be pruned, or its schedule where that is left open."""
+    own = pruner.get("target_sparsity")
+    return own if own is not None else (pruner.get("schedule") or {}).get("target_sparsity")
 
 
 def budget_of(pruner: DictConfig) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """`Pruner`: the hooks a training loop calls, and when a mask is due. The rooms below do scores, selection and masks.
 
-May import every room of the core (criteria, schedules, patterns, selection, targets, structures, shrink, budgets), and
-torch; checkpoint only where scores come from a file.
+May import every room of the core (criteria, schedules, patterns, selection, targets, structures, shrink, budgets,
+optimizers, copies, attaching, describe), and torch; checkpoint only where scores come from a file.
 """
 
 from __future__ import annotations
@@ -9,21 +9,25 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from gsprune.attaching import Attachable
 from gsprune.budgets import Budget, read_target
-from gsprune.criteria import Criterion
+from gsprune.copies import check_copies
+from gsprune.criteria import Criterion, Magnitude
+from gsprune.describe import as_html, describe, share
 from gsprune.matrices import coverage, is_sharded, warn_of_little
+from gsprune.optimizers import Optimizers, check_follows, held, names_of
 from gsprune.patterns import Pattern, parse_pattern
-from gsprune.schedules import Cubic, Ramp, Schedule
+from gsprune.schedules import Cubic, OneShot, Ramp, Schedule
 from gsprune.selection import pruned_count
 from gsprune.targets import (
     Share,
@@ -44,83 +48,6 @@ if TYPE_CHECKING:
 Scope = Literal["local", "global"]
 When = Literal["at_end", "each_update"]
 Scores = Mapping[str, Tensor] | str | os.PathLike[str]  # as `Pruner.scores` gives them, or a file of them
-
-
-class Attachable(ABC):
-    """How an optimizer's own step calls the hooks, for loops that do not."""
-
-    model: nn.Module
-    optimizer: Optimizer | None
-    steps_per_epoch: int | None
-    epoch: int
-    step: int
-    _handles: list[RemovableHandle]
-
-    @abstractmethod
-    def on_train_begin(self) -> None:
-        """Before the first epoch. Masks of a loaded state are applied."""
-
-    @abstractmethod
-    def on_step_begin(self, step: int) -> None:
-        """Before the forward pass of the epoch's optimizer step `step`: a due mask update happens here."""
-
-    @abstractmethod
-    def on_step_end(self) -> None:
-        """After the optimizer step: what is pruned is zero again."""
-
-    @abstractmethod
-    def on_train_end(self) -> None:
-        """After the last epoch: the final mask, if training ended before the schedule did; units are cut out, once."""
-
-    @abstractmethod
-    def _score(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        """Add this step's changes to the scores."""
-
-    def attach(self, optimizer: Optimizer) -> None:
-        """Let the optimizer's own step call the hooks: `attach`, train as ever, then `finish`.
-
-        A step that a gradient scaler skips adds nothing, also where a fused optimizer unscales and skips by itself.
-        Gradients are seen as the optimizer sees them, so after clipping.
-
-        Raises:
-            ValueError: the pruner does not know `steps_per_epoch`, which turns steps into progress, or is attached.
-        """
-        if self._handles:
-            raise ValueError("the pruner is attached already: finish() it before attaching it again")
-        if self.steps_per_epoch is None:
-            raise ValueError("attach needs the pruner's steps_per_epoch, to know how far training is")
-        self._follow(optimizer)
-        self.on_train_begin()
-        self.on_step_begin(self.step)
-        self._handles = [
-            optimizer.register_step_pre_hook(
-                # a fused optimizer is handed scaled gradients, the scale and whether one is inf
-                lambda *_: self._score(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
-            ),
-            optimizer.register_step_post_hook(lambda *_: self._on_attached_step()),
-        ]
-
-    def finish(self) -> nn.Module:
-        """The end of training for an attached pruner: the final mask, the smaller model; hooks are removed.
-
-        Returns:
-            The model given to the constructor, pruned.
-        """
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.on_train_end()
-        return self.model
-
-    def _follow(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-
-    def _on_attached_step(self) -> None:
-        assert self.steps_per_epoch is not None
-        self.on_step_end()
-        epochs, step = divmod(self.step + 1, self.steps_per_epoch)
-        self.epoch += epochs
-        self.on_step_begin(step)
 
 
 class Pruner(Attachable):
@@ -160,14 +87,15 @@ class Pruner(Attachable):
     Args:
         model: pruned in place.
         criterion: how to score, from `gsprune.criteria`.
-        target_sparsity: share of weights or units to prune, in [0, 1); overrides the schedule's own.
+        target_sparsity: share of weights or units to prune, in [0, 1). None: the schedule's own, which `keep` and
+            `target` override too.
         keep: units to keep in every structure of a kind, as {"heads": 8, "neurons": 600}, instead of a share;
             kinds not named stay whole.
         kinds: kinds of units to prune, of "channels", "neurons" and "heads"; None: all, or those that `keep` names.
         target: share of the dense network's cost that may stay, as {"macs": 0.5}, {"params": 0.3} or {"latency": 0.6}
             (of a forward pass of `example_input`, on the model's device), instead of a share of units: one ranking
-            over all structures is cut where that is met. It wins over `target_sparsity`, and the schedule then says
-            what share of the cost is gone. Needs units. A latency budget measures at once, for some seconds, and looks
+            over all structures is cut where that is met. The schedule then says what share of the cost is gone. Needs
+            units. A latency budget measures at once, for some seconds, and looks
             at the clock again on the way; a resumed run does that too, so it goes on bit-identically only between two
             such looks. Of several pruners each counts as if the others removed nothing.
         schedule: training progress -> sparsity, from `gsprune.schedules`.
@@ -179,7 +107,9 @@ class Pruner(Attachable):
         min_kept: groups kept at least in every tensor or structure.
         include, exclude: `*` patterns for names of tensors, modules or structures; exclude wins.
         example_input: a batch (tensor, tuple or dict) to trace the model with; needed for units.
-        optimizer: its memory of pruned weights is zeroed, and it follows the model when that shrinks.
+        optimizer: one or several; their memory of pruned weights is zeroed, and they follow the model when it shrinks,
+            with the optimizers inside them (of a wrapper, SAM, Lookahead). What cannot follow (LBFGS, 8-bit state) is
+            refused under "each_update"; "at_end" it forgets what it knew of the parameters that were cut.
         steps_per_epoch: optimizer steps in an epoch; without it masks are updated between epochs only.
         epochs: length of the run, of which a schedule without `end_epoch` takes two thirds.
         scores: what the running score starts from instead of zero, as `scores()` of another pruner gave it, or the
@@ -187,9 +117,11 @@ class Pruner(Attachable):
             Without effect on a criterion that accumulates nothing. A loaded state replaces it.
         shrink: cut pruned units out of the model "at_end", or at "each_update" of the mask: training gets faster as the
             model gets smaller. The optimizer's state is cut alike, so that the next step is that of the masked model
-            (clipping excepted: a masked weight's gradient still counts in the norm of a masked model).
-        copies: networks of the same architecture that are cut along with the model: the `.module` of an EMA's
-            `AveragedModel`, whose average then has what the model has.
+            (clipping excepted: a masked weight's gradient still counts in the norm of a masked model). Under
+            `torch.compile` every cut compiles anew, everything in the process: let `update_frequency` be a whole epoch.
+        copies: networks of the same architecture that are masked and cut along with the model: the `.module` of an
+            EMA's `AveragedModel`, whose average then has what the model has. An average of zeros stays zero, so that
+            they are masked at each update and in the end.
 
     Raises:
         ValueError: a setting out of its range, or one that contradicts another or the model.
@@ -203,6 +135,10 @@ class Pruner(Attachable):
         >>> pruner.on_step_begin(0)
         >>> model.weight.tolist(), pruner.sparsity
         ([[0.0, 0.0, 2.0, 3.0]], 0.5)
+        >>> pruner
+        Pruner of 4 weights in 1 tensor, by Magnitude(decay=1.0), global
+          pruned: 2 of 4 (50.0 %), as wanted: 50.0 %; the mask is final
+          at epoch 0, 1 mask update
     """
 
     def __init__(
@@ -223,28 +159,36 @@ class Pruner(Attachable):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         example_input: Any = None,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         steps_per_epoch: int | None = None,
         epochs: float | None = None,
         scores: Scores | None = None,
         shrink: When = "at_end",
         copies: Sequence[nn.Module] = (),
     ) -> None:
-        for name, given, kind in (("criterion", criterion, Criterion), ("schedule", schedule or Cubic(), Schedule)):
-            if not isinstance(given, kind):
-                raise ValueError(f"{name} is a {type(given).__name__}: it must be a {kind.__module__}.{kind.__name__}")
+        _check_kind("criterion", criterion, Criterion)
+        _check_kind("schedule", schedule or Cubic(), Schedule)
+        _check_numbers(
+            target_sparsity=target_sparsity, min_kept=min_kept, steps_per_epoch=steps_per_epoch, epochs=epochs
+        )
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
+        if isinstance(model, nn.Module):
+            check_copies(model, copies)
         self.structured = not criterion.scores_weights if structured is None else structured
+        counts = {kind: count for kind, count in (keep or {}).items() if count is not None}
         if (goal := read_target(target)) is not None:
-            _check_goal(self, keep, scope, *goal)
+            _check_goal(self, counts, scope, *goal, target_sparsity=target_sparsity)
             scope, target_sparsity = "global", round(1 - goal[1], 12)
+        if counts and target_sparsity is not None:
+            raise ValueError(
+                f"keep={counts} and target_sparsity={target_sparsity} both say how much stays: set only one of them"
+            )
         self.scope = scope or ("local" if self.structured else "global")
         self.min_kept, self.steps_per_epoch, self.shrink = min_kept, steps_per_epoch, shrink
         self._example_input, self.copies = example_input, copies
         self._shrinker: Shrinker | None = None  # of units alone
         self.skipped: Mapping[str, str] = {}  # structures or tensors that are left alone unasked -> why
         self.left_out: tuple[Structure, ...] = ()  # those that could be, but for include, exclude and keep
-        counts = {kind: count for kind, count in (keep or {}).items() if count is not None}
         parsed = parse_pattern(pattern)
         _check_settings(self, parsed, counts, kinds, per_channel=per_channel)
         schedule = _resolve(schedule or Cubic(), parsed, target_sparsity, epochs, counted=bool(counts))
@@ -264,12 +208,63 @@ class Pruner(Attachable):
         self._scored = torch.zeros((), dtype=torch.int64, device=self._all.score.device)  # batches that counted
         self._unseen = {target.name for target in self.targets} if criterion.cumulative else set()  # without a gradient
         self._looked = 0  # steps in which gradients were looked for since the pruner was made
-        self._handles: list[RemovableHandle] = []
+        self._in_step: set[str] = set()  # targets that one of several optimizers has scored in this step
+        self._counted: Tensor | None = None  # whether one of them counted
+        self._flat: set[str] = set()  # targets that were warned about
+        self._handles: list[Any] = []
         self.epoch, self.step, self.updates = 0, 0, 0
         self._ended = False
         self.budget: Budget | None = self._budget(*goal) if goal is not None else None
         if scores is not None:
             self._start_from(scores)
+
+    @classmethod
+    def from_masks(
+        cls,
+        model: nn.Module,
+        masks: Mapping[str, Tensor],
+        *,
+        example_input: Any = None,
+        optimizer: Optimizers | None = None,
+        copies: Sequence[nn.Module] = (),
+    ) -> Pruner:
+        """A pruner whose masks are final: it keeps a sparse model sparse while that is tuned.
+
+        Masks are applied at once, after each step (`attach`, or the hooks), to what is loaded, and in `finish`; units
+        are cut out there. Nothing is scored.
+
+        Args:
+            masks: as `masks()` and `gsprune.checkpoint.load_masks` give them: of tensors, or of structures.
+            example_input: needed for masks of structures.
+            optimizer, copies: as of the constructor.
+
+        Raises:
+            ValueError: a mask is of nothing that can be pruned here, has another shape, or is not bool; masks of units
+                and of single weights together, or of units without `example_input`.
+
+        >>> model = nn.Linear(2, 2)
+        >>> pruner = Pruner.from_masks(model, {"weight": torch.tensor([[True, False], [True, True]])})
+        >>> float(model.weight[0, 1]), pruner.sparsity
+        (0.0, 0.25)
+        """
+        units = _are_units(model, masks, example_input)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is not masked is left out on purpose
+            pruner = cls(
+                model,
+                Magnitude(),
+                structured=units,
+                scope="local",
+                target_sparsity=None,
+                schedule=OneShot(target_sparsity=0.5),
+                include=[re.sub(r"[*?[]", r"[\g<0>]", name) for name in masks],
+                example_input=example_input,
+                optimizer=optimizer,
+                copies=copies,
+                steps_per_epoch=1,
+            )
+        pruner._take_masks(masks)
+        return pruner
 
     # ---- hooks, in the order a loop calls them
 
@@ -277,11 +272,14 @@ class Pruner(Attachable):
         """Before the first epoch. Masks of a loaded state are applied.
 
         Raises:
-            ValueError: the model is to shrink while it trains, and its optimizer is not known; the optimizer holds
-                nothing of what is pruned.
+            ValueError: the model is to shrink while it trains, and its optimizer is not known, cannot follow it, or
+                does not hold all that is cut; the optimizer holds nothing of what is pruned.
         """
-        if self.structured and self.shrink == "each_update" and self.optimizer is None:
-            raise ValueError('shrink="each_update" needs the optimizer, which has to follow the model: give it')
+        if self.structured and self.shrink == "each_update":
+            if not self.optimizers:
+                raise ValueError('shrink="each_update" needs the optimizer, which has to follow the model: give it')
+            self._check_held(self.optimizers)
+            check_follows(self.optimizers)
         self._check_optimizer()
         self._apply_masks()
 
@@ -292,6 +290,8 @@ class Pruner(Attachable):
     def on_step_begin(self, step: int) -> None:
         """Before the forward pass of the epoch's optimizer step `step`: a due mask update happens here."""
         self.step = step
+        self._in_step.clear()
+        self._counted = None
         wanted = [schedule(self.progress) for schedule in self.schedules]
         if any(now > before for now, before in zip(wanted, self._applied, strict=True)):
             self._update(wanted)
@@ -305,7 +305,7 @@ class Pruner(Attachable):
         Raises:
             ValueError: in the first step: a weight to be scored was frozen since the pruner was made.
         """
-        self._score(found_inf=getattr(self.optimizer, "found_inf", None))
+        self._score(found_inf=self._found_inf())
 
     def on_step_end(self) -> None:
         """After the optimizer step: what is pruned is zero again."""
@@ -318,15 +318,28 @@ class Pruner(Attachable):
     def on_train_end(self) -> None:
         """After the last epoch: the final mask, if training ended before the schedule did; units are cut out, once.
 
+        What is pruned is zero afterwards in the tensors that the model has now, also where others were loaded.
+
         Raises:
             ValueError: the smaller model does not compute what the masked one does; it is left masked.
         """
-        if self._ended:
-            return
-        self.finish_masks()
-        if self.structured:
+        if not self._ended:
+            self.finish_masks()
+        self.restore_masks()
+        if not self._ended and self.structured:
             self._cut()
         self._ended = True
+
+    def restore_masks(self, copies: Sequence[nn.Module] | None = None) -> None:
+        """Zero what is pruned in the tensors that the model and its copies have now, whatever was put in their place.
+
+        Raises:
+            ValueError: a tensor has another shape than its mask.
+        """
+        for target in self.targets:
+            target.find(self.model)
+            for network in (self.model, *(self.copies if copies is None else copies)):
+                target.mask(network)
 
     def finish_masks(self) -> None:
         """The final mask, if training ended before the schedule did."""
@@ -434,6 +447,11 @@ class Pruner(Attachable):
             self._all.settle_()
             self._all.apply_()
 
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that are pruned or cut and not frozen, by name: what the optimizers have to hold."""
+        named = {name: tensor for target in self.targets for name, tensor in target.named(self.model).items()}
+        return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+
     def leave_cutting(self) -> None:
         """Mask units only: somebody else cuts them out."""
         self._shrinker = None
@@ -442,6 +460,20 @@ class Pruner(Attachable):
     def unit_targets(self) -> list[UnitTarget]:
         """The targets that are structures."""
         return [target for target in self.targets if isinstance(target, UnitTarget)]
+
+    def __repr__(self) -> str:
+        total, pruned = (sum(getattr(target, name) for target in self.targets) for name in ("total", "pruned"))
+        few = len(self.targets) == 1
+        home = ("structure" if self.structured else "tensor") + ("" if few else "s")
+        what = " and ".join(dict.fromkeys(target.structure.kind for target in self.unit_targets)) or "weights"
+        title = f"Pruner of {total:,} {what} in {len(self.targets)} {home}, by {self.criterion}, {self.scope}"
+        wanted = (
+            f"{1 - self.budget.share:.1%} of {self.budget.kind} less" if self.budget else f"{self.target_sparsity:.1%}"
+        )
+        return describe(self, title, [share(pruned, total, "")], wanted.replace("%", " %"))
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self))
 
     def load_scores(self, scores: Scores) -> None:
         """Put saved scores in the place of the running score; masks stay. The next mask update waits for no batch.
@@ -512,27 +544,36 @@ class Pruner(Attachable):
 
     # ---- inside
 
-    def _score(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+    def _score(
+        self,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        held: Collection[int] | None = None,
+    ) -> None:
         if not self.criterion.cumulative or (self.finished and self.updates):
             return  # with a target of 0 there is no update, but scores there are: another pruner may start from them
+        if not self._choose_due(held):
+            return
         with torch.no_grad():
             finite = self._all.probe(self.criterion)
             if found_inf is not None:
                 finite = finite & (found_inf.reshape(()) == 0)
-            self._note_present()
+            first = held is None or self._counted is None
+            self._note_present(first=first)
             verdict = Verdict(finite, self.criterion.decay, grad_scale)
             self._all.accumulate_(self.criterion, verdict)
             if any(self._all.present):
-                self._scored += finite
+                self._count(finite, once=held is not None)
 
-    def _note_present(self) -> None:
+    def _note_present(self, *, first: bool) -> None:
         """Which targets have had a gradient by now: the host knows that without waiting.
 
         Raises:
             ValueError: in the first step: something was frozen since the pruner was made.
         """
-        self._looked += 1
-        if self._looked == 1:
+        self._looked += first  # of several optimizers the first one counts the step
+        if self._looked == 1 and first:
             self._check_trainable()
         if self._unseen:
             self._unseen -= {t.name for t, here in zip(self.targets, self._all.present, strict=True) if here}
@@ -558,6 +599,25 @@ class Pruner(Attachable):
         if self.criterion.cumulative:
             _refuse_frozen(self._all.frozen(self.criterion), self)
 
+    def _choose_due(self, held: Collection[int] | None) -> bool:
+        """Whether there is something to score: what the optimizer holds that steps, and was not scored in this step."""
+        for target in self.targets:
+            mine = held is None or any(id(tensor) in held for tensor in target.parameters())
+            target.due = mine and (held is None or target.name not in self._in_step)
+        due = [target.name for target in self.targets if target.due]
+        self._in_step.update(due)
+        return bool(due)
+
+    def _count(self, finite: Tensor, *, once: bool) -> None:
+        """Count the batch, or with `once` the step that several optimizers make."""
+        before = self._counted if once else None
+        self._scored += finite if before is None else finite & ~before
+        self._counted = finite if before is None else finite | before
+
+    def _mask_gradients(self) -> None:
+        with torch.no_grad():
+            self._all.mask_grads_()
+
     def _start_from(self, scores: Scores) -> None:
         name = type(self.criterion).__name__
         if not self.criterion.cumulative:
@@ -578,6 +638,19 @@ class Pruner(Attachable):
             self._all.settle_()
         if int(self._scored):
             self._unseen.clear()
+
+    def _take_masks(self, masks: Mapping[str, Tensor]) -> None:
+        for target in self.targets:
+            keep = masks[target.name]
+            target.check(keep, keep)
+            target.load(torch.zeros_like(target.outside(target.score)), keep)
+        self.schedules = [OneShot(target_sparsity=target.pruned / target.total) for target in self.targets]
+        self._applied = [schedule.final for schedule in self.schedules]
+        self.updates = 1
+        with torch.no_grad():
+            self._all.settle_()
+            self._all.mask_state_(self.optimizers)
+        self.restore_masks()
 
     def _unit_targets(
         self,
@@ -628,16 +701,54 @@ class Pruner(Attachable):
             if not self.criterion.cumulative:
                 self._all.compute_(self.criterion)
             groups = [_checked(target) for target in self.targets]
+            self._check_flat(groups)
+            before = [target.pruned for target in self.targets]
             for target, keep in zip(self.targets, self._select(groups, wanted), strict=True):
                 target.set_keep(keep)
             self._all.settle_()
-            if self.optimizer is not None:
-                self._all.mask_state_(self.optimizer)
+            self._all.mask_state_(self.optimizers)
+            for copy in self.copies:
+                self.mask_copy(copy)
         self._applied = list(wanted)
+        if before == [target.pruned for target in self.targets]:
+            return  # a share that has not grown by a whole group
         self.updates += 1
         if self.structured and self.shrink == "each_update":
             self._cut()
         self._apply_masks()
+
+    def _check_flat(self, groups: Sequence[Tensor]) -> None:
+        """Warn of targets whose scores say nothing; ValueError where none says anything."""
+        flat: dict[str, float] = {}
+        for target, group in zip(self.targets, groups, strict=True):
+            low, high = target.range(group)
+            if low == high and target.total - target.pruned > group.shape[0]:
+                flat[target.name] = high
+        if not flat:
+            return
+        name, value = next(iter(flat.items()))
+        what = f"{value:g}" if len(set(flat.values())) == 1 else "one number in each"
+        why = "the loss does not depend on it, or its gradients are too small for their type"
+        why = why if self.criterion.cumulative else "its weights are all equal"
+        if len(flat) == sum(
+            target.total - target.pruned > len(g) for target, g in zip(self.targets, groups, strict=True)
+        ):
+            raise ValueError(
+                f"the scores say nothing of what to prune, in {name} and everywhere they are all equal ({what}): {why}"
+            )
+        if fresh := [name for name in flat if name not in self._flat]:
+            self._flat.update(fresh)
+            more = f" and of {len(fresh) - 1} more" if len(fresh) > 1 else ""
+            warnings.warn(
+                f"the scores of {fresh[0]}{more} are all equal ({flat[fresh[0]]:g}), so that what goes there goes by "
+                f"index: {why}",
+                stacklevel=4,
+            )
+
+    def mask_copy(self, network: nn.Module) -> None:
+        """Zero in a network of the same architecture what is pruned in the model."""
+        for target in self.targets:
+            target.mask(network)
 
     def _select(self, groups: Sequence[Tensor], wanted: Sequence[float]) -> list[Tensor]:
         if self.scope == "global":
@@ -669,12 +780,9 @@ class Pruner(Attachable):
             )
 
     def _check_optimizer(self) -> None:
-        if self.optimizer is None:
-            return
-        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        if not any(id(tensor) in held for target in self.targets for tensor in target.parameters()):
-            name = type(self.optimizer).__name__
-            raise ValueError(f"the {name} optimizer holds nothing of what is pruned: is it another model's?")
+        mine, trained = held(self.optimizers), self.trained()
+        if self.optimizers and trained and not any(id(tensor) in mine for tensor in trained.values()):
+            raise ValueError(f"{names_of(self.optimizers)} holds nothing of what is pruned: is it another model's?")
 
     def _apply_masks(self) -> None:
         with torch.no_grad():
@@ -683,12 +791,12 @@ class Pruner(Attachable):
     def _cut(self) -> None:
         """Cut what is pruned out of the model."""
         if self._shrinker is not None:
-            cut_units(self._shrinker, self.unit_targets, self.optimizer)
+            cut_units(self._shrinker, self.unit_targets, self.optimizer, when=self.shrink)
 
 
-def cut_units(shrinker: Shrinker, targets: Sequence[UnitTarget], optimizer: Optimizer | None) -> None:
+def cut_units(shrinker: Shrinker, targets: Sequence[UnitTarget], optimizer: Optimizers | None, *, when: When) -> None:
     """Cut the model down to the units that the targets keep, and tell the targets where those lie now."""
-    shrinker.cut([target.keep for target in targets], optimizer=optimizer)
+    shrinker.cut([target.keep for target in targets], optimizer=optimizer, drop_state=when == "at_end")
     for target, structure in zip(targets, shrinker.here, strict=True):
         target.move(structure, shrinker.model)
 
@@ -747,7 +855,10 @@ class NoPruning:
     def on_train_end(self) -> None:
         """Nothing."""
 
-    def attach(self, optimizer: Optimizer) -> None:
+    def attach(self, *optimizers: Optimizer) -> None:
+        """Nothing."""
+
+    def detach(self) -> None:
         """Nothing."""
 
     def finish(self) -> nn.Module:
@@ -812,6 +923,42 @@ def _first_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
+def _are_units(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any) -> bool:
+    """Whether masks are of structures; they have to be masks, and all of one sort."""
+    if not isinstance(masks, Mapping) or not masks:
+        raise ValueError("masks must map names of tensors or structures to bool tensors, and have one at least")
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"the mask of {name} is {given}: masks are bool tensors, True where a weight is kept")
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)} & set(masks)
+    units = [name for name in masks if name not in weights]
+    if units and (weights or example_input is None):
+        way = "give those of single weights alone" if weights else "give example_input, if that is a structure"
+        raise ValueError(
+            f"there is a mask of {units[0]!r}, which is no tensor of the model: {way}; units that were cut "
+            f"out of it already need none"
+        )
+    return bool(units)
+
+
+def _check_kind(name: str, given: object, kind: type) -> None:
+    wanted = f"{kind.__module__}.{kind.__name__}"
+    if isinstance(given, type) and issubclass(given, kind):
+        raise ValueError(f"{name} is the class {given.__name__}: give an instance of it, {given.__name__}(...)")
+    if not isinstance(given, kind):
+        raise ValueError(f"{name} is a {type(given).__name__}: it must be a {wanted}")
+
+
+def _check_numbers(**given: object) -> None:
+    whole = ("min_kept", "steps_per_epoch")
+    for name, value in given.items():
+        kind = Integral if name in whole else Real
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            wanted = "a whole number" if name in whole else "a number"
+            raise ValueError(f"{name} is {value!r}, a {type(value).__name__}: it must be {wanted}")
+
+
 def _check_settings(
     pruner: Pruner, pattern: Pattern, counts: Mapping[str, int], kinds: Sequence[str] | None, *, per_channel: bool
 ) -> None:
@@ -846,26 +993,37 @@ def _check_settings(
     if pruner.steps_per_epoch is not None and pruner.steps_per_epoch < 1:
         raise ValueError(f"steps_per_epoch is {pruner.steps_per_epoch}: it must be 1 or more")
     if not units and pruner.shrink == "each_update":
-        warnings.warn("shrink has no effect on single weights: they are masked", stacklevel=3)
+        raise ValueError("shrink=each_update has no effect on single weights, which are masked: leave it at at_end")
     if units and (per_channel or pattern != parse_pattern("1x1")):
-        warnings.warn("pattern and per_channel have no effect on units", stacklevel=3)
+        raise ValueError(
+            f"pattern and per_channel are for single weights, but {type(criterion).__name__} prunes units here: "
+            f"leave them out"
+        )
     if criterion.normalize and pruner.scope == "local":
-        warnings.warn(
-            "normalize has no effect under scope local: it divides each structure by its own norm",
-            stacklevel=3,
+        raise ValueError(
+            "normalize has no effect under scope local, where it divides each structure by its own norm: set scope to "
+            "global"
         )
 
 
 def _check_goal(
-    pruner: Pruner, keep: Mapping[str, int | None] | None, scope: str | None, kind: str, share: float
+    pruner: Pruner,
+    counts: Mapping[str, int],
+    scope: str | None,
+    kind: str,
+    share: float,
+    *,
+    target_sparsity: float | None,
 ) -> None:
     """What a budget cannot be together with."""
-    given, counts = f"target={{{kind}: {share:g}}}", {k: n for k, n in (keep or {}).items() if n is not None}
+    given = f"target={{{kind}: {share:g}}}"
     if not pruner.structured:
         name = type(pruner.criterion).__name__
         raise ValueError(f"{given} needs units, but {name} zeroes single weights here: set target_sparsity instead")
     if counts:
-        raise ValueError(f"{given} and keep={counts} both say how much stays: set only one of them")
+        raise ValueError(f"{given} and keep={dict(counts)} both say how much stays: set only one of them")
+    if target_sparsity is not None:
+        raise ValueError(f"{given} and target_sparsity={target_sparsity} both say how much stays: set only one of them")
     if scope == "local":
         raise ValueError(f"{given} cuts one ranking over all structures: set scope to global, or leave it open")
 

@@ -11,16 +11,19 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from gsprune.attaching import Attachable
+from gsprune.copies import check_copies
+from gsprune.describe import as_html, describe, share
 from gsprune.matrices import coverage
+from gsprune.optimizers import Optimizers, every_optimizer
 from gsprune.patterns import Tile
-from gsprune.pruner import Attachable, Pruner, Scores, cut_units, targeted
+from gsprune.pruner import Pruner, Scores, cut_units, targeted
 from gsprune.schedules import Schedule
 from gsprune.targets import Share, Target, UnitTarget, WeightTarget, sum_of
 
@@ -41,7 +44,7 @@ class Pruners(Attachable):
             `functools.partial(Pruner, criterion=..., ...)`. Their targets must be disjoint.
         schedule: of the parts that have none of their own.
         example_input, optimizer, steps_per_epoch, epochs: as of `Pruner`, for all parts.
-        copies: networks that are cut along, as of `Pruner`; not of a part.
+        copies: networks that are masked and cut along, as of `Pruner`; not of a part.
         scores: what the running scores start from, as `scores()` gives them, or the path of a file of them.
 
     Raises:
@@ -68,7 +71,7 @@ class Pruners(Attachable):
         *,
         schedule: Schedule | None = None,
         example_input: Any = None,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         steps_per_epoch: int | None = None,
         epochs: float | None = None,
         copies: Sequence[nn.Module] = (),
@@ -77,14 +80,17 @@ class Pruners(Attachable):
         if not isinstance(pruners, Sequence) or not pruners:
             given = "empty" if isinstance(pruners, Sequence) else f"a {type(pruners).__name__}"
             raise ValueError(f"pruners is {given}: it must list what makes one pruner or more")
+        self.parts: list[Pruner] = []  # the optimizer is handed on to them
         self.model, self.optimizer, self.steps_per_epoch = model, optimizer, steps_per_epoch
+        check_copies(model, copies)
+        self.copies = copies
         common = {"optimizer": optimizer, "steps_per_epoch": steps_per_epoch, "epochs": epochs}
         self.parts = [
             _part(number, _scheduled(make, schedule), model, example_input=example_input, **common)
             for number, make in enumerate(pruners)
         ]
         self.structured = any(part.structured for part in self.parts)
-        self.skipped = {name: why for part in self.parts for name, why in part.skipped.items()}
+        self.skipped: Mapping[str, str] = {name: why for part in self.parts for name, why in part.skipped.items()}
         self.epoch, self.step, self.updates = 0, 0, 0
         self._units = [part for part in self.parts if part.structured]
         self._weights = [part for part in self.parts if not part.structured]
@@ -99,7 +105,11 @@ class Pruners(Attachable):
     # ---- hooks, in the order a loop calls them
 
     def on_train_begin(self) -> None:
-        """Before the first epoch. Masks of a loaded state are applied."""
+        """Before the first epoch. Masks of a loaded state are applied.
+
+        Raises:
+            ValueError: as of `Pruner`.
+        """
         for part in self.parts:
             part.on_train_begin()
 
@@ -121,7 +131,9 @@ class Pruners(Attachable):
         for part in self._weights:
             part.epoch = self.epoch
             part.on_step_begin(step)
-        self.updates += self._done() != done
+        if self._done() != done:
+            self.updates += 1
+            self._mask_copies()
 
     def on_before_optimizer_step(self) -> None:
         """After the backward pass, with gradients unscaled and not yet clipped: scores grow by this step's change.
@@ -129,7 +141,7 @@ class Pruners(Attachable):
         Raises:
             ValueError: as of `Pruner`.
         """
-        self._score()
+        self._score(found_inf=self._found_inf())
 
     def on_step_end(self) -> None:
         """After the optimizer step: what is pruned is zero again."""
@@ -148,8 +160,20 @@ class Pruners(Attachable):
         Raises:
             ValueError: the smaller model does not compute what the masked one does; it is left masked.
         """
-        if self._ended:
-            return
+        if not self._ended:
+            self._finish_masks()
+        self.restore_masks()
+        if not self._ended:
+            self._cut()
+        self._ended = True
+
+    def restore_masks(self) -> None:
+        """Zero what is pruned in the tensors that the model has now, as of `Pruner`; not of a model that was cut."""
+        for part in self.parts:
+            if self.plan is None or part.structured:  # masks of single weights are as long as the dense tensors
+                part.restore_masks(self.copies)
+
+    def _finish_masks(self) -> None:
         done = self._done()
         for part in self._units:
             part.finish_masks()
@@ -158,8 +182,11 @@ class Pruners(Attachable):
         for part in self._weights:
             part.finish_masks()
         self.updates += self._done() != done
-        self._cut()
-        self._ended = True
+
+    def _mask_copies(self) -> None:
+        for part in self.parts if self.plan is None else self._units:
+            for copy in self.copies:
+                part.mask_copy(copy)
 
     # ---- what there is to see
 
@@ -242,6 +269,17 @@ class Pruners(Attachable):
         """The running scores of all parts, as of `Pruner`."""
         return {name: score for part in self.parts for name, score in part.scores().items()}
 
+    def __repr__(self) -> str:
+        units, weights = _counted(self.unit_targets), _counted([t for part in self._weights for t in part.targets])
+        counts = [(units, "units"), (weights, "weights")]
+        amounts = [share(*count, what) for count, what in counts if count[1]]
+        title = f"Pruners of {len(self.parts)} parts, by {self.criterion_name}"
+        wanted = f"{self.target_sparsity:.1%}".replace("%", " %") if self.target_sparsity is not None else None
+        return describe(self, title, amounts, wanted)
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self))
+
     def load_scores(self, scores: Scores) -> None:
         """Put saved scores in the place of the running ones, as of `Pruner`.
 
@@ -294,14 +332,35 @@ class Pruners(Attachable):
 
     # ---- inside
 
-    def _score(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        for part in self.parts:
-            part._score(grad_scale, found_inf)
+    def trained(self) -> dict[str, Tensor]:
+        """What the parts prune and is not frozen, by name."""
+        return {name: tensor for part in self.parts for name, tensor in part.trained().items()}
 
-    def _follow(self, optimizer: Optimizer) -> None:
-        super()._follow(optimizer)
+    @property
+    def optimizer(self) -> Optimizers | None:
+        """The optimizer, or several, as given."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, given: Optimizers | None) -> None:
+        self.optimizers = every_optimizer(given)
+        self._optimizer = given
         for part in self.parts:
-            part._follow(optimizer)
+            part.optimizer = given
+
+    def _score(
+        self,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        held: Collection[int] | None = None,
+    ) -> None:
+        for part in self.parts:
+            part._score(grad_scale, found_inf, held=held)
+
+    def _mask_gradients(self) -> None:
+        for part in self.parts:
+            part._mask_gradients()
 
     def _done(self) -> list[int]:
         return [part.updates for part in self.parts]
@@ -322,7 +381,7 @@ class Pruners(Attachable):
 
     def _cut(self) -> None:
         if self._shrinker is not None:
-            cut_units(self._shrinker, self.unit_targets, self.optimizer)
+            cut_units(self._shrinker, self.unit_targets, self.optimizer, when=self._units[0].shrink)
 
     def _one_shrinker(self, example_input: Any, copies: Sequence[nn.Module]) -> Shrinker:
         """In the place of the parts' own: structures of two parts may lie in one tensor."""

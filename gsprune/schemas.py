@@ -44,7 +44,7 @@ class PrunerConfig:
     target_sparsity: float | None = None
     keep: KeepConfig | None = field(default_factory=KeepConfig)
     kinds: list[str] | None = None
-    target: BudgetConfig | None = field(default_factory=BudgetConfig)  # wins over target_sparsity
+    target: BudgetConfig | None = field(default_factory=BudgetConfig)
     pattern: str = "1x1"
     per_channel: bool = False
     scope: str | None = None
@@ -80,6 +80,7 @@ class OneShotConfig:
     """Arguments of `gsprune.schedules.OneShot`."""
 
     _target_: str = MISSING
+    target_sparsity: float | None = None  # what the pruner's own, its keep or its target win over
     start_epoch: float = 0.0
 
 

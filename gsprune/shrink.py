@@ -3,23 +3,25 @@
 Two steps: `plan_shrink` says which positions of which tensors stay, `apply_plan` cuts them out in place.
 `shrink` does both, after comparing the masked and the shrunk network in float64 on copies. A `Shrinker` does it again
 and again while the model trains, and counts from the dense network.
-May import: torch, gsprune.attention, gsprune.structures.
+May import: torch, gsprune.attention, gsprune.structures, gsprune.optimizers, gsprune.copies.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from gsprune.attention import close_nested_path, narrow, why_not_narrow
+from gsprune.copies import check_copies
 from gsprune.files import refusing
+from gsprune.optimizers import Optimizers, check_state, every_optimizer, held, move_state, names_of
 from gsprune.structures import Example, Member, Structure, close, counted, float64_copy, outputs, refuse_wrapped, wake
 
 Cuts = Mapping[int, Tensor]  # dimension -> kept positions
@@ -149,12 +151,14 @@ def _checked(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> list[T
     return [keep.detach().cpu() for keep in keeps]
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = None) -> None:
+def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Optimizers | None = None, drop_state: bool = False) -> None:
     """Cut `model` in place: new Parameters in the same modules, attributes and optimizer state to match.
 
-    Dtype, device, memory format, `requires_grad` and `.grad` (cut along) are kept. In the optimizer the new
-    parameters take the old ones' places, and every state tensor shaped like its parameter is cut alike.
-    Everything is checked before anything changes. Raises ValueError when the plan does not fit the model.
+    Dtype, device, memory format, `requires_grad` and `.grad` (cut along) are kept. In the optimizer (or several, and
+    all inside them) the new parameters take the old ones' places, and state that runs along its parameter is cut alike:
+    moments, and the rows and columns of a factored one.
+    Everything is checked before anything changes. Raises ValueError when the plan does not fit the model, or the
+    optimizer's state holds a tensor that is none of these; with `drop_state` that optimizer forgets it, with a warning.
     """
     refuse_wrapped(model)
     homes = {name: _home(model, name) for name in plan.kept}
@@ -167,8 +171,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = No
     resizes = [(module, _resizer(module)) for module in modules]
     replaced: dict[Tensor, tuple[nn.Parameter, Cuts]] = {}
     fresh = {name: _cut(getattr(*homes[name]).detach(), cuts) for name, cuts in plan.kept.items()}
-    if optimizer is not None:
-        _check_optimizer(optimizer, [getattr(*home) for home in homes.values()])
+    optimizers = every_optimizer(optimizer)
+    _check_optimizers(optimizers, [getattr(*home) for home in homes.values()], drop_state=drop_state)
     for name, (module, leaf) in homes.items():
         old = getattr(module, leaf)
         if isinstance(old, nn.Parameter):
@@ -179,8 +183,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Optimizer | None = No
     for name, value in plan.attributes.items():
         setattr(*_home(model, name), value)
     close_nested_path(model)
-    if optimizer is not None:
-        _move_state(optimizer, replaced)
+    move_state(optimizers, replaced, drop=drop_state)
 
 
 def shrink(
@@ -189,7 +192,8 @@ def shrink(
     keeps: Sequence[Tensor],
     *,
     example_input: Example,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
+    drop_state: bool = False,
 ) -> Plan:
     """Remove the units that are not kept, in place, after proving on copies that nothing else changes.
 
@@ -205,7 +209,7 @@ def shrink(
     """
     check_shrink(model, structures, keeps, example_input=example_input)
     plan = plan_shrink(structures, keeps)
-    apply_plan(model, plan, optimizer=optimizer)
+    apply_plan(model, plan, optimizer=optimizer, drop_state=drop_state)
     return plan
 
 
@@ -240,25 +244,26 @@ class Shrinker:
         example_input: Example,
         copies: Sequence[nn.Module] = (),
     ) -> None:
-        for copy in copies:
-            _check_copy(model, copy)
+        check_copies(model, copies)
         self.model, self.structures, self.copies, self.example_input = model, structures, copies, example_input
         self.here: Sequence[Structure] = structures
         self.plan: Plan | None = None
         self._kept = [torch.ones(structure.units, dtype=torch.bool) for structure in structures]
 
-    def cut(self, keeps: Sequence[Tensor], *, optimizer: Optimizer | None = None) -> None:
+    def cut(self, keeps: Sequence[Tensor], *, optimizer: Optimizers | None = None, drop_state: bool = False) -> None:
         """Cut the model, its copies and the optimizer's state down to `keeps[i]`, bool (units,) of the dense network.
 
-        What is cut stays cut. Raises ValueError as `shrink` does; everything is then as it was.
+        What is cut stays cut. `drop_state` as of `apply_plan`. ValueError as of `shrink`; all is then as it was.
         """
         kept = [keep & before for keep, before in zip(_checked(self.structures, keeps), self._kept, strict=True)]
         news = [keep[before] for keep, before in zip(kept, self._kept, strict=True)]
         plan = plan_shrink(self.structures, kept)
         if not all(new.all() for new in news):
-            step = shrink(self.model, self.here, news, example_input=self.example_input, optimizer=optimizer)
+            options: dict[str, Any] = {"optimizer": optimizer, "drop_state": drop_state}
+            step = shrink(self.model, self.here, news, example_input=self.example_input, **options)
             for copy in self.copies:
                 apply_plan(copy, step)
+            _forget_compiled()
         self.here = [_narrowed(s, keep, plan) for s, keep in zip(self.structures, kept, strict=True)]
         self._kept, self.plan = kept, plan
 
@@ -278,19 +283,6 @@ def _narrowed(structure: Structure, keep: Tensor, plan: Plan) -> Structure:
     producers, consumers, norms, gates = (tuple(map(here, side)) for side in sides)
     units = int(keep.sum())
     return replace(structure, units=units, producers=producers, consumers=consumers, norms=norms, gates=gates)
-
-
-def _check_copy(model: nn.Module, copy: nn.Module) -> None:
-    own = {id(parameter) for parameter in model.parameters()}
-    if any(id(parameter) in own for parameter in copy.parameters()):
-        raise ValueError("a copy to be cut along shares parameters with the model: it must be a network of its own")
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    others = {name: tensor.shape for name, tensor in copy.state_dict().items()}
-    for name in [*shapes, *others]:
-        if shapes.get(name) != others.get(name):
-            raise ValueError(
-                f"{name!r} is not the same in the model and in a copy to be cut along: of an AveragedModel give .module"
-            )
 
 
 def check_shrink(
@@ -380,12 +372,14 @@ def _check_shared(model: nn.Module, homes: Mapping[str, tuple[nn.Module, str]]) 
         seen.add(id(parameter))
 
 
-def _check_optimizer(optimizer: Optimizer, tensors: Iterable[Tensor]) -> None:
-    """A foreign optimizer would go on training parameters that no longer exist."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = [t for t in tensors if t.requires_grad]
-    if trained and not any(id(t) in held for t in trained):
-        raise ValueError(f"the {type(optimizer).__name__} optimizer holds none of the parameters to be cut")
+def _check_optimizers(optimizers: Sequence[Any], tensors: Sequence[Tensor], *, drop_state: bool) -> None:
+    """A foreign optimizer would go on training parameters that no longer exist; unknown state could not follow."""
+    if drop_state:
+        return
+    mine, trained = held(optimizers), [t for t in tensors if t.requires_grad]
+    if optimizers and trained and not any(id(t) in mine for t in trained):
+        raise ValueError(f"{names_of(optimizers)} holds none of the parameters to be cut")
+    check_state(optimizers, tensors)
 
 
 # ---- cutting
@@ -413,20 +407,11 @@ def _parameter(old: nn.Parameter, data: Tensor, cuts: Cuts) -> nn.Parameter:
     return new
 
 
-def _move_state(optimizer: Optimizer, replaced: Mapping[Tensor, tuple[nn.Parameter, Cuts]]) -> None:
-    for group in optimizer.param_groups:
-        group["params"] = [replaced[p][0] if p in replaced else p for p in group["params"]]
-    for old, (new, cuts) in replaced.items():
-        if old in optimizer.state:
-            state = optimizer.state.pop(old)
-            optimizer.state[new] = {key: _cut_state(value, old, cuts) for key, value in state.items()}
-
-
-def _cut_state(value: Any, old: Tensor, cuts: Cuts) -> Any:
-    """Cut what runs along the parameter: whole moments, and row or column factors (Adafactor's)."""
-    if not isinstance(value, Tensor) or value.dim() != old.dim():
-        return value
-    return _cut(value, {dim: kept for dim, kept in cuts.items() if value.shape[dim] == old.shape[dim]})
+def _forget_compiled() -> None:
+    """Let `torch.compile` start anew, as for a new network: after 8 changes dynamo would stay with eager for good."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.convert_frame.input_codes.seen:
+        torch.compiler.reset()
 
 
 # ---- module attributes, read off the new shapes

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from gsprune.blocks import BLOCK, Scratch
 from gsprune.criteria import Criterion
 from gsprune.matrices import Matrix, find_matrices, is_sharded
 from gsprune.names import choose
+from gsprune.optimizers import moments
 from gsprune.patterns import Pattern, Tile
 from gsprune.selection import PRUNED, pruned_count, select
 
@@ -92,6 +93,7 @@ class Target(ABC):
         score: running score S, float32: of the weight's shape, or (units,). -inf where pruned.
         keep: mask of the same shape, True = kept.
         total, pruned: number of weights or units, and how many are pruned.
+        due: whether the next probe looks at it: of several optimizers each step has its own part.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Target(ABC):
     total: int
     pruned: int = 0
     of: str = "weights"
+    due: bool = True
 
     @property
     def share(self) -> Share:
@@ -113,6 +116,18 @@ class Target(ABC):
     @abstractmethod
     def scored(self, criterion: Criterion) -> Mapping[str, Tensor]:
         """The tensors whose gradients the criterion reads, by name."""
+
+    @abstractmethod
+    def named(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
+        """What is scored, masked or cut, by name."""
+
+    @abstractmethod
+    def find(self, model: nn.Module) -> None:
+        """Go on with the tensors that the model has now (`load_state_dict(assign=True)` puts others in their place)."""
+
+    @abstractmethod
+    def mask(self, network: nn.Module) -> None:
+        """Zero what is pruned in the model, or in a copy of it. In the end and at updates: it also zeroes a NaN."""
 
     @abstractmethod
     def groups(self) -> Tensor:
@@ -142,6 +157,10 @@ class Target(ABC):
     def best(self, groups: Tensor) -> float:
         """The highest of the group scores; NaN or inf if one of them is."""
         return float(groups.max())  # the maximum of a NaN is NaN
+
+    def range(self, groups: Tensor) -> tuple[float, float]:
+        """The lowest and the highest group score of what is not pruned."""
+        return -self.best(-groups.masked_fill(groups.isneginf(), math.inf)), self.best(groups)
 
     def check(self, score: Tensor, keep: Tensor) -> None:
         """Raise a ValueError if a saved score or mask has another shape."""
@@ -175,6 +194,15 @@ class Targets(ABC):
         self.keep = torch.ones(total, dtype=torch.bool, device=device)
         self.present = [False] * len(targets)  # in the step that was probed last
         self.scratch = Scratch()
+
+    @abstractmethod
+    def _share_out(self) -> None:
+        """Make the targets' scores and masks views of the flat ones."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pickling gives every view a memory of its own."""
+        vars(self).update(state)
+        self._share_out()
 
     @property
     def pruned(self) -> bool:
@@ -226,8 +254,12 @@ class Targets(ABC):
         """Zero what is pruned."""
 
     @abstractmethod
-    def mask_state_(self, optimizer: Optimizer) -> None:
-        """Zero the optimizer's memory (momentum, moments) of what is pruned."""
+    def mask_state_(self, optimizers: Sequence[Optimizer]) -> None:
+        """Zero the optimizers' memory (momentum, moments) of what is pruned."""
+
+    @abstractmethod
+    def mask_grads_(self) -> None:
+        """Zero the gradients of what is pruned."""
 
 
 class WeightTarget(Target):
@@ -268,6 +300,16 @@ class WeightTarget(Target):
         """What the layer computes with: the weight, or what is computed from it."""
         return self.weight.detach() if self._value is None else self._value()
 
+    def named(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
+        return {self.name: self.weight}
+
+    def find(self, model: nn.Module) -> None:
+        self.weight = _of_shape(model, self.name, self.weight.shape)
+
+    def mask(self, network: nn.Module) -> None:
+        weight = self.here(_of_shape(network, self.name, self.weight.shape)).detach()
+        weight.masked_fill_(~self.keep.to(weight.device), 0)
+
     def groups(self) -> Tensor:
         groups = self.pattern.to_groups(self._outputs_first(self.score))
         return groups if self.per_channel else groups.reshape(1, -1)
@@ -307,7 +349,7 @@ class WeightTarget(Target):
 
     def grad_line(self) -> Tensor | None:
         """The gradient as one line, in the weight's own memory format; None if there is none."""
-        if self.weight.grad is None:
+        if self.weight.grad is None or not self.due:
             return None
         grad, weight = self.here(self.weight.grad), self.here(self.weight)
         return _line(grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad))
@@ -321,19 +363,24 @@ class WeightTargets(Targets):
 
     def __init__(self, targets: Sequence[WeightTarget]) -> None:
         weights = [target.here(target.weight) for target in targets]
-        sizes, start = [weight.numel() for weight in weights], 0
+        sizes = [weight.numel() for weight in weights]
         super().__init__(targets, sum(sizes), _one_device(weights))
-        for target, weight, size in zip(targets, weights, sizes, strict=True):
-            shape, stride = weight.shape, weight.stride()
-            target.score = self.score[start : start + size].as_strided(shape, stride)
-            target.keep = self.keep[start : start + size].as_strided(shape, stride)
-            start += size
+        self._share_out()
         largest = max(sizes)
         self._blocks = _cut(sizes, BLOCK if self.score.is_cpu else max(BLOCK, largest))
 
+    def _share_out(self) -> None:
+        start = 0
+        for target in self.targets:
+            weight = target.here(target.weight)
+            stop = start + weight.numel()
+            target.score = self.score[start:stop].as_strided(weight.shape, weight.stride())
+            target.keep = self.keep[start:stop].as_strided(weight.shape, weight.stride())
+            start = stop
+
     def probe(self, criterion: Criterion) -> Tensor:
         # a sum is the cheapest pass that inf and NaN survive; it overflows only where the gradient is useless anyway
-        grads = [(target, target.weight.grad) for target in self.targets]
+        grads = [(target, target.weight.grad if target.due else None) for target in self.targets]
         self.present = [grad is not None for _, grad in grads]
         sums = [target.here(grad).sum(dtype=torch.float32) for target, grad in grads if grad is not None]
         return torch.stack(sums or [self.score.new_zeros(())]).isfinite().all()
@@ -372,10 +419,15 @@ class WeightTargets(Targets):
             for i, lo, hi, at in pieces:
                 weights[i][lo:hi].mul_(mask[at : at + hi - lo])
 
-    def mask_state_(self, optimizer: Optimizer) -> None:
+    def mask_state_(self, optimizers: Sequence[Optimizer]) -> None:
         for target in self.targets:
-            for state in _state(optimizer, target.weight):
+            for state in moments(optimizers, target.weight):
                 target.here(state).mul_(target.keep)
+
+    def mask_grads_(self) -> None:
+        for target in self.targets if self.pruned else ():
+            if target.weight.grad is not None:
+                target.here(target.weight.grad).mul_(target.keep)
 
     def _mask(self, start: int, stop: int) -> Tensor:
         """The flat mask as ones and zeros; by way of uint8, whose conversion is vectorised."""
@@ -397,6 +449,19 @@ class UnitTarget(Target):
     def parameters(self) -> Sequence[nn.Parameter]:
         return list(self.tensors.values())
 
+    def named(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
+        norms = {member.tensor for member in self.placed.norms}
+        return self.tensors | {name: tensor for name, tensor in model.named_parameters() if name in norms}
+
+    def find(self, model: nn.Module) -> None:
+        self.tensors = {name: _of_shape(model, name, tensor.shape) for name, tensor in self.tensors.items()}
+
+    def mask(self, network: nn.Module) -> None:
+        here = self.keep if self._left is None else self.keep[self._left]
+        for m in self.placed.consumers:
+            tensor = _of_shape(network, m.tensor, self.tensors[m.tensor].shape).detach()
+            tensor.index_fill_(m.dim, m.index[~here].flatten().to(tensor.device), 0)
+
     def scored(self, criterion: Criterion) -> Mapping[str, Tensor]:
         read: dict[str, Tensor] = {}
 
@@ -411,6 +476,8 @@ class UnitTarget(Target):
     def change(self, criterion: Criterion) -> Tensor | None:
         """What the criterion says of this step, (units,); 0 for units that were cut out. None if it saw no gradient."""
         self._seen = False
+        if not self.due:
+            return None
         change = self._dense(criterion.units(self.placed, self._read))
         return change if self._seen else None
 
@@ -469,12 +536,16 @@ class UnitTargets(Targets):
     targets: Sequence[UnitTarget]
 
     def __init__(self, targets: Sequence[UnitTarget]) -> None:
-        total, start = sum(target.total for target in targets), 0
+        total = sum(target.total for target in targets)
         super().__init__(targets, total, _one_device(t for target in targets for t in target.tensors.values()))
-        for target in targets:
+        self._share_out()
+        self._changes = self.score
+
+    def _share_out(self) -> None:
+        start = 0
+        for target in self.targets:
             target.score, target.keep = (flat[start : start + target.total] for flat in (self.score, self.keep))
             start += target.total
-        self._changes = self.score
 
     def probe(self, criterion: Criterion) -> Tensor:
         changes = [target.change(criterion) for target in self.targets]
@@ -509,11 +580,17 @@ class UnitTargets(Targets):
             for tensor, row in target.masked():
                 tensor.detach().mul_(row)  # a fifth of the time of filling the pruned columns
 
-    def mask_state_(self, optimizer: Optimizer) -> None:
+    def mask_state_(self, optimizers: Sequence[Optimizer]) -> None:
         for target in self.targets:
             for tensor, row in target.masked():
-                for state in _state(optimizer, tensor):
+                for state in moments(optimizers, tensor):
                     state.mul_(row)
+
+    def mask_grads_(self) -> None:
+        for target in self.targets:
+            for tensor, row in target.masked():
+                if tensor.grad is not None:
+                    tensor.grad.mul_(row)
 
 
 def weight_targets(
@@ -660,10 +737,15 @@ def _one_device(tensors: Iterable[Tensor]) -> torch.device:
     return first
 
 
-def _state(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
-    """The optimizer's tensors that have one entry for each of the parameter's."""
-    state = optimizer.state.get(parameter, {})
-    return [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
+def _of_shape(network: nn.Module, name: str, shape: torch.Size) -> nn.Parameter:
+    """The network's parameter of that name, which has to be as long as what was made for it."""
+    try:
+        found = network.get_parameter(name)
+    except AttributeError:
+        raise ValueError(f"the model has no {name} any more, which is pruned here") from None
+    if found.shape != shape:
+        raise ValueError(f"{name} is {_dims(found.shape)} now, but what is pruned of it is {_dims(shape)}")
+    return found
 
 
 def _dims(shape: torch.Size) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 
 import gsprune
 from gsprune import schemas
-from gsprune.composed import NUMBERS
+from gsprune.composed import NUMBERS, wanted_sparsity
 from gsprune.criteria import Abs
 from gsprune.schedules import OneShot
 from gsprune.trainer import Trainer
@@ -132,7 +132,7 @@ def test_every_experiment_composes_and_builds(
     assert config.dataset.builder._target_ == f"gsprune.datasets.{dataset}"
     assert config.model._target_ == f"gsprune.models.{model}"
     assert config.pruner.criterion._target_ == f"gsprune.criteria.{criterion}"
-    assert config.pruner.target_sparsity == sparsity
+    assert wanted_sparsity(config.pruner) == sparsity
     assert (config.trainer.dense_epochs, config.trainer.prune_epochs) == epochs
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     for target in targets(plain):
@@ -249,7 +249,7 @@ def test_defaults_of_each_pruner(
     pruner = compose_config(f"pruner={option}").pruner
     assert pruner._target_ == target
     assert pruner.criterion._target_ == f"gsprune.criteria.{criterion}"
-    assert pruner.target_sparsity == sparsity
+    assert wanted_sparsity(pruner) == sparsity
     assert pruner.criterion.get("decay") == decay
 
 

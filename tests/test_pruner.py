@@ -599,9 +599,9 @@ def test_loaded_scores_do_not_bring_back_what_is_pruned() -> None:
     pruner.on_step_begin(0)
     gone = torch.cat([~mask.flatten() for mask in pruner.masks().values()])
     assert 0 < int(gone.sum()) < 54
-    high = {name: torch.where(mask, 1.0, 100.0) for name, mask in pruner.masks().items()}
+    high = {name: torch.where(mask, ramp(*mask.shape), 100.0) for name, mask in pruner.masks().items()}
     pruner.load_scores(high)
-    assert {float(score.max()) for score in pruner.scores().values()} == {1.0}
+    assert max(float(score.max()) for score in pruner.scores().values()) < 100
     pruner.on_epoch_begin(3)
     pruner.on_step_begin(0)
     after = torch.cat([~mask.flatten() for mask in pruner.masks().values()])
@@ -771,7 +771,7 @@ def test_a_step_makes_no_host_copy(
 
 def build(criterion: Criterion = Elementwise(), model: nn.Module | None = None, **settings: Any) -> Pruner:  # noqa: B008
     settings.setdefault("epochs", 3)
-    settings.setdefault("target_sparsity", None if settings.get("pattern") == "2:4" else 0.5)
+    settings.setdefault("target_sparsity", None if settings.get("pattern") == "2:4" or "keep" in settings else 0.5)
     return Pruner(model or mlp(), criterion, **settings)
 
 
@@ -1054,8 +1054,6 @@ def test_a_state_of_other_targets_is_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: build(Abs(), pattern="2x2", example_input=INPUT), "pattern and per_channel have no effect on units"),
-        (lambda: build(Abs(normalize=True), example_input=INPUT), "normalize has no effect under scope local"),
         (
             lambda: build(schedule=Cubic(end_epoch=3)),
             "the schedule ends at epoch 3 of 3: the last of the pruning gets no training after it",

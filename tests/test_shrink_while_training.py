@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gsprune import Pruner
-from gsprune.criteria import Abs, Criterion, Elementwise, Magnitude, Weighted
+from gsprune.criteria import Abs, Criterion, Magnitude, Weighted
 from gsprune.schedules import Linear, OneShot
 from gsprune.shrink import apply_plan
 
@@ -243,11 +243,6 @@ def test_the_model_is_no_copy_of_itself() -> None:
 def test_the_time_to_shrink_has_two_values() -> None:
     with pytest.raises(ValueError, match=re.escape('shrink is \'always\': it must be "at_end" or "each_update"')):
         Pruner(nets.mlp(), Abs(), target_sparsity=0.5, example_input=torch.ones(1, 6), shrink="always")  # type: ignore[arg-type]
-
-
-def test_single_weights_have_nothing_to_shrink() -> None:
-    with pytest.warns(UserWarning, match="shrink has no effect on single weights: they are masked"):
-        Pruner(nets.mlp(), Elementwise(), target_sparsity=0.5, shrink="each_update")
 
 
 def test_a_state_is_loaded_into_a_pruner_of_the_dense_model() -> None:
