@@ -668,6 +668,9 @@ class Pruner(Attachable):
                 f"{cut} is cut over several processes, and units can only be cut out of a whole model: prune single "
                 f"weights, or prune units before fully_shard"
             )
+        unreal = next((name for name, tensor in self.model.named_parameters() if tensor.is_complex()), None)
+        if unreal is not None:
+            raise ValueError(f"{unreal} is complex, and units are found and cut in networks of real weights alone")
         if self._example_input is None:
             raise ValueError("pruning units needs example_input, a batch to trace the model with")
         offered = find_structures(self.model, self._example_input, include=include, exclude=exclude)

@@ -1125,3 +1125,92 @@ def test_another_models_optimizer_is_seen_before_training(criterion: Criterion) 
     message = "the SGD optimizer holds nothing of what is pruned: is it another model's?"
     with pytest.raises(ValueError, match=re.escape(message)):
         pruner.on_train_begin()
+
+
+# ---- what scores and settings must not be
+
+
+def test_equal_scores_are_told_by_name_or_refused() -> None:
+    model = mlp()
+    pruner = build(model=model, schedule=OneShot(start_epoch=1))
+    fill_gradients(model)
+    model[2].weight.grad.zero_()
+    pruner.on_before_optimizer_step()
+    pruner.on_epoch_begin(1)
+    with pytest.warns(UserWarning, match=r"scores of 2\.weight are all equal \(0\)"):
+        pruner.on_step_begin(0)
+    pruner = build(model=(model := mlp()), schedule=OneShot(start_epoch=1))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    pruner.on_before_optimizer_step()
+    pruner.on_epoch_begin(1)
+    with pytest.raises(ValueError, match=r"in 0\.weight and everywhere they are all equal \(0\)"):
+        pruner.on_step_begin(0)
+    assert pruner.sparsity == 0
+
+
+def test_an_update_that_prunes_nothing_more_is_none() -> None:
+    model = mlp()
+    pruner = build(Magnitude(), model=model, target_sparsity=0.1, schedule=Linear(end_epoch=99, update_frequency=1))
+    masks = []
+    for epoch in range(100):
+        pruner.on_epoch_begin(epoch)
+        pruner.on_step_begin(0)
+        masks.append(round(pruner.sparsity * 72))
+    assert pruner.updates == len(set(masks) - {0}) == 7
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build(Weighted, example_input=INPUT), r"criterion is the class Weighted: .* Weighted\(\.\.\.\)"),
+        (lambda: build(schedule=Cubic), "schedule is the class Cubic: give an instance"),
+        (lambda: build(target_sparsity="0.5"), "target_sparsity is '0.5', a str: it must be a number"),
+        (lambda: build(target_sparsity=True), "target_sparsity is True, a bool"),
+        (lambda: build(steps_per_epoch=2.5), "steps_per_epoch is 2.5, a float: it must be a whole number"),
+        (lambda: build(min_kept="1"), "min_kept is '1', a str"),
+        (lambda: build(epochs="3"), "epochs is '3', a str"),
+        (
+            lambda: build(Abs(), target={"macs": 0.5}, target_sparsity=0.9, example_input=INPUT),
+            r"target=\{macs: 0\.5\} and target_sparsity=0\.9 both say",
+        ),
+        (
+            lambda: build(Abs(), keep={"neurons": 4}, target_sparsity=0.9, example_input=INPUT),
+            r"keep=\{'neurons': 4\} and target_sparsity=0\.9 both say",
+        ),
+        (lambda: build(Abs(), pattern="2x2", example_input=INPUT), "pattern and per_channel are for single weights"),
+        (lambda: build(Abs(), per_channel=True, example_input=INPUT), "pattern and per_channel are for single weights"),
+        (lambda: build(shrink="each_update"), "shrink=each_update has no effect on single weights"),
+        (lambda: build(Abs(normalize=True), example_input=INPUT), "normalize has no effect under scope local"),
+        (lambda: build(model=nn.Sequential(nn.Linear(0, 4))), r"0\.weight"),
+        (lambda: build(model=nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64))), r"0\.weight.*complex"),
+        (
+            lambda: build(
+                Abs(),
+                model=nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 2, dtype=torch.complex64)),
+                example_input=torch.ones(1, 4, dtype=torch.complex64),
+            ),
+            r"0\.weight is complex",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_settings_and_models_that_cannot_be_meant(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_a_repr_is_a_few_lines() -> None:
+    pruner = build(Abs(), example_input=INPUT, steps_per_epoch=STEPS)
+    pruner.attach(sgd(pruner.model))
+    pruner.skipped = {}
+    assert repr(pruner).splitlines() == [
+        "Pruner of 8 neurons in 1 structure, by Abs(decay=0.95, normalize=False), local",
+        "  pruned: 0 of 8 (0.0 %), wanted: 50.0 %; the mask is not final",
+        "  at epoch 0, 0 mask updates, attached to SGD",
+    ]
+    pruner.skipped = {"<b>x</b>": "no reason"}
+    assert "left out: 1, such as <b>x</b>" in repr(pruner)
+    assert "&lt;b&gt;x" in pruner._repr_html_()
+    assert "<b>x</b>" not in pruner._repr_html_()
