@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-__all__ = ["as_html", "describe", "share"]
+__all__ = ["amount", "as_html", "describe"]
 
 
 class Described(Protocol):
@@ -25,9 +25,9 @@ class Described(Protocol):
     def optimizers(self) -> Sequence[object]: ...
 
 
-def share(pruned: int, total: int, what: str) -> str:
+def amount(pruned: int, total: int, what: str) -> str:
     """
-    >>> share(66, 96, "units")
+    >>> amount(66, 96, "units")
     '66 of 96 units (68.8 %)'
     """
     return f"{pruned:,} of {total:,}{f' {what}' if what else ''} ({pruned / total:.1%})".replace("%", " %")

@@ -23,7 +23,7 @@ from gsprune.attaching import Attachable
 from gsprune.budgets import Budget, read_target
 from gsprune.copies import check_copies
 from gsprune.criteria import Criterion, Magnitude
-from gsprune.describe import as_html, describe, share
+from gsprune.describe import amount, as_html, describe
 from gsprune.matrices import coverage, is_sharded, warn_of_little
 from gsprune.optimizers import Optimizers, check_follows, held, names_of
 from gsprune.patterns import Pattern, parse_pattern
@@ -470,7 +470,7 @@ class Pruner(Attachable):
         wanted = (
             f"{1 - self.budget.share:.1%} of {self.budget.kind} less" if self.budget else f"{self.target_sparsity:.1%}"
         )
-        return describe(self, title, [share(pruned, total, "")], wanted.replace("%", " %"))
+        return describe(self, title, [amount(pruned, total, "")], wanted.replace("%", " %"))
 
     def _repr_html_(self) -> str:
         return as_html(repr(self))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gsprune.attaching import Attachable
 from gsprune.copies import check_copies
-from gsprune.describe import as_html, describe, share
+from gsprune.describe import amount, as_html, describe
 from gsprune.matrices import coverage
 from gsprune.optimizers import Optimizers, every_optimizer
 from gsprune.patterns import Tile
@@ -270,9 +270,8 @@ class Pruners(Attachable):
         return {name: score for part in self.parts for name, score in part.scores().items()}
 
     def __repr__(self) -> str:
-        units, weights = _counted(self.unit_targets), _counted([t for part in self._weights for t in part.targets])
-        counts = [(units, "units"), (weights, "weights")]
-        amounts = [share(*count, what) for count, what in counts if count[1]]
+        sides = [sum_of(part.share for part in parts) for parts in (self._units, self._weights) if parts]
+        amounts = [amount(side.pruned, side.total, side.of) for side in sides]
         title = f"Pruners of {len(self.parts)} parts, by {self.criterion_name}"
         wanted = f"{self.target_sparsity:.1%}".replace("%", " %") if self.target_sparsity is not None else None
         return describe(self, title, amounts, wanted)
