@@ -244,7 +244,7 @@ class Pruner(Attachable):
 
         >>> model = nn.Linear(2, 2)
         >>> pruner = Pruner.from_masks(model, {"weight": torch.tensor([[True, False], [True, True]])})
-        >>> float(model.weight[0, 1]), pruner.sparsity
+        >>> model.weight[0, 1].item(), pruner.sparsity
         (0.0, 0.25)
         """
         units = _are_units(model, masks, example_input)
