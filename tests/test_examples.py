@@ -27,7 +27,8 @@ from gsprune.examples import (
     to_precision,
 )
 from gsprune.export import to_exported_program
-from gsprune.metrics import count_macs, latency_ms
+from gsprune.latency import latency_ms
+from gsprune.metrics import count_macs
 from gsprune.schedules import OneShot
 from gsprune.structures import find_structures
 
