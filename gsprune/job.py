@@ -490,7 +490,8 @@ class _Job:
 
     def _measure_latency(self) -> None:
         """In turns with the dense network; in a sweep once for all networks of an architecture."""
-        settings = {"repeats": self.trainer.latency_repeats, "max_seconds": self.trainer.latency_seconds}
+        settings: dict[str, Any] = {"repeats": self.trainer.latency_repeats}
+        settings["max_seconds"] = self.trainer.latency_seconds
         pair = self.dense.to(self.trainer.torch_device), self.model
         if self.sweep is None:
             found = latency.compare(*pair, self.latency_example, **settings)

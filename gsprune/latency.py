@@ -300,7 +300,8 @@ def _read(path: Path, key: str) -> Latency | None:
         figures = [number(value) for value in values]
     except (ValueError, TypeError, OverflowError):
         return None
-    return Latency(*figures) if all(0 < figure < math.inf for figure in figures) else None
+    ms, dense_ms, speedup, low, high = figures
+    return Latency(ms, dense_ms, speedup, low, high) if all(0 < figure < math.inf for figure in figures) else None
 
 
 def _sha256(what: Any) -> str:

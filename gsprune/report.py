@@ -717,7 +717,8 @@ def _is_count(pair: object) -> TypeGuard[list[int]]:
     """Whether it is [pruned, total] of a layer."""
     if not (isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair)):
         return False
-    return 0 <= pair[0] <= pair[1] and pair[1] > 0
+    pruned, total = pair
+    return bool(0 <= pruned <= total > 0)
 
 
 # --- text --------------------------------------------------------------------------------------------------
