@@ -7,15 +7,17 @@ when a job runs, so that `--help` and shell completion are quick.
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
 from gsprune.instantiation import allowed_in_main
+from gsprune.redact import Cleaned, hide
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -47,4 +49,6 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
 
 
 if __name__ == "__main__":
+    hide()  # what the environment holds; what the configuration does, is hidden when there is one
+    sys.stderr = cast(TextIO, Cleaned(sys.stderr))
     main()

@@ -1,6 +1,6 @@
 """Which file a SQLite address means, and what a relative path of a command is relative to.
 
-Imports the standard library; Hydra is only asked where it runs already.
+Imports the standard library and `redact`; Hydra is only asked where it runs already.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ import importlib.metadata
 import os
 import re
 import sys
+from difflib import get_close_matches
+from importlib.metadata import entry_points
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
-__all__ = ["command_directory", "database_file", "database_uri", "resolve_tracking_uri"]
+from gsprune.redact import without_passwords
+
+__all__ = ["SCHEMES", "check_address", "command_directory", "database_file", "database_uri", "resolve_tracking_uri"]
 
 _SQLITE = "sqlite:///"
+# Where MLflow keeps runs; SQLAlchemy's driver may follow the name of a database, as in postgresql+psycopg2.
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
 def command_directory() -> Path:
@@ -37,12 +43,68 @@ def resolve_tracking_uri(uri: str | None) -> str:
 
     Args:
         uri: None takes `MLFLOW_TRACKING_URI`, else `mlflow.db` in `command_directory`.
+
+    Raises:
+        ValueError: MLflow cannot track there.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         return database_uri(command_directory() / "mlflow.db")
+    check_address(uri)
     file = database_file(uri)
     return uri if file is None else database_uri(file) + _split(uri)[1]
+
+
+def check_address(uri: str) -> None:
+    """
+    Raises:
+        ValueError: it is no address of a server or database, with the nearest one.
+
+    >>> check_address("htp://foo")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: the tracking address htp://foo is not allowed: did you mean http://foo? It must begin with http://, ...
+    """
+    plugins = [entry.name for entry in entry_points(group="mlflow.tracking_store")]
+    if re.match(r"(?:databricks|uc)(?::|$)", uri) or uri.partition(":")[0] in plugins or _is_address(uri):
+        return
+    *most, last = (f"{scheme}:///" if scheme == "sqlite" else f"{scheme}://" for scheme in SCHEMES)
+    given, near = without_passwords(uri), without_passwords(_nearest(uri))
+    raise ValueError(
+        f"the tracking address {given} is not allowed: did you mean {near}? "
+        f"It must begin with {', '.join(most)} or {last}"
+    )
+
+
+def _is_address(uri: str) -> bool:
+    scheme, separator, rest = uri.partition("://")
+    dialect = scheme.lower().partition("+")[0]
+    if not separator or dialect not in SCHEMES or not rest:
+        return False
+    if dialect == "sqlite":
+        return rest.startswith("/") and rest != "/"
+    return dialect not in ("http", "https") or _host_of(uri) is not None
+
+
+def _host_of(uri: str) -> str | None:
+    """None where there is none, or its port is no number."""
+    try:
+        parts = urlsplit(uri)
+        return parts.hostname if parts.port != 0 else None
+    except ValueError:
+        return None
+
+
+def _nearest(uri: str) -> str:
+    found = re.fullmatch(r"([A-Za-z][\w+]*)(?::/*|//+)(.*)", uri)
+    if found is None or found[1].lower() == "file":  # a folder, where MLflow kept runs before it had databases
+        return f"sqlite:///{(found[2] if found else uri).rstrip('/')}/mlflow.db"
+    dialect, plus, driver = found[1].lower().partition("+")
+    near = next(iter(get_close_matches(dialect, SCHEMES, n=1)), "http")
+    if near == "sqlite":
+        return f"sqlite:///{found[2] or 'mlflow.db'}"
+    if near in ("http", "https") and _host_of(f"{near}://{found[2]}") is None:
+        return f"{near}://{found[2].partition(':')[0] or 'host'}:5000"
+    return f"{near}{plus}{driver}://{found[2] or 'host'}"
 
 
 def database_file(uri: str) -> Path | None:

@@ -161,7 +161,7 @@ class IncConfig:
         """A file for `conf/pruner/`, with the notes as comments: `python train.py pruner=<its name>` takes it."""
         import yaml
 
-        notes = "".join(f"# {note}\n" for note in self.notes)
+        notes = "".join(f"# {one_line(note)}\n" for note in self.notes)  # a second line would be no comment
         content = {"defaults": ["/gsprune_pruners@_here_", "_self_"], "pruners": [*self.pruners]}
         return f"{notes}{yaml.safe_dump(content, sort_keys=False)}"
 
@@ -224,7 +224,10 @@ def _read(path: Path) -> object:
         if len(data) > _MAX_BYTES:
             raise ValueError(f"it is larger than {_MAX_BYTES // 1024} KiB, which no such configuration is")
         loader = _loader_class()(data.decode("utf-8-sig"))
-        return loader.get_single_data()
+        content: object = loader.get_single_data()
+        if _has_interpolation(content):
+            raise ValueError("${ is refused: Hydra would resolve it, from the environment too; write the value itself")
+        return content
     except OSError as error:
         raise ValueError(f"it cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -236,6 +239,14 @@ def _read(path: Path) -> object:
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"it is not valid YAML ({error.problem}{line})") from None
+
+
+def _has_interpolation(content: object) -> bool:
+    if isinstance(content, dict):
+        return any(_has_interpolation(part) for pair in content.items() for part in pair)
+    if isinstance(content, list):
+        return any(map(_has_interpolation, content))
+    return isinstance(content, str) and "${" in content
 
 
 def _loader_class() -> Any:
@@ -537,8 +548,8 @@ def _inherited(where: str, field: str, own: Fields, common: Fields, notes: list[
     if field in own:
         if own[field] == 0 and common.get(field):
             notes.append(
-                f"{where}: {field} is 0 here as written; the ancestor took a 0 for none, and so the {common[field]} of "
-                f"weight_compression"
+                f"{where}: {field} is 0 here as written; the ancestor took a 0 for none, and so the "
+                f"{_shown(common[field])} of weight_compression"
             )
         return own[field]
     if field in common:

@@ -1,6 +1,6 @@
 """The composed configuration, read: the objects it describes, what a sweep optimises, what a person calls the job.
 
-May import hydra and omegaconf, and of this package `files` and `sweep`.
+May import hydra and omegaconf, and of this package `files`, `hydra_files` and `sweep`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from gsprune.addresses import command_directory
+from gsprune.hydra_files import recorded_overrides
 from gsprune.instantiation import make
 from gsprune.shown import one_line
 from gsprune.sweep import without_sweep_settings
@@ -151,12 +152,12 @@ def from_command(cfg: DictConfig) -> DictConfig:
 
 
 def hydra_choices() -> dict[str, Any]:
-    """The job's `overrides` and the option chosen in each group (`choices`); empty outside Hydra."""
+    """The job's `overrides`, secrets masked, and the option chosen in each group (`choices`); empty outside Hydra."""
     if not HydraConfig.initialized():
         return {"overrides": [], "choices": {}}
     hydra = HydraConfig.get()
     ours = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
-    return {"overrides": without_sweep_settings(hydra.overrides.task), "choices": ours}
+    return {"overrides": recorded_overrides(without_sweep_settings(hydra.overrides.task)), "choices": ours}
 
 
 def hydra_tags() -> dict[str, str]:

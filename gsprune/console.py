@@ -22,8 +22,8 @@ from rich.table import Table
 from gsprune.drawing import percent
 from gsprune.latency import NOT_HERE
 from gsprune.names import told
+from gsprune.redact import without_passwords
 from gsprune.shown import one_line
-from gsprune.tracking import without_passwords
 
 if TYPE_CHECKING:
     from gsprune.trainer import Totals

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from gsprune.composed import check_objective
 from gsprune.files import read_object, refusing, remove_leftovers, spared, write_json
+from gsprune.hydra_files import recorded_overrides
 from gsprune.identity import config_hash
 from gsprune.locks import Lock
 from gsprune.results import JobResult, read_results
@@ -164,7 +165,7 @@ def how_to_go_on(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> str:
 
 def of_another(folder: Path, overrides: Any, *, unfinished: bool) -> str:
     """Why a run is refused in a directory that holds one of another configuration, with those overrides."""
-    told = one_line(" ".join(map(str, overrides))) if isinstance(overrides, list) and overrides else "none"
+    told = one_line(" ".join(recorded_overrides(overrides))) if isinstance(overrides, list) and overrides else "none"
     what, then = ("an unfinished", "give the same one to go on with it, ") if unfinished else ("a finished", "give ")
     return (
         f"{folder} holds {what} run of another configuration (overrides: {told}): {then}trainer.resume=never to write "

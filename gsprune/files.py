@@ -1,6 +1,6 @@
 """Files that are written whole or not at all, and JSON that any reader accepts.
 
-Imports the standard library only.
+Imports the standard library, and `redact`, through which every text in a JSON file goes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gsprune.redact import without_passwords
 from gsprune.shown import logger, one_line
 
 __all__ = [
@@ -194,7 +195,7 @@ def reason(error: OSError) -> str:
 
 
 def plain(obj: object) -> Any:
-    """`obj` as what JSON can hold. JSON has no NaN; the strings used here are read back by `float()`.
+    """`obj` as what JSON can hold, without passwords. JSON has no NaN; the strings used here are read by `float()`.
 
     >>> plain({"loss": float("nan"), "kept": (1, 2), "worst": float("-inf")})
     {'loss': 'NaN', 'kept': [1, 2], 'worst': '-Infinity'}
@@ -205,12 +206,14 @@ def plain(obj: object) -> Any:
         return [plain(value) for value in obj]
     if isinstance(obj, float):
         return float(obj) if math.isfinite(obj) else _NON_FINITE.get(obj, "NaN")
-    if obj is None or isinstance(obj, (bool, int, str)):
+    if isinstance(obj, str):
+        return without_passwords(obj)
+    if obj is None or isinstance(obj, (bool, int)):
         return obj
     if hasattr(obj, "item"):  # a number of numpy or torch
         return plain(obj.item())
     if isinstance(obj, os.PathLike):
-        return os.fspath(obj)
+        return plain(os.fspath(obj))
     raise TypeError(f"a {type(obj).__name__} cannot be written as JSON")
 
 

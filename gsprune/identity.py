@@ -3,7 +3,8 @@
 Each hash leaves out what it names and takes everything else, so a setting that is new counts until someone says that it
 does not. Part of it are the content of the files that `model.weights` and `pruner.scores` name, this package's version,
 and the source of every `_target_` in a file of the user's own. The data under a data set's path are taken to stay as
-they are. Imports omegaconf, and gsprune.files.
+they are. Imports omegaconf, and gsprune's files and
+redact.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gsprune import __version__
 from gsprune.files import sha256
+from gsprune.redact import hashable
 
 __all__ = ["config_hash", "dense_key", "plain_config", "scores_key", "scores_path"]
 
@@ -60,11 +62,11 @@ SCORES = "checkpoint/scores.safetensors"  # in the output directory of a job: wh
 
 def config_hash(cfg: DictConfig) -> str:
     """sha256 of everything in the configuration that determines the result: the seed too, but no output path and
-    nothing of tracking.
+    nothing of tracking, and no password.
 
     Two jobs with the same hash give the same result on the same kind of machine.
     """
-    config = plain_config(cfg)
+    config = hashable(plain_config(cfg), cfg)
     if (config.get("pruner") or {}).get("_target_") == CONTROL:
         config["pruner"] = {"_target_": CONTROL}  # a sweep of sparsities trains one control a seed
     return _sha256([_without(_with_contents(config), NOT_HASHED), _code(config)])
@@ -75,13 +77,13 @@ def dense_key(cfg: DictConfig, **surroundings: str) -> str:
 
     It is equal for jobs that differ in their pruner or in the length of the second phase alone.
     """
-    config = _without(_with_contents(plain_config(cfg)), (*NOT_HASHED, *NOT_DENSE))
+    config = _without(_with_contents(hashable(plain_config(cfg), cfg)), (*NOT_HASHED, *NOT_DENSE))
     return _sha256([config, _code(config), surroundings])
 
 
 def scores_key(cfg: DictConfig) -> str:
     """sha256 of what a criterion's scores on a given dense network depend on: the pruner, but not when and how much."""
-    pruner = _without(plain_config(cfg)["pruner"], NOT_SCORES)
+    pruner = _without(hashable(plain_config(cfg), cfg)["pruner"], NOT_SCORES)
     return _sha256([pruner, _code(pruner)])
 
 

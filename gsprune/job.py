@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -61,12 +62,14 @@ from gsprune.files import (
     write_json,
 )
 from gsprune.guard import not_finite, unbounded
-from gsprune.identity import SCORES, config_hash, dense_key, plain_config, scores_key, scores_path
+from gsprune.hydra_files import clean_files, refuse_passwords
+from gsprune.identity import SCORES, config_hash, dense_key, scores_key, scores_path
 from gsprune.memory import is_out_of_memory, smaller_steps
 from gsprune.names import told
 from gsprune.position import Position
 from gsprune.pruner import NoPruning
 from gsprune.pruners import Pruners
+from gsprune.redact import guard_logs, hide, recorded
 from gsprune.run_state import Checkpoints, Saved, read_state
 from gsprune.several import as_torchrun_has_it, run_in_several, run_under_torchrun
 from gsprune.shown import logger
@@ -127,6 +130,8 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
     """
     folder, sweep, cfg = Path(output_dir).absolute(), current_sweep(), from_command(cfg)
     folder.mkdir(parents=True, exist_ok=True)
+    if HydraConfig.initialized():
+        clean_files(HydraConfig.instance().cfg)  # type: ignore[arg-type]
     cfg = as_torchrun_has_it(cfg, sweep) if launcher.under_torchrun() else cfg
     if sweep is None:
         found = finished_here(cfg, folder)
@@ -242,6 +247,8 @@ class _Job:
     unbounded: frozenset[str]  # buffers that hold inf on purpose
 
     def __init__(self, cfg: DictConfig, output_dir: Path, sweep: Sweep | None) -> None:
+        hide(cfg)
+        guard_logs()
         self.cfg, self.output_dir, self.sweep = copy.deepcopy(cfg), output_dir, sweep
         self.watch = metrics.Stopwatch(*PARTS)
         self.stop = Stop(patient=distributed.world_size() > 1)
@@ -320,6 +327,7 @@ class _Job:
         for key in ("seed", "objective"):
             if key not in self.cfg:  # as ~seed leaves it
                 raise ValueError(f"{key} must be given: {key}=...")
+        refuse_passwords(self.cfg)
         self.result["config_hash"] = config_hash(self.cfg)
         if type(self.cfg.seed) is not int:
             raise ValueError(f"seed={self.cfg.seed} is not allowed: it must be a whole number")
@@ -596,7 +604,7 @@ class _Job:
             more |= {"run_id": run_id} if isinstance(run_id, str) else {}
         self.tracker = build(self.cfg.tracking, output_dir=str(self.output_dir), run_name=name, **more)
         tags = {"config_hash": self.result["config_hash"], **hydra_tags()}
-        self.tracker.start(config=plain_config(self.cfg), tags=tags, **rows)
+        self.tracker.start(config=recorded(self.cfg), tags=tags, **rows)
         # The name of the option is what a person compares by; in the configuration it is spread over many values.
         self.tracker.log_params({key: value for key, value in self.result["choices"].items() if key in self.cfg})
         self.result["mlflow_run_id"] = self.tracker.run_id

@@ -23,10 +23,10 @@ from typing import Any, TypeGuard
 
 from gsprune.drawing import percent
 from gsprune.files import write_atomic
+from gsprune.redact import without_passwords
 from gsprune.results import RESULT, JobResult, Results, natural, read_results
 from gsprune.shown import cell, label
 from gsprune.sweep_figures import STYLES, Line, Mark, Panel, draw_heatmap, draw_panels
-from gsprune.tracking import without_passwords
 from gsprune.variants import (
     TEST,
     VALIDATION,

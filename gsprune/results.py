@@ -20,6 +20,7 @@ from stat import S_ISREG
 from typing import Any
 
 from gsprune.files import read_json
+from gsprune.redact import cleaned
 
 __all__ = ["RESULT", "STATUSES", "JobResult", "Results", "natural", "read_overrides", "read_results"]
 
@@ -140,7 +141,8 @@ def read_overrides(texts: Iterable[str]) -> dict[str, str]:
     for text in texts:
         key, equals, value = text.partition("=")
         if equals or key.startswith("~"):
-            found[key.strip().lstrip("+~")] = value
+            name = key.strip().lstrip("+~")
+            found[name] = cleaned({name: value})[name]
     return found
 
 

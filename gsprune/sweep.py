@@ -25,6 +25,7 @@ import re
 import shlex
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,18 +36,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from gsprune.files import put_aside, read_object, spared, write_json
+from gsprune.hydra_files import as_given, clean_files, protect, recorded_overrides
 from gsprune.instantiation import make
 from gsprune.locks import Lock, file_name
+from gsprune.redact import cleaned, told, without_passwords
 from gsprune.results import JobResult, Results, read_results
 from gsprune.shown import code, logger, one_line
 from gsprune.sweep_check import Checked, check_jobs
-from gsprune.tracking import without_passwords
 
 if TYPE_CHECKING:
     from gsprune.tracking import Status, Tracker
@@ -176,7 +179,7 @@ def last_line(error: BaseException) -> str:
     >>> last_line(RuntimeError("a long story\\nits end")), last_line(KeyboardInterrupt())
     ('RuntimeError: its end', 'KeyboardInterrupt')
     """
-    lines = str(error).strip().splitlines()
+    lines = told(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
@@ -253,6 +256,7 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Before the first job: find or make the directory, the parent run, and the database behind it."""
+        _protect(config)
         self._check_settings()
         checked = self._check_jobs(config) if self.check else Checked(None)
         identity = _identity(config)
@@ -265,22 +269,30 @@ class SweepCallback(Callback):
         self._open.begin(config, identity, lambda **kwargs: self._make_tracker(config, **kwargs))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """In the worker: what this callback has put on record of an earlier try is no longer true."""
+        """In the worker: what this callback has put on record of an earlier try is no longer true; no secret stays in
+        what Hydra has written."""
+        clean_files(config)
         path = Path(config.hydra.runtime.output_dir) / "result.json"
         if config.hydra.mode == RunMode.MULTIRUN and read_object(path).get("recorded_by") == __name__:
             path.unlink()
         self._lend_environment()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """In the worker: a job that failed before it could say so itself (or that never does) is put on record."""
+        """In the worker: a job that failed before it could say so itself (or that never does) is put on record.
+
+        Hydra prints the overrides and the error of a failed job.
+        """
         self._return_environment()
+        job_return.overrides = recorded_overrides(job_return.overrides or ())
+        if job_return.status == JobStatus.FAILED:
+            job_return.return_value = _without_secrets(job_return._return_value)
         path = Path(config.hydra.runtime.output_dir) / "result.json"
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED or path.exists():
             return
         error = job_return._return_value  # `return_value` would raise it
-        overrides = without_sweep_settings(config.hydra.overrides.task)
-        told = {"status": "failed", "error": last_line(error), "overrides": overrides, "recorded_by": __name__}
-        write_json(path, told)
+        overrides = recorded_overrides(without_sweep_settings(config.hydra.overrides.task))
+        note = {"status": "failed", "error": last_line(error), "overrides": overrides, "recorded_by": __name__}
+        write_json(path, note)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """After the last job, when all went well."""
@@ -289,7 +301,8 @@ class SweepCallback(Callback):
         atexit.unregister(self._open.close)
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """A single run has no sweep, but a mistake in the settings of one is a mistake there too."""
+        """Before Hydra writes anything of a single run; a mistake in a sweep's settings is a mistake there too."""
+        _protect(config)
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -358,10 +371,11 @@ class _OpenSweep:
     def begin(self, config: DictConfig, identity: str, make_tracker: Callable[..., Tracker]) -> None:
         """Put the sweep on record, then open the parent run or go on with it."""
         before, axes = self.sweep.record, _axes(config)
-        command = without_passwords(shlex.join(["python", *sys.argv]))
+        clean_files(config)  # where an earlier sweep in this directory has left them
+        command = without_passwords(shlex.join(["python", *recorded_overrides(sys.argv)]))
         self._record = {
             "command": command,
-            "overrides": without_sweep_settings(config.hydra.overrides.task),
+            "overrides": recorded_overrides(without_sweep_settings(config.hydra.overrides.task)),
             "axes": axes,
             "identity": identity,
             "status": "running",
@@ -492,7 +506,7 @@ def without_sweep_settings(overrides: Iterable[str]) -> list[str]:
     >>> without_sweep_settings(["pruner=abs", "sweep.resume=true", "sweep.check=false", "+sweep.lr=1"])
     ['pruner=abs', '+sweep.lr=1']
     """
-    return [str(override) for override in overrides if not re.match(r"\+*sweep\.(resume|check)=", str(override))]
+    return [override for override in as_given(overrides) if not re.match(r"\+*sweep\.(resume|check)=", override)]
 
 
 def _identity(config: DictConfig) -> str:
@@ -501,8 +515,8 @@ def _identity(config: DictConfig) -> str:
     what = [
         str(config.hydra.job.name),
         str(config.hydra.job.config_name),
-        sorted(without_sweep_settings(config.hydra.overrides.task)),
-        params,
+        sorted(recorded_overrides(without_sweep_settings(config.hydra.overrides.task))),  # a hash can be guessed
+        cleaned(params),
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -544,12 +558,9 @@ def _settle(config: DictConfig, directory: Path) -> None:
 
 def _axes(config: DictConfig) -> dict[str, list[str]]:
     """The swept keys and their values, as the command or `hydra.sweeper.params` gives them."""
-    params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
-    assert isinstance(params, dict)
-    lines = [
-        *(f"{key!s}={value}" for key, value in params.items()),
-        *without_sweep_settings(config.hydra.overrides.task),
-    ]
+    params: Any = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
+    given = [*(f"{key!s}={value}" for key, value in params.items()), *as_given(config.hydra.overrides.task)]
+    lines = recorded_overrides(without_sweep_settings(given))
     axes: dict[str, list[str]] = {}
     for override in OverridesParser.create().parse_overrides(lines):
         key = override.get_key_element().lstrip("+")
@@ -559,6 +570,22 @@ def _axes(config: DictConfig) -> dict[str, list[str]]:
             values = override.sweep_string_iterator() if listed else [override.get_value_string()]
             axes[key] = [str(value) for value in values]
     return axes
+
+
+def _protect(config: DictConfig) -> None:
+    try:
+        protect(config)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None  # Hydra would turn an ordinary exception into a warning, and go on
+
+
+def _without_secrets(error: BaseException) -> BaseException:
+    """The error as it is, unless its text, or that of what has caused it, holds what no terminal may show."""
+    full = "".join(traceback.format_exception(error))
+    if (clean := told(full)) == full:
+        return error
+    return CompactHydraException(told(str(error)) if isinstance(error, CompactHydraException) else clean.rstrip())
 
 
 def _title(axes: Mapping[str, list[str]]) -> str:

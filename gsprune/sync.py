@@ -25,9 +25,10 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Any
 
-from gsprune.addresses import database_file, resolve_tracking_uri
+from gsprune.addresses import SCHEMES, database_file, resolve_tracking_uri
 from gsprune.files import number, read_json, write_json
 from gsprune.locks import Lock
+from gsprune.redact import without_passwords
 from gsprune.report import say
 from gsprune.results import NOT_JOBS, RESULT, natural
 from gsprune.sweep import RECORD as SWEEP
@@ -40,7 +41,6 @@ from gsprune.tracking import (
     Store,
     connect,
     fit_tags,
-    without_passwords,
 )
 
 __all__ = ["Sent", "main", "sync"]
@@ -48,7 +48,6 @@ __all__ = ["Sent", "main", "sync"]
 PARENT = ".gsprune"  # where a sweep keeps the record of its parent run
 NESTED = "mlflow.parentRunId"
 ENDED = ("FINISHED", "FAILED", "KILLED")
-SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 _MAX_BYTES = 16_000_000  # of a JSON file, and of one line of JSON
 _MAX_LINES = 500_000_000  # bytes of a file of JSON lines

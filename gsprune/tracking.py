@@ -8,7 +8,7 @@ standard library; mlflow only in `start`.
 In the output directory:
 
     metrics.jsonl                  one JSON object a line: {"step": 3, "time": 1753000000.0, "val/loss": 0.1, ...}
-    config.yaml                    the resolved configuration
+    config.yaml                    the configuration, what it takes from the environment unresolved
     tracking.json                  where the run was sent, under which id, and whether that stopped
     tracking.lock                  held while the run goes on, so that nobody uploads it under its hands
     figures/<key>/0003.png         every picture given to `log_image`
@@ -26,7 +26,9 @@ import os
 import posixpath
 import queue
 import re
+import shlex
 import shutil
+import sqlite3
 import sys
 import threading
 import time
@@ -40,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gsprune.addresses import command_directory, database_file, resolve_tracking_uri
 from gsprune.files import aside, number, plain, read_object, spared, write_atomic, write_json
 from gsprune.locks import Lock
+from gsprune.redact import clean_texts, cleaned, told, without_passwords
 from gsprune.shown import logger, one_line, tag
 from gsprune.views import experiment_tags
 
@@ -55,6 +58,7 @@ log = logger(__name__)
 _THREAD = "gsprune-tracking"
 _REQUESTS = {"start": 4, "image": 4}  # of calls that ask several things of a server, and would do harm twice
 _SECONDS_A_MB = 0.1  # that a file may take for nothing
+_LOCKED = 10.0  # seconds that a local database which another program has locked may cost
 _BRIEF = 1.0  # seconds for a server that has left this process waiting
 _silent: dict[str, float] = {}  # servers that left this process waiting -> until when they are asked only briefly
 RECORD, LOCK, SENDING = "tracking.json", "tracking.lock", "sending.jsonl"
@@ -94,7 +98,7 @@ class Tracker:
         tags: Mapping[str, str],
         rows: Sequence[Mapping[str, float]] | None = None,
     ) -> None:
-        """Begin the record: `config` is the resolved configuration as a plain nested dict.
+        """Begin the record: `config` is the configuration as a plain nested dict, of which secrets are masked.
 
         Args:
             rows: to go on with the record of a run that was interrupted, the metrics of step 1, 2, ... that it is known
@@ -107,7 +111,7 @@ class Tracker:
             path = self.output_dir / old
             self._locally(path, lambda path=path: path.unlink(missing_ok=True))  # type: ignore[misc]
         path = self.output_dir / "config.yaml"
-        self._locally(path, lambda: _write_yaml(path, config))
+        self._locally(path, lambda: _write_yaml(path, cleaned(config)))
 
     def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """One line of metrics.jsonl. NaN and infinities are written as strings that `float()` reads."""
@@ -283,21 +287,12 @@ def _copy_file(source: str | Path, target: str | Path) -> None:
 def _write_yaml(path: Path, config: Mapping[str, Any]) -> None:
     from omegaconf import OmegaConf
 
-    text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
-    write_atomic(path, without_passwords(text).encode())
-
-
-def without_passwords(text: str) -> str:
-    """
-    >>> without_passwords("http://ann:secret@host:5000")
-    'http://***@host:5000'
-    """
-    return re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)
+    write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
 
 
 def _brief(error: BaseException) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return without_passwords(text if len(text) <= 200 else text[:197] + "...")
+    text = told(" ".join(f"{type(error).__name__}: {error}".split()))
+    return text if len(text) <= 400 else text[:397] + "..."
 
 
 # --- MLflow ------------------------------------------------------------------------------------------------
@@ -320,7 +315,7 @@ class MLflowTracker(Tracker):
         parent_run_id: nests this run under that one (a sweep).
         run_id: goes on with that run, which may have ended, if it is still there.
         timeout_s: seconds a server may take for one call (files: and one more for every 10 MB). A local
-            database, which other processes may keep waiting, is given 30 at least.
+            database, which other processes may keep waiting, is given 10 at least, and 30 in all.
 
     `run_id` is None until `start` has reached MLflow.
     """
@@ -345,11 +340,11 @@ class MLflowTracker(Tracker):
         self.tracking_uri, self.experiment, self.timeout_s = uri, experiment, timeout_s
         self._store = Store(uri, experiment, artifact_root, run_name, parent_run_id, run_id)
         local = database_file(uri) is not None
-        self._limit = max(timeout_s, 30.0) if local else timeout_s
+        self._limit = max(timeout_s, _LOCKED) if local else timeout_s
         brief = _BRIEF if _silent.get(uri, 0.0) > time.monotonic() else timeout_s
         self._start_limit = max(timeout_s, 120.0) if local else min(timeout_s, brief)  # another may be creating it
         self._caller = _Caller()
-        self._patience = self._limit  # seconds that slow answers may still cost
+        self._patience = max(timeout_s, 30.0) if local else timeout_s  # seconds that slow answers may still cost
         self._normal = 0.5 if local else 0.2  # seconds that an answer may take for nothing
         self._names = Names()
         self._unsent = _Log(self.output_dir / "unsent.jsonl")
@@ -375,7 +370,7 @@ class MLflowTracker(Tracker):
         self._lock.acquire()
         self._sent()  # what a run that was killed was at is done again by one that goes on
         self._note("RUNNING")
-        params = {self._names[key]: value for key, value in flatten(config).items()}
+        params = {self._names[key]: value for key, value in flatten(cleaned(config)).items()}
         self._connect()
         tags = {**_origin(), **tags, RECORD_TAG: str(self._identity["record"])}
         self._send("start", params=params, tags=tags, time_ms=int(time.time() * 1000))
@@ -432,6 +427,7 @@ class MLflowTracker(Tracker):
         self._locally(self._unsent.path, self._unsent.flush)
         self._note(status)
         self._lock.release()
+        self._caller.close()
 
     @property
     def unsent(self) -> bool:
@@ -446,6 +442,7 @@ class MLflowTracker(Tracker):
 
     def _send(self, kind: str, **event: Any) -> None:
         """Make one call to MLflow, unless the breaker is open: then list it in unsent.jsonl."""
+        event |= {name: clean_texts(event[name]) for name in ("params", "tags") if name in event}
         listed = {"kind": kind, **event, **({"path": self._inside(event["path"])} if "path" in event else {})}
         if self.stopped is None:
             transfer, begin = _SECONDS_A_MB * _megabytes(event.get("path")), time.monotonic()
@@ -483,6 +480,8 @@ class MLflowTracker(Tracker):
         try:
             self._caller.call(lambda: getattr(self._store, kind)(**event), limit)
         except TimeoutError as error:
+            if (file := database_file(self.tracking_uri)) is not None and _is_locked(file, seconds=0):
+                raise TimeoutError(f"another program has locked the database for more than {limit:g} s") from error
             if left == self._limit or kind == "start":
                 raise
             raise TimeoutError(f"its slow answers have cost tracking.timeout_s={self.timeout_s:g} in all") from error
@@ -505,7 +504,13 @@ class MLflowTracker(Tracker):
         return kept.relative_to(self.output_dir).as_posix() if kept.is_relative_to(self.output_dir) else path
 
     def _stop(self, error: BaseException) -> None:
-        self.stopped = _brief(error)
+        if "'active' state" in str(error):
+            try:
+                self._caller.call(self._store.explain, self._limit)
+            except Exception as reason:
+                error = reason if isinstance(reason, DeletedError) else error
+        self._caller.close()
+        self.stopped = told(str(error)) if isinstance(error, DeletedError) else _brief(error)
         log.warning(
             "tracking to MLflow at %s stopped (%s); the run goes on, and its record is in %s: "
             "`python -m gsprune.sync` with that directory uploads it",
@@ -535,12 +540,18 @@ class _Caller:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+
+    def close(self) -> None:
+        """The thread ends, at once or when its call returns; a call after this one has a new thread."""
+        if self._thread is not None:
+            self._jobs.put(None)
+        self._jobs, self._thread = queue.SimpleQueue(), None
 
     def call(self, job: Callable[[], None], seconds: float) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=_THREAD, daemon=True)
+            self._thread = threading.Thread(target=self._work, args=(self._jobs,), name=_THREAD, daemon=True)
             self._thread.start()
         answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._jobs.put((job, answer))
@@ -551,15 +562,21 @@ class _Caller:
         if error is not None:
             raise error if isinstance(error, Exception) else RuntimeError(repr(error))
 
-    def _work(self) -> None:
-        while True:
-            job, answer = self._jobs.get()
+    @staticmethod
+    def _work(jobs: queue.SimpleQueue[tuple[Callable[[], None], queue.SimpleQueue[Any]] | None]) -> None:
+        while (task := jobs.get()) is not None:
+            job, answer = task
             try:
                 job()
             except BaseException as error:
                 answer.put(error)
             else:
                 answer.put(None)
+            del task, job, answer  # a thread that waits keeps nothing alive
+
+
+class DeletedError(RuntimeError):
+    """Somebody has deleted the experiment, or the run, while it was needed; the text says how it comes back."""
 
 
 class Store:
@@ -713,6 +730,8 @@ class Store:
         if not lock.acquire(seconds=100):
             raise TimeoutError(f"{lock.path} has been held by another process for 100 s")
         try:
+            if _is_locked(file, seconds=_LOCKED - 2):  # MLflow itself would wait 20 s, several times
+                raise TimeoutError(f"another program has locked the database for more than {_LOCKED - 2:g} s")
             return self._find_experiment()
         finally:
             lock.release()
@@ -731,7 +750,35 @@ class Store:
                 found = self._client.get_experiment_by_name(self._experiment)
                 if found is None:
                     raise
+        if found.lifecycle_stage != "active":
+            raise DeletedError(self._how_to_restore(found.experiment_id))
         return str(found.experiment_id)
+
+    @property
+    def _command(self) -> str:
+        return f"MLFLOW_TRACKING_URI={shlex.quote(without_passwords(self._uri))} mlflow"
+
+    def _how_to_restore(self, experiment_id: str) -> str:
+        return (
+            f"the experiment {self._experiment} was deleted in MLflow: "
+            f"`{self._command} experiments restore -x {experiment_id}` brings it back, "
+            "and tracking.experiment=<name> takes another"
+        )
+
+    def explain(self) -> None:
+        """
+        Raises:
+            DeletedError: the run, or its experiment, was deleted.
+        """
+        run = self._find(self.run_id) if self.run_id else None
+        if run is None:
+            return
+        found = self._client.get_experiment(run.info.experiment_id)
+        if found.lifecycle_stage != "active":
+            raise DeletedError(self._how_to_restore(found.experiment_id))
+        if run.info.lifecycle_stage != "active":
+            restore = f"{self._command} runs restore --run-id {self.run_id}"
+            raise DeletedError(f"the run {self.run_id} was deleted in MLflow: `{restore}` brings it back")
 
 
 def _image_of(name: str) -> tuple[str, str]:
@@ -766,10 +813,12 @@ def _import_client(timeout_s: float) -> None:
         logging.getLogger(mlflow.__name__).setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").addFilter(_not_ours)
+    for handler in logging.getLogger(mlflow.__name__).handlers:
+        handler.addFilter(_not_ours)
 
 
 def _not_ours(record: logging.LogRecord) -> bool:
-    """Lets pass what other threads' requests log: a retry of ours is followed by success or by our own warning."""
+    """Lets pass what other threads' calls log: a fault of ours is followed by success or by our own warning."""
     return record.threadName != _THREAD
 
 
@@ -785,6 +834,21 @@ def connect(
     """A store without deadlines but those of HTTP, for uploads that nobody's training waits for."""
     _import_client(timeout_s)
     return Store(uri, experiment, artifact_root, run_name, parent_run_id, None)
+
+
+def _is_locked(file: Path, *, seconds: float) -> bool:
+    """Whether another process has kept a SQLite file locked for that long; one that is not there is not."""
+    if not file.is_file():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(file, timeout=seconds, isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+    except sqlite3.OperationalError as error:
+        return "locked" in str(error)
+    except sqlite3.Error:  # not a database: MLflow says so
+        return False
+    return False
 
 
 def _artifact_location(uri: str, experiment: str, root: str | os.PathLike[str] | None) -> str | None:

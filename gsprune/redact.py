@@ -1,0 +1,463 @@
+"""What no file, no record, no log and no error may hold: passwords, and what the environment alone knows.
+
+The one place that decides it. `without_passwords` cleans a text by its shape (userinfo and queries of addresses,
+`name=value` and `"name": "value"` with a name like a secret's) and of the values that `hide` was told; `cleaned` does
+so through nested data, and `recorded` writes a configuration down with `${oc.env:...}` unresolved. `write_json`, the
+tracker, log records and the terminal of `train.py` all go through here. Imports the standard library; omegaconf in
+functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import quote, unquote
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+__all__ = [
+    "Cleaned",
+    "address_with_password",
+    "clean_texts",
+    "cleaned",
+    "guard_logs",
+    "hashable",
+    "hide",
+    "is_secret",
+    "recorded",
+    "told",
+    "without_passwords",
+]
+
+MASK = "***"
+
+# --- names -------------------------------------------------------------------------------------------------
+
+_ENDS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "passwords", "secrets", "credential")
+_WORDS = {"pwd", "key", "credentials"}
+_OPENS = {"api", "access", "secret", "private", "auth", "account", "admin", "encryption", "signing", "ssh", "license"}
+# What such a word ends that is none: special tokens of a tokenizer, counts, and keys of data.
+_TOKENS = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "class", "image", "start", "end", "max", "min", "num", "n"}
+_KEYS = {"sort", "text", "label", "image", "input", "output", "target", "primary", "foreign", "group", "data", "metric"}
+
+
+def is_secret(name: str) -> bool:
+    """Whether what has this name (the last part of a dotted one counts) is a secret.
+
+    >>> [is_secret(name) for name in ("model.hf_token", "apiKey", "DB_PASSWORD", "+extra.secret", "key")]
+    [True, True, True, True, True]
+    >>> [is_secret(name) for name in ("tokenizer", "max_tokens", "pad_token", "sort_key", "monkey", "seed")]
+    [False, False, False, False, False, False]
+    """
+    words = _words(name)
+    if not words:
+        return False
+    last, before = words[-1], words[-2] if len(words) > 1 else ""
+    if last == "token":
+        return before not in _TOKENS
+    if last == "key":
+        return before not in _KEYS
+    return last.endswith(_ENDS) or last in _WORDS
+
+
+def _is_certain(name: str) -> bool:
+    """A `key` may be one of a table, on which a result depends; any other secret only opens a door."""
+    words = _words(name)
+    return words[-1] != "key" or (len(words) > 1 and words[-2] in _OPENS)
+
+
+def _words(name: str) -> list[str]:
+    last = re.split(r"[.\[\]@/:]", name.strip().rstrip("]"))[-1]
+    found = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", last)
+    return [word.lower() for word in found]
+
+
+# --- texts -------------------------------------------------------------------------------------------------
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,30})://((?:(?!\w://)[^\n])+)")
+_PORT = re.compile(r"[^\s/?#@:]*:\d{1,5}(?:[/?#\s'\",;)\]}]|$)")
+_HOST = re.compile(r"(?:localhost|\[[0-9a-fA-F:.]+\]|[\w\-]*\.[\w.\-]+)(?::\d+)?/|[\w.\-]+:\d{1,5}/")
+_CONTAINERS = ("wasb", "wasbs", "abfs", "abfss")  # container@account: no user
+_PAIR = re.compile(
+    r"(?<![\w.\-/@])([+~]*[\w.\-/@]*\w)="
+    r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|\$\{(?:[^{}]|\{[^{}]*\})*\}|"""
+    r"""(?:[^\s&#,;'"()\[\]{}]|,(?=\S)(?![\w.+/@\-]*=))+)"""
+)
+_QUOTED = re.compile(r"""(['"])([\w.\-]*\w)\1(\s*:\s*)("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')""")
+_HEADER = re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)\s+)[^\s'\",]+")
+_INTERPOLATION = re.compile(r"\$\{(?:[^{}]|\{[^{}]*\})*\}")
+_HUB = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+_SPAN = 300  # characters of a password with spaces in it
+
+
+def without_passwords(text: str) -> str:
+    """A text without what it may not hold. Cleaning it again changes nothing.
+
+    >>> without_passwords("http://ann:secret@host:5000"), without_passwords("https://host/x?a=1&Token=abc")
+    ('http://***@host:5000', 'https://host/x?a=1&Token=***')
+    >>> without_passwords("http://ann:p@ss/w@rd's@host:5000/x"), without_passwords("+db.password='a b' seed=1")
+    ('http://***@host:5000/x', '+db.password=*** seed=1')
+    >>> without_passwords("sqlite:////home/me@work/m.db"), without_passwords("token=${oc.env:MY_TOKEN}")
+    ('sqlite:////home/me@work/m.db', 'token=${oc.env:MY_TOKEN}')
+    """
+    text = _by_shape(text)
+    return _hidden.sub(text) if _hidden.pattern else text
+
+
+def told(text: str) -> str:
+    """`without_passwords` for what people read: a value that came out of the environment is called by its variable."""
+    text = without_passwords(text)
+    return _mentioned.sub(text) if _mentioned.pattern else text
+
+
+def _by_shape(text: str) -> str:
+    if "://" in text:
+        text = _ADDRESS.sub(lambda m: f"{m[1]}://{_without_userinfo(m[1], m[2])}", text)
+    if "=" in text:
+        text = _PAIR.sub(_without_value, text)
+    if ":" in text:
+        text = _QUOTED.sub(_without_quoted, text)
+        text = _HEADER.sub(rf"\g<1>{MASK}", text)
+    return _HUB.sub(MASK, text) if "hf_" in text else text
+
+
+def _without_userinfo(scheme: str, rest: str) -> str:
+    end = _end_of_userinfo(scheme, rest)
+    if end is None or re.fullmatch(r"[^:@\s]*:?\$\{[^}]*\}", rest[:end]):  # nothing, or what the environment has
+        return rest
+    return f"{MASK}@{rest[end + 1 :]}"
+
+
+def _end_of_userinfo(scheme: str, rest: str) -> int | None:
+    """Where the `@` before the host is, in what follows `://`; None: there is none.
+
+    That is the last one before the path, and passwords may hold what ends an authority elsewhere: where no host comes
+    after it, or no port after the colon, it is sought further on.
+    """
+    word = re.match(r"\S*", rest)[0]  # type: ignore[index]
+    authority = re.match(r"[^/?#]*", word)[0]  # type: ignore[index]
+    last, at = word.rfind("@"), authority.rfind("@")
+    if at < 0:
+        if ":" not in authority or _PORT.match(rest):
+            return None
+        return last if last >= 0 else (found if (found := rest.rfind("@", 0, _SPAN)) >= 0 else None)
+    if ":" not in authority[:at]:
+        return None if scheme.lower() in _CONTAINERS else at
+    return at if last == at or authority.startswith(f"{MASK}@") or _HOST.match(word[at + 1 :]) else last
+
+
+def _is_open(value: str) -> bool:
+    """Whether it says where a value comes from, or nothing."""
+    bare = value.strip("'\"")
+    own = _INTERPOLATION.sub("", bare)  # what it adds to an interpolation
+    return not re.search(r"\w", own) or own.lower() in ("null", "none", "true", "false")
+
+
+def _without_value(found: re.Match[str]) -> str:
+    return f"{found[1]}={MASK}" if is_secret(found[1]) and not _is_open(found[2]) else found[0]
+
+
+def _without_quoted(found: re.Match[str]) -> str:
+    mark, name, colon, value = found.groups()
+    return (
+        f"{mark}{name}{mark}{colon}{value[0]}{MASK}{value[0]}" if is_secret(name) and not _is_open(value) else found[0]
+    )
+
+
+class _Values:
+    """Values that are replaced wherever they stand as a word of their own, as they are or encoded."""
+
+    def __init__(self) -> None:
+        self._by: dict[str, str] = {}
+        self.pattern: re.Pattern[str] | None = None
+
+    def add(self, value: str, by: str, *, least: int) -> None:
+        if len(value) < least or MASK in value:
+            return
+        forms = {value, quote(value, safe=""), unquote(value), repr(value)[1:-1], json.dumps(value)[1:-1]}
+        new = {form: by for form in forms if len(form) >= least and form not in self._by}
+        if new:
+            self._by |= new
+            longest_first = sorted(self._by, key=len, reverse=True)
+            self.pattern = re.compile("|".join(map(_as_a_word, longest_first)))
+
+    def sub(self, text: str) -> str:
+        assert self.pattern is not None
+        return self.pattern.sub(lambda found: self._by[found[0]], text)
+
+
+def _as_a_word(value: str) -> str:
+    before, after = (r"(?<!\w)" if value[0].isalnum() else ""), (r"(?!\w)" if value[-1].isalnum() else "")
+    return f"{before}{re.escape(value)}{after}"
+
+
+_hidden, _mentioned = _Values(), _Values()
+
+
+# --- nested data -------------------------------------------------------------------------------------------
+
+
+def cleaned(data: Any) -> Any:
+    """Mappings, lists and texts without what they may not hold; an override counts by its key.
+
+    >>> cleaned({"hub": {"token": "abc", "name": "bert"}, "overrides": ["+hub.token='a, b'", "seed=0"]})
+    {'hub': {'token': '***', 'name': 'bert'}, 'overrides': ['+hub.token=***', 'seed=0']}
+    """
+    if isinstance(data, Mapping):
+        return {key: _masked(value) if is_secret(str(key)) else cleaned(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_override(item) if isinstance(item, str) else cleaned(item) for item in data]
+    return without_passwords(data) if isinstance(data, str) else data
+
+
+def clean_texts(data: Any) -> Any:
+    """The same for data of our own, where no name is a secret's: only its texts are cleaned."""
+    if isinstance(data, Mapping):
+        return {key: clean_texts(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [clean_texts(value) for value in data]
+    return without_passwords(data) if isinstance(data, str) else data
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _masked(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked(item) for item in value]
+    if isinstance(value, str):
+        return without_passwords(value) if _is_open(value) else MASK
+    return value if value is None or isinstance(value, bool) else MASK
+
+
+def _override(text: str) -> str:
+    found = re.fullmatch(r"([+~]*[\w./@\-:\[\]]+)=(.*)", text, re.DOTALL)
+    if found and is_secret(found[1]) and not _is_open(found[2]):
+        return f"{found[1]}={MASK}"
+    return without_passwords(text)
+
+
+# --- configurations ----------------------------------------------------------------------------------------
+
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,{}\s]+)")
+_REFERENCE = re.compile(r"\$\{(\.*[\w\-]+(?:\.[\w\-]+)*)\}")
+
+
+def recorded(cfg: DictConfig) -> dict[str, Any]:
+    """A configuration as it goes on record: what it takes from elsewhere (`${oc.env:...}` and every other resolver)
+    stays as it was written, its references to itself are followed as far as that, and secrets are masked.
+
+    >>> from omegaconf import OmegaConf
+    >>> recorded(OmegaConf.create({"a": {"n": 3, "token": "abc"}, "b": "${a.n}", "c": "${oc.env:HOME}", "d": "${c}"}))
+    {'a': {'n': 3, 'token': '***'}, 'b': 3, 'c': '${oc.env:HOME}', 'd': '${oc.env:HOME}'}
+    """
+    found = _followed(_written(cfg), (), _written(cfg), depth=0)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in cleaned(found).items()}
+
+
+def _written(cfg: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
+
+
+def _followed(node: Any, path: tuple[Any, ...], root: Any, *, depth: int) -> Any:
+    if isinstance(node, dict):
+        return {key: _followed(value, (*path, key), root, depth=depth) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_followed(value, (*path, index), root, depth=depth) for index, value in enumerate(node)]
+    if not isinstance(node, str) or "${" not in node or depth > 20:
+        return node
+    if whole := _REFERENCE.fullmatch(node):
+        return _target(whole[1], path, root, depth, otherwise=node)
+
+    def inside(found: re.Match[str]) -> str:
+        value = _target(found[1], path, root, depth, otherwise=found[0])
+        return found[0] if isinstance(value, (dict, list)) or value is None else str(value)
+
+    return _REFERENCE.sub(inside, node)
+
+
+def _target(reference: str, path: tuple[Any, ...], root: Any, depth: int, *, otherwise: str) -> Any:
+    dots = len(reference) - len(reference.lstrip("."))
+    parts = [*(path[: len(path) - dots] if dots else ()), *reference[dots:].split(".")]
+    if any(is_secret(str(part)) for part in parts):
+        return otherwise
+    node = root
+    for part in parts:
+        try:
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return otherwise
+    return _followed(node, tuple(parts), root, depth=depth + 1)
+
+
+def _leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    pairs = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, (list, tuple)) else None
+    if pairs is None:
+        yield path, node
+        return
+    for key, value in pairs:
+        yield from _leaves(value, (*path, str(key)))
+
+
+def hide(cfg: DictConfig | None = None) -> None:
+    """Remember what texts of this process may not hold: values with a name like a secret's in the configuration and in
+    the environment, passwords in its addresses, and for `told` what else it takes from the environment."""
+    for name, value in os.environ.items():
+        if is_secret(name) and _is_certain(name) and not os.path.exists(value):
+            _hidden.add(value, MASK, least=8)
+    for path, value in _leaves(_written(cfg)) if cfg is not None else ():
+        text = str(value)
+        if any(map(is_secret, path)):
+            found = _resolved(cfg, path) if "${" in text else value
+            if found is not None and not isinstance(found, bool) and not _is_open(str(found)):
+                _hidden.add(str(found), MASK, least=4)
+        for name in _ENVIRONMENT.findall(text):
+            _hide_variable(name)
+        if isinstance(value, str) and (password := _password_of(value)):
+            _hidden.add(password, MASK, least=4)
+
+
+def _hide_variable(name: str) -> None:
+    value = os.environ.get(name, "")
+    if is_secret(name):
+        _hidden.add(value, MASK, least=4)
+    elif not os.path.exists(value) and not value.isdigit() and value not in os.getcwd():
+        _mentioned.add(value, f"${{oc.env:{name}}}", least=6)
+    if password := _password_of(value):
+        _hidden.add(password, MASK, least=4)
+
+
+def _resolved(cfg: Any, path: Sequence[str]) -> Any:
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        for part in path:
+            cfg = cfg[int(part)] if part.isdigit() and part not in cfg else cfg[part]
+    except (OmegaConfBaseException, KeyError, IndexError, TypeError, ValueError):
+        return None
+    return cfg
+
+
+def _password_of(text: str) -> str:
+    """The password in an address, or what stands in a user's place alone; empty when there is none."""
+    found = _ADDRESS.search(text)
+    end = _end_of_userinfo(found[1], found[2]) if found else None
+    if found is None or end is None:
+        return ""
+    user, colon, password = found[2][:end].partition(":")
+    return password if colon else user
+
+
+def address_with_password(cfg: DictConfig) -> tuple[str, str] | None:
+    """The first key with an address that holds a password (or, of a web server, a user), and the address without it."""
+    for path, value in _leaves(_written(cfg)):
+        if path[:2] == ("hydra", "overrides") or path[-1:] == ("override_dirname",):  # which repeat what others have
+            continue
+        if isinstance(value, str) and _opens(value):
+            return ".".join(path), _by_shape(value)
+    return None
+
+
+def _opens(text: str) -> bool:
+    found = _ADDRESS.search(text)
+    if found is None or _by_shape(text) == text:
+        return False
+    end = _end_of_userinfo(found[1], found[2])
+    userinfo, rest = ("", found[2]) if end is None else (found[2][:end], found[2][end:])
+    named = userinfo not in ("", MASK) and (":" in userinfo or found[1].lower() in ("http", "https"))
+    return named or _by_shape(rest) != rest
+
+
+def hashable(resolved: Any, cfg: DictConfig) -> Any:
+    """A resolved configuration, to be hashed.
+
+    The hash is on record beside all else that goes into it, so a short secret in it could be guessed. One that only
+    opens a door is left out (with another one it is the same job); a `key`, which may be a name of something in the
+    data, costs whoever guesses a slow hash for each try. All else counts as it is resolved.
+    """
+    written = dict(_leaves(_written(cfg)))
+    certain: dict[str, str] = {}
+
+    def visit(node: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(node, Mapping):
+            return {key: visit(value, (*path, str(key))) for key, value in node.items()}
+        if isinstance(node, (list, tuple)):
+            return [visit(value, (*path, str(index))) for index, value in enumerate(node)]
+        variables = _ENVIRONMENT.findall(str(written.get(path, "")))
+        names = [name for name in (*path, *variables) if is_secret(name)]
+        if not names or node is None or isinstance(node, bool) or not str(node):
+            return _by_shape(node) if isinstance(node, str) else node
+        if not any(map(_is_certain, names)):
+            return hashlib.scrypt(str(node).encode(), salt=b"gsprune", n=2**14, r=8, p=1).hex()
+        certain[str(node)] = MASK
+        return MASK
+
+    return _without(visit(resolved, ()), [value for value in certain if len(value) >= 4])
+
+
+def _without(node: Any, values: Sequence[str]) -> Any:
+    """The same without texts that hold one of the values: a reference has brought them there."""
+    if not values:
+        return node
+    if isinstance(node, Mapping):
+        return {key: _without(value, values) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without(value, values) for value in node]
+    return MASK if isinstance(node, str) and any(value in node for value in values) else node
+
+
+# --- logs and terminals ------------------------------------------------------------------------------------
+
+
+def guard_logs() -> None:
+    """From now on every log record of this process is cleaned, whatever handlers it goes to."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "cleans", False):
+        return
+
+    def make_clean(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        return _clean_record(make(*args, **kwargs))
+
+    make_clean.cleans = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make_clean)
+
+
+def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
+    try:
+        text = record.getMessage()
+    except (TypeError, ValueError):  # wrong arguments: logging says so itself
+        return record
+    if (clean := told(text)) != text:
+        record.msg, record.args = clean, None
+    if record.exc_info and record.exc_info[0] is not None:
+        full = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
+        if (clean := told(full)) != full:
+            record.exc_info, record.exc_text = None, clean
+    return record
+
+
+class Cleaned:
+    """A terminal's stream on which nothing is written that it may not hold, whoever writes; else it is as before."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(told(text))
+        return len(text)
+
+    def writelines(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
