@@ -91,6 +91,7 @@ _PAIR = re.compile(
     r"""(?:[^\s&#,;'"()\[\]{}]|,(?=\S)(?![\w.+/@\-]*=))+)"""
 )
 _QUOTED = re.compile(r"""(['"])([\w.\-]*\w)\1(\s*:\s*)("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')""")
+_FLOW = re.compile(r"""([{,]\s*)([\w.\-]*\w)(\s*:\s*)("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s,{}\[\]"']+)""")
 _HEADER = re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)\s+)[^\s'\",]+")
 _INTERPOLATION = re.compile(r"\$\{(?:[^{}]|\{[^{}]*\})*\}")
 _HUB = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
@@ -123,7 +124,7 @@ def _by_shape(text: str) -> str:
     if "=" in text:
         text = _PAIR.sub(_without_value, text)
     if ":" in text:
-        text = _QUOTED.sub(_without_quoted, text)
+        text = _FLOW.sub(_without_item, _QUOTED.sub(_without_quoted, text))
         text = _HEADER.sub(rf"\g<1>{MASK}", text)
     return _HUB.sub(MASK, text) if "hf_" in text else text
 
@@ -169,6 +170,11 @@ def _without_quoted(found: re.Match[str]) -> str:
     return (
         f"{mark}{name}{mark}{colon}{value[0]}{MASK}{value[0]}" if is_secret(name) and not _is_open(value) else found[0]
     )
+
+
+def _without_item(found: re.Match[str]) -> str:
+    hides = is_secret(found[2]) and not _is_open(found[4])
+    return f"{found[1]}{found[2]}{found[3]}{MASK}" if hides else found[0]
 
 
 class _Values:

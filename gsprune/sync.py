@@ -37,6 +37,7 @@ from gsprune.tracking import (
     RECORD,
     RECORD_TAG,
     SENDING,
+    DeletedError,
     Names,
     Store,
     connect,
@@ -90,13 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("directory", help="of a run, of a sweep, or a folder of those")
     parser.add_argument("--tracking-uri", help="where to send it, if not where the runs tried to")
+    parser.add_argument("--experiment", help="send all of it to this one, if that of the runs is no longer there")
     given = parser.parse_args(arguments)
     try:
         folders = find_records(Path(given.directory))
     except ValueError as error:
         say(f"Error: {error}", file=sys.stderr)
         return 1
-    sent, faults = _sync_all(folders, given.tracking_uri)
+    sent, faults = _sync_all(folders, given.tracking_uri, given.experiment)
     for one in sent:
         if one:
             say(f"{one.folder}: sent {one} to {one.uri}, run {one.run_id}")
@@ -114,11 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def _sync_all(folders: Sequence[Path], uri: str | None) -> tuple[list[Sent], list[str]]:
+def _sync_all(folders: Sequence[Path], uri: str | None, experiment: str | None) -> tuple[list[Sent], list[str]]:
     sent, faults, dead = [], [], set[str]()
     for folder in folders:
         try:
-            sent.append(sync(folder, tracking_uri=uri, avoid=dead))
+            sent.append(sync(folder, tracking_uri=uri, experiment=experiment, avoid=dead))
         except (ValueError, OSError) as error:
             if str(error) not in faults:
                 faults.append(str(error))
@@ -149,11 +151,14 @@ def _may_hold_runs(name: str) -> bool:
     return name == PARENT or (not name.startswith(".") and name not in NOT_JOBS)
 
 
-def sync(folder: Path, *, tracking_uri: str | None = None, avoid: set[str] | None = None) -> Sent:
+def sync(
+    folder: Path, *, tracking_uri: str | None = None, experiment: str | None = None, avoid: set[str] | None = None
+) -> Sent:
     """Send what MLflow lacks of the run that has left its record in `folder`.
 
     Args:
         tracking_uri: where to; None: where the run tried to.
+        experiment: send the whole run to this one, as a new run there, if it is not in it already.
         avoid: addresses that did not answer, for a caller with several runs.
 
     Raises:
@@ -164,7 +169,7 @@ def sync(folder: Path, *, tracking_uri: str | None = None, avoid: set[str] | Non
     if not lock.acquire():
         raise ValueError(f"the run in {folder} still goes on, or is being uploaded by another process")
     try:
-        return _Upload(_Record(folder), tracking_uri, set() if avoid is None else avoid).run()
+        return _Upload(_Record(folder), tracking_uri, experiment, set() if avoid is None else avoid).run()
     finally:
         lock.release()
 
@@ -186,6 +191,7 @@ class _Record:
         listed += [event for event in self._lines(SENDING) if event not in listed]
         self.events = [event for event in listed if isinstance(event.get("kind"), str)]
         self.run_id, self.parent_run_id, self.record = map(self._id, ("run_id", "parent_run_id", "record"))
+        self.moved_from = self._id("moved_from")
 
     def text(self, key: str) -> str | None:
         value = self.note.get(key)
@@ -354,14 +360,19 @@ def _is_small(path: Path) -> bool:
 class _Upload:
     """One record on its way into one store."""
 
-    def __init__(self, record: _Record, uri: str | None, avoid: set[str]) -> None:
+    def __init__(self, record: _Record, uri: str | None, experiment: str | None, avoid: set[str]) -> None:
         self.record, self._avoid = record, avoid
         self.uri = _address(record, uri)
+        noted = record.text("experiment") or "gsprune"
+        self.experiment, self.moves = experiment or noted, experiment not in (None, noted)
+        self._origin = record.run_id if self.moves else record.moved_from  # the run that this one takes over
         self.parent = record.parent_run_id or _parent_of(record.folder)
+        if self.moves:
+            self.parent = _parent_of(record.folder) or record.parent_run_id
         self.sent = Sent(record.folder, record.run_id, without_passwords(self.uri), left_out=record.left_out)
 
     def run(self) -> Sent:
-        if self.record.complete and self.parent == self.record.parent_run_id:
+        if self.record.complete and self.parent == self.record.parent_run_id and not self.moves:
             self.sent.uri = self.record.text("tracking_uri") or self.sent.uri
             return self.sent
         if self.uri in self._avoid:
@@ -374,6 +385,8 @@ class _Upload:
 
         try:
             self._send(store)
+        except DeletedError as error:
+            raise ValueError(f"{error} (here: --experiment <name>)") from None
         except (MlflowException, RequestException, SQLAlchemyError, TimeoutError) as error:
             self._avoid.add(self.uri)
             first = " ".join(str(error).split())[:300]
@@ -390,7 +403,7 @@ class _Upload:
         record = self.record
         return connect(
             self.uri,
-            experiment=record.text("experiment") or "gsprune",
+            experiment=self.experiment,
             artifact_root=record.text("artifact_root"),
             run_name=record.text("run_name"),
             parent_run_id=self.parent,
@@ -401,6 +414,8 @@ class _Upload:
         self._keep_id(store)
         self._send_texts(store, run)
         self._send_metrics(store, run)
+        if self._source is not None:
+            self.sent.add("files", store.copy_files(self._source.info.run_id))
         self._send_pictures(store)
         self._send_files(store)
         self._end(store, run)
@@ -409,12 +424,15 @@ class _Upload:
     def _find(self, store: Store) -> Any:
         """The run as MLflow has it, made if it was never made."""
         record = self.record
-        run = store.attach(record.run_id, record.record)
+        run = store.attach(None if self.moves else record.run_id, record.record)
+        self._source = store.find(self._origin) if self._origin else None
         if run is not None and run.info.lifecycle_stage != "active":
             raise ValueError(f"the run {store.run_id} of {record.folder} was deleted in MLflow: nothing is sent")
         if run is not None:
             return run
         began = next((_number(event.get("time_ms")) for event in record.of_kind("start")), None)
+        if began is None and self._source is not None:
+            began = _number(self._source.info.start_time)
         if began is None or not 0 <= began < 2**53:
             raise ValueError(
                 f"the run {record.run_id or 'without an id'} of {record.folder} is not at {self.sent.uri}, and its "
@@ -430,19 +448,22 @@ class _Upload:
         self.sent.run_id = store.run_id
         if store.run_id == self.record.run_id:
             return
-        self._note(run_id=store.run_id)
+        self._note(
+            run_id=store.run_id, experiment=self.experiment, **({"moved_from": self._origin} if self._origin else {})
+        )
         if self.record.folder.name == PARENT:
-            _fill(self.record.folder.parent / SWEEP, "parent_run_id", store.run_id)
+            _fill(self.record.folder.parent / SWEEP, "parent_run_id", store.run_id, self._origin)
         else:
-            _fill(self.record.folder / RESULT, "mlflow_run_id", store.run_id)
+            _fill(self.record.folder / RESULT, "mlflow_run_id", store.run_id, self._origin)
 
     def _send_texts(self, store: Store, run: Any) -> None:
-        params = self.record.texts("params", "start", "params")
+        before = self._source.data if self._source is not None else None
+        params = {**(before.params if before else {}), **self.record.texts("params", "start", "params")}
         params = {key: value for key, value in params.items() if key not in run.data.params}
         store.params(params=params)
         self.sent.add("parameters", len(params))
         nested = {NESTED: self.parent} if self.parent else {}
-        tags = fit_tags({**self.record.texts("tags", "start", "tags"), **nested})
+        tags = fit_tags({**(before.tags if before else {}), **self.record.texts("tags", "start", "tags"), **nested})
         tags.pop(RECORD_TAG, None)  # that of the run is there, and a try before it may have had another
         tags = {key: value for key, value in tags.items() if run.data.tags.get(key) != value}
         store.tags(tags=tags)
@@ -484,6 +505,7 @@ class _Upload:
 
     def _close(self) -> None:
         """The record says that all is sent: first in the note, for a call that is killed between the two."""
+        self.record.note.pop("moved_from", None)
         self._note(status=self._status, stopped=None, parent_run_id=self.parent)
         for path in self.record.unsent:
             path.unlink(missing_ok=True)
@@ -584,13 +606,14 @@ def _parent_of(folder: Path) -> str | None:
     return None
 
 
-def _fill(path: Path, key: str, value: str | None) -> None:
-    """Put a run's id into a record that had to do without. What a link leads to would become a file of the run's."""
+def _fill(path: Path, key: str, value: str | None, before: str | None) -> None:
+    """Put a run's id into a record that had to do without, or has that of the run which it was `before`. What a link
+    leads to would become a file of the run's."""
     try:
         found = read_json(path) if path.is_file() and not path.is_symlink() and _is_small(path) else None
     except (ValueError, OSError):
         return
-    if isinstance(found, dict) and found.get(key, value) is None:
+    if isinstance(found, dict) and key in found and found[key] in (None, before):
         write_json(path, {**found, key: value})
 
 

@@ -30,6 +30,7 @@ import shlex
 import shutil
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -695,6 +696,20 @@ class Store:
     def files(self, folder: str) -> set[str]:
         """The names of the run's artifacts in a folder."""
         return {posixpath.basename(found.path) for found in self._client.list_artifacts(self.run_id, folder)}
+
+    def find(self, run_id: str) -> Any:
+        """A run of any experiment, deleted or not, or None if this store has no such one."""
+        self._open()
+        return self._find(run_id)
+
+    def copy_files(self, run_id: str) -> int:
+        """Give this run the artifacts of another one; returns how many files they are."""
+        if not self._client.list_artifacts(run_id):
+            return 0
+        with tempfile.TemporaryDirectory() as folder:
+            self._client.download_artifacts(run_id, "", folder)
+            self._client.log_artifacts(self.run_id, folder)
+            return sum(path.is_file() for path in Path(folder).rglob("*"))
 
     def _reopen(self) -> bool:
         """Go on with the run of that id; False when there is none, or it was deleted."""
