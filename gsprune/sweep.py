@@ -316,7 +316,8 @@ class SweepCallback(Callback):
         checked = check_jobs(config, get_method(self.rehearse) if self.rehearse else None)
         if checked.refused and checked.jobs is not None:
             for number in list(checked.refused)[:MOST_TOLD]:
-                print(one_line(f"job {number} would be: {' '.join(checked.jobs[number])}"), file=sys.stderr)
+                overrides = " ".join(recorded_overrides(checked.jobs[number]))
+                print(one_line(f"job {number} would be: {overrides}"), file=sys.stderr)
             told = {str(number): why for number, why in checked.refused.items()}
             print("Nothing was run: correct it, or let the others run with sweep.check=false", file=sys.stderr)
             _refuse(failures(told, len(checked.jobs)))

@@ -23,6 +23,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from gsprune.hydra_files import as_given
+from gsprune.redact import told
 from gsprune.shown import logger
 
 __all__ = ["Checked", "check_jobs", "sentence"]
@@ -75,9 +77,9 @@ def sentence(error: BaseException) -> str:
     >>> sentence(ValueError("seed=x is not\\nallowed"))
     'seed=x is not allowed'
     """
-    texts = [" ".join(str(found).split()) for found in (error, error.__cause__) if found is not None]
-    told = list(dict.fromkeys(re.sub(r" full_key: \S+| object_type=\S+", "", text) for text in texts if text))
-    return ": ".join(told) or type(error).__name__
+    texts = [" ".join(told(str(found)).split()) for found in (error, error.__cause__) if found is not None]
+    listed = list(dict.fromkeys(re.sub(r" full_key: \S+| object_type=\S+", "", text) for text in texts if text))
+    return ": ".join(listed) or type(error).__name__
 
 
 def _overrides(config: DictConfig, loader: ConfigLoader) -> list[Override]:
@@ -85,7 +87,9 @@ def _overrides(config: DictConfig, loader: ConfigLoader) -> list[Override]:
     params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
     assert isinstance(params, dict)
     lines = [f"{key!s}={value}" for key, value in params.items()]
-    return OverridesParser.create(config_loader=loader).parse_overrides([*lines, *config.hydra.overrides.task])
+    return OverridesParser.create(config_loader=loader).parse_overrides(
+        [*lines, *as_given(config.hydra.overrides.task)]
+    )
 
 
 def _listed(config: DictConfig, overrides: list[Override]) -> list[list[str]] | None:

@@ -275,7 +275,7 @@ PLANTED = (
     "+extra.note=${oc.env:A_NOTE}",
     "+extra.password=CANARY-override",
     "+extra.more={api_key: 'CANARY, quoted', name: x}",
-    "hydra.job.env_set={HF_TOKEN: CANARY-set}",
+    "+hydra.job.env_set.HF_TOKEN=CANARY-set",
 )
 QUICK = [
     *(text for text in TINY if not text.startswith("tracking")),
