@@ -586,3 +586,35 @@ def refusal(file: Path) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+HEAD = "pruning:\n  approach:\n    weight_compression:\n"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "names: ['${oc.env:MY_TOKEN}']",
+        'names: ["\\x24{oc.env:MY_TOKEN}"]',
+        "names: ['a', 'b.${.include}']",
+        "names: ['\\\\${oc.env:MY_TOKEN}']",
+        "'${oc.env:MY_TOKEN}': 1",
+        "parameters: {target: 1, importance_inputs: ['${oc.env:MY_TOKEN}'], importance_metric: weighted_gradient}",
+    ],
+)
+def test_what_hydra_would_resolve_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+    monkeypatch.setenv("MY_TOKEN", "ENVSECRET")
+    file.write_text(f"{HEAD}      pruners:\n        - !Pruner\n            {entry}\n")
+    with pytest.raises(ValueError, match=r"\$\{ is refused: Hydra would resolve it"):
+        load_inc_config(file)
+
+
+def test_a_note_stays_one_comment(file: Path) -> None:
+    """A value that a note quotes cannot become a line of the configuration."""
+    file.write_text(
+        f"{HEAD}      target_sparsity: |\n        x\n        evil: {{_target_: os.system}}\n      pruners:\n"
+        "        - !Pruner\n            target_sparsity: 0\n            names: ['a']\n"
+    )
+    text = load_inc_config(file).to_yaml()
+    assert "evil" in text
+    assert set(yaml.safe_load(text)) == {"defaults", "pruners"}

@@ -697,3 +697,53 @@ def test_the_page_listens_on_this_machine_only(server: Server) -> None:
         socket.create_connection(("127.0.0.2", server.port), timeout=5)
     done = subprocess.run([sys.executable, "-m", "mlflow", "ui", "--help"], capture_output=True, text=True, check=True)
     assert "(default: 127.0.0.1)" in " ".join(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_a_run_whose_experiment_was_deleted_is_sent_to_another(tmp_path: Path, capsys: Any) -> None:
+    """A sweep's parent and two jobs: one that has been sent in part, and one that was never begun there."""
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/m.db"
+    client, sweep = MlflowClient(tracking_uri=uri), tmp_path / "sweep"
+    parent = MLflowTracker(sweep / ".gsprune", tracking_uri=uri, experiment="old")
+    parent.start(config={"command": "x"}, tags={})
+    (sweep / "sweep.json").write_text(json.dumps({"parent_run_id": parent.run_id}))
+    part = MLflowTracker(sweep / "0", tracking_uri=uri, experiment="old", parent_run_id=parent.run_id)
+    part.output_dir.mkdir()
+    (part.output_dir / "early.txt").write_text("sent before")
+    start = part.start
+
+    def then_deleted(**more: Any) -> None:
+        start(**more)
+        part.log_artifact(part.output_dir / "early.txt")
+        client.delete_experiment(client.get_experiment_by_name("old").experiment_id)
+
+    part.start = then_deleted  # type: ignore[method-assign]
+    a_run(part)
+    never = MLflowTracker(sweep / "1", tracking_uri=uri, experiment="old", parent_run_id=parent.run_id)
+    a_run(never)
+    parent.finish("FINISHED")
+    assert main([str(sweep)]) == 1
+    assert "mlflow experiments restore -x" in capsys.readouterr().err
+    assert main([str(sweep), "--experiment", "new"]) == 0
+    assert main([str(sweep), "--experiment", "new"]) == 0
+    assert "Nothing to send" in capsys.readouterr().out
+    assert main([str(sweep)]) == 0  # the record knows where it is by now
+    new = client.get_experiment_by_name("new").experiment_id
+    runs = {run.info.run_id: run for run in client.search_runs([new])}
+    assert len(runs) == 3
+    top = json.loads((sweep / "sweep.json").read_text())["parent_run_id"]
+    for name in ("0", "1"):
+        run = runs.pop(json.loads((sweep / name / "result.json").read_text())["mlflow_run_id"])
+        assert run.data.tags["mlflow.parentRunId"] == top
+        assert run.data.tags["hydra.overrides"] == "pruner=abs"
+        assert run.data.tags["late"] == "yes"
+        assert run.data.params["pruner.target_sparsity"] == "0.9"
+        assert run.info.status == "FINISHED"
+        assert len(client.get_metric_history(run.info.run_id, "val/accuracy")) == 3
+        files = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert {"config.yaml", "result.json", "masks", "images"} <= files
+        assert ("early.txt" in files) == (name == "0")
+    assert list(runs) == [top]
+    assert "moved_from" not in json.loads((sweep / "0" / "tracking.json").read_text())

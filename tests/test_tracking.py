@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
+import re
+import shlex
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,6 +25,7 @@ import yaml
 from PIL import Image
 
 from gsprune import tracking
+from gsprune.addresses import check_address, database_file
 from gsprune.tracking import MLflowTracker, Names, Tracker, flatten, read_metrics, resolve_tracking_uri
 
 CONFIG = {"pruner": {"target_sparsity": 0.9, "keep": None, "include": ["*"]}, "seed": 1, "note": "x" * 9000}
@@ -207,6 +212,70 @@ def test_the_default_store_is_a_database_at_an_absolute_path(tmp_path: Path, mon
 )
 def test_artifact_locations_are_absolute(uri: str, root: str | None, location: str | None) -> None:
     assert tracking._artifact_location(uri, "e/x", root) == location
+
+
+WRONG = {
+    "htp://foo": "http://foo",
+    "http:/host:5000": "http://host:5000",
+    "http//host": "http://host",
+    "https://": "https://host:5000",
+    "http://host:port": "http://host:5000",
+    "sqlite://m.db": "sqlite:///m.db",
+    "sqlight:///m.db": "sqlite:///m.db",
+    "postgres://db/x": "postgresql://db/x",
+    "mlruns": "sqlite:///mlruns/mlflow.db",
+    "file:///data/mlruns": "sqlite:///data/mlruns/mlflow.db",
+    "htp://ann:pw@foo": "http://***@foo",
+}
+
+
+@pytest.mark.parametrize("uri", WRONG)
+def test_an_address_that_is_none_is_refused_with_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"did you mean {WRONG[uri]}?")):
+        MLflowTracker(tmp_path, tracking_uri=uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ValueError, match=re.escape(f"did you mean {WRONG[uri]}?")):
+        MLflowTracker(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://h",
+        "HTTPS://h:1/x",
+        "sqlite:////d/m.db",
+        "sqlite:///:memory:",
+        "postgresql+psycopg2://u@h/x",
+        "postgresql:///x",
+        "databricks",
+        "databricks://profile",
+        "uc:profile",
+    ],
+)
+def test_an_address_of_mlflow_is_taken(uri: str) -> None:
+    check_address(uri)
+
+
+def tracking_threads() -> int:
+    return sum(thread.name == tracking._THREAD for thread in threading.enumerate())
+
+
+def test_the_thread_of_a_tracker_ends_with_it(faulty: Any, tmp_path: Path) -> None:
+    before = tracking_threads()
+    forever, stuck = threading.Event(), faulty(dies_at=1, fault=lambda: forever.wait())
+    for dies_at in (99, 2):  # none, and one whose store refuses
+        a_run(faulty(dies_at=dies_at, fault=refuse))
+    stuck.start(config={}, tags={})
+    assert tracking_threads() == before + 1  # it waits for a call that does not return
+    stuck.finish("FAILED")
+    forever.set()
+    until = time.monotonic() + 5
+    while tracking_threads() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert tracking_threads() == before
 
 
 # --- MLflow ------------------------------------------------------------------------------------------------
@@ -561,3 +630,52 @@ def test_a_run_whose_process_was_killed_is_closed_by_another_and_its_call_stays_
     assert json.loads((tmp_path / "run" / "tracking.json").read_text())["status"] == "FAILED"
     assert json.loads((tmp_path / "run" / "unsent.jsonl").read_text()) == under_way
     assert not (tmp_path / "run" / "sending.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_locked_database_costs_its_limit_and_one_line(
+    tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: Any
+) -> None:
+    first = MLflowTracker(tmp_path / "a", tracking_uri=database)
+    first.start(config={}, tags={})  # which makes the database
+    capfd.readouterr()
+    monkeypatch.setattr(tracking, "_LOCKED", 2.5)
+    with contextlib.closing(sqlite3.connect(str(database_file(database)), isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        begin, second = time.monotonic(), MLflowTracker(tmp_path / "b", tracking_uri=database, timeout_s=0.3)
+        a_run(second)
+        first._limit = 2.5
+        first.log_metrics({"loss": 1.0}, step=1)
+        assert time.monotonic() - begin < 2 * 2.5 + 2
+        other.execute("ROLLBACK")
+    for tracker in (first, second):
+        assert tracker.stopped is not None
+        assert "another program has locked the database" in tracker.stopped
+    assert [record.name for record in caplog.records] == ["gsprune.tracking"] * 2
+    assert capfd.readouterr().err == ""
+    the_local_record_is_complete(tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_a_deleted_experiment_is_said_with_the_way_back(tmp_path: Path, database: str) -> None:
+    client = client_of(database)
+    running = MLflowTracker(tmp_path / "a", tracking_uri=database, experiment="gone")
+    running.start(config={}, tags={})
+    found = client.get_experiment_by_name("gone")
+    client.delete_experiment(found.experiment_id)
+    running.log_metrics({"loss": 1.0}, step=1)  # while it goes on
+    late = MLflowTracker(tmp_path / "b", tracking_uri=database, experiment="gone")
+    late.start(config={}, tags={})  # and one that begins after it
+    restore = f"MLFLOW_TRACKING_URI={shlex.quote(running.tracking_uri)} mlflow experiments restore -x"
+    for tracker in (running, late):
+        assert tracker.stopped == (
+            f"the experiment gone was deleted in MLflow: `{restore} {found.experiment_id}` brings it back, "
+            "and tracking.experiment=<name> takes another"
+        )
+        tracker.finish("FINISHED")
+    client.restore_experiment(found.experiment_id)
+    again = MLflowTracker(tmp_path / "c", tracking_uri=database, experiment="gone")
+    again.start(config={}, tags={})
+    client.delete_run(again.run_id)
+    again.log_metrics({"loss": 1.0}, step=1)
+    assert f"mlflow runs restore --run-id {again.run_id}` brings it back" in str(again.stopped)
