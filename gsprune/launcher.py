@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from gsprune import redact
 from gsprune.distributed import world_size
 from gsprune.signals import SIGNALS, Interrupted
 
@@ -157,14 +158,14 @@ def _member(
         with taking_part(device, timeout_minutes=timeout_minutes):
             return work(*arguments)
     except Exception as error:
-        number = int(os.environ["RANK"])
+        number, mistake = int(os.environ["RANK"]), isinstance(error, ValueError)
         told = {
             "rank": number,
             "time": time.time(),
-            "mistake": isinstance(error, ValueError),
+            "mistake": mistake,
             "follows": isinstance(error, RuntimeError),  # often from another process's end
-            "text": str(error) if isinstance(error, ValueError) else f"process {number} failed: {last_line(error)}",
-            "traceback": traceback.format_exc(),
+            "text": redact.told(str(error)) if mistake else f"process {number} failed: {last_line(error)}",
+            "traceback": redact.told(traceback.format_exc()),
         }
         Path(folder, f"error-{number}.json").write_text(json.dumps(told))
         if told["follows"]:

@@ -292,7 +292,7 @@ def found_in(folder: Path) -> list[str]:
 def test_nothing_of_a_secret_is_left_by_a_run_and_by_a_sweep(tmp_path: Path) -> None:
     done = train(tmp_path, "hydra.run.dir=run", *PLANTED, *QUICK, **CANARIES)
     assert done.returncode == 0, done.stderr
-    sweep = ("--multirun", "hydra.sweep.dir=sweep", "trainer.precision=fp32,fp8")
+    sweep = ("--multirun", "hydra.sweep.dir=sweep", "trainer.precision=fp32,fp8", "sweep.check=false")
     both = train(tmp_path, *sweep, *PLANTED, *QUICK, **CANARIES)
     assert both.returncode == 1
     assert "trainer.precision=fp8" in both.stderr
