@@ -385,7 +385,7 @@ RECORDING = ("tracking=none", f"tracking._target_={__name__}.Recording")
 
 
 def test_tracking_gets_the_resolved_configuration_the_masks_and_the_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(composed, "instantiate", with_recording(composed.instantiate))
+    monkeypatch.setattr(composed, "make", with_recording(composed.make))
     result = finished(tmp_path, "pruner=elementwise")
     assert result["mlflow_run_id"] == "run-7"
     (_, config, tags), *middle, end = Recording.calls
@@ -411,7 +411,7 @@ def with_recording(instantiate):
     ("error", "status"), [(RuntimeError("first\nlast line"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
 )
 def test_a_failure_is_recorded_and_goes_on(tmp_path, monkeypatch, error, status):
-    monkeypatch.setattr(composed, "instantiate", with_recording(composed.instantiate))
+    monkeypatch.setattr(composed, "make", with_recording(composed.make))
 
     def broken(self, *args, **kwargs):
         raise error
