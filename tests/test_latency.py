@@ -99,6 +99,7 @@ def test_more_repeats_narrow_an_interval_that_is_too_wide(monkeypatch: pytest.Mo
     assert found.low < 144 / 76 < found.high
 
 
+@pytest.mark.slow
 def test_an_interval_holds_the_ratio_about_as_often_as_it_says() -> None:
     """Of 200 pairs of samples of known ratio 2: a 95 % interval misses it in about 10."""
     chosen = random.Random(0)
