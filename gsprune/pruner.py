@@ -659,7 +659,7 @@ class Pruner(Attachable):
         counts: Mapping[str, int],
         kinds: Sequence[str] | None,
     ) -> UnitTargets:
-        from gsprune.shrink import Shrinker, check_shrink  # heavy: imports torch-pruning
+        from gsprune.shrink import Shrinker  # heavy: imports torch-pruning
         from gsprune.structures import find_structures
 
         cut = next((name for name, tensor in self.model.named_parameters() if is_sharded(tensor)), None)
@@ -675,6 +675,13 @@ class Pruner(Attachable):
             raise ValueError("pruning units needs example_input, a batch to trace the model with")
         offered = find_structures(self.model, self._example_input, include=include, exclude=exclude)
         found, self.skipped = offered.structures, offered.skipped
+        if not found and not self.skipped:
+            raise ValueError(
+                f"{type(self.model).__name__} has no linear or convolution layers whose units could be pruned"
+            )
+        if not found and not offered.left_out:
+            reasons = "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:3])
+            raise ValueError(f"no units of {type(self.model).__name__} can be pruned ({reasons})")
         here = {structure.kind for structure in found}
         for setting, named in (("keep", counts), ("kinds", kinds or ())):
             for kind in named:
@@ -686,9 +693,6 @@ class Pruner(Attachable):
         chosen = [structure for structure in found if structure.kind in wanted]
         names = {structure.name for structure in chosen}
         self.left_out = (*offered.left_out, *(structure for structure in found if structure.name not in names))
-        # a width that is fixed somewhere in the model's code has to come out now, and not after days of training
-        halves = [torch.arange(structure.units) % 2 == 0 for structure in chosen]
-        check_shrink(self.model, chosen, halves, example_input=self._example_input)
         self._shrinker = Shrinker(self.model, chosen, example_input=self._example_input, copies=self.copies)
         return UnitTargets([UnitTarget(structure, self.model) for structure in chosen])
 

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from gsprune.attaching import Attachable
@@ -384,12 +383,13 @@ class Pruners(Attachable):
 
     def _one_shrinker(self, example_input: Any, copies: Sequence[nn.Module]) -> Shrinker:
         """In the place of the parts' own: structures of two parts may lie in one tensor."""
+        from gsprune.proof import draw
         from gsprune.shrink import Shrinker, check_shrink  # heavy: imports torch-pruning
 
         structures = [target.structure for target in self.unit_targets]
         if len(self._units) > 1:
-            halves = [torch.arange(structure.units) % 2 == 0 for structure in structures]
-            check_shrink(self.model, structures, halves, example_input=example_input)
+            keeps = [draw(structure, 3) for structure in structures]
+            check_shrink(self.model, structures, keeps, example_input=example_input)
         for part in self._units:
             part.leave_cutting()
         return Shrinker(self.model, structures, example_input=example_input, copies=copies)

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from gsprune.attention import close_nested_path, narrow, why_not_narrow
 from gsprune.copies import check_copies
+from gsprune.examples import Example, copy_of, outputs
 from gsprune.files import refusing
 from gsprune.optimizers import Optimizers, check_state, every_optimizer, held, move_state, names_of
-from gsprune.structures import Example, Member, Structure, close, counted, float64_copy, outputs, refuse_wrapped, wake
+from gsprune.proof import agree, draw, inputs_like, is_finite, readings, sift
+from gsprune.structures import Member, Structure, counted, float64_copy, html_table, refuse_wrapped, wake
 
 Cuts = Mapping[int, Tensor]  # dimension -> kept positions
 
@@ -45,6 +47,24 @@ class Plan:
     kept: Mapping[str, Mapping[int, Tensor]]
     sizes: Mapping[str, Mapping[int, int]]
     attributes: Mapping[str, int]
+
+    def __repr__(self) -> str:
+        lines = [f"  {name} {self._change(name)}" for name in self.kept][:8]
+        more = [f"  ... {len(self.kept) - len(lines)} more"] if len(self.kept) > len(lines) else []
+        return "\n".join(
+            [f"Plan that cuts {len(self.kept)} tensors, sets {len(self.attributes)} attributes", *lines, *more]
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [(name, self._change(name)) for name in self.kept]
+        rows += [(name, f"= {value}") for name, value in self.attributes.items()]
+        return html_table(("tensor or attribute", "what stays"), rows)
+
+    def _change(self, name: str) -> str:
+        cuts = self.kept[name].items()
+        return ", ".join(
+            f"dim {d}: {len(kept)} of {self.sizes[name][d]}" for d, kept in sorted(cuts, key=lambda c: c[0])
+        )
 
     def after(self, first: Plan) -> Plan:
         """This plan, made of a network that `first` had left, counted from that one's dense network.
@@ -301,25 +321,55 @@ def check_shrink(
 def _difference(
     model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor], example_input: Example
 ) -> str | None:
-    plan = plan_shrink(structures, keeps)
     twin, args = float64_copy(model, example_input)
-    mask_units(twin, structures, keeps)
     calls: Counter[nn.Module] = Counter()
     with counted(twin, calls):
-        masked = outputs(twin, args)
-    if wake(twin, args, calls):
-        masked = outputs(twin, args)
-    if not all(bool(output.isfinite().all()) for output in masked):
-        return "the model's output on the example input is not finite (did training diverge?)"
-    apply_plan(twin, plan)
-    try:
-        shrunk = outputs(twin, args)
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"the shrunk network does not run ({line})"
-    if len(masked) == len(shrunk) and all(close(a, b) for a, b in zip(masked, shrunk, strict=True)):
-        return None
-    return "the shrunk network does not compute what the masked one does"
+        outputs(twin, args)
+    wake(twin, args, calls)
+    return _disagreement(twin, inputs_like(twin, args), structures, keeps)
+
+
+def sift_cuts(
+    twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Structure]
+) -> tuple[list[Structure], dict[str, str]]:
+    """The structures that can be cut, each to another random number of units, and why the others cannot.
+
+    Args:
+        twin: a float64 copy; it has its values again afterwards.
+    """
+
+    def test(some: Sequence[Structure]) -> str | None:
+        shared = copy_of(twin, sharing=True)
+        names = {m.tensor for s in some for m in s.consumers}
+        for name in names:  # the only ones that a mask writes into
+            module, leaf = _home(shared, name)
+            setattr(module, leaf, _parameter(getattr(module, leaf), getattr(module, leaf).detach().clone(), {}))
+        return _disagreement(shared, inputs, some, [draw(s, 2) for s in some])
+
+    return sift(structures, test)
+
+
+def _disagreement(
+    twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Structure], keeps: Sequence[Tensor]
+) -> str | None:
+    """What is wrong with the shrunk network, or None. The twin is masked; a copy of it that shares tensors is cut."""
+    plan = plan_shrink(structures, keeps)
+    mask_units(twin, structures, keeps)
+    small = copy_of(twin, sharing=True)
+    apply_plan(small, plan)
+    rows = {name: cuts[0] for name, cuts in plan.kept.items() if 0 in cuts}
+    for number, args in enumerate(inputs):
+        try:
+            shrunk = readings(small, args)
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return f"the shrunk network does not run ({line})"
+        masked = readings(twin, args, rows)
+        if is_finite(masked) and not agree(masked, shrunk):
+            return "the shrunk network does not compute what the masked one does"
+        if not is_finite(masked) and number == 0:
+            return "the model's output on the example input is not finite (did training diverge?)"
+    return None
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ Legend: u = unit, a position = an index along one dimension of one tensor.
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,12 +39,25 @@ from gsprune.examples import (
     to_precision,
 )
 from gsprune.names import choose
+from gsprune.proof import (
+    agree,
+    draw,
+    inputs_like,
+    is_finite,
+    moved,
+    readings,
+    sift,
+    unproven,
+    wake_scales_,
+)
 
 Kind = Literal["channels", "neurons", "heads"]
 
 _TYPE = tp.ops.OPTYPE
 _CONV = nn.modules.conv._ConvNd
 _VALUE_NAMES = ("v", "value", "v_proj", "value_proj", "to_v", "v_lin", "wv", "w_v")
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_CONV1D = "a Conv1D of transformers (as in GPT-2), whose units are not found: use nn.Linear"
 _MIXING = {
     _TYPE.LN: "it passes a LayerNorm, which mixes units",
     _TYPE.GN: "it passes a GroupNorm, which mixes units",
@@ -69,6 +83,10 @@ class Member:
     index: Tensor
     size: int
     in_order: bool | None = None
+
+    def __repr__(self) -> str:
+        units, width = self.index.shape
+        return f"Member({self.tensor!r}, dim {self.dim}: {units} units x {width} of {self.size} positions)"
 
     def __post_init__(self) -> None:
         if self.in_order is None:  # read off once, on the CPU: a copy on another device takes it over
@@ -99,6 +117,10 @@ class Structure:
     gates: tuple[Member, ...]
     attributes: Mapping[str, int]
 
+    def __repr__(self) -> str:
+        parts = [f"{len(self.producers)} producing", f"{len(self.norms)} norm", f"{len(self.consumers)} reading"]
+        return f"Structure({self.name!r}: {self.units} {self.kind}; {', '.join(parts)} tensors)"
+
     def modules(self) -> tuple[str, ...]:
         """Names of the modules that produce the units."""
         return tuple(dict.fromkeys(member.tensor.rpartition(".")[0] for member in self.producers))
@@ -112,6 +134,36 @@ class Found:
     structures: tuple[Structure, ...]
     left_out: tuple[Structure, ...]
     skipped: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        kinds = Counter[str]()
+        for structure in self.structures:
+            kinds[structure.kind] += structure.units
+        units = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        first = f"Found {len(self.structures)} structures ({units})" if kinds else "Found no structures"
+        lines = [f"{first}, left out {len(self.left_out)}, skipped {len(self.skipped)}"]
+        lines += _few([f"  {s.name}: {s.units} {s.kind}" for s in self.structures])
+        return "\n".join([*lines, *_few([f"  - {name}: {why}" for name, why in self.skipped.items()])])
+
+    def _repr_html_(self) -> str:
+        rows = [(s.name, str(s.units), str(s.kind)) for s in self.structures]
+        rows += [(s.name, str(s.units), f"{s.kind}, left out") for s in self.left_out]
+        return html_table(("name", "units", "what"), [*rows, *((name, "", why) for name, why in self.skipped.items())])
+
+
+def _few(lines: list[str], count: int = 8) -> list[str]:
+    return lines if len(lines) <= count + 1 else [*lines[:count], f"  ... {len(lines) - count} more"]
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """For notebooks; every text is escaped.
+
+    >>> html_table(["a"], [["<b>"]])
+    '<table><tr><th>a</th></tr><tr><td>&lt;b&gt;</td></tr></table>'
+    """
+    lines = [("th", head), *(("td", row) for row in rows)]
+    cells = ("".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in line) for tag, line in lines)
+    return f"<table>{''.join(f'<tr>{cell}</tr>' for cell in cells)}</table>"
 
 
 def find_structures(
@@ -141,9 +193,12 @@ def find_structures(
         twin, args = to_precision(twin, torch.float64), map_tensors(lambda t: plain(t, torch.float64), args)
         trace = _trace(observed, args)
         structures, skipped = _convert(trace)
-        structures, leaking = _separate(twin, args, structures)
-    skipped |= {s.name: "its units reach the output by a path that is not a layer's columns" for s in leaking}
+        traced = len(structures)
+        structures, unfit = _prove(twin, args, structures)
+    skipped |= unfit
     offered = {s.name: s for s in structures}
+    if traced and not offered and tuple(include) == ("*",):
+        return Found((), (), skipped)
     names = {name: (name, *s.modules()) for name, s in offered.items()}
     chosen = choose(names, tuple(include), tuple(exclude), skipped=skipped)
     left_out = tuple(structure for name, structure in offered.items() if name not in chosen)
@@ -227,14 +282,8 @@ def counted(model: nn.Module, calls: Counter[nn.Module]) -> Iterator[None]:
 def _refuse_unknown(model: nn.Module) -> None:
     """ValueError for layers whose weights cannot be read as rows and columns."""
     for name, module in model.named_modules():
-        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
-            raise ValueError(f"{name!r} is pruned by torch.nn.utils.prune: call its remove() first")
-        if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
-            raise ValueError(
-                f"{name!r} is a Conv1D of transformers (as in GPT-2), which is not supported: use nn.Linear"
-            )
         weight = module._parameters.get("weight")
-        packed = isinstance(module, nn.Linear | _CONV) and weight is not None and not weight.is_floating_point()
+        packed = isinstance(module, nn.Linear | _CONV) and weight is not None and weight.dtype in _INTEGERS
         homes = [type(module).__module__, type(weight.data).__module__ if weight is not None else ""]
         if packed or any(part in home for home in homes for part in (".quantized", "bitsandbytes", "torchao")):
             raise ValueError(f"{name!r} is a quantised {type(module).__name__}: prune first, quantise afterwards")
@@ -309,8 +358,9 @@ def _observe(model: nn.Module, args: Example) -> _Observed:
     read: list[tuple[str, Any]] = []  # a linear layer and the node of its input
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        made[output.grad_fn] = names[module]
-        read.append((names[module], inputs[0].grad_fn if inputs else None))
+        if isinstance(output, Tensor):
+            made[output.grad_fn] = names[module]
+            read.append((names[module], getattr(inputs[0], "grad_fn", None) if inputs else None))
 
     with ExitStack() as stack:
         if _attention_kernel(model) == "eager":
@@ -337,8 +387,7 @@ def _grown(value: Tensor) -> Tensor:
 
 
 def _untraced(model: nn.Module, error: Exception) -> ValueError:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ValueError(f"{type(model).__name__} cannot be traced on the example input: {line}")
+    return ValueError(f"{type(model).__name__} cannot be traced on the example input: {_first_line(error)}")
 
 
 def _attentions(watch: _Watch, made: Mapping[Any, str], read: Sequence[tuple[str, Any]]) -> Iterator[_Attention]:
@@ -408,6 +457,7 @@ class _Trace:
     outputs: frozenset[Any]  # grad_fns of the model's outputs
     owners: Counter[int]  # id(parameter) -> how many modules hold it
     attentions: Mapping[str, _Attention | None]  # module name of every opaque attention; None: nn.MultiheadAttention
+    broken: Mapping[Any, str]  # nodes of the graph that it could not follow -> why
 
 
 class _Opaque(torch.autograd.Function):
@@ -470,16 +520,48 @@ def _trace(observed: _Observed, args: Example) -> _Trace:
         for module, name in names.items():
             if name in attentions:
                 stack.enter_context(_opaque(module, f"it passes the attention {name!r}, whose outer width stays"))
+            elif _is_conv1d(module):
+                stack.enter_context(_opaque(module, f"it passes {name!r}, {_CONV1D}"))
             elif type(module).__name__.endswith("RMSNorm"):
                 stack.enter_context(_opaque(module, "it passes an RMSNorm, which mixes units"))
+        broken: dict[Any, str] = {}
         try:
-            graph.build_dependency(model, args, forward_fn=forward, verbose=False)
+            with _each_mapping_alone(broken):
+                graph.build_dependency(model, args, forward_fn=forward, verbose=False)
         except Exception as error:
             raise _untraced(model, error) from error
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     rank = {name: place for place, name in enumerate(names.values())}
     marks = frozenset(inputs), frozenset(outputs)
-    return _Trace(model, graph, names, rank, observed.calls, *marks, owners, attentions)
+    return _Trace(model, graph, names, rank, observed.calls, *marks, owners, attentions, broken)
+
+
+@contextmanager
+def _each_mapping_alone(broken: dict[Any, str]) -> Iterator[None]:
+    """Inside the block a reshape, split or concatenation that the dependency graph fails on costs the groups that pass
+    it, not the network: `broken` has its node and the error."""
+    index_mapping = tp.dependency.index_mapping
+    names = [f"update_{kind}_index_mapping" for kind in ("concat", "split", "reshape", "unbind", "expand", "slice")]
+
+    def guarded(function: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def update(graph: Any, node: Any) -> None:
+            try:
+                function(graph, node)
+            except Exception as error:
+                broken[node] = f"{_op(node) or 'an operation'} cannot be followed ({_first_line(error)})"
+
+        return update
+
+    with ExitStack() as stack:
+        for name in names:
+            function = getattr(index_mapping, name)
+            stack.callback(setattr, index_mapping, name, function)
+            setattr(index_mapping, name, guarded(function))
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _home_of(attention: _Attention) -> str:
@@ -528,8 +610,7 @@ class _Group:
 def _convert(trace: _Trace) -> tuple[list[Structure], dict[str, str]]:
     structures: list[Structure] = []
     skipped: dict[str, str] = {}
-    raws = trace.graph.get_all_groups(root_module_types=[_CONV, nn.Linear])
-    groups = [part for raw in raws for part in _parts(_group(trace, raw))]
+    groups = [part for raw in _raw_groups(trace, skipped) for part in _parts(_group(trace, raw))]
     for name, attention in trace.attentions.items():
         try:
             structures.append(
@@ -542,8 +623,38 @@ def _convert(trace: _Trace) -> tuple[list[Structure], dict[str, str]]:
             structures.append(_rename(_structure(group), {s.name for s in structures}))
         except _Unprunable as reason:
             skipped[group.name(group.producers()[0])] = str(reason)
+    for module, name in trace.names.items():
+        if _is_conv1d(module):
+            skipped[name] = f"it is {_CONV1D}"
+        elif any(p.is_complex() for p in module.parameters(recurse=False)):
+            skipped[name or type(module).__name__] = "it has complex weights, which are not supported"
+        elif isinstance(module, nn.RNNBase):
+            kind = type(module).__name__
+            skipped[name or kind] = f"it is a recurrent layer ({kind}), whose units are not supported"
     structures.sort(key=lambda s: trace.rank[s.modules()[0]])
     return structures, skipped
+
+
+def _raw_groups(trace: _Trace, skipped: dict[str, str]) -> Iterator[Any]:
+    """torch-pruning's groups, each once; a layer whose group cannot be made is skipped with the reason."""
+    graph, seen = trace.graph, set()
+    with _each_mapping_alone({}):
+        for module in [m for m in graph.module2node if isinstance(m, nn.Linear | _CONV)]:
+            if module in seen:
+                continue
+            pruner = graph.get_pruner_of_module(module)
+            try:
+                units = range(pruner.get_out_channels(module))
+                raw = graph.get_pruning_group(module, pruner.prune_out_channels, list(units))
+                if not units:
+                    raise _Unprunable("it has no units")
+            except Exception as error:
+                skipped[trace.names[module]] = (
+                    str(error) if isinstance(error, _Unprunable) else f"it cannot be followed ({_first_line(error)})"
+                )
+                continue
+            seen |= {dep.target.module for dep, _ in raw if graph.is_out_channel_pruning_fn(dep.handler)}
+            yield raw
 
 
 def _rename(structure: Structure, taken: set[str]) -> Structure:
@@ -601,6 +712,8 @@ def _structure(group: _Group) -> Structure:
 def _check(group: _Group, item: _Item) -> None:
     """Raise for a node that does not keep units apart, or that cannot be cut."""
     node = item.node
+    if node in group.trace.broken:
+        raise _Unprunable(group.trace.broken[node])
     if hasattr(node.grad_fn, "reason") and node.type != _TYPE.MHA:
         raise _Unprunable(node.grad_fn.reason)
     if node.type in _MIXING:
@@ -617,12 +730,24 @@ def _check_module(trace: _Trace, module: nn.Module) -> None:
     name = trace.names[module]
     if trace.calls[module] > 1:
         raise _Unprunable(f"{name!r} is called {trace.calls[module]} times in one forward pass")
-    if isinstance(module, _CONV | nn.Linear | nn.PReLU) and "weight" not in module._parameters:
-        raise _Unprunable(f"the weight of {name!r} is computed from other tensors (a parametrisation)")
+    for leaf in ("weight", "bias"):
+        if getattr(module, leaf, None) is not None and leaf not in {**module._parameters, **module._buffers}:
+            raise _Unprunable(f"the {leaf} of {name!r} is computed from other tensors ({_how_computed(module)})")
     if any(trace.owners[id(p)] > 1 for p in module.parameters(recurse=False)):
         raise _Unprunable(f"{name!r} shares its weight with another module")
     if isinstance(module, _CONV):
         _check_conv(name, module)
+
+
+def _how_computed(module: nn.Module) -> str:
+    if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+        return "torch.nn.utils.prune: call its remove() first"
+    return "a parametrisation, as weight_norm or spectral_norm: remove it first"
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Of transformers (GPT-2): a linear layer whose weight is transposed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def _check_conv(name: str, conv: nn.modules.conv._ConvNd) -> None:
@@ -922,59 +1047,110 @@ def _merge_units(structure: Structure) -> Structure:
     )
 
 
-# ---- the proof on the example input: zero columns -> the unit contributes nothing
+# ---- the proof: zero columns -> the unit contributes nothing
 
 
-def _separate(twin: nn.Module, args: Example, structures: list[Structure]) -> tuple[list[Structure], list[Structure]]:
-    """Split into structures whose pruned units are silent and those whose units leak into the output."""
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            if not parameter.any():  # a zero-initialised scale would hide a leak behind it
-                parameter.fill_(0.1)
-        leaking = _leaking(twin, args, structures)
-    return [s for s in structures if s not in leaking], leaking
+def _prove(twin: nn.Module, args: Example, structures: list[Structure]) -> tuple[list[Structure], dict[str, str]]:
+    """The structures that can be cut exactly, and why the others cannot. Works on the twin and its copies alone."""
+    from gsprune.shrink import sift_cuts  # the room above, which cuts: a structure is offered only if that is exact
+
+    if not structures:
+        return [], {}
+    wake_scales_(twin, args)
+    inputs = inputs_like(twin, args)
+    silent, leaking = sift(structures, lambda some: _leak(twin, inputs, some))
+    hidden = {s.name: _HIDDEN for s in unproven(silent, _shown(twin, inputs, silent))}
+    silent = [s for s in silent if s.name not in hidden]
+    kept, broken = sift_cuts(twin, inputs, silent)
+    return kept, {**leaking, **hidden, **broken}
 
 
-def _leaking(twin: nn.Module, args: Example, structures: list[Structure]) -> list[Structure]:
-    """Bisect: two forward passes when nothing leaks."""
-    if not structures or _are_silent(twin, args, structures):
-        return []
-    if len(structures) == 1:
-        return structures
-    half = len(structures) // 2
-    return _leaking(twin, args, structures[:half]) + _leaking(twin, args, structures[half:])
+_LEAK = "its units reach the output by a path that is not a layer's columns"
+_HIDDEN = (
+    "the example shows nothing of it: what its readers compute stays the same whatever it holds, so nothing can be "
+    "proven; give an example_input that reaches it"
+)
 
 
-def _are_silent(twin: nn.Module, args: Example, structures: list[Structure]) -> bool:
-    """Zero every second unit's columns, then change what produces those units: the output must not move."""
-    tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
-    producers = [m for s in structures for m in s.producers]
-    consumers = [m for s in structures for m in s.consumers]
-    saved = {m.tensor: tensors[m.tensor].clone() for m in (*producers, *consumers)}
-    _zero_every_second(tensors, consumers)
-    before = outputs(twin, args)
-    if not all(bool(output.isfinite().all()) for output in before):
-        raise ValueError("the model's output on the example input is not finite (did training diverge?)")
-    for m in producers:
-        rows = _every_second(m, tensors[m.tensor])
-        tensors[m.tensor].index_copy_(0, rows, tensors[m.tensor].index_select(0, rows) * -0.7 + 0.05)
-    _zero_every_second(tensors, consumers)
-    after = outputs(twin, args)
-    for name, value in saved.items():
-        tensors[name].copy_(value)
-    return all(close(a, b) for a, b in zip(before, after, strict=True))
+def _leak(twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Structure]) -> str | None:
+    """What is wrong unless, with some units' columns at zero, no reader sees what produces those units change."""
+    tensors = _tensors(twin)
+    for number, args in enumerate(inputs):
+        gone = [(s, ~draw(s, number)) for s in structures]
+        rows = _untouched(tensors, gone)
+        with _restored(tensors, structures):
+            _zero_columns(tensors, gone)
+            before = readings(twin, args, rows)
+            if not is_finite(before):
+                if number == 0:
+                    raise ValueError("the model's output on the example input is not finite (did training diverge?)")
+                continue
+            _change_rows(tensors, gone)
+            _zero_columns(tensors, gone)
+            if not agree(before, readings(twin, args, rows), tolerance=1e-11):
+                return _LEAK
+    return None
 
 
-def _zero_every_second(tensors: Mapping[str, Tensor], consumers: Iterable[Member]) -> None:
-    for m in consumers:
-        tensors[m.tensor].index_fill_(m.dim, _every_second(m, tensors[m.tensor]), 0.0)
+def _shown(twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Structure]) -> set[str]:
+    """Names of the readers that give something else when units are gone."""
+    tensors = _tensors(twin)
+    seen: set[str] = set()
+    for args in inputs:
+        if not any(unproven(structures, seen)):
+            break
+        before = readings(twin, args)
+        with _restored(tensors, structures):
+            _zero_columns(tensors, [(s, torch.ones(s.units, dtype=torch.bool)) for s in structures])
+            after = readings(twin, args)
+        if [r.size for r in before] == [r.size for r in after]:
+            seen |= moved(before, after)
+    return seen
 
 
-def _every_second(member: Member, tensor: Tensor) -> Tensor:
-    return member.index[1::2].flatten().to(tensor.device)
+def _tensors(twin: nn.Module) -> dict[str, Tensor]:
+    return dict(twin.named_parameters()) | dict(twin.named_buffers())
 
 
-def close(a: Tensor, b: Tensor, *, tolerance: float = 1e-9) -> bool:
-    """Whether two tensors differ by at most `tolerance` times the largest entry of `a` (NaN equals NaN)."""
-    scale = float(a.abs().max()) if a.numel() else 0.0
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)
+@contextmanager
+def _restored(tensors: Mapping[str, Tensor], structures: Sequence[Structure]) -> Iterator[None]:
+    """Puts the values of producers and consumers back."""
+    names = {m.tensor for s in structures for m in (*s.producers, *s.consumers)}
+    saved = {name: tensors[name].detach().clone() for name in names}
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for name, value in saved.items():
+                tensors[name].copy_(value)
+
+
+_Gone = Sequence[tuple[Structure, Tensor]]  # a structure and the units that are gone, bool (units,)
+
+
+def _zero_columns(tensors: Mapping[str, Tensor], gone: _Gone) -> None:
+    for structure, units in gone:
+        for m in structure.consumers:
+            tensors[m.tensor].index_fill_(m.dim, m.index[units].flatten().to(tensors[m.tensor].device), 0.0)
+
+
+def _change_rows(tensors: Mapping[str, Tensor], gone: _Gone) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for structure, units in gone:
+        for m in structure.producers:
+            tensor = tensors[m.tensor]
+            rows = m.index[units].flatten().to(tensor.device)
+            old = tensor.index_select(m.dim, rows)
+            noise = torch.randn(old.shape, generator=generator, dtype=torch.float64).to(old)
+            tensor.index_copy_(m.dim, rows, old * -0.7 + 0.05 + 0.05 * noise)
+
+
+def _untouched(tensors: Mapping[str, Tensor], gone: _Gone) -> dict[str, Tensor]:
+    """Name of a producing weight -> its rows that stay as they are."""
+    kept: dict[str, Tensor] = {}
+    for structure, units in gone:
+        for m in structure.producers:
+            kept.setdefault(m.tensor, torch.ones(tensors[m.tensor].shape[0], dtype=torch.bool))
+            kept[m.tensor][m.index[units].flatten()] = False
+    return {name: rows.nonzero().flatten() for name, rows in kept.items()}

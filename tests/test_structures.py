@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
+from dataclasses import replace
 
 import nets
 import pytest
@@ -11,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gsprune import Pruner
+from gsprune.criteria import Magnitude
 from gsprune.structures import Member, Structure, find_structures, outputs
 
 
@@ -564,10 +568,6 @@ def test_models_that_cannot_be_copied_or_run_are_refused_by_name() -> None:
         ValueError, match=r"^the model is a program of torch.jit, pass the model that it was made from$"
     ):
         find_structures(scripted, torch.ones(2, 6))
-    masked = nets.mlp()
-    torch.nn.utils.prune.l1_unstructured(masked[2], "weight", 0.5)
-    with pytest.raises(ValueError, match=r"^'2' is pruned by torch.nn.utils.prune: call its remove\(\) first$"):
-        find_structures(masked, torch.ones(2, 6))
     message = r"^the model is on the meta device, which holds no values: build it on another one$"
     with pytest.raises(ValueError, match=message):
         find_structures(nets.mlp().to("meta"), torch.ones(2, 6, device="meta"))
@@ -616,3 +616,171 @@ def test_outputs_repeat_for_a_model_that_draws_and_writes() -> None:
     (first,), (second,) = outputs(Draws(), x), outputs(Draws(), x)
     assert torch.equal(first, second)
     assert not x.any()
+
+
+# ---- the proof: what one example, one even split, a small scale or an empty output hides
+
+
+class Body(nn.Module):
+    """a -> relu -> something -> b, with a clean pair c -> d behind it."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = lambda h: h, width: int = 9) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(4, width), nn.Linear(width, 5), between
+        self.c, self.d = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.between(torch.relu(self.a(x)))
+        out: Tensor = self.d(torch.relu(self.c(self.b(hidden))))
+        return out
+
+
+def _gated(hidden: Tensor) -> Tensor:
+    return hidden * torch.sigmoid(hidden.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [lambda h: h.flip(1), lambda h: h.roll(2, 1), _gated, lambda h: h + 1e-8 * h.mean(1, keepdim=True)],
+    ids=["flip", "roll", "gate", "small constant"],
+)
+@pytest.mark.parametrize("example", [torch.zeros(3, 4), torch.linspace(-1, 1, 12).view(3, 4)], ids=["zeros", "numbers"])
+def test_a_coupling_that_is_hidden_costs_its_structure_alone(
+    between: Callable[[Tensor], Tensor], example: Tensor
+) -> None:
+    torch.manual_seed(0)
+    found = find_structures(Body(between), example)
+    assert [s.name for s in found.structures] == ["b", "c"]
+    assert "not a layer's columns" in found.skipped["a"]
+
+
+def test_the_callers_random_numbers_are_left_alone() -> None:
+    model, state = nets.mlp(), torch.get_rng_state()
+    find_structures(model, torch.ones(2, 6))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Scaled(Body):
+    """A branch whose scale is tiny, or zero, in front of a head that starts at zero."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), scale))
+        nn.init.zeros_(self.d.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.a(x))
+        leak = self.scale * hidden.std(1, keepdim=True)
+        out: Tensor = self.d(torch.relu(self.c(self.b(hidden) + leak)))
+        return out
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-12, 0.0])
+def test_a_leak_behind_a_small_scale_and_a_dead_head_is_seen(scale: float) -> None:
+    found = find_structures(Scaled(scale), torch.ones(3, 4))
+    assert [s.name for s in found.structures] == ["c"]
+    assert "a" in found.skipped
+
+
+class Detector(Body):
+    """Returns what it is sure of: nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = super().forward(x)
+        return score[score[:, 0] > 1e9]
+
+
+def test_an_empty_output_hides_nothing() -> None:
+    assert [s.name for s in find_structures(Detector(), torch.ones(3, 4)).structures] == ["a", "b", "c"]
+    assert [s.name for s in find_structures(Detector(_gated), torch.ones(3, 4)).structures] == ["b", "c"]
+
+
+class Empty(Body):
+    """A head that gets none of the rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.b(torch.relu(self.a(x)))
+        out: Tensor = self.d(torch.relu(self.c(rows[rows[:, 0] > 1e9])))
+        return out
+
+
+def test_what_the_example_does_not_reach_is_said_to_be_unproven() -> None:
+    found = find_structures(Empty(), torch.ones(3, 4))
+    assert [s.name for s in found.structures] == ["a"]
+    assert "shows nothing" in found.skipped["c"]
+    with pytest.raises(ValueError, match=r"no units of Sequential .*0: the example shows nothing of it"):
+        Pruner(nets.mlp(), Magnitude(), structured=True, target_sparsity=0.5, example_input=torch.ones(0, 6))
+
+
+class Pairs(nn.Module):
+    """Cut to halves it runs, cut to anything else it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.a(x))
+        hidden = hidden.view(len(x), 4, -1).flatten(1)
+        out: Tensor = self.d(torch.relu(self.c(torch.relu(self.b(hidden)))))
+        return out
+
+
+def test_a_width_that_only_some_cuts_leave_possible_is_left_out_before_training() -> None:
+    found = find_structures(Pairs(), torch.ones(2, 4))
+    assert [s.name for s in found.structures] == ["b", "c"]
+    assert "does not run" in found.skipped["a"]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "word"),
+    [
+        (nn.utils.parametrizations.weight_norm, "parametrisation"),
+        (nn.utils.weight_norm, "parametrisation"),
+        (nn.utils.parametrizations.spectral_norm, "parametrisation"),
+        (nn.utils.spectral_norm, "parametrisation"),
+        (lambda m: torch.nn.utils.prune.l1_unstructured(m, "weight", 2), r"remove\(\) first"),
+        (lambda m: torch.nn.utils.prune.l1_unstructured(m, "bias", 2), r"remove\(\) first"),
+    ],
+    ids=["weight_norm", "old weight_norm", "spectral_norm", "old spectral_norm", "prune", "pruned bias"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_computed_weight_costs_what_it_touches_and_is_named(wrap: Callable[..., object], word: str) -> None:
+    model = Body()
+    wrap(model.a)
+    found = find_structures(model, torch.ones(2, 4))
+    assert [s.name for s in found.structures] == ["b", "c"]
+    assert re.search(f"of 'a' is computed.*{word}", found.skipped["a"])
+
+
+def test_an_operation_that_cannot_be_followed_costs_what_passes_it() -> None:
+    shuffle = pytest.importorskip("torchvision").models.ShuffleNetV2
+    model = shuffle([2, 1, 1], [8, 16, 32, 64, 64], num_classes=4)
+    found = find_structures(model, torch.randn(1, 3, 64, 64))
+    assert [s.name for s in found.structures if s.name.startswith("stage2.1")] == ["stage2.1.branch2.0"]
+    assert {"stage2.0.branch1.2", "stage3.0.branch2.5"} <= set(found.skipped)
+
+
+def test_recurrent_and_complex_layers_are_named() -> None:
+    with pytest.raises(ValueError, match=r"GRU: it is a recurrent layer \(GRU\)"):
+        find_structures(nn.GRU(4, 8), torch.ones(2, 3, 4))
+    layers = nn.Linear(4, 6, dtype=torch.complex64), nn.Linear(6, 2, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="0: it has complex weights"):
+        find_structures(nn.Sequential(*layers), torch.ones(2, 4, dtype=torch.complex64))
+
+
+def test_what_is_found_reads_in_a_few_lines() -> None:
+    found = find_structures(Body(), torch.ones(2, 4))
+    assert repr(found).splitlines() == [
+        "Found 3 structures (21 neurons), left out 0, skipped 1",
+        "  a: 9 neurons",
+        "  b: 5 neurons",
+        "  c: 7 neurons",
+        "  - d: it feeds the model's output",
+    ]
+    assert repr(found.structures[0]) == "Structure('a': 9 neurons; 2 producing, 0 norm, 1 reading tensors)"
+    assert repr(found.structures[0].consumers[0]) == "Member('b.weight', dim 1: 9 units x 1 of 9 positions)"
+    assert "<td>a</td><td>9</td><td>neurons</td>" in found._repr_html_()
+    many = replace(found, structures=found.structures * 20)
+    assert len(repr(many).splitlines()) == 11
+    assert "... 52 more" in repr(many)
