@@ -122,9 +122,11 @@ def readings(model: nn.Module, example_input: Example, rows: Mapping[str, Tensor
                 tensor = tensor.index_select(dim, kept.to(tensor.device))
             found.append(Reading(name, _sample(tensor), _terms(module, inputs), tensor.numel()))
 
+    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    inside = {m for a in attentions for m in a.children()}  # called by a narrow attention alone, not by PyTorch's own
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if isinstance(module, _READERS):
+            if isinstance(module, _READERS) and module not in inside:
                 hook = module.register_forward_hook(lambda m, i, o, name=name: note(name, m, i, o))
                 stack.callback(hook.remove)
         results = outputs(model, example_input)
