@@ -1093,15 +1093,18 @@ def _leak(twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Struc
 
 
 def _shown(twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Structure]) -> set[str]:
-    """Names of the readers that give something else when units are gone."""
+    """Names of the readers that give something else when units are gone, be it with other weights in front of them."""
     tensors = _tensors(twin)
+    everything = [(s, torch.ones(s.units, dtype=torch.bool)) for s in structures]
     seen: set[str] = set()
-    for args in inputs:
+    for changed, args in [(changed, args) for changed in (False, True) for args in inputs]:
         if not any(unproven(structures, seen)):
             break
-        before = readings(twin, args)
         with _restored(tensors, structures):
-            _zero_columns(tensors, [(s, torch.ones(s.units, dtype=torch.bool)) for s in structures])
+            if changed:  # units whose ReLU let nothing through
+                _change_rows(tensors, everything)
+            before = readings(twin, args)
+            _zero_columns(tensors, everything)
             after = readings(twin, args)
         if [r.size for r in before] == [r.size for r in after]:
             seen |= moved(before, after)
