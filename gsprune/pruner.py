@@ -737,9 +737,9 @@ class Pruner(Attachable):
         what = f"{value:g}" if len(set(flat.values())) == 1 else "one number in each"
         why = "the loss does not depend on it, or its gradients are too small for their type"
         why = why if self.criterion.cumulative else "its weights are all equal"
-        if len(flat) == sum(
-            target.total - target.pruned > len(g) for target, g in zip(self.targets, groups, strict=True)
-        ):
+        told_apart = self.scope == "global" and len(set(flat.values())) > 1  # one tensor from another
+        groups_of = zip(self.targets, groups, strict=True)
+        if not told_apart and len(flat) == sum(t.total - t.pruned > len(g) for t, g in groups_of):
             raise ValueError(
                 f"the scores say nothing of what to prune, in {name} and everywhere they are all equal ({what}): {why}"
             )
