@@ -2,17 +2,20 @@
 
 An entry is a folder of the sweep's `dense_cache/`, named by a hash of everything that training it depends on
 (`identity.dense_key`). Its files are written whole, `dense.json` last, under a lock that the system frees when a job
-dies; a damaged entry is made anew. Imports the sweep's locks and the file formats.
+dies. What is read is what was written: a sha256 of the tensors says so. A damaged entry is set aside (`damaged-<key>`)
+and made anew; one that cannot be read just now stays as it is, and is done without. Imports the sweep's locks and the
+file formats.
 
     dense.safetensors              the network
-    dense.json                     its accuracy, the metrics of its epochs, who trained it and how long that took
+    dense.json                     its sha256, accuracy and metrics of each epoch, who trained it and how long that took
     scores-<key>.safetensors       the scores of one criterion on it (`identity.scores_key`)
+    scores-<key>.json              their sha256
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -21,7 +24,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gsprune import distributed
-from gsprune.files import number, read_json, write_atomic, write_json
+from gsprune.files import (
+    Damaged,
+    number,
+    put_aside,
+    read_json,
+    read_object,
+    sha256,
+    write_atomic,
+    write_json,
+)
 from gsprune.shown import logger
 from gsprune.sweep import Sweep
 
@@ -58,6 +70,7 @@ class DenseCache:
         self.key, self._sweep = key, sweep
         self.folder = sweep.directory / "dense_cache" / key[:16]
         self.weights = self.folder / "dense.safetensors"
+        self.is_readable = True  # as far as one knows; otherwise nothing is written over
 
     def held(self, scores: str = "") -> AbstractContextManager[None]:
         """Keep the other jobs that want this network (or these scores of it) waiting while one makes them."""
@@ -66,23 +79,58 @@ class DenseCache:
         return distributed.held(self._sweep.lock(name), waiting_for=f"that {verb} the same dense network")
 
     def find(self) -> DenseRecord | None:
-        """The entry's record, or None if there is no whole one."""
+        """The entry's record, or None if there is no whole one; of several processes the first one looks."""
+        return distributed.broadcast(None if distributed.rank() else self._find())
+
+    def _find(self) -> DenseRecord | None:
         path = self.folder / "dense.json"
-        if not path.is_file():
-            return None
         try:
-            return _record(read_json(path), self.key)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError) as error:
-            log.warning("the dense network in %s is not used, it is trained again: %s", self.folder, error)
-            return None
+            if not path.is_file():
+                return None
+            found = read_json(path)
+            record = _record(found, self.key)
+            if sha256(self.weights) != found["sha256"]:
+                raise Damaged(f"{self.weights} is damaged: its sha256 is another")
+            return record
+        except (OSError, MemoryError) as error:
+            self.is_readable = isinstance(error, FileNotFoundError)
+            log.warning("the dense network in %s cannot be read, it is trained again: %s", self.folder, error)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            with suppress(OSError):
+                aside = put_aside(self.folder)
+                log.warning("the dense network in %s is trained again, that is now %s: %s", self.folder, aside, error)
+        return None
 
     def store(self, tensors: Mapping[str, Tensor], record: DenseRecord) -> None:
-        write_atomic(self.weights, save(dict(tensors)))
-        write_json(self.folder / "dense.json", {"key": self.key, **asdict(record)})
+        """Put a network there, unless another one is there that could not be read."""
+        if self.is_readable:
+            write_atomic(self.weights, save(dict(tensors)))
+            write_json(self.folder / "dense.json", {"key": self.key, "sha256": sha256(self.weights), **asdict(record)})
 
     def scores(self, key: str) -> Path:
         """Where the scores with that key are, or are to be put."""
         return self.folder / f"scores-{key[:16]}.safetensors"
+
+    def has_scores(self, key: str) -> bool:
+        """Whether they are there, and are those that were put there; others are set aside."""
+        return distributed.broadcast(distributed.rank() == 0 and self._has_scores(self.scores(key)))
+
+    def _has_scores(self, path: Path) -> bool:
+        try:
+            if not path.is_file():
+                return False
+            mark = read_object(path.with_suffix(".json")).get("sha256")
+            if mark is None or mark == sha256(path):
+                return mark is not None  # a killed job may have written the scores alone
+            log.warning("%s is damaged: it is now %s, and the dense network is scored again", path, put_aside(path))
+        except (OSError, MemoryError) as error:
+            log.warning("%s cannot be read, the dense network is scored again: %s", path, error)
+        return False
+
+    def seal_scores(self, key: str) -> None:
+        """After the scores were written: what they are known by."""
+        path = self.scores(key)
+        write_json(path.with_suffix(".json"), {"sha256": sha256(path)})
 
 
 def _record(found: Any, key: str) -> DenseRecord:

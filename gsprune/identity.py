@@ -1,19 +1,17 @@
 """What makes two jobs the same: hashes over the parts of a configuration that a result depends on.
 
 Each hash leaves out what it names and takes everything else, so a setting that is new counts until someone says that it
-does not. Part of it are the content of the files that `model.weights` and `pruner.scores` name, this package's version,
-and the source of every `_target_` in a file of the user's own. The data under a data set's path are taken to stay as
-they are. Imports omegaconf, and gsprune's files and
-redact.
+does not. Part of it are the content of the files that `model.weights` and `pruner.scores` name, and the code of every
+`_target_` that is not this package's or one that it requires: see `sources`. The data under a data set's path are taken
+to stay as they are. Imports omegaconf, and gsprune's files, redact and sources.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from gsprune import __version__
 from gsprune.files import sha256
 from gsprune.redact import hashable
+from gsprune.sources import code, versions
 
-__all__ = ["config_hash", "dense_key", "plain_config", "scores_key", "scores_path"]
+__all__ = ["config_hash", "dense_key", "package_versions", "plain_config", "scores_key", "scores_path"]
 
 # What changes no number of a result.
 NOT_HASHED = (
@@ -64,7 +63,7 @@ def config_hash(cfg: DictConfig) -> str:
     """sha256 of everything in the configuration that determines the result: the seed too, but no output path and
     nothing of tracking, and no password.
 
-    Two jobs with the same hash give the same result on the same kind of machine.
+    Two jobs with the same hash give the same result on the same kind of machine with the same versions of packages.
     """
     config = hashable(plain_config(cfg), cfg)
     if (config.get("pruner") or {}).get("_target_") == CONTROL:
@@ -78,7 +77,16 @@ def dense_key(cfg: DictConfig, **surroundings: str) -> str:
     It is equal for jobs that differ in their pruner or in the length of the second phase alone.
     """
     config = _without(_with_contents(hashable(plain_config(cfg), cfg)), (*NOT_HASHED, *NOT_DENSE))
-    return _sha256([config, _code(config), surroundings])
+    return _sha256([config, _code(config), package_versions(config), surroundings])
+
+
+def package_versions(config: Mapping[str, Any] | DictConfig) -> dict[str, str]:
+    """Of this package, torch, numpy, and whatever else is installed that the configuration's `_target_`s rest on.
+
+    They are no part of `config_hash`: a run may go on with another version, which it then says.
+    """
+    plain = plain_config(config) if isinstance(config, DictConfig) else config
+    return {"torch": version("torch"), "numpy": version("numpy"), **versions(_targets(plain)), "gsprune": __version__}
 
 
 def scores_key(cfg: DictConfig) -> str:
@@ -140,13 +148,9 @@ def _with_contents(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _code(config: Any) -> dict[str, str]:
-    """This package's version, and of each `_target_` in a file of the user's own the sha256 of that file."""
-    found = {"gsprune": __version__}
-    for target in _targets(config):
-        source = _source(target.rpartition(".")[0])
-        if source is not None:
-            found[target] = hashlib.sha256(source.read_bytes()).hexdigest()
-    return found
+    """Of each `_target_` that has code of its own, the mark of that."""
+    marks = {target: code(target) for target in _targets(config)}
+    return {target: mark for target, mark in marks.items() if mark is not None}
 
 
 def _targets(node: Any) -> Iterator[str]:
@@ -154,21 +158,8 @@ def _targets(node: Any) -> Iterator[str]:
         yield from _targets(value)
     if isinstance(node, dict) and isinstance(node.get("_target_"), str):
         yield node["_target_"]
-
-
-def _source(module: str) -> Path | None:
-    """The file of a module (or of a class in one) that is neither installed nor part of Python or of this package."""
-    if not module or module.partition(".")[0] == "gsprune":
-        return None
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, AttributeError, ValueError):  # no such module, or a class in one
-        return _source(module.rpartition(".")[0])
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    installed = {*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))}
-    path = Path(spec.origin)
-    return None if any(path.is_relative_to(folder) for folder in installed) else path
+        if node["_target_"].startswith("hydra.utils.get_") and isinstance(node.get("path"), str):
+            yield node["path"]
 
 
 def _sha256(what: Any) -> str:

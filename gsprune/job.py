@@ -682,6 +682,7 @@ class _Job:
         try:
             load_weights(self.model, cache.weights)
         except ValueError as error:
+            cache.is_readable = False  # though it is whole
             log.warning("the dense network is trained again: %s", error)
             return None
         log.info("the dense network is that of job %s, trained there in %.1f s", record.job, record.train_seconds)
@@ -754,7 +755,7 @@ class _Job:
     def _score_dense(self, optimizer: Optimizer) -> None:
         cache, key = self.cache, scores_key(self.cfg)
         with cache.held(key) if cache else contextlib.nullcontext():
-            if cache and cache.scores(key).is_file():
+            if cache and cache.has_scores(key):
                 try:
                     return self.pruner.load_scores(cache.scores(key))  # type: ignore[no-any-return]
                 except ValueError as error:
@@ -766,15 +767,17 @@ class _Job:
                 )
             if cache:
                 with self.spared(os.path.relpath(cache.scores(key), self.output_dir)):
-                    self._save_scores(cache.scores(key))
+                    self._save_scores(cache, key)
 
     @property
     def _score_steps(self) -> int:
         """As many as a running score remembers, one epoch at most."""
         return min(self.steps_per_epoch, self.pruner.horizon or self.steps_per_epoch)
 
-    def _save_scores(self, path: Path) -> None:
-        save_scores(path, self.pruner.scores(), criterion=self.pruner.criterion_name, steps=self._score_steps)
+    def _save_scores(self, cache: DenseCache, key: str) -> None:
+        about = self.pruner.criterion_name, self._score_steps
+        save_scores(cache.scores(key), self.pruner.scores(), criterion=about[0], steps=about[1])
+        cache.seal_scores(key)
 
     def _write_scores(self) -> None:
         """Those of now, also when the disk takes them only later."""
@@ -1052,7 +1055,7 @@ class _Follower(_Job):
     def _store_dense(self, cache: DenseCache, record: DenseRecord) -> None:
         pass
 
-    def _save_scores(self, path: Path) -> None:
+    def _save_scores(self, cache: DenseCache, key: str) -> None:
         pass
 
 

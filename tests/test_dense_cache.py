@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gsprune import job as job_module
 from gsprune.checkpoint import load_masks, load_scores, save_scores
-from gsprune.dense_cache import DenseCache
+from gsprune.dense_cache import DenseCache, DenseRecord
 from gsprune.identity import config_hash, dense_key, scores_key
 from gsprune.job import run
 from gsprune.results import read_results
@@ -128,11 +128,39 @@ def test_a_damaged_entry_is_made_again(sweep, caplog):
     (folder / "dense.safetensors").write_bytes((folder / "dense.safetensors").read_bytes()[:-9])
     sweep.run("1", "pruner=none", "trainer.prune_epochs=1")
     assert sweep.trained.count("NoPruning") == 4  # two dense phases and two plain second ones
-    assert "the dense network is trained again: " in caplog.text
+    assert f"the dense network in {folder} is trained again, that is now " in caplog.text
     (folder / "dense.json").write_text('{"key": 3')
     sweep.run("2", "pruner=none", "trainer.prune_epochs=3")
     assert sweep.trained.count("NoPruning") == 6
+    assert sorted(path.name for path in folder.parent.iterdir())[1:] == [
+        f"damaged-2-{folder.name}",
+        f"damaged-{folder.name}",
+    ]
     assert sweep.run("3", "pruner=none", "trainer.prune_epochs=4")["dense"]["job"] == "2"
+
+
+RECORD = DenseRecord(
+    {"accuracy": 0.5, "loss": 1.0, "val_accuracy": 0.5}, [{"params": 1, "macs": 1}], None, "0", "c", 1.0
+)
+
+
+@pytest.mark.parametrize("name", ["dense.safetensors", "scores-s.safetensors"])
+def test_one_bit_that_is_another_is_seen(tmp_path, name, caplog):
+    cache = DenseCache(Sweep(tmp_path), "k" * 64)
+    cache.store({"w": torch.arange(100.0)}, RECORD)
+    save_scores(cache.scores("s"), {"w": torch.ones(3)}, criterion="Weighted", steps=1)
+    assert not cache.has_scores("s")  # as a job leaves it that is killed right there
+    cache.seal_scores("s")
+    assert cache.find() == RECORD
+    assert cache.has_scores("s")
+    spoiled = bytearray((cache.folder / name).read_bytes())
+    spoiled[-4] ^= 0x40
+    (cache.folder / name).write_bytes(spoiled)
+    assert (cache.find() is None, cache.has_scores("s")) == (name == "dense.safetensors", False)
+    (aside,) = tmp_path.rglob(f"damaged-*{'' if name[0] == 's' else '/' + name}")
+    assert aside.read_bytes() == spoiled
+    cache.store({"w": torch.arange(100.0)}, RECORD)
+    assert cache.find() == RECORD
 
 
 def test_the_dense_key_is_of_what_the_dense_network_depends_on():
@@ -326,4 +354,6 @@ def test_an_entry_that_cannot_be_read_is_none(tmp_path, monkeypatch, caplog):
     (cache.folder / "dense.json").write_text("{}")
     monkeypatch.setattr("gsprune.dense_cache.read_json", unreadable)
     assert cache.find() is None
-    assert "is not used, it is trained again: [Errno 5] Input/output error" in caplog.text
+    assert "cannot be read, it is trained again: [Errno 5] Input/output error" in caplog.text
+    cache.store({"w": torch.ones(2)}, None)  # it may be a good one
+    assert [path.name for path in cache.folder.iterdir()] == ["dense.json"]
