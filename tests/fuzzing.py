@@ -317,8 +317,11 @@ def _make_dense(folder: Path) -> None:
 
 def _read_dense(folder: Path) -> None:
     """A damaged record is no record: the network is trained again."""
-    record = _cache(folder).find()
+    cache = _cache(folder)
+    record = cache.find()
     if record is None:
+        for aside in cache.folder.parent.glob("damaged-*"):
+            os.replace(aside, cache.folder)  # for the next one
         raise ValueError("none")
     assert all(isinstance(float(number), float) for number in [*record.baseline.values(), record.train_seconds])
     assert int(record.epochs[-1]["params"]) >= 0
