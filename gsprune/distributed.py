@@ -17,7 +17,6 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -25,9 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from gsprune.examples import inputs_and_labels, map_tensors
+from gsprune.loading import Start, batches, fetched, from_start, is_skippable
 from gsprune.shown import logger
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ def part(n: int, number: int, world: int) -> range:
     return range(start, start + size + (number < longer))
 
 
-def shares(loader: Any, *, training: bool) -> Iterator[Batch]:
+def shares(loader: Any, *, training: bool, start: Start | None = None) -> Iterator[Batch]:
     """This process's part of every batch of a loader that gives global ones, in the same order everywhere.
 
     A `DataLoader` fetches that part only, unless its collate function draws random numbers for whole batches
@@ -324,14 +324,23 @@ def shares(loader: Any, *, training: bool) -> Iterator[Batch]:
 
     Args:
         training: with random numbers of each process's own (for dropout, and for data that is drawn on the fly).
+        start: begin in the middle of an epoch.
     """
     if world_size() == 1:
-        yield from map(inputs_and_labels, loader)
+        yield from map(inputs_and_labels, batches(loader, start) if training else loader)
         return
     _same_random_state()
     sliceable = isinstance(loader, DataLoader) and loader.batch_sampler is not None
     whole = not sliceable or getattr(loader.collate_fn, "whole_batches", False)
-    for i, share in enumerate(_cut(loader) if whole else _fetched(loader)):
+    if start is not None and is_skippable(loader):
+        yield from _cut(batches(loader, start)) if whole else _fetched(loader, start)
+        return
+    found = _own_numbers(_cut(loader) if whole else _fetched(loader, None), training)
+    yield from from_start(found, start)
+
+
+def _own_numbers(found: Iterator[Share], training: bool) -> Iterator[Share]:
+    for i, share in enumerate(found):
         if training and i == 0 and rank():
             torch.manual_seed(int(torch.randint(2**62, ())) + rank())
         yield share
@@ -344,45 +353,18 @@ def _same_random_state() -> None:
     torch.set_rng_state(state)
 
 
-def _fetched(loader: DataLoader[Any]) -> Iterator[Share]:
-    # In the order in which an epoch of one process draws them: the seed of its workers, then its batches.
-    seed = int(torch.empty((), dtype=torch.int64).random_(generator=loader.generator))
+def _fetched(loader: DataLoader[Any], start: Start | None) -> Iterator[Share]:
     counts: deque[tuple[int, int]] = deque()  # samples in the batches on their way, and how many of them are ours
 
-    def own_parts() -> Iterator[list[int]]:
-        assert loader.batch_sampler is not None
-        for batch in loader.batch_sampler:
-            indices = list(batch)
-            own = [indices[i] for i in part(len(indices), rank(), world_size())]
-            counts.append((len(indices), len(own)))
-            yield own or indices[:1]
+    def own_part(indices: list[Any]) -> list[Any]:
+        own = [indices[i] for i in part(len(indices), rank(), world_size())]
+        counts.append((len(indices), len(own)))
+        return own or indices[:1]
 
-    workers = {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
-    local = DataLoader(
-        loader.dataset,
-        batch_sampler=_Once(own_parts()),
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=torch.Generator().manual_seed((seed + rank() * _SPREAD) % 2**63),
-        **workers,  # type: ignore[arg-type]
-    )
-    for inputs, labels in map(inputs_and_labels, local):
+    for batch in fetched(loader, start, share=own_part, spread=rank() * _SPREAD):
+        inputs, labels = inputs_and_labels(batch)
         whole, own = counts.popleft()
         yield Share.of(inputs, labels, whole=whole, own=own)
-
-
-@dataclass(frozen=True)
-class _Once(Sampler[list[int]]):
-    """Index lists as a batch sampler, for one epoch."""
-
-    batches: Iterator[list[int]]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.batches
 
 
 def _cut(loader: Any) -> Iterator[Share]:

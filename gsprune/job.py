@@ -802,6 +802,7 @@ class _Job:
                 on_epoch=lambda epoch, values: self._record(epoch + offset + 1, values),
                 on_step=self.progress.on_step,
                 on_rest=lambda at: self._rest(name, at, offset, optimizer, lr_schedule),
+                on_redraw=self._end_if_asked,
                 start=start,
             )
 
@@ -857,6 +858,11 @@ class _Job:
             self._write_checkpoint(phase, at, offset, optimizer, lr_schedule)
         self.written_at = time.monotonic()
         if signum:
+            raise Interrupted(signum)
+
+    def _end_if_asked(self) -> None:
+        """Where nothing has changed since the last checkpoint."""
+        if signum := distributed.agreed(self.stop.signum):
             raise Interrupted(signum)
 
     def _write_checkpoint(self, phase: str, at: Position, offset: int, optimizer: Optimizer, lr_schedule: Any) -> None:

@@ -1,21 +1,21 @@
 """Where training stands between two optimizer steps, as data that a later process can go on from.
 
 Three things decide what the next step does besides model, optimizer, schedule and pruner: random numbers, the order
-of the epoch's batches, and what the epoch has summed up so far. Imports torch and numpy.
+of the epoch's batches, and what the epoch has summed up so far. Imports torch and numpy, and `loading`.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gsprune.loading import Start, generators
 
 __all__ = ["Position", "random_state", "set_random_state"]
 
@@ -37,11 +37,16 @@ class Position:
     """
 
     def __init__(
-        self, device: torch.device, parts: Mapping[str, Stateful], saved: Mapping[str, Any] | None = None
+        self,
+        device: torch.device,
+        parts: Mapping[str, Stateful],
+        saved: Mapping[str, Any] | None = None,
+        *,
+        on_redraw: Callable[[], None] = lambda: None,
     ) -> None:
         self.epoch: int = saved["epoch"] if saved else 0
         self.step: int = saved["step"] if saved else 0
-        self._device, self._parts, self._saved = device, parts, saved
+        self._device, self._parts, self._saved, self._on_redraw = device, parts, saved, on_redraw
         self._totals: Stateful | None = None
         self._loader: Any = None
         self._order: dict[str, Tensor] = {}
@@ -51,11 +56,15 @@ class Position:
             if state and name in parts:  # a scaler that is off has no state
                 parts[name].load_state_dict(state)
 
-    def steps(self, loader: Any, groups: Iterable[Item], totals: Stateful) -> Iterator[tuple[int, Item]]:
+    def steps(
+        self, loader: Any, groups: Callable[[Start | None], Iterator[Item]], totals: Stateful
+    ) -> Iterator[tuple[int, Item]]:
         """The epoch's groups of batches from `step` on, numbered; `totals` go on from what they were.
 
-        Groups before `step` are drawn again and dropped, so that order and augmentation, also in worker processes, are
-        those of an epoch that was never interrupted.
+        Order and augmentation, also in worker processes, are those of an epoch that was never interrupted.
+
+        Args:
+            groups: gives all of them, or those from a `Start` on.
         """
         saved, self._saved = self._saved or {}, None
         self._since = time.perf_counter() - saved.get("seconds", 0.0)
@@ -63,12 +72,11 @@ class Position:
         if saved:
             set_random_state(saved["order"] if self.step else saved["random"], self._device, loader)
         self._order = _order(loader)
-        numbered = enumerate(groups)
-        if saved and self.step:
-            deque(itertools.islice(numbered, self.step), maxlen=0)
-            totals.load_state_dict(saved["totals"])
-            set_random_state(saved["random"], self._device, loader)
-        return numbered
+        if not (saved and self.step):
+            return enumerate(groups(None))
+        totals.load_state_dict(saved["totals"])
+        start = Start(self.step, lambda: set_random_state(saved["random"], self._device, loader), self._on_redraw)
+        return enumerate(groups(start), self.step)
 
     def resting(self, loader: Iterable[Item], on_rest: Callable[[Position], None]) -> Iterator[Item]:
         """The batches of a loader to validate on, with a rest after each; saved is what was before the first."""
@@ -129,9 +137,9 @@ def set_random_state(state: Mapping[str, Any], device: torch.device, loader: Any
         name, keys, place, has_gauss, cached = state["numpy"]
         np.random.set_state((name, keys.numpy().astype(np.uint32), place, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    generator = getattr(loader, "generator", None)
-    if "loader" in state and generator is not None:
-        generator.set_state(state["loader"])
+    for name, generator in generators(loader).items():
+        if name in state:
+            generator.set_state(state[name])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
     elif device.type == "mps" and "mps" in state:
@@ -139,9 +147,8 @@ def set_random_state(state: Mapping[str, Any], device: torch.device, loader: Any
 
 
 def _order(loader: Any) -> dict[str, Tensor]:
-    """What a loader's order comes from: its own generator, or torch's."""
-    generator = getattr(loader, "generator", None)
-    own = {} if generator is None else {"loader": generator.get_state()}
+    """What a loader's order comes from: its own generators, or torch's."""
+    own = {name: generator.get_state() for name, generator in generators(loader).items()}
     return {"torch": torch.get_rng_state(), **own}
 
 

@@ -2,7 +2,11 @@
 
 The only caller of the pruner's hooks in this repository. There is one loop and it has no feature branches:
 what pruning needs comes in through the hooks (`Hooks`), what a screen, a log or a checkpoint needs through callbacks.
+<<<<<<< HEAD
 May import torch and numpy, and of this package `guard`, `position`, `examples` and `distributed` alone: in several
+=======
+May import torch and numpy, and of this package `guard`, `position`, `loading` and `distributed` alone: in several
+>>>>>>> 077779f (Going on within an epoch costs what is left of it)
 processes every one runs this loop, on its part of each batch, with averaged gradients.
 
 One optimizer step, in order:
@@ -30,7 +34,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -43,6 +47,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from gsprune import distributed
 from gsprune.examples import call, inputs_and_labels, logits_of, map_tensors
 from gsprune.guard import Guard
+from gsprune.loading import Start
 from gsprune.position import Position
 
 Batch = tuple[Any, Tensor]
@@ -270,6 +275,7 @@ class Trainer:
         on_epoch: EpochCallback = lambda epoch, values: None,
         on_step: StepCallback = lambda totals: None,
         on_rest: RestCallback = lambda position: None,
+        on_redraw: Callable[[], None] = lambda: None,
         start: Mapping[str, Any] | None = None,
     ) -> None:
         """Train `model` in place for `epochs` epochs, calling the pruner's hooks in the order above.
@@ -282,6 +288,8 @@ class Trainer:
             on_step: called after every optimizer step with the running `Totals`; reading it is a sync point.
             on_rest: called after `on_step`, after each batch of `val_loader` and after `on_epoch`, with the `Position`:
                 what is between two steps can be saved here. An exception ends the training.
+            on_redraw: called after each batch that has to be fetched again to go on within an epoch (see `loading`).
+                An exception ends the training; nothing has changed since `start`.
             start: a `Position.state_dict()` to go on from, as if never interrupted. The states of model, optimizer,
                 schedule and pruner at that position are loaded already.
 
@@ -290,7 +298,8 @@ class Trainer:
                 `max_bad_steps` such steps in a row. The model is as the last good step left it.
         """
         loop = self._loop(model, optimizer, pruner)
-        at = Position(self.torch_device, {"scaler": loop.scaler, "guard": loop.guard}, start)
+        parts = {"scaler": loop.scaler, "guard": loop.guard}
+        at = Position(self.torch_device, parts, start, on_redraw=on_redraw)
         model.train()
         pruner.on_train_begin()
         with _first_skipped_step_is_fine():
@@ -385,7 +394,7 @@ class _Loop:
         self, loader: Loader, lr_schedule: Schedule, on_step: StepCallback, on_rest: RestCallback, at: Position
     ) -> dict[str, float]:
         totals = Totals(self.trainer.torch_device, skipped=self.guard.skipped)
-        for step, group in at.steps(loader, self._groups(loader), totals):
+        for step, group in at.steps(loader, functools.partial(self._groups, loader), totals):
             self.pruner.on_step_begin(step)
             if self.check_masks():  # units that were cut out have left other parameters behind
                 self.forward = distributed.data_parallel(self.plain, self.forward)
@@ -429,8 +438,11 @@ class _Loop:
             if distributed.own_samples(batch):
                 totals.add(loss, logits, labels, only_finite=True)
 
-    def _groups(self, loader: Loader) -> Iterator[list[Batch]]:
-        return _groups(distributed.shares(loader, training=True), self.trainer.accumulate_steps)
+    def _groups(self, loader: Loader, start: Start | None = None) -> Iterator[list[Batch]]:
+        """The epoch's groups of batches; `start` counts such groups."""
+        size = self.trainer.accumulate_steps
+        start = start and replace(start, batches=start.batches * size)
+        return _groups(distributed.shares(loader, training=True, start=start), size)
 
     def check_masks(self) -> bool:
         """Compare masks that have changed over all processes; whether there was something to compare."""
