@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 
 from gsprune.composed import check_objective
 from gsprune.files import read_object, refusing, remove_leftovers, spared, write_json
-from gsprune.hydra_files import recorded_overrides
-from gsprune.identity import config_hash
+from gsprune.identity import config_hash, differences, settings
 from gsprune.locks import Lock
+from gsprune.redact import cleaned
 from gsprune.results import JobResult, read_results
 from gsprune.run_state import MAX_RECORD, Checkpoints
 from gsprune.run_state import RECORD as STATE
@@ -24,6 +24,7 @@ from gsprune.shown import logger, one_line
 from gsprune.sweep import Sweep, fetch, set_aside
 from gsprune.tracking import RECORD
 
+SETTINGS = Path("checkpoint", "settings.json")  # of the run in the output directory, to tell what is not the same
 LOCK = "run.lock"  # in the output directory, held by the process that writes there
 LEAVING = 10.0  # seconds that what a killed process has left behind (workers that load data) may still hold it
 log = logger(__name__)
@@ -70,7 +71,7 @@ def finished_here(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     except ValueError:  # the job itself will say what is wrong
         return None
     if result.get("config_hash") != mine:
-        raise ValueError(of_another(folder, result.get("overrides"), unfinished=False))
+        raise ValueError(of_another(folder, cfg, unfinished=False))
     check_objective(cfg.objective, cfg.trainer)
     log.info("not done again: %s has finished with the same configuration (trainer.resume=never does it again)", folder)
     _tidy_if_free(folder)
@@ -163,11 +164,18 @@ def how_to_go_on(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> str:
     return f"the same command with {more}{less} goes on once {folder / 'checkpoint'} can be read"
 
 
-def of_another(folder: Path, overrides: Any, *, unfinished: bool) -> str:
-    """Why a run is refused in a directory that holds one of another configuration, with those overrides."""
-    told = one_line(" ".join(recorded_overrides(overrides))) if isinstance(overrides, list) and overrides else "none"
+def on_record(cfg: DictConfig) -> dict[str, str]:
+    """A job's settings as they are put into a file, and compared with those in one."""
+    return cleaned(settings(cfg))
+
+
+def of_another(folder: Path, cfg: DictConfig, *, unfinished: bool) -> str:
+    """Why a run is refused in a directory that holds one of another configuration, with what is not the same."""
+    before = read_object(folder / SETTINGS)
+    told = one_line(differences(before, on_record(cfg))) or "of a value that is taken from elsewhere"
+    told = told if before else "which settings differ is not on record"
     what, then = ("an unfinished", "give the same one to go on with it, ") if unfinished else ("a finished", "give ")
     return (
-        f"{folder} holds {what} run of another configuration (overrides: {told}): {then}trainer.resume=never to write "
+        f"{folder} holds {what} run of another configuration ({told}): {then}trainer.resume=never to write "
         f"over it, or another hydra.run.dir"
     )

@@ -20,10 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gsprune import __version__
 from gsprune.files import sha256
-from gsprune.redact import hashable
+from gsprune.redact import hashable, recorded
 from gsprune.sources import code, versions
 
-__all__ = ["config_hash", "dense_key", "package_versions", "plain_config", "scores_key", "scores_path"]
+__all__ = ["config_hash", "dense_key", "differences", "package_versions", "plain_config", "scores_key", "settings"]
 
 # What changes no number of a result.
 NOT_HASHED = (
@@ -78,6 +78,47 @@ def dense_key(cfg: DictConfig, **surroundings: str) -> str:
     """
     config = _without(_with_contents(hashable(plain_config(cfg), cfg)), (*NOT_HASHED, *NOT_DENSE))
     return _sha256([config, _code(config), package_versions(config), surroundings])
+
+
+def settings(cfg: DictConfig) -> dict[str, str]:
+    """What `config_hash` is of, by key, as it is written: references stay references, and where they lead is not told.
+
+    >>> settings(OmegaConf.create({"seed": 0, "dataset": {"size": 4, "seed": "${seed}"}, "plan": True}))
+    {'seed': '0', 'dataset.size': '4', 'dataset.seed': '${seed}'}
+    """
+    written: Any = recorded(cfg)
+    resolved = _with_contents(plain_config(cfg))
+    contents = {f"content of {path}": str(_at(resolved, path))[:12] for path in FILES if _at(resolved, path)}
+    codes = {f"code of {target}": mark[:12] for target, mark in _code(written).items()}
+    return {**dict(_flat(_without(written, NOT_HASHED))), **contents, **codes}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, most: int = 8) -> str:
+    """What of two records is not the same: the key, the old value, the new one.
+
+    >>> differences({"threads": 1, "torch": "2.5"}, {"threads": 2, "torch": "2.5", "gsprune": "0.2"})
+    'threads 1 to 2, gsprune nothing to 0.2'
+    """
+    found = [
+        f"{key} {before.get(key, 'nothing')} to {now.get(key, 'nothing')}"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
+    ]
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, inside in value.items():
+            yield from _flat(inside, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, "null" if value is None else str(value)
+
+
+def _at(config: Mapping[str, Any], path: str) -> Any:
+    group, _, key = path.rpartition(".")
+    inside = config.get(group)
+    return inside.get(key) if isinstance(inside, dict) else None
 
 
 def package_versions(config: Mapping[str, Any] | DictConfig) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import functools
 import logging
 import os
 import platform
@@ -49,7 +50,7 @@ from gsprune.composed import (
 )
 from gsprune.console import Progress, epoch_line, make_progress, print_summary, to_log_file
 from gsprune.dense_cache import BASELINE, DenseCache, DenseRecord
-from gsprune.earlier import alone, finished_before, finished_here, how_to_go_on, of_another, tidy
+from gsprune.earlier import SETTINGS, alone, finished_before, finished_here, how_to_go_on, of_another, on_record, tidy
 from gsprune.examples import call, copy_of, inputs_and_labels, logits_of, map_tensors
 from gsprune.files import (
     put_aside,
@@ -63,7 +64,15 @@ from gsprune.files import (
 )
 from gsprune.guard import not_finite, unbounded
 from gsprune.hydra_files import clean_files, refuse_passwords
-from gsprune.identity import SCORES, config_hash, dense_key, scores_key, scores_path
+from gsprune.identity import (
+    SCORES,
+    config_hash,
+    dense_key,
+    differences,
+    package_versions,
+    scores_key,
+    scores_path,
+)
 from gsprune.memory import is_out_of_memory, smaller_steps
 from gsprune.names import told
 from gsprune.position import Position
@@ -86,7 +95,8 @@ PARTS = ("start", "train", "measure", "files", "tracking")
 DENSE = Path("checkpoint", "dense.safetensors")
 # What a checkpoint of a job holds; `job` is what the job itself has noted up to then.
 SAVED: Mapping[str, Any] = {
-    **dict.fromkeys(("config_hash", "made_on", "phase"), str),
+    **dict.fromkeys(("config_hash", "phase"), str),
+    "made_on": (str, dict),
     **dict.fromkeys(("model", "optimizer", "lr_schedule", "pruner", "position", "job"), dict),
     "dense": (str, NoneType),  # sha256 of DENSE; None: it could not be written, and is `dense_model`
     "others": list,
@@ -282,6 +292,8 @@ class _Job:
         tidy(self.output_dir)
         if self.saved is None:
             self._make_room()
+        what = on_record(self.cfg)
+        self._write(SETTINGS.as_posix(), lambda: write_json(self.output_dir / SETTINGS, what))
         with self.watch.part("tracking"):
             self._open_tracker(before)
 
@@ -448,7 +460,7 @@ class _Job:
     def _write_again(self) -> None:
         for name, write in list(self.again.items()):
             self._write(name, write)
-            if name not in self.again and name != DENSE.as_posix():  # which is not sent
+            if name not in self.again and name not in (DENSE.as_posix(), SETTINGS.as_posix()):  # which are not sent
                 with self.watch.part("tracking"):
                     self._log_file(name, folder=os.path.dirname(name))
 
@@ -872,7 +884,7 @@ class _Job:
         self._write_again()
         state = {
             "config_hash": self.result["config_hash"],
-            "made_on": self._surroundings(),
+            "made_on": self.surroundings,
             "phase": phase,
             "dense": self.dense_file,
             "dense_model": None if phase == "dense" or self.dense_file else state_tensors(self.dense)[0],
@@ -924,19 +936,16 @@ class _Job:
             return
         notes = saved.state["job"]
         if saved.state["config_hash"] != self.result["config_hash"]:
-            if self.sweep is not None:  # which numbers its jobs anew when it is extended
-                log.info("%s holds the checkpoint of another job: this one starts anew", self.output_dir)
-                return
-            raise ValueError(of_another(self.output_dir, notes["overrides"], unfinished=True))
+            raise ValueError(of_another(self.output_dir, self.cfg, unfinished=True))
         log.info("going on from the checkpoint %s", saved.path)
         self._take_over(saved)
         self.cost, self.costed, self.recorded = tuple(notes["cost"]), notes["costed"], notes["recorded"]
         self.dense_file, self.dense_val = saved.state["dense"], notes["dense_val"]
         self.watch.add(notes["seconds"])
-        if (made_on := saved.state["made_on"]) != self._surroundings():
-            log.warning(
-                "it was written on %s, and this is %s: numbers may differ a little", made_on, self._surroundings()
-            )
+        made_on = saved.state["made_on"]
+        before = made_on if isinstance(made_on, dict) else {"made on": made_on}  # as it was written at first
+        if changed := differences(before, self.surroundings):
+            log.warning("it goes on, but not bit for bit: %s", changed)
 
     def _take_over(self, saved: Saved) -> None:
         rows = saved.state["job"]["rows"]
@@ -959,8 +968,13 @@ class _Job:
         if sha256(dense) != state["dense"]:
             raise ValueError(f"{dense} is not the dense network that it belongs to: its sha256 is another")
 
-    def _surroundings(self) -> str:
-        return f"torch {torch_version}, {self.trainer.torch_device.type}"
+    @functools.cached_property
+    def surroundings(self) -> dict[str, str | int]:
+        """What the last bits of a result depend on, besides the configuration."""
+        device = self.trainer.torch_device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        cpu = torch.backends.cpu.get_cpu_capability()
+        return {"device": name, "cpu": cpu, "threads": torch.get_num_threads(), **package_versions(self.cfg)}
 
     def _goes_on(self, phase: str) -> bool:
         return self.saved is not None and self.saved.state["phase"] == phase

@@ -19,10 +19,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import ROOT, TINY, configure
 from kills import differences
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+import gsprune
 from gsprune import earlier, files
 from gsprune import job as job_module
 from gsprune.guard import BadNumbers
@@ -327,14 +330,54 @@ def test_a_dense_network_that_somebody_removes_meanwhile_is_written_again(tmp_pa
 
 def test_a_run_of_another_configuration_is_not_lost_by_mistake(crashed, at_step):
     message = (
-        f"{crashed} holds an unfinished run of another configuration (overrides: none): give the same one to go on "
-        f"with it, trainer.resume=never to write over it, or another hydra.run.dir"
+        f"{crashed} holds an unfinished run of another configuration (optimizer.lr 0.05 to 0.5, seed 0 to 1): give the "
+        f"same one to go on with it, trainer.resume=never to write over it, or another hydra.run.dir"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        go(crashed, "seed=1")
+        go(crashed, "seed=1", "optimizer.lr=0.5", "trainer.progress=lines")
     assert names(crashed) == ["epoch_0001_step_000000", "epoch_0002_step_000000"]
     go(crashed, "seed=1", "trainer.resume=never")
     assert at_step.count == 15
+
+
+def test_other_threads_and_versions_go_on_and_what_differs_is_named(crashed, whole, at_step, monkeypatch, caplog):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    monkeypatch.setattr("gsprune.identity.__version__", "9.9.9")
+    go(crashed)
+    told = (
+        f"it goes on, but not bit for bit: threads {threads} to {threads + 1}, gsprune {gsprune.__version__} to 9.9.9"
+    )
+    assert told in caplog.messages
+    assert at_step.count == 5
+
+
+def test_on_the_same_machine_nothing_is_said(crashed, whole, caplog):
+    caplog.clear()
+    go(crashed)
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_refusal_names_code_that_was_edited_and_no_value_from_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "code").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    net = tmp_path / "code" / "net_of_resume.py"
+    net.write_text("from gsprune.models import convnet\n")
+    monkeypatch.setenv("SECRET_OF_THIS_TEST", "old-canary")
+    cfg = configure(*WEIGHTED, "model._target_=net_of_resume.convnet")
+    OmegaConf.update(cfg, "dataset.key", "${oc.env:SECRET_OF_THIS_TEST}", force_add=True)
+    before, folder = earlier.on_record(cfg), tmp_path / "run"
+    files.write_json(folder / earlier.SETTINGS, before)
+    net.write_text("from gsprune.models import convnet  # edited\n")
+    monkeypatch.setenv("SECRET_OF_THIS_TEST", "new-canary")
+    told = earlier.of_another(folder, cfg, unfinished=True)
+    assert re.search(r"[(]code of net_of_resume.convnet \w{12} to \w{12}[)]", told)
+    files.write_json(folder / earlier.SETTINGS, earlier.on_record(cfg))
+    told = earlier.of_another(folder, cfg, unfinished=True)
+    assert "(of a value that is taken from elsewhere)" in told
+    assert "canary" not in told + (folder / earlier.SETTINGS).read_text()
+    (folder / earlier.SETTINGS).unlink()
+    assert "(which settings differ is not on record)" in earlier.of_another(folder, cfg, unfinished=True)
 
 
 def test_in_a_sweep_which_numbers_its_jobs_anew_another_job_starts_anew(crashed, at_step, monkeypatch):
@@ -414,7 +457,7 @@ def test_a_run_that_has_finished_is_kept_and_not_done_again(crashed, at_step, ca
         assert go(crashed, "trainer.progress=bar") == json.loads(json.dumps(done))
     assert f"not done again: {crashed} has finished with the same configuration" in caplog.text
     message = (
-        f"{crashed} holds a finished run of another configuration (overrides: none): give trainer.resume=never to "
+        f"{crashed} holds a finished run of another configuration (seed 0 to 1): give trainer.resume=never to "
         f"write over it, or another hydra.run.dir"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
