@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gsprune import __version__
 from gsprune.files import sha256
-from gsprune.redact import hashable, recorded
+from gsprune.redact import hashable
 from gsprune.sources import code, versions
 
 __all__ = ["config_hash", "dense_key", "differences", "package_versions", "plain_config", "scores_key", "settings"]
@@ -86,7 +86,7 @@ def settings(cfg: DictConfig) -> dict[str, str]:
     >>> settings(OmegaConf.create({"seed": 0, "dataset": {"size": 4, "seed": "${seed}"}, "plan": True}))
     {'seed': '0', 'dataset.size': '4', 'dataset.seed': '${seed}'}
     """
-    written: Any = recorded(cfg)
+    written: Any = OmegaConf.to_container(cfg)
     resolved = _with_contents(plain_config(cfg))
     contents = {f"content of {path}": str(_at(resolved, path))[:12] for path in FILES if _at(resolved, path)}
     codes = {f"code of {target}": mark[:12] for target, mark in _code(written).items()}
