@@ -58,7 +58,8 @@ class Lines(Progress):
     """One plain line an epoch, for logs and pipes."""
 
     def __init__(self, epochs: int) -> None:
-        self._name, self._epochs, self._of = "", epochs, None
+        self._name, self._epochs = "", epochs
+        self._of: str | None = None
 
     def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
         self._name, self._of = name, of

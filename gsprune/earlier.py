@@ -166,7 +166,8 @@ def how_to_go_on(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> str:
 
 def on_record(cfg: DictConfig) -> dict[str, str]:
     """A job's settings as they are put into a file, and compared with those in one."""
-    return cleaned(settings(cfg))
+    record: dict[str, str] = cleaned(settings(cfg))
+    return record
 
 
 def of_another(folder: Path, cfg: DictConfig, *, unfinished: bool) -> str:

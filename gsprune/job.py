@@ -576,6 +576,7 @@ class _Job:
 
     def _build_model(self) -> nn.Module:
         node = OmegaConf.create(OmegaConf.to_container(self.cfg.model, resolve=True))
+        assert isinstance(node, DictConfig)
         weights = node.pop("weights", None)
         model: nn.Module = build(node)
         if weights is not None:

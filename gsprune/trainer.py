@@ -48,7 +48,7 @@ from gsprune import distributed
 from gsprune.examples import call, inputs_and_labels, logits_of, map_tensors
 from gsprune.guard import Guard
 from gsprune.loading import Start
-from gsprune.position import Position
+from gsprune.position import Position, Stateful
 
 Batch = tuple[Any, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
@@ -298,7 +298,7 @@ class Trainer:
                 `max_bad_steps` such steps in a row. The model is as the last good step left it.
         """
         loop = self._loop(model, optimizer, pruner)
-        parts = {"scaler": loop.scaler, "guard": loop.guard}
+        parts: dict[str, Stateful] = {"scaler": loop.scaler, "guard": loop.guard}
         at = Position(self.torch_device, parts, start, on_redraw=on_redraw)
         model.train()
         pruner.on_train_begin()
