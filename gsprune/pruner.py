@@ -521,6 +521,9 @@ class Pruner(Attachable):
         missing = sorted(needed - set(state))
         if missing:
             raise ValueError(f"this is not a pruner's state: it has no {missing[0]!r}")
+        for count in ("scored", "epoch", "step", "updates", "looked"):
+            if not (type(state.get(count, 0)) is int and 0 <= state.get(count, 0) < 2**63):
+                raise ValueError(f"this is not a pruner's state: its {count!r} is no count")
         scores, masks = state["scores"], state["masks"]
         names = {target.name for target in self.targets}
         odd = sorted((set(scores) ^ names) | (set(masks) ^ names))

@@ -51,6 +51,7 @@ class Pruners(Attachable):
             other than 1x1 on tensors that lose units.
 
     Example:
+        >>> import torch
         >>> from functools import partial
         >>> from gsprune.criteria import Elementwise, Magnitude
         >>> from gsprune.schedules import OneShot

@@ -2,12 +2,8 @@
 
 The only caller of the pruner's hooks in this repository. There is one loop and it has no feature branches:
 what pruning needs comes in through the hooks (`Hooks`), what a screen, a log or a checkpoint needs through callbacks.
-<<<<<<< HEAD
-May import torch and numpy, and of this package `guard`, `position`, `examples` and `distributed` alone: in several
-=======
-May import torch and numpy, and of this package `guard`, `position`, `loading` and `distributed` alone: in several
->>>>>>> 077779f (Going on within an epoch costs what is left of it)
-processes every one runs this loop, on its part of each batch, with averaged gradients.
+May import torch and numpy, and of this package `guard`, `position`, `loading`, `examples` and `distributed` alone: in
+several processes every one runs this loop, on its part of each batch, with averaged gradients.
 
 One optimizer step, in order:
 

@@ -19,9 +19,18 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def job_of_hydra() -> Iterator[None]:
+    """Hydra keeps the configuration of a process's last job, which the next test must not take for its own."""
+    before = HydraConfig.instance().cfg
+    yield
+    HydraConfig.instance().cfg = before
 
 
 @pytest.fixture

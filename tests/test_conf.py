@@ -160,12 +160,12 @@ def with_hydra(*overrides: str) -> DictConfig:
     return compose("config", overrides=list(overrides), return_hydra_config=True)
 
 
-def test_the_digits_sweep_is_27_jobs(compose_config: Compose) -> None:
+def test_the_digits_sweep_has_three_variants_and_their_control(compose_config: Compose) -> None:
     hydra = with_hydra("+experiment=digits_sweep").hydra
     assert hydra.mode == RunMode.MULTIRUN
     lines = [f"{key}={value}" for key, value in hydra.sweeper.params.items()]
     axes = [list(axis.sweep_string_iterator()) for axis in OverridesParser.create().parse_overrides(lines)]
-    assert axes == [["elementwise", "abs", "weighted"], ["0.5", "0.7", "0.9"], ["0", "1", "2"]]
+    assert axes == [["elementwise", "abs", "weighted", "none"], ["0.5", "0.7", "0.9"], ["0", "1", "2"]]
 
 
 def test_every_sweep_has_a_parent_run_and_a_report(compose_config: Compose) -> None:

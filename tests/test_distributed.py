@@ -77,7 +77,7 @@ def two():
 @pytest.mark.parametrize("case", PARTS[:6])
 def test_masks_weights_and_metrics_are_those_of_one_process_on_the_same_global_batches(two, case):
     alone = case()
-    assert alone["updates"] == 5
+    assert alone["updates"] == (2 if case is ranks.timed else 5)  # a mask that takes nothing more is no update
     for found in (process[case.__name__] for process in two):
         assert (found["updates"], found["scored"]) == (alone["updates"], alone["scored"])
         assert found["masks"].keys() == alone["masks"].keys()

@@ -216,7 +216,7 @@ def test_a_job_whose_model_cannot_be_written_has_failed(
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["error"]) == ("failed", f"ValueError: {sentence}")
     assert result["unwritten"] == ["model.safetensors"]
-    assert caplog.records == []
+    assert [message for message in caplog.messages if "about to collapse" not in message] == []
 
 
 @pytest.mark.slow

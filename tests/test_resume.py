@@ -352,10 +352,16 @@ def test_other_threads_and_versions_go_on_and_what_differs_is_named(crashed, who
     assert at_step.count == 5
 
 
+def warnings_of_the_run(caplog):
+    """But for the forecast, which tells of every network as narrow as that of these tests."""
+    warned = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    return [message for message in warned if "about to collapse" not in message]
+
+
 def test_on_the_same_machine_nothing_is_said(crashed, whole, caplog):
     caplog.clear()
     go(crashed)
-    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert warnings_of_the_run(caplog) == []
 
 
 def test_a_refusal_names_code_that_was_edited_and_no_value_from_the_environment(tmp_path, monkeypatch):
@@ -609,7 +615,7 @@ def test_a_signal_finishes_the_step_writes_a_checkpoint_and_ends_with_its_code(
     result = result_of(tmp_path)
     assert (result["status"], result["error"]) == ("interrupted", f"Interrupted: stopped by {signum.name}")
     again = f"the same command with hydra.run.dir={tmp_path} goes on from the newest checkpoint"
-    assert [record.message for record in caplog.records] == [again]
+    assert warnings_of_the_run(caplog) == [again]
     at_step.do(0, crash)
     go(tmp_path)
     assert at_step.count == 8

@@ -71,7 +71,11 @@ ZOO: dict[str, Case] = {
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(7)
-    return nets.settle(ZOO[name][0]())
+    model = nets.settle(ZOO[name][0]())
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():  # torchvision's ViT: no gradient passes its head
+            nn.init.normal_(module.weight, std=0.02)
+    return model
 
 
 def loss(model: nn.Module, x: Tensor) -> Tensor:
