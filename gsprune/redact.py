@@ -3,8 +3,8 @@
 The one place that decides it. `without_passwords` cleans a text by its shape (userinfo and queries of addresses,
 `name=value` and `"name": "value"` with a name like a secret's) and of the values that `hide` was told; `cleaned` does
 so through nested data, and `recorded` writes a configuration down with `${oc.env:...}` unresolved. `write_json`, the
-tracker, log records and the terminal of `train.py` all go through here. Imports the standard library; omegaconf in
-functions.
+tracker, log records and the terminal of `train.py` all go through here. Imports the standard library and `shown`;
+omegaconf in functions.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import quote, unquote
+
+from gsprune.shown import tag
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -40,20 +42,30 @@ MASK = "***"
 
 # --- names -------------------------------------------------------------------------------------------------
 
-_ENDS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "passwords", "secrets", "credential")
-_WORDS = {"pwd", "key", "credentials"}
-_OPENS = {"api", "access", "secret", "private", "auth", "account", "admin", "encryption", "signing", "ssh", "license"}
+_ENDS = (
+    *("password", "passwd", "passphrase", "passwort", "secret", "token", "credential", "passwords", "secrets"),
+    *("apikey", "accesskey", "privatekey", "secretkey"),
+)
+_WORDS = {"pwd", "pass", "pw", "key", "credentials", "creds", "auth", "authorization", "bearer", "cookie", "jwt", "otp"}
+_OPENS = {
+    *("api", "access", "secret", "private", "auth", "account", "admin", "encryption", "signing", "ssh", "license"),
+    *("hf", "hub", "bearer", "refresh", "session"),
+}
+_SIGNS = {"sig", "signature", "code"}  # that open what an address leads to, in its query
 # What such a word ends that is none: special tokens of a tokenizer, counts, and keys of data.
-_TOKENS = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "class", "image", "start", "end", "max", "min", "num", "n"}
+_TOKENS = {
+    *("pad", "eos", "bos", "unk", "sep", "cls", "mask", "class", "image", "start", "end", "max", "min", "num", "n"),
+    *("dist", "distillation", "prompt", "special", "register", "sos", "blank", "patch", "per", "first", "last"),
+}
 _KEYS = {"sort", "text", "label", "image", "input", "output", "target", "primary", "foreign", "group", "data", "metric"}
 
 
 def is_secret(name: str) -> bool:
     """Whether what has this name (the last part of a dotted one counts) is a secret.
 
-    >>> [is_secret(name) for name in ("model.hf_token", "apiKey", "DB_PASSWORD", "+extra.secret", "key")]
+    >>> [is_secret(name) for name in ("model.hf_token", "apiKeys", "DB_PASSWORD", "+extra.secret", "key")]
     [True, True, True, True, True]
-    >>> [is_secret(name) for name in ("tokenizer", "max_tokens", "pad_token", "sort_key", "monkey", "seed")]
+    >>> [is_secret(name) for name in ("tokenizer", "max_tokens", "pad_token", "sort_key", "forward_pass", "seed")]
     [False, False, False, False, False, False]
     """
     words = _words(name)
@@ -64,13 +76,19 @@ def is_secret(name: str) -> bool:
         return before not in _TOKENS
     if last == "key":
         return before not in _KEYS
+    if last in ("keys", "tokens"):  # several of them are counts and vocabularies elsewhere
+        return before in _OPENS
+    if last == "pass":
+        return before not in ("forward", "backward", "single", "first", "second", "by")
     return last.endswith(_ENDS) or last in _WORDS
 
 
-def _is_certain(name: str) -> bool:
-    """A `key` may be one of a table, on which a result depends; any other secret only opens a door."""
+def _is_certain(name: str, value: object = "") -> bool:
+    """A `key` may be one of a table, a `pass` and a number of a `token` one of many, on which a result depends; any
+    other secret only opens a door."""
     words = _words(name)
-    return words[-1] != "key" or (len(words) > 1 and words[-2] in _OPENS)
+    doubtful = words[-1] in ("key", "pass") or (words[-1] == "token" and not isinstance(value, str))
+    return not doubtful or (len(words) > 1 and words[-2] in _OPENS)
 
 
 def _words(name: str) -> list[str]:
@@ -92,9 +110,16 @@ _PAIR = re.compile(
 )
 _QUOTED = re.compile(r"""(['"])([\w.\-]*\w)\1(\s*:\s*)("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')""")
 _FLOW = re.compile(r"""([{,]\s*)([\w.\-]*\w)(\s*:\s*)("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s,{}\[\]"']+)""")
-_HEADER = re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)\s+)[^\s'\",]+")
+_GROUP = re.compile(r"""(['"]?)(?<![\w.\-/@])([+~]*[\w.\-/@]*\w)\1\s*[:=]\s*(?=[\[{(])""")
+_QUERY = re.compile(r"([?&;][\w.\-]*\w)=([^\s&#;,'\"(){}]+)")
+_LINE = re.compile(r"(?m)^([ \t]*(?:- )?)([\w.\-]*\w)([ \t]*[:=][ \t]+)(\S.*)$")
+_SPOKEN = re.compile(r"(?i)\b([\w.\-]{0,40}(?:password|passwd|passphrase|passwort)[ \t]*[:=][ \t]+)([^\s'\"{\[($*]\S*)")
+_HEADER = re.compile(r"(?i)((?:authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)|\bbearer)\s+)[\w.\-+/=~]{4,}")
+_DEFAULT = re.compile(r"\$\{\s*oc\.env\s*:[^,{}]*,\s*(?!(?:null|None|''|\"\")\s*\})[^\s${}]")  # in plain words
 _INTERPOLATION = re.compile(r"\$\{(?:[^{}]|\{[^{}]*\})*\}")
-_HUB = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+_ISSUED = re.compile(  # by those who mark what they issue
+    r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|sk-)(?=[\w\-]{0,80}\d)[A-Za-z0-9_\-]{16,}"
+)
 _SPAN = 300  # characters of a password with spaces in it
 
 
@@ -121,12 +146,38 @@ def told(text: str) -> str:
 def _by_shape(text: str) -> str:
     if "://" in text:
         text = _ADDRESS.sub(lambda m: f"{m[1]}://{_without_userinfo(m[1], m[2])}", text)
+    if "=" in text or ":" in text:
+        text = _without_groups(text)
     if "=" in text:
-        text = _PAIR.sub(_without_value, text)
+        text = _QUERY.sub(_without_sign, _PAIR.sub(_without_value, text))
     if ":" in text:
         text = _FLOW.sub(_without_item, _QUOTED.sub(_without_quoted, text))
-        text = _HEADER.sub(rf"\g<1>{MASK}", text)
-    return _HUB.sub(MASK, text) if "hf_" in text else text
+    text = _HEADER.sub(rf"\g<1>{MASK}", text)
+    if ": " in text or "= " in text:
+        text = _SPOKEN.sub(rf"\g<1>{MASK}", _LINE.sub(_without_line, text))
+    return _ISSUED.sub(MASK, text)
+
+
+def _without_groups(text: str) -> str:
+    """Without the lists and mappings that have a name like a secret's, as far as they are in brackets."""
+    parts, done = [], 0
+    for found in _GROUP.finditer(text):
+        if found.start() < done or not is_secret(found[2]):
+            continue
+        end = _end_of_group(text, found.end())
+        if not _is_open(text[found.end() : end]):
+            parts += [text[done : found.end()], MASK]
+            done = end
+    return "".join([*parts, text[done:]])
+
+
+def _end_of_group(text: str, start: int) -> int:
+    depth = 0
+    for found in re.compile(r"[\[\](){}]").finditer(text, start):
+        depth += 1 if found[0] in "[({" else -1
+        if depth == 0:
+            return found.end()
+    return len(text)
 
 
 def _without_userinfo(scheme: str, rest: str) -> str:
@@ -157,8 +208,14 @@ def _end_of_userinfo(scheme: str, rest: str) -> int | None:
 def _is_open(value: str) -> bool:
     """Whether it says where a value comes from, or nothing."""
     bare = value.strip("'\"")
+    if _DEFAULT.search(bare):
+        return False
     own = _INTERPOLATION.sub("", bare)  # what it adds to an interpolation
     return not re.search(r"\w", own) or own.lower() in ("null", "none", "true", "false")
+
+
+def _without_sign(found: re.Match[str]) -> str:
+    return f"{found[1]}={MASK}" if _words(found[1])[-1:] and _words(found[1])[-1] in _SIGNS else found[0]
 
 
 def _without_value(found: re.Match[str]) -> str:
@@ -174,6 +231,11 @@ def _without_quoted(found: re.Match[str]) -> str:
 
 def _without_item(found: re.Match[str]) -> str:
     hides = is_secret(found[2]) and not _is_open(found[4])
+    return f"{found[1]}{found[2]}{found[3]}{MASK}" if hides else found[0]
+
+
+def _without_line(found: re.Match[str]) -> str:
+    hides = is_secret(found[2]) and _is_certain(found[2]) and not (_is_open(found[4]) or found[4].endswith(MASK))
     return f"{found[1]}{found[2]}{found[3]}{MASK}" if hides else found[0]
 
 
@@ -251,7 +313,7 @@ def _override(text: str) -> str:
 
 # --- configurations ----------------------------------------------------------------------------------------
 
-_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,{}\s]+)")
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*(\$\{[^{}]*\}|[^,{}\s]+)")
 _REFERENCE = re.compile(r"\$\{(\.*[\w\-]+(?:\.[\w\-]+)*)\}")
 
 
@@ -326,10 +388,18 @@ def hide(cfg: DictConfig | None = None) -> None:
             found = _resolved(cfg, path) if "${" in text else value
             if found is not None and not isinstance(found, bool) and not _is_open(str(found)):
                 _hidden.add(str(found), MASK, least=4)
-        for name in _ENVIRONMENT.findall(text):
+        for name in _variables(text, path, cfg):
             _hide_variable(name)
         if isinstance(value, str) and (password := _password_of(value)):
             _hidden.add(password, MASK, least=4)
+
+
+def _variables(text: str, path: tuple[str, ...], cfg: Any) -> Iterator[str]:
+    """The environment's variables that a value takes, also where it refers to their names."""
+    for name in _ENVIRONMENT.findall(text):
+        if whole := _REFERENCE.fullmatch(name):
+            name = str(_target(whole[1], path, _written(cfg), 0, otherwise=name))
+        yield name.strip("'\"")
 
 
 def _hide_variable(name: str) -> None:
@@ -398,11 +468,11 @@ def hashable(resolved: Any, cfg: DictConfig) -> Any:
             return {key: visit(value, (*path, str(key))) for key, value in node.items()}
         if isinstance(node, (list, tuple)):
             return [visit(value, (*path, str(index))) for index, value in enumerate(node)]
-        variables = _ENVIRONMENT.findall(str(written.get(path, "")))
+        variables = _variables(str(written.get(path, "")), path, cfg)
         names = [name for name in (*path, *variables) if is_secret(name)]
         if not names or node is None or isinstance(node, bool) or not str(node):
             return _by_shape(node) if isinstance(node, str) else node
-        if not any(map(_is_certain, names)):
+        if not any(_is_certain(name, node) for name in names):
             return hashlib.scrypt(str(node).encode(), salt=b"gsprune", n=2**14, r=8, p=1).hex()
         certain[str(node)] = MASK
         return MASK
@@ -446,19 +516,28 @@ def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
         record.msg, record.args = clean, None
     if record.exc_info and record.exc_info[0] is not None:
         full = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
-        if (clean := told(full)) != full:
+        if (clean := tag(told(full), length=max(len(full), 100_000))) != full:  # it may quote a stranger's file
             record.exc_info, record.exc_text = None, clean
     return record
 
 
+# What steers a terminal, but for what a progress bar needs: colours, and moving and erasing within its lines.
+_STEERS = re.compile(
+    "\x1b(?!\\[[\\d;?]*[A-DKhlm])|[\x00-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
+
+
 class Cleaned:
-    """A terminal's stream on which nothing is written that it may not hold, whoever writes; else it is as before."""
+    """A terminal's stream on which nothing is written that it may not hold, whoever writes; else it is as before.
+
+    Tracebacks come this way too, and may quote a stranger's file.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(told(text))
+        self._stream.write(_STEERS.sub(lambda found: repr(found[0])[1:-1], told(text)))
         return len(text)
 
     def writelines(self, lines: Sequence[str]) -> None:

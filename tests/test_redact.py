@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from gsprune import job, redact
 from gsprune.hydra_files import clean_files, protect, refuse_passwords
 from gsprune.identity import config_hash
-from gsprune.redact import Cleaned, cleaned, guard_logs, hashable, hide, recorded, told, without_passwords
+from gsprune.redact import Cleaned, cleaned, guard_logs, hashable, hide, is_secret, recorded, told, without_passwords
 from gsprune.results import read_overrides
 
 
@@ -56,6 +56,16 @@ TEXTS = {
     '{"hf_token": "x", "n": 1}': '{"hf_token": "***", "n": 1}',
     "no viable alternative at '{a: 1, token: x y": "no viable alternative at '{a: 1, token: *** y",
     "{'password': 'x y'}": "{'password': '***'}",
+    "token=[x, {a: y}] seed=1": "token=*** seed=1",
+    "{'a': {'api_keys': ['x', 'y'], 'n': 1}}": "{'a': {'api_keys': ***, 'n': 1}}",
+    "extra={creds:{pw:x},n:1}": "extra={creds:***,n:1}",
+    "https://h/x?sv=1&sig=abc%3D&se=2": "https://h/x?sv=1&sig=***&se=2",
+    "https://h/x?X-Amz-Signature=abc": "https://h/x?X-Amz-Signature=***",
+    "a: 1\ntoken: x y\n  db.password = z\n": "a: 1\ntoken: ***\n  db.password = ***\n",
+    "wrong password: abc": "wrong password: ***",
+    "token=${oc.env:TOKEN,abc}": "token=***",
+    "with ghp_abcdefGHIJ0123456789": "with ***",
+    "a bearer abc.def": "a bearer ***",
     "Authorization: Bearer a.b.c": "Authorization: Bearer ***",
     "no access with hf_abcdefGHIJ0123456789": "no access with ***",
 }
@@ -69,6 +79,10 @@ KEPT = (
     "hub.token='${oc.env:ONE}','${oc.env:TWO}'",
     "token=null max_tokens=5 tokenizer=bert pad_token=[PAD] sort_key=name",
     "the key: a value",
+    "token=${oc.env:TOKEN,null} x.token=${oc.env:ONE,${oc.env:TWO}}",
+    "tokens=[a,b] forward_pass=2 dist_token=x sig=3",
+    "Error: tokens = 3: a = [b]",
+    "password: ${oc.env:PW}",
     "model=hf_sequence_classification",
 )
 
@@ -99,6 +113,22 @@ def test_hidden_values_are_replaced_as_words_in_every_form(monkeypatch: pytest.M
     assert without_passwords("it's %5 / it%27s%20%255 / ENV-secret / 4711 / 14711") == "*** / *** / *** / *** / 14711"
     assert told("got 'a plain note'") == "got '${oc.env:NOTE}'"
     assert without_passwords("got 'a plain note'") == "got 'a plain note'"
+
+
+def test_names_of_secrets() -> None:
+    secret = "auth AUTH authorization api_key apiKeys hf_tokens creds db_pass pw bearer cookie private_key privatekey"
+    assert [name for name in secret.split() if not is_secret(name)] == []
+    other = "tokens keys num_tokens prompt_token dist_token sort_key forward_pass bypass author authentic code sig"
+    assert [name for name in other.split() if is_secret(name)] == []
+
+
+def test_a_variable_whose_name_is_a_value_of_its_own_is_hidden_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONE_TOKEN", "first-one")
+    monkeypatch.setenv("OTHER_TOKEN", "second-one")
+    hide(
+        OmegaConf.create({"which": "ONE_TOKEN", "x": "${oc.env:${which}}", "y": "${oc.decode:${oc.env:'OTHER_TOKEN'}}"})
+    )
+    assert without_passwords("first-one, second-one") == "***, ***"
 
 
 # --- configurations ----------------------------------------------------------------------------------------
@@ -155,6 +185,8 @@ def test_the_hash_tells_values_of_the_environment_apart_but_no_passwords(monkeyp
     assert mark("extra.x=${oc.env:MY_TOKEN}") == named
     found = hashable({"key": "abcdef", "n": 1}, OmegaConf.create({"key": "abcdef", "n": 1}))
     assert (len(found["key"]), found["n"]) == (128, 1)
+    numbers = [hashable({"x_token": n}, OmegaConf.create({"x_token": n}))["x_token"] for n in (5, 6)]
+    assert numbers[0] != numbers[1]  # of a vocabulary
 
 
 @pytest.mark.parametrize(
@@ -249,6 +281,13 @@ def test_log_records_and_their_tracebacks_are_cleaned(caplog: pytest.LogCaptureF
         raise RuntimeError("http://ann:pw@host")
     except RuntimeError:
         log.exception("it failed")
+    try:
+        raise RuntimeError("a \x1b[2J\x1b]0;name\x07 b")
+    except RuntimeError as error:
+        log.warning("and", exc_info=error)
+    assert "RuntimeError: a \\x1b[2J\\x1b]0;name\\x07 b" in caplog.text
+    assert "\x1b" not in caplog.text
+    caplog.records.pop()
     log.warning("%d of %s", 3, "x")
     assert [record.getMessage() for record in caplog.records] == ["to http://***@host", "it failed", "3 of x"]
     assert caplog.records[2].args == (3, "x")
@@ -261,6 +300,8 @@ def test_a_terminal_gets_it_cleaned_and_is_the_same_otherwise() -> None:
     print("token=abc", "http://ann:pw@host", file=Cleaned(stream))  # type: ignore[arg-type]
     assert stream.getvalue() == "token=*** http://***@host\n"
     assert Cleaned(stream).isatty() is False
+    Cleaned(stream).write("\x1b[1mbold\x1b[0m\r\x1b[K \x1b[2J \x1b]0;name\x07 \u202e\n")  # type: ignore[arg-type]
+    assert stream.getvalue().splitlines()[-1] == "\x1b[K \\x1b[2J \\x1b]0;name\\x07 \\u202e"
 
 
 def test_overrides_of_results_that_others_wrote_are_cleaned() -> None:
