@@ -198,7 +198,7 @@ def summary_table(result: Mapping[str, Any]) -> Table:
     of = f" of {result['sparsity_of']}" if result["sparsity_of"] else ""
     table.add_row(f"sparsity{of}", percent(0), percent(result["sparsity"]), "")
     if coverage := result.get("coverage"):
-        table.add_row("  in matrix weights", "", f"{percent(coverage)} of them", "")
+        table.add_row("matrix weights in reach", "", percent(coverage), "")
     for row in _cost_rows(result):
         table.add_row(*row)
     return table

@@ -18,7 +18,7 @@ _PARAMS = ("pruner", "seed")
 _OF = "sparsity_of"
 # Validation first, which orders and colours the jobs; the test split stands beside it.
 _CHOICE = "val_accuracy"
-_METRICS = (_CHOICE, "accuracy", "baseline_accuracy", "params_nonzero", "macs", "target_sparsity", "latency_ms")
+_METRICS = (_CHOICE, "accuracy", "baseline_accuracy", "params_nonzero", "macs", "speedup", "target_sparsity")
 _AXES = ("params_nonzero", "macs", _CHOICE)  # what every job has; the last one gives a line its colour
 _NAME, _SECTION = "attributes.`Run Name`", "gsprune"
 

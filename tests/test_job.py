@@ -650,7 +650,7 @@ def test_the_summary_compares_dense_and_pruned():
         ("validation accuracy", "96.00 %", "97.00 %", "+1.00 points"),
         ("test accuracy", "99.00 %", "98.00 %", "-1.00 points"),
         ("sparsity of heads and neurons", "0.0 %", "50.0 %", ""),
-        ("  in matrix weights", "", "75.0 % of them", ""),
+        ("matrix weights in reach", "", "75.0 %", ""),
         ("parameters", "1,000", "50", "20.00x"),
         ("  not zero", "1,000", "40", "25.00x"),
         ("MACs", "600", "300", "2.00x"),
@@ -754,7 +754,7 @@ def test_a_sound_run_warns_of_nothing_and_tells_its_coverage(tmp_path, capsys):
         {**result, "coverage": 0.921, "skipped": {f"a.{i}": "it is odd" for i in (0, 1)}}, folder, tracking_uri=None
     )
     out = capsys.readouterr().out
-    assert "in matrix weights" in out
+    assert "matrix weights in reach" in out
     assert "92.1 % of them" in out
     assert "Left whole: a.{0,1}: it is odd" in out
 
