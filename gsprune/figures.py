@@ -233,11 +233,13 @@ def save_history(
     rows: Iterable[Mapping[str, float]],
     *,
     baseline: float | None = None,
+    of: str | None = None,
 ) -> None:
     """Write a PNG of a run: accuracy and sparsity over the epochs, and accuracy against sparsity.
 
     `rows` are those of metrics.jsonl (`tracking.read_metrics`); used are "step", "train/accuracy", "val/accuracy" and
     "sparsity", accuracies as fractions. What is missing is left out. `baseline` (the dense model's) is a dashed line.
+    `of` is what the sparsity counts, as "channels".
     """
     rows = list(rows)
     figure = new_figure(11, 5)
@@ -258,7 +260,7 @@ def save_history(
     if baseline is not None:
         for axes in (over_epochs, against):
             axes.axhline(100 * baseline, color=FAINT, linestyle="--", linewidth=1, label="dense")
-    _dress(over_epochs, below, against)
+    _dress(over_epochs, below, against, sparsity=f"sparsity of {of} (%)" if of else "sparsity (%)")
     save(figure, path)
 
 
@@ -289,15 +291,15 @@ def _mark_end(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
         axes.annotate(text, (x[-1], y[-1]), color=INK, **place)
 
 
-def _dress(over_epochs: Axes, below: Axes, against: Axes) -> None:
+def _dress(over_epochs: Axes, below: Axes, against: Axes, *, sparsity: str) -> None:
     over_epochs.set_title("Accuracy (%) by epoch", fontsize=11, loc="left", color=INK)
     over_epochs.tick_params(labelbottom=False)
-    below.set_title("Sparsity (%) by epoch", fontsize=11, loc="left", color=INK)
+    below.set_title(f"{sparsity.capitalize()} by epoch", fontsize=11, loc="left", color=INK)
     below.set_ylim(-3, 103)
     below.set_xlabel("epoch")
     below.locator_params(axis="x", integer=True)
-    against.set_title("Validation accuracy (%) against sparsity (%)", fontsize=11, loc="left", color=INK)
-    against.set_xlabel("sparsity (%)")
+    against.set_title(f"Validation accuracy (%) against {sparsity}", fontsize=11, loc="left", color=INK)
+    against.set_xlabel(sparsity)
     against.margins(x=0.1, y=0.2)
     for axes in (over_epochs, below, against):
         quiet(axes, grid="both")

@@ -411,7 +411,7 @@ class _Job:
                 with self.spared("figures/masks.png"):
                     drawing.save_picture(folder / "masks.png", self.picture)
             with self.spared("figures/history.png"):
-                figures.save_history(folder / "history.png", rows, baseline=self.dense_val)
+                figures.save_history(folder / "history.png", rows, baseline=self.dense_val, of=self._sparsity_of)
 
     def finish(self) -> dict[str, Any]:
         self._count_seconds()

@@ -139,6 +139,12 @@ def test_history_draws_what_there_is(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.png", "history.png"]
 
 
+@pytest.mark.parametrize(("of", "told"), [("channels", "sparsity of channels (%)"), (None, "sparsity (%)")])
+def test_history_says_what_its_sparsity_is_of(written: list[str], tmp_path: Path, of: str | None, told: str) -> None:
+    save_history(tmp_path / "history.png", [{"step": 0, "val/accuracy": 0.6, "sparsity": 0.0}], of=of)
+    assert {told, f"{told.capitalize()} by epoch", f"Validation accuracy (%) against {told}"} <= set(written)
+
+
 def test_percentages_do_not_round_to_all_or_nothing() -> None:
     assert [percent(share) for share in (0, 0.0001, 0.5, 0.9999, 1)] == [
         "0.0 %", "<0.1 %", "50.0 %", ">99.9 %", "100.0 %",
