@@ -18,7 +18,7 @@ _PARAMS = ("pruner", "seed")
 _OF = "sparsity_of"
 # Validation first, which orders and colours the jobs; the test split stands beside it.
 _CHOICE = "val_accuracy"
-_METRICS = (_CHOICE, "accuracy", "baseline_accuracy", "params_nonzero", "macs", "speedup", "target_sparsity")
+_METRICS = (_CHOICE, "accuracy", "params_nonzero", "macs", "speedup", "baseline_accuracy", "target_sparsity")
 _AXES = ("params_nonzero", "macs", _CHOICE)  # what every job has; the last one gives a line its colour
 _NAME, _SECTION = "attributes.`Run Name`", "gsprune"
 
@@ -30,7 +30,7 @@ def experiment_tags(*, time_ms: int) -> dict[str, str]:
     ['mlflow.experiment.primaryMetric.greaterIsBetter', 'mlflow.experiment.primaryMetric.name']
     """
     columns = [*(f"params.`{name}`" for name in (*_PARAMS, _OF)), *(f"metrics.`{name}`" for name in _METRICS)]
-    wide = {"columnOrder": [_NAME, *columns], "columnWidths": {_NAME: 270}}  # 190 would cut names off before the seed
+    wide = {"columnOrder": [_NAME, *columns], "columnWidths": {_NAME: 300}}  # 190 would cut names off before the seed
     sweeps: dict[str, Any] = {"selectedColumns": columns, "runsHiddenMode": "SHOW_ALL", **wide}
     best = {**sweeps, "orderByKey": f"metrics.`{_CHOICE}`", "orderByAsc": False, **_charts()}
     return {

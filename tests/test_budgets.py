@@ -477,6 +477,14 @@ def test_a_jobs_name_says_the_budget_instead_of_the_sparsity(monkeypatch: pytest
     assert named == ["weighted 0.5, seed 0, convnet, digits", "weighted latency 0.6, seed 0, convnet, digits"]
 
 
+def test_the_control_has_no_sparsity_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    hydra = SimpleNamespace(
+        runtime=SimpleNamespace(choices={"pruner": "none", "model": "convnet", "dataset": "digits"})
+    )
+    monkeypatch.setattr(composed, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
+    assert composed.run_name(configure("pruner=none", "pruner.target_sparsity=0.5")) == "none, seed 0, convnet, digits"
+
+
 def test_milliseconds_are_those_of_the_batch_that_the_result_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
