@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from gsprune.addresses import check_address
 from gsprune.files import write_atomic
-from gsprune.redact import address_with_password, cleaned, guard_logs, hide
+from gsprune.redact import address_with_password, cleaned, guard_logs, hide, is_secret, variables
 from gsprune.shown import logger
 
 __all__ = ["as_given", "clean_files", "protect", "recorded_overrides", "refuse_passwords"]
@@ -62,6 +62,7 @@ def protect(config: DictConfig) -> None:
         _check_tracking(config.tracking)
     refuse_passwords(OmegaConf.create({"hydra": {"callbacks": config.hydra.callbacks}}))
     hydra = config.hydra
+    _refuse_named_in_path(hydra)
     secret = secret_keys(hydra.overrides.task)
     if hydra.mode != RunMode.MULTIRUN:
         if secret:
@@ -132,6 +133,14 @@ def _refuse_in_path(key: str, path: str, secret: list[str], *, where: Any = None
             f"{key} would hold the value of {secret[0]}, which is a secret: put it into an environment variable NAME "
             f"and give {secret[0]}='${{oc.env:NAME}}'"
         )
+
+
+def _refuse_named_in_path(hydra: DictConfig) -> None:
+    """A directory whose name comes from a secret of the environment would show it to whoever lists the one above."""
+    for node, key in (("run", "dir"), ("sweep", "dir"), ("sweep", "subdir")):
+        text = str((OmegaConf.to_container(hydra[node], resolve=False) or {}).get(key))  # type: ignore[union-attr]
+        if name := next(filter(is_secret, variables(text)), None):
+            raise ValueError(f"hydra.{node}.{key}={text} would hold the value of {name}, which is a secret")
 
 
 def clean_files(config: DictConfig) -> None:

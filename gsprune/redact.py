@@ -35,6 +35,7 @@ __all__ = [
     "is_secret",
     "recorded",
     "told",
+    "variables",
     "without_passwords",
 ]
 
@@ -388,17 +389,17 @@ def hide(cfg: DictConfig | None = None) -> None:
             found = _resolved(cfg, path) if "${" in text else value
             if found is not None and not isinstance(found, bool) and not _is_open(str(found)):
                 _hidden.add(str(found), MASK, least=4)
-        for name in _variables(text, path, cfg):
+        for name in variables(text, path, cfg):
             _hide_variable(name)
         if isinstance(value, str) and (password := _password_of(value)):
             _hidden.add(password, MASK, least=4)
 
 
-def _variables(text: str, path: tuple[str, ...], cfg: Any) -> Iterator[str]:
+def variables(text: str, path: tuple[str, ...] = (), cfg: Any = None) -> Iterator[str]:
     """The environment's variables that a value takes, also where it refers to their names."""
     for name in _ENVIRONMENT.findall(text):
         if whole := _REFERENCE.fullmatch(name):
-            name = str(_target(whole[1], path, _written(cfg), 0, otherwise=name))
+            name = str(_target(whole[1], path, _written(cfg), depth=0, otherwise=name))
         yield name.strip("'\"")
 
 
@@ -468,8 +469,8 @@ def hashable(resolved: Any, cfg: DictConfig) -> Any:
             return {key: visit(value, (*path, str(key))) for key, value in node.items()}
         if isinstance(node, (list, tuple)):
             return [visit(value, (*path, str(index))) for index, value in enumerate(node)]
-        variables = _variables(str(written.get(path, "")), path, cfg)
-        names = [name for name in (*path, *variables) if is_secret(name)]
+        taken = variables(str(written.get(path, "")), path, cfg)
+        names = [name for name in (*path, *taken) if is_secret(name)]
         if not names or node is None or isinstance(node, bool) or not str(node):
             return _by_shape(node) if isinstance(node, str) else node
         if not any(_is_certain(name, node) for name in names):

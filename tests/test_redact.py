@@ -246,6 +246,11 @@ def test_a_sweep_of_secrets_out_of_the_environment_is_none(monkeypatch: pytest.M
     monkeypatch.setenv("ONE", "x")
     protect(with_hydra("+hub.token='${oc.env:ONE}','${oc.env:ONE}'", "seed=0,1", multirun=True))
     protect(with_hydra("+hub.token=abcdef", "seed=0,1", multirun=True))
+    monkeypatch.setenv("MY_TOKEN", "abcdefgh")
+    for key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
+        with pytest.raises(ValueError, match=f"{key}=.* would hold the value of MY_TOKEN") as error:
+            protect(with_hydra(f"{key}=out/${{oc.env:MY_TOKEN}}"))
+        assert "abcdefgh" not in str(error.value)
     with pytest.raises(ValueError, match=r"hydra\.run\.dir would hold the value of \+hub\.token"):
         protect(with_hydra("+hub.token=abcdef", "hydra.run.dir=out/${hub.token}"))
 
