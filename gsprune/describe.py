@@ -45,7 +45,7 @@ def describe(pruner: Described, title: str, amounts: Sequence[str], wanted: str 
     lines = [title, f"pruned: {first}{goal}; {state}", *others, where]
     if pruner.skipped:
         name = next(iter(pruner.skipped))
-        lines.append(f"left out: {len(pruner.skipped)}, such as {name} (see .skipped)")
+        lines.append(f"left out: {len(pruner.skipped)}, such as {name!r} (see .skipped)")
     return "\n  ".join(lines)
 
 
