@@ -1211,6 +1211,6 @@ def test_a_repr_is_a_few_lines() -> None:
         "  at epoch 0, 0 mask updates, attached to SGD",
     ]
     pruner.skipped = {"<b>x</b>": "no reason"}
-    assert "left out: 1, such as <b>x</b>" in repr(pruner)
+    assert "left out: 1, such as '<b>x</b>'" in repr(pruner)
     assert "&lt;b&gt;x" in pruner._repr_html_()
     assert "<b>x</b>" not in pruner._repr_html_()
