@@ -34,6 +34,7 @@ class Attachable(ABC):
     _handles: list[Any]  # each with a `remove`
     _optimizer: Optimizers | None
     _stepped: set[int]  # the optimizers that have made this training step
+    _loaded: bool  # whether something was loaded into the model since the last step
     _early: set[int]  # those whose next step was scored before: in the first of SAM's two steps
 
     @abstractmethod
@@ -99,13 +100,14 @@ class Attachable(ABC):
 
         When a step counts: once all of the optimizers have stepped, or when one of them steps again before the others
         did (as where a discriminator is trained five times and then its generator). Each gradient is scored once a
-        step, right before the first optimizer that holds a part of its structure changes a weight. Gradients are seen
+        step, right before the first optimizer that holds a tensor of what is read changes a weight. Gradients are seen
         as the optimizer sees them, so after clipping. With `optimizer.step(closure)` they are those after the closure's
         first backward pass, where the weights still are what they were before the step. SAM's are those of its first
         step. A step that a gradient scaler skips adds nothing, also where a fused optimizer unscales and skips by
         itself.
 
-        What is loaded into the model with `load_state_dict` is masked at once, other changes after the next step.
+        What is loaded into the model with `load_state_dict` is masked at once, other changes after the next step. Where
+        that put other tensors in place of those that the optimizers hold (`assign=True`), the next step is refused.
 
         Raises:
             ValueError: the optimizers do not hold all that is pruned and not frozen; an optimizer has no hooks; the
@@ -119,6 +121,7 @@ class Attachable(ABC):
         found = every_optimizer(given) or self.optimizers
         if not found:
             raise ValueError("attach needs an optimizer: give it all that train what is pruned")
+        self.restore_masks()  # other tensors may lie in the model now than when the pruner was made
         self._check_held(found)
         for leaf in leaves(found):
             if not hasattr(leaf, "_optimizer_step_pre_hooks"):
@@ -175,6 +178,17 @@ class Attachable(ABC):
                 f"train what is pruned, as in attach(first, second); exclude it, or freeze it (requires_grad_(False))"
             )
 
+    def _check_trains(self) -> None:
+        """After tensors of the model were replaced."""
+        mine = held(self.optimizers)
+        lost = next((name for name, tensor in self.trained().items() if id(tensor) not in mine), None)
+        if lost is not None:
+            raise ValueError(
+                f"{lost} was replaced in the model (as load_state_dict(assign=True) does), and "
+                f"{names_of(self.optimizers)} trains what was there before: load without assign, or make the "
+                f"optimizer anew and attach it"
+            )
+
     def _detach_others(self) -> None:
         """An older pruner of this model would go on masking and cutting what this one does."""
         mine = {id(parameter) for parameter in self.model.parameters()}
@@ -188,7 +202,7 @@ class Attachable(ABC):
                     )
 
     def _hook(self) -> None:
-        self._stepped, self._early = set(), set()
+        self._stepped, self._early, self._loaded = set(), set(), False
         for optimizer in self.optimizers:
             hooks = hasattr(optimizer, "_optimizer_step_post_hooks")
             if optimizer in (ends := leaves([optimizer])):
@@ -205,6 +219,9 @@ class Attachable(ABC):
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _nested(optimizer):
             return None
+        if self._loaded:
+            self._loaded = False
+            self._check_trains()
         if id(optimizer) in self._stepped:
             self._end_step()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -241,6 +258,7 @@ class Attachable(ABC):
 
     def _after_loading(self, *_: Any) -> None:
         self.restore_masks()
+        self._loaded = True
 
     def _score_held(self, optimizer: Any) -> None:
         """A fused optimizer is handed scaled gradients, the scale and whether one is inf."""

@@ -11,6 +11,10 @@ __all__ = ["check_copies"]
 
 def check_copies(model: nn.Module, copies: Iterable[nn.Module]) -> None:
     """ValueError where a copy is not a network of its own with the model's tensors."""
+    if not isinstance(copies, list | tuple) or not all(isinstance(copy, nn.Module) for copy in copies):
+        given = ", ".join(type(copy).__name__ for copy in copies) if isinstance(copies, list | tuple) else type(copies)
+        given = given if isinstance(given, str) else f"a {given.__name__}"
+        raise ValueError(f"copies is {given}: it must be a list of networks, such as [average.module]")
     for copy in copies:
         _check_copy(model, copy)
 

@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["ENOUGH", "Matrix", "coverage", "find_matrices", "is_sharded", "tensors", "warn_of_little"]
+__all__ = ["ENOUGH", "Matrix", "check_shapes", "coverage", "find_matrices", "is_sharded", "tensors", "warn_of_little"]
 
 ENOUGH = 0.9  # where less of a model's matrix weights can be pruned, a warning says so
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -69,11 +69,12 @@ def find_matrices(model: nn.Module) -> list[Matrix]:
         [('words.weight', 'it is an embedding'), ('rnn.weight_ih_l0', None), ('rnn.weight_hh_l0', None), \
 ('fc.weight', None)]
     """
+    check_shapes(model)
     found = [
         _matrix(model, path, module, local, weight)
         for path, module in model.named_modules()
         for local, weight in module._parameters.items()
-        if weight is not None and _has_axes(f"{path}.{local}", weight)
+        if weight is not None and weight.dim() > 1
     ]
     tables = {id(matrix.weight): matrix.name for matrix in found if matrix.reason == EMBEDDING}
     return [_tied(matrix, tables.get(id(matrix.weight))) for matrix in found]
@@ -97,12 +98,21 @@ def coverage(model: nn.Module, targeted: Sequence[Tensor]) -> float:
     return sum(size for key, size in sizes.items() if key in mine) / total if total else 0.0
 
 
-def warn_of_little(model: nn.Module, skipped: Mapping[str, str], share: float, *, stacklevel: int) -> None:
-    """Warn if what is left out unasked is more than a tenth of the model's matrix weights; names the largest."""
+def warn_of_little(
+    model: nn.Module, skipped: Mapping[str, str], targeted: Sequence[Tensor], share: float, *, stacklevel: int
+) -> None:
+    """Warn if what is left out unasked is more than a tenth of the model's matrix weights; names the largest.
+
+    Args:
+        targeted: what is pruned, maybe by another name than one that is left out.
+        share: what `coverage` says of that.
+    """
+    mine = {id(tensor) for tensor in targeted}
     sizes = tensors(model)
     names: dict[int, tuple[str, str]] = {}
     for name, reason in skipped.items():
-        names.setdefault(id(model.get_parameter(name)), (name, reason))
+        if id(parameter := model.get_parameter(name)) not in mine:
+            names.setdefault(id(parameter), (name, reason))
     lost = sorted(((sizes.get(key, 0), *text) for key, text in names.items()), reverse=True, key=lambda item: item[0])
     total = sum(sizes.values())
     if not total or sum(size for size, *_ in lost) <= (1 - ENOUGH) * total:
@@ -125,10 +135,11 @@ def is_sharded(weight: Tensor) -> bool:
 EMBEDDING = "it is an embedding"
 
 
-def _has_axes(name: str, weight: nn.Parameter) -> bool:
-    if isinstance(weight, UninitializedParameter):
-        raise ValueError(f"{name.lstrip('.')} has no shape yet: run the model on a batch before you make the Pruner")
-    return weight.dim() > 1
+def check_shapes(model: nn.Module) -> None:
+    """ValueError that names a parameter without a shape, as those of lazy layers before their first batch."""
+    for name, weight in model.named_parameters():
+        if isinstance(weight, UninitializedParameter):
+            raise ValueError(f"{name} has no shape yet: run the model on a batch before you make the Pruner")
 
 
 def _matrix(model: nn.Module, path: str, module: nn.Module, local: str, weight: nn.Parameter) -> Matrix:

@@ -37,9 +37,10 @@ def choose(
         >>> choose(layers, ["*"], ["fc"])
         ['conv1.weight']
     """
+    check_patterns(include, exclude)
+    if not names and not skipped:
+        raise ValueError("there is nothing in this model that could be pruned")
     for kind, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise ValueError(f"{kind} is {patterns!r}: it must be a list of patterns, [{patterns!r}]")
         for pattern in patterns:
             if not any(_matches(aliases, [pattern]) for aliases in names.values()):
                 _check_skipped(kind, pattern, names, skipped or {})
@@ -54,6 +55,20 @@ def choose(
         why = next((f" ({name}: {reason})" for name, reason in (skipped or {}).items()), "")
         raise ValueError(f"nothing is left to prune: include is {list(include)}, exclude is {list(exclude)}{why}")
     return chosen
+
+
+def check_patterns(include: object, exclude: object) -> None:
+    """ValueError where one of them is no list of patterns: a string would be taken letter by letter.
+
+    >>> check_patterns(["*"], "fc")
+    Traceback (most recent call last):
+    ValueError: exclude is 'fc': it must be a list of patterns, ['fc']
+    """
+    for kind, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ValueError(f"{kind} is {patterns!r}: it must be a list of patterns, [{patterns!r}]")
+        if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"{kind} is {patterns!r}: it must be a list of patterns, such as ['layer1*']")
 
 
 def _means(pattern: str, wide: Sequence[Iterable[str]]) -> bool:
@@ -71,7 +86,9 @@ def _check_skipped(kind: str, pattern: str, names: Mapping[str, Iterable[str]], 
             f"{kind} pattern {pattern!r} matches nothing that can be pruned{_nearest(pattern, names, skipped)}"
         )
     if kind == "include":
-        raise ValueError(f"include pattern {pattern!r} matches nothing that can be pruned ({hit}: {skipped[hit]})")
+        matched = f"include pattern {pattern!r} matches nothing that can be pruned"
+        what = "nothing in this model can be pruned" if pattern == "*" else matched
+        raise ValueError(f"{what} ({hit}: {skipped[hit]})")
 
 
 def _matches(aliases: Iterable[str], patterns: Sequence[str]) -> bool:

@@ -171,6 +171,7 @@ class Pruner(Attachable):
         _check_numbers(
             target_sparsity=target_sparsity, min_kept=min_kept, steps_per_epoch=steps_per_epoch, epochs=epochs
         )
+        _check_types(keep=keep, kinds=kinds, structured=structured, per_channel=per_channel)
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         if isinstance(model, nn.Module):
             check_copies(model, copies)
@@ -202,11 +203,12 @@ class Pruner(Attachable):
         self._check_trainable()
         self.coverage = coverage(model, targeted(model, self.targets))
         if not self.structured:
-            warn_of_little(model, self.skipped, self.coverage, stacklevel=2)
+            warn_of_little(model, self.skipped, targeted(model, self.targets), self.coverage, stacklevel=2)
         self.schedules = [_schedule_for(target, schedule, counts) for target in self.targets]
         self._applied = [0.0] * len(self.targets)  # sparsity each target's mask was last made for
         self._scored = torch.zeros((), dtype=torch.int64, device=self._all.score.device)  # batches that counted
         self._unseen = {target.name for target in self.targets} if criterion.cumulative else set()  # without a gradient
+        self._reads: dict[str, list[str]] = {}  # target -> tensors that the criterion reads of it
         self._looked = 0  # steps in which gradients were looked for since the pruner was made
         self._in_step: set[str] = set()  # targets that one of several optimizers has scored in this step
         self._counted: Tensor | None = None  # whether one of them counted
@@ -288,8 +290,14 @@ class Pruner(Attachable):
         self.epoch, self.step = epoch, 0
 
     def on_step_begin(self, step: int) -> None:
-        """Before the forward pass of the epoch's optimizer step `step`: a due mask update happens here."""
+        """Before the forward pass of the epoch's optimizer step `step`: a due mask update happens here.
+
+        Raises:
+            ValueError: tensors of the model were replaced, and the optimizer trains the old ones.
+        """
         self.step = step
+        if step == 0:
+            self._follow()
         self._in_step.clear()
         self._counted = None
         wanted = [schedule(self.progress) for schedule in self.schedules]
@@ -333,6 +341,8 @@ class Pruner(Attachable):
     def restore_masks(self, copies: Sequence[nn.Module] | None = None) -> None:
         """Zero what is pruned in the tensors that the model and its copies have now, whatever was put in their place.
 
+        So does what the optimizers remember of it: some (schedule-free ones) put the weights together from that.
+
         Raises:
             ValueError: a tensor has another shape than its mask.
         """
@@ -340,6 +350,8 @@ class Pruner(Attachable):
             target.find(self.model)
             for network in (self.model, *(self.copies if copies is None else copies)):
                 target.mask(network)
+        with torch.no_grad():
+            self._all.mask_state_(self.optimizers)
 
     def finish_masks(self) -> None:
         """The final mask, if training ended before the schedule did."""
@@ -605,17 +617,30 @@ class Pruner(Attachable):
     def _choose_due(self, held: Collection[int] | None) -> bool:
         """Whether there is something to score: what the optimizer holds that steps, and was not scored in this step."""
         for target in self.targets:
-            mine = held is None or any(id(tensor) in held for tensor in target.parameters())
-            target.due = mine and (held is None or target.name not in self._in_step)
+            target.due = held is None or (target.name not in self._in_step and self._is_read_of(target, held))
         due = [target.name for target in self.targets if target.due]
         self._in_step.update(due)
         return bool(due)
+
+    def _is_read_of(self, target: Target, held: Collection[int]) -> bool:
+        """Whether the criterion reads a gradient of one of these tensors for the target."""
+        if target.name not in self._reads:
+            self._reads[target.name] = [*target.scored(self.criterion)]
+        own = target.own()
+        return any(id(own[name]) in held for name in self._reads[target.name])
 
     def _count(self, finite: Tensor, *, once: bool) -> None:
         """Count the batch, or with `once` the step that several optimizers make."""
         before = self._counted if once else None
         self._scored += finite if before is None else finite & ~before
         self._counted = finite if before is None else finite | before
+
+    def _follow(self) -> None:
+        """Go on with the tensors that the model has now, where others were put in place of those of before."""
+        if not self._ended and any(target.replaced(self.model) for target in self.targets):
+            self.restore_masks()
+            if self.optimizers:
+                self._check_trains()
 
     def _mask_gradients(self) -> None:
         with torch.no_grad():
@@ -652,7 +677,6 @@ class Pruner(Attachable):
         self.updates = 1
         with torch.no_grad():
             self._all.settle_()
-            self._all.mask_state_(self.optimizers)
         self.restore_masks()
 
     def _unit_targets(
@@ -705,6 +729,7 @@ class Pruner(Attachable):
 
     def _update(self, wanted: Sequence[float], *, last: bool = False) -> None:
         """A mask update: the only place that waits for the device."""
+        self._follow()
         if self._waits_for_gradients(last=last) or (self.criterion.cumulative and not int(self._scored)):
             return  # nothing was seen yet: the update stays due
         with torch.no_grad():
@@ -941,6 +966,9 @@ def _are_units(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"the mask of {name} is {given}: masks are bool tensors, True where a weight is kept")
+        if mask.is_meta or not bool(mask.any()):
+            why = "has no values (it is on the meta device)" if mask.is_meta else "keeps nothing: take the layer out"
+            raise ValueError(f"the mask of {name} {why}")
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)} & set(masks)
     units = [name for name in masks if name not in weights]
     if units and (weights or example_input is None):
@@ -964,9 +992,23 @@ def _check_numbers(**given: object) -> None:
     whole = ("min_kept", "steps_per_epoch")
     for name, value in given.items():
         kind = Integral if name in whole else Real
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+        is_open = value is None and name != "min_kept"
+        if not is_open and (isinstance(value, bool) or not isinstance(value, kind)):
             wanted = "a whole number" if name in whole else "a number"
             raise ValueError(f"{name} is {value!r}, a {type(value).__name__}: it must be {wanted}")
+    epochs: Any = given["epochs"]
+    if epochs is not None and not 0 <= epochs < math.inf:
+        raise ValueError(f"epochs is {epochs}: it must be 0 or more, and finite")
+
+
+def _check_types(*, keep: object, kinds: object, structured: object, per_channel: object) -> None:
+    if keep is not None and not isinstance(keep, Mapping):
+        raise ValueError(f"keep is {keep!r}: it must map kinds of units to how many stay, as in {{'neurons': 600}}")
+    if kinds is not None and (isinstance(kinds, str) or not isinstance(kinds, Collection) or not kinds):
+        raise ValueError(f"kinds is {kinds!r}: it must list kinds of units, as in ['neurons'], or be None for all")
+    for name, value in (("structured", structured), ("per_channel", per_channel)):
+        if not isinstance(value, bool) and not (value is None and name == "structured"):
+            raise ValueError(f"{name} is {value!r}, a {type(value).__name__}: it must be True or False")
 
 
 def _check_settings(

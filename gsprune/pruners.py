@@ -122,6 +122,8 @@ class Pruners(Attachable):
     def on_step_begin(self, step: int) -> None:
         """Before the forward pass of the epoch's optimizer step `step`: a due mask update happens here."""
         self.step = step
+        if self._ended:
+            return
         done = self._done()
         for part in self._units:
             part.epoch = self.epoch  # an attached pruner counts epochs here

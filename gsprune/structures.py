@@ -38,7 +38,8 @@ from gsprune.examples import (
     tensors_in,
     to_precision,
 )
-from gsprune.names import choose
+from gsprune.matrices import check_shapes
+from gsprune.names import check_patterns, choose
 from gsprune.proof import (
     agree,
     draw,
@@ -184,6 +185,7 @@ def find_structures(
     >>> [(s.name, s.kind, s.units) for s in found.structures], dict(found.skipped)
     ([('0', 'neurons', 3)], {'2': "it feeds the model's output"})
     """
+    check_patterns(include, exclude)
     twin, args = _copy(model, example_input, torch.float32)  # half the time where values do not matter
     with same_randomness(twin), torch.enable_grad():
         observed = _observe(twin, args)
@@ -281,6 +283,7 @@ def counted(model: nn.Module, calls: Counter[nn.Module]) -> Iterator[None]:
 
 def _refuse_unknown(model: nn.Module) -> None:
     """ValueError for layers whose weights cannot be read as rows and columns."""
+    check_shapes(model)
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         packed = isinstance(module, nn.Linear | _CONV) and weight is not None and weight.dtype in _INTEGERS

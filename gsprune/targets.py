@@ -110,8 +110,12 @@ class Target(ABC):
         return Share(self.pruned, self.total, self.of)
 
     @abstractmethod
-    def parameters(self) -> Sequence[nn.Parameter]:
-        """What is scored and masked."""
+    def own(self) -> Mapping[str, nn.Parameter]:
+        """What is scored and masked, by name."""
+
+    def replaced(self, model: nn.Module) -> bool:
+        """Whether the model has other tensors in their place by now, or none."""
+        return any(_parameter(model, name) is not tensor for name, tensor in self.own().items())
 
     @abstractmethod
     def scored(self, criterion: Criterion) -> Mapping[str, Tensor]:
@@ -210,8 +214,9 @@ class Targets(ABC):
         return any(target.pruned for target in self.targets)
 
     def frozen(self, criterion: Criterion) -> list[str]:
-        """The tensors that the criterion reads a gradient of, and that never get one (`requires_grad` is False)."""
-        read = {name: tensor for target in self.targets for name, tensor in target.scored(criterion).items()}
+        """The tensors of what is due that the criterion reads a gradient of, and that get none (`requires_grad`)."""
+        due = [target for target in self.targets if target.due]
+        read = {name: tensor for target in due for name, tensor in target.scored(criterion).items()}
         return [name for name, tensor in read.items() if not tensor.requires_grad]
 
     def any_score(self) -> bool:
@@ -290,21 +295,24 @@ class WeightTarget(Target):
         """Rows of the matrix, as `y = W x` has it."""
         return self.weight.shape[1 if self._inputs_first else 0]
 
-    def parameters(self) -> Sequence[nn.Parameter]:
-        return [self.weight]
+    def own(self) -> Mapping[str, nn.Parameter]:
+        return {self.name: self.weight}
 
     def scored(self, criterion: Criterion) -> Mapping[str, Tensor]:
-        return {self.name: self.weight}
+        return self.own()
 
     def value(self) -> Tensor:
         """What the layer computes with: the weight, or what is computed from it."""
         return self.weight.detach() if self._value is None else self._value()
 
     def named(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
-        return {self.name: self.weight}
+        return self.own()
 
     def find(self, model: nn.Module) -> None:
-        self.weight = _of_shape(model, self.name, self.weight.shape)
+        found = _of_shape(model, self.name, self.weight.shape)
+        if is_sharded(found) != is_sharded(self.weight):
+            raise ValueError(f"{self.name} is spread over processes differently now: make the Pruner after fully_shard")
+        self.weight = found
 
     def mask(self, network: nn.Module) -> None:
         weight = self.here(_of_shape(network, self.name, self.weight.shape)).detach()
@@ -351,7 +359,7 @@ class WeightTarget(Target):
         """The gradient as one line, in the weight's own memory format; None if there is none."""
         if self.weight.grad is None or not self.due:
             return None
-        grad, weight = self.here(self.weight.grad), self.here(self.weight)
+        grad, weight = self.here(_strided(self.weight.grad)), self.here(self.weight)
         return _line(grad if grad.stride() == weight.stride() else torch.empty_like(weight).copy_(grad))
 
 
@@ -446,8 +454,8 @@ class UnitTarget(Target):
         self._rows: dict[Member, Tensor] = {}  # the mask as one row of each consumer
         self._seen = False  # whether a gradient was read in this step
 
-    def parameters(self) -> Sequence[nn.Parameter]:
-        return list(self.tensors.values())
+    def own(self) -> Mapping[str, nn.Parameter]:
+        return self.tensors
 
     def named(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
         norms = {member.tensor for member in self.placed.norms}
@@ -522,7 +530,7 @@ class UnitTarget(Target):
         if tensor.grad is None:  # it took no part in this step, so nothing of a unit's change comes from it
             return tensor, tensor.new_zeros(()).expand(tensor.shape)
         self._seen = True
-        return tensor, tensor.grad
+        return tensor, _strided(tensor.grad)
 
     def _read_weights(self, name: str) -> tuple[Tensor, Tensor | None]:
         """A tensor without its gradient, for criteria that need none."""
@@ -710,6 +718,11 @@ def _runs(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return runs
 
 
+def _strided(grad: Tensor) -> Tensor:
+    """The gradient of a table that is looked up may be sparse."""
+    return grad.to_dense() if grad.is_sparse else grad
+
+
 def _line(tensor: Tensor) -> Tensor:
     """The tensor's memory as one line."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))
@@ -734,18 +747,26 @@ def _one_device(tensors: Iterable[Tensor]) -> torch.device:
     first, *others = dict.fromkeys(tensor.device for tensor in tensors)
     if others:
         raise ValueError(f"what is to be pruned lies on {first} and on {others[0]}: it has to be on one device")
+    if first.type == "meta":
+        raise ValueError("the model is on the meta device, which holds no values: build it on another one")
     return first
 
 
 def _of_shape(network: nn.Module, name: str, shape: torch.Size) -> nn.Parameter:
     """The network's parameter of that name, which has to be as long as what was made for it."""
-    try:
-        found = network.get_parameter(name)
-    except AttributeError:
-        raise ValueError(f"the model has no {name} any more, which is pruned here") from None
+    found = _parameter(network, name)
+    if found is None:
+        raise ValueError(f"the model has no {name} any more, which is pruned here")
     if found.shape != shape:
         raise ValueError(f"{name} is {_dims(found.shape)} now, but what is pruned of it is {_dims(shape)}")
     return found
+
+
+def _parameter(network: nn.Module, name: str) -> nn.Parameter | None:
+    try:
+        return network.get_parameter(name)
+    except AttributeError:
+        return None
 
 
 def _dims(shape: torch.Size) -> str:

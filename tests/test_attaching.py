@@ -178,6 +178,33 @@ def test_hooks_want_all_optimizers_only_where_the_model_shrinks_under_way() -> N
         units(model, optimizer=sgd(model[0]), shrink="each_update").on_train_begin()
 
 
+@pytest.mark.parametrize(
+    ("criterion", "layer", "read"),
+    [
+        (Elementwise(decay=1.0), 0, lambda w, b: w.abs()),
+        (Abs(decay=1.0), 2, lambda w, b: w.sum(0).abs()),
+        (Weighted(decay=1.0), 0, lambda w, b: (w.sum(1) + b).abs()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_frozen_in_another_optimizers_step_is_scored_in_its_own(criterion: Any, layer: int, read: Any) -> None:
+    model = mlp()
+    optimizers = {0: sgd(model[0]), 2: sgd(model[2])}
+    pruner = weights(model, criterion, schedule=NEVER, example_input=X[:2])
+    pruner.attach(*optimizers.values())
+    expected: Any = 0
+    for at in (0, 2, 0, 2):  # as Lightning's toggle_optimizer does
+        model[at].requires_grad_(True)
+        model[2 - at].requires_grad_(False)
+        optimizers[at].zero_grad()
+        loss(model).backward()
+        if at == layer:
+            expected = expected + read(*((p * p.grad).detach() for p in model[at].parameters()))
+        optimizers[at].step()
+    torch.testing.assert_close(next(iter(pruner.scores().values())), expected)
+    assert pruner.state_dict()["scored"] == 2
+
+
 # ---- an optimizer around another
 
 
@@ -383,6 +410,70 @@ def test_a_copy_of_single_weights_is_checked() -> None:
         weights(model, copies=[nn.Linear(6, 8)])
 
 
+@pytest.mark.parametrize("make", [weights, units])
+@pytest.mark.parametrize("attach", [False, True])
+def test_an_optimizer_of_tensors_that_were_replaced_is_refused(make: Callable[..., Pruner], attach: bool) -> None:
+    model = mlp()
+    dense = copy.deepcopy(model.state_dict())
+    optimizer = sgd(model)
+    pruner = make(model, optimizer=optimizer)
+    pruner.attach() if attach else pruner.on_train_begin()
+    model.load_state_dict(dense, assign=True)
+    loss(model).backward()
+    with pytest.raises(ValueError, match=r"0\.weight was replaced in the model .* the SGD optimizer trains what was"):
+        optimizer.step() if attach else pruner.on_step_begin(0)
+
+
+@pytest.mark.parametrize("make", [weights, units])
+def test_a_layer_that_was_replaced_is_pruned_with_its_new_optimizer(make: Callable[..., Pruner]) -> None:
+    model = mlp()
+    pruner = make(model)
+    pruner.attach(sgd(model))
+    model[2] = nn.Linear(8, 3)
+    pruner.detach()
+    pruner.attach(optimizer := sgd(model))
+    for _ in range(2 * STEPS):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    masks = pruner.masks()
+    kept = masks["2.weight"] if make is weights else masks["0"].expand(3, 8)
+    assert torch.equal(model[2].weight != 0, kept)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Trains an average of two networks; `eval` puts that of the second's in the weights' place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            z = self.state[p].setdefault("z", p.detach().clone())
+            z.sub_(p.grad, alpha=0.1)
+            p.lerp_(z, 0.5)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.lerp_(self.state[p]["z"], -0.5)
+
+
+def test_weights_that_an_optimizer_makes_of_its_state_stay_pruned() -> None:
+    model = mlp()
+    optimizer = ScheduleFree(model)
+    pruner = weights(model)
+    pruner.attach(optimizer)
+    for _ in range(2 * STEPS):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pruner.finish()
+    optimizer.eval()
+    assert zeros(model, pruner.masks())
+
+
 # ---- two pruners, copies of one
 
 
@@ -543,6 +634,8 @@ def test_masks_of_units_are_cut_out_in_the_end() -> None:
         ({}, "have one at least"),
         ({"0.weight": torch.ones(8, 6)}, r"mask of 0\.weight is torch\.float32"),
         ({"0.weight": torch.ones(8, 5, dtype=torch.bool)}, r"0\.weight has shape 8 x 6, the saved state 8 x 5"),
+        ({"0.weight": torch.zeros(8, 6, dtype=torch.bool)}, r"the mask of 0\.weight keeps nothing"),
+        ({"0.weight": torch.ones(8, 6, dtype=torch.bool, device="meta")}, r"the mask of 0\.weight has no values"),
         ({"0": torch.ones(8, dtype=torch.bool)}, "a mask of '0', which is no tensor of the model: give example_input"),
         (
             {"0": torch.ones(8, dtype=torch.bool), "2.weight": torch.ones(3, 8, dtype=torch.bool)},

@@ -329,6 +329,24 @@ def test_a_warning_names_the_largest_that_are_left_out_where_that_is_over_a_tent
     assert all(name in text for name in told)
 
 
+@pytest.mark.parametrize("name", [HEAD, TABLE])
+def test_a_tied_tensor_that_is_pruned_by_one_name_is_not_left_out_by_the_other(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner = Pruner(llama(tied=True), Magnitude(), target_sparsity=0.5, include=["*", name])
+    assert pruner.coverage == 1.0
+
+
+def test_a_table_with_sparse_gradients_is_pruned_by_name() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 2))
+    pruner = Pruner(model, Elementwise(decay=1.0), target_sparsity=0.5, include=["0", "1"])
+    model(torch.tensor([0, 2, 2])).sum().backward()
+    expected = (model[0].weight * model[0].weight.grad.to_dense()).abs()
+    pruner.on_before_optimizer_step()
+    torch.testing.assert_close(pruner.scores()["0.weight"], expected.detach())
+    assert int(expected.count_nonzero()) == 8
+
+
 def test_what_the_user_leaves_out_is_no_surprise() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with warnings.catch_warnings():
