@@ -50,7 +50,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, HEIGHT = 1500, 900
-SWEEP = ("pruner=elementwise,abs,weighted", "pruner.target_sparsity=0.5,0.7,0.9", "seed=0,1")
+SWEEP = ("pruner=elementwise,abs,weighted,none", "pruner.target_sparsity=0.5,0.7,0.9", "seed=0,1")
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -119,7 +119,7 @@ class SweepRuns:
 
 
 def make_sweep(address: str, folder: Path) -> None:
-    """Train the 18 networks of the README's comparison, tracked by the server at that address."""
+    """Train 20 networks, two controls among them, tracked by the server at that address."""
     settings = ["trainer.progress=none", f"tracking.tracking_uri={address}", "tracking.timeout_s=60"]
     settings.append(f"hydra.sweep.dir={folder / 'sweep'}")
     command = [sys.executable, "train.py", "--multirun", *SWEEP, *settings]
