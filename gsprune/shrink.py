@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,7 @@ from gsprune.copies import check_copies
 from gsprune.examples import Example, copy_of, outputs
 from gsprune.files import refusing
 from gsprune.optimizers import Optimizers, check_state, every_optimizer, held, move_state, names_of
-from gsprune.proof import agree, draw, inputs_like, is_finite, readings, sift
+from gsprune.proof import Masked, Problem, Reading, first_difference, inputs_like, is_finite, owners, readings, sift
 from gsprune.structures import Member, Structure, counted, float64_copy, html_table, refuse_wrapped, wake
 
 Cuts = Mapping[int, Tensor]  # dimension -> kept positions
@@ -329,22 +330,17 @@ def _difference(
     return _disagreement(twin, inputs_like(twin, args), structures, keeps)
 
 
-def sift_cuts(
-    twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Structure]
-) -> tuple[list[Structure], dict[str, str]]:
-    """The structures that can be cut, each to another random number of units, and why the others cannot.
+def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Structure], dict[str, str]]:
+    """The structures that can be cut, each to another random number of units, and why the others cannot."""
 
-    Args:
-        twin: a float64 copy; it has its values again afterwards.
-    """
-
-    def test(some: Sequence[Structure]) -> str | None:
-        shared = copy_of(twin, sharing=True)
-        names = {m.tensor for s in some for m in s.consumers}
-        for name in names:  # the only ones that a mask writes into
-            module, leaf = _home(shared, name)
-            setattr(module, leaf, _parameter(getattr(module, leaf), getattr(module, leaf).detach().clone(), {}))
-        return _disagreement(shared, inputs, some, [draw(s, 2) for s in some])
+    def test(some: Sequence[Structure]) -> Problem | None:
+        for number, (args, _) in enumerate(masked.rounds):
+            keeps = [masked.rounds[number].keep(s) for s in some]
+            small = _small(masked.twin, plan_shrink(some, keeps))
+            problem = _mismatch(small, args, lambda number=number: masked.read(number, some), some, number)
+            if problem is not None:
+                return problem
+        return None
 
     return sift(structures, test)
 
@@ -355,21 +351,65 @@ def _disagreement(
     """What is wrong with the shrunk network, or None. The twin is masked; a copy of it that shares tensors is cut."""
     plan = plan_shrink(structures, keeps)
     mask_units(twin, structures, keeps)
-    small = copy_of(twin, sharing=True)
-    apply_plan(small, plan)
+    small = _small(twin, plan)
     rows = {name: cuts[0] for name, cuts in plan.kept.items() if 0 in cuts}
     for number, args in enumerate(inputs):
-        try:
-            shrunk = readings(small, args)
-        except Exception as error:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return f"the shrunk network does not run ({line})"
-        masked = readings(twin, args, rows)
-        if is_finite(masked) and not agree(masked, shrunk):
-            return "the shrunk network does not compute what the masked one does"
-        if not is_finite(masked) and number == 0:
-            return "the model's output on the example input is not finite (did training diverge?)"
+        problem = _mismatch(small, args, lambda args=args: readings(twin, args, rows), structures, number)
+        if problem is not None:
+            return problem.text
     return None
+
+
+def _small(twin: nn.Module, plan: Plan) -> nn.Module:
+    small = copy_of(twin, sharing=True)
+    apply_plan(small, plan)
+    return small
+
+
+def _mismatch(
+    small: nn.Module,
+    args: Example,
+    read_masked: Callable[[], Sequence[Reading]],
+    structures: Sequence[Structure],
+    number: int,
+) -> Problem | None:
+    """What is wrong with a shrunk network on one input."""
+    started: list[str] = []
+    try:
+        with _order(small, started):
+            shrunk = readings(small, args, scaled=False)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Problem(f"the shrunk network does not run ({line})", _last_touched(structures, started))
+    masked = read_masked()
+    if not is_finite(masked):
+        text = "the model's output on the example input is not finite (did training diverge?)"
+        return Problem(text) if number == 0 else None
+    differing = first_difference(masked, shrunk)
+    if differing is None:
+        return None
+    before = started[: started.index(differing) + 1] if differing in started else started
+    return Problem("the shrunk network does not compute what the masked one does", _last_touched(structures, before))
+
+
+@contextmanager
+def _order(model: nn.Module, started: list[str]) -> Iterator[None]:
+    """Inside the block, `started` takes the names of modules as they are called."""
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            hook = module.register_forward_pre_hook(lambda m, i, name=name: started.append(name))
+            stack.callback(hook.remove)
+        yield
+
+
+def _last_touched(structures: Sequence[Structure], started: Sequence[str]) -> list[Structure]:
+    """The structures that hold a tensor of the last of these modules that any of them does."""
+    held_by = [(s, owners(s)) for s in structures]
+    for name in reversed(started):
+        touching = [s for s, names in held_by if name in names]
+        if touching:
+            return touching
+    return []
 
 
 @torch.no_grad()

@@ -40,17 +40,7 @@ from gsprune.examples import (
 )
 from gsprune.matrices import check_shapes
 from gsprune.names import check_patterns, choose
-from gsprune.proof import (
-    agree,
-    draw,
-    inputs_like,
-    is_finite,
-    moved,
-    readings,
-    sift,
-    unproven,
-    wake_scales_,
-)
+from gsprune.proof import Masked, inputs_like, rounds_on, sift, unproven, wake_scales_
 
 Kind = Literal["channels", "neurons", "heads"]
 
@@ -533,6 +523,10 @@ def _trace(observed: _Observed, args: Example) -> _Trace:
                 graph.build_dependency(model, args, forward_fn=forward, verbose=False)
         except Exception as error:
             raise _untraced(model, error) from error
+    for node, reason in broken.items():
+        for dependency in [d for other in (*node.inputs, *node.outputs) for d in other.dependencies]:
+            if dependency.target is node:
+                dependency.index_mapping = [_Refusing(reason)]
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     rank = {name: place for place, name in enumerate(names.values())}
     marks = frozenset(inputs), frozenset(outputs)
@@ -563,6 +557,18 @@ def _each_mapping_alone(broken: dict[Any, str]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _mappings_as_built() -> Iterator[None]:
+    """Inside the block torch-pruning does not make the index mappings again for every group."""
+    index_mapping = tp.dependency.index_mapping
+    update = index_mapping.update_index_mapping
+    index_mapping.update_index_mapping = lambda graph: None
+    try:
+        yield
+    finally:
+        index_mapping.update_index_mapping = update
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -576,6 +582,16 @@ def _home_of(attention: _Attention) -> str:
 
 class _Unprunable(Exception):
     """Why a group is not offered."""
+
+
+@dataclass(frozen=True)
+class _Refusing:
+    """In the place of an index mapping: a group that comes here is refused at once, large ones take seconds."""
+
+    reason: str
+
+    def __call__(self, positions: Any) -> Any:
+        raise _Unprunable(self.reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -641,7 +657,7 @@ def _convert(trace: _Trace) -> tuple[list[Structure], dict[str, str]]:
 def _raw_groups(trace: _Trace, skipped: dict[str, str]) -> Iterator[Any]:
     """torch-pruning's groups, each once; a layer whose group cannot be made is skipped with the reason."""
     graph, seen = trace.graph, set()
-    with _each_mapping_alone({}):
+    with _mappings_as_built():
         for module in [m for m in graph.module2node if isinstance(m, nn.Linear | _CONV)]:
             if module in seen:
                 continue
@@ -1060,103 +1076,14 @@ def _prove(twin: nn.Module, args: Example, structures: list[Structure]) -> tuple
     if not structures:
         return [], {}
     wake_scales_(twin, args)
-    inputs = inputs_like(twin, args)
-    silent, leaking = sift(structures, lambda some: _leak(twin, inputs, some))
-    hidden = {s.name: _HIDDEN for s in unproven(silent, _shown(twin, inputs, silent))}
-    silent = [s for s in silent if s.name not in hidden]
-    kept, broken = sift_cuts(twin, inputs, silent)
+    masked = Masked(twin, rounds_on(inputs_like(twin, args)))
+    silent, leaking = sift(structures, masked.leak)
+    hidden = {s.name: _HIDDEN for s in unproven(silent, masked.shown(silent))}
+    kept, broken = sift_cuts(masked, [s for s in silent if s.name not in hidden])
     return kept, {**leaking, **hidden, **broken}
 
 
-_LEAK = "its units reach the output by a path that is not a layer's columns"
 _HIDDEN = (
     "the example shows nothing of it: what its readers compute stays the same whatever it holds, so nothing can be "
     "proven; give an example_input that reaches it"
 )
-
-
-def _leak(twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Structure]) -> str | None:
-    """What is wrong unless, with some units' columns at zero, no reader sees what produces those units change."""
-    tensors = _tensors(twin)
-    for number, args in enumerate(inputs):
-        gone = [(s, ~draw(s, number)) for s in structures]
-        rows = _untouched(tensors, gone)
-        with _restored(tensors, structures):
-            _zero_columns(tensors, gone)
-            before = readings(twin, args, rows)
-            if not is_finite(before):
-                if number == 0:
-                    raise ValueError("the model's output on the example input is not finite (did training diverge?)")
-                continue
-            _change_rows(tensors, gone)
-            _zero_columns(tensors, gone)
-            if not agree(before, readings(twin, args, rows), tolerance=1e-11):
-                return _LEAK
-    return None
-
-
-def _shown(twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Structure]) -> set[str]:
-    """Names of the readers that give something else when units are gone, be it with other weights in front of them."""
-    tensors = _tensors(twin)
-    everything = [(s, torch.ones(s.units, dtype=torch.bool)) for s in structures]
-    seen: set[str] = set()
-    for changed, args in [(changed, args) for changed in (False, True) for args in inputs]:
-        if not any(unproven(structures, seen)):
-            break
-        with _restored(tensors, structures):
-            if changed:  # units whose ReLU let nothing through
-                _change_rows(tensors, everything)
-            before = readings(twin, args)
-            _zero_columns(tensors, everything)
-            after = readings(twin, args)
-        if [r.size for r in before] == [r.size for r in after]:
-            seen |= moved(before, after)
-    return seen
-
-
-def _tensors(twin: nn.Module) -> dict[str, Tensor]:
-    return dict(twin.named_parameters()) | dict(twin.named_buffers())
-
-
-@contextmanager
-def _restored(tensors: Mapping[str, Tensor], structures: Sequence[Structure]) -> Iterator[None]:
-    """Puts the values of producers and consumers back."""
-    names = {m.tensor for s in structures for m in (*s.producers, *s.consumers)}
-    saved = {name: tensors[name].detach().clone() for name in names}
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for name, value in saved.items():
-                tensors[name].copy_(value)
-
-
-_Gone = Sequence[tuple[Structure, Tensor]]  # a structure and the units that are gone, bool (units,)
-
-
-def _zero_columns(tensors: Mapping[str, Tensor], gone: _Gone) -> None:
-    for structure, units in gone:
-        for m in structure.consumers:
-            tensors[m.tensor].index_fill_(m.dim, m.index[units].flatten().to(tensors[m.tensor].device), 0.0)
-
-
-def _change_rows(tensors: Mapping[str, Tensor], gone: _Gone) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for structure, units in gone:
-        for m in structure.producers:
-            tensor = tensors[m.tensor]
-            rows = m.index[units].flatten().to(tensor.device)
-            old = tensor.index_select(m.dim, rows)
-            noise = torch.randn(old.shape, generator=generator, dtype=torch.float64).to(old)
-            tensor.index_copy_(m.dim, rows, old * -0.7 + 0.05 + 0.05 * noise)
-
-
-def _untouched(tensors: Mapping[str, Tensor], gone: _Gone) -> dict[str, Tensor]:
-    """Name of a producing weight -> its rows that stay as they are."""
-    kept: dict[str, Tensor] = {}
-    for structure, units in gone:
-        for m in structure.producers:
-            kept.setdefault(m.tensor, torch.ones(tensors[m.tensor].shape[0], dtype=torch.bool))
-            kept[m.tensor][m.index[units].flatten()] = False
-    return {name: rows.nonzero().flatten() for name, rows in kept.items()}

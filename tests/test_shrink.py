@@ -311,7 +311,7 @@ def test_a_mismatch_leaves_model_and_optimizer_untouched(
     found = find_structures(model, x)
     assert [s.name for s in found.structures if s.name == "a"] == []
     assert found.skipped["a"] in message or "does not run" in found.skipped["a"]
-    monkeypatch.setattr("gsprune.shrink.sift_cuts", lambda twin, inputs, some: (list(some), {}))
+    monkeypatch.setattr("gsprune.shrink.sift_cuts", lambda masked, some: (list(some), {}))
     structures = find_structures(model, x).structures
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     step(model, optimizer, x)
