@@ -29,7 +29,7 @@ _MOST = 10_000  # objects that are looked through for random numbers of their ow
 _FEW = 100  # of the items of a list, which are taken to be alike
 _PLAIN = (str, bytes, int, float, complex, type(None), type, ModuleType, torch.Tensor, np.ndarray, np.generic)
 # restored, and seeded in workers
-_GLOBAL = (random._inst, np.random.mtrand._rand, torch.default_generator)  # type: ignore[attr-defined]
+_GLOBAL = (random._inst, np.random.mtrand._rand, torch.default_generator)
 _OWN = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, Iterator)
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -337,7 +338,7 @@ def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Str
         for number, (args, _) in enumerate(masked.rounds):
             keeps = [masked.rounds[number].keep(s) for s in some]
             small = _small(masked.twin, plan_shrink(some, keeps))
-            problem = _mismatch(small, args, lambda number=number: masked.read(number, some), some, number)
+            problem = _mismatch(small, args, partial(masked.read, number, some), some, number)
             if problem is not None:
                 return problem
         return None
@@ -354,7 +355,7 @@ def _disagreement(
     small = _small(twin, plan)
     rows = {name: cuts[0] for name, cuts in plan.kept.items() if 0 in cuts}
     for number, args in enumerate(inputs):
-        problem = _mismatch(small, args, lambda args=args: readings(twin, args, rows), structures, number)
+        problem = _mismatch(small, args, partial(readings, twin, args, rows), structures, number)
         if problem is not None:
             return problem.text
     return None
