@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsprune import find_structures
+from gsprune import Pruner, find_structures
+from gsprune.criteria import Weighted
 from gsprune.proof import LEAK, Masked, Problem, inputs_like, rounds_on, sift
+from gsprune.schedules import OneShot
 
 
 class Mixed(nn.Module):
@@ -64,3 +67,59 @@ def test_innocent_suspects_are_taken_back() -> None:
     kept, broken = sift(everything, test)
     assert ["".join(s.name for s in kept), broken] == ["abdefgh", {"c": "breaks"}]
     assert calls == ["abcdefgh", "abefgh", "abefghcd", "abefghc", "abefghd"]
+
+
+class Ghost(nn.Module):
+    """A module of GhostNet: half of its channels are made from the other half, and both go on side by side."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        half = outputs // 2
+        self.primary = nn.Sequential(nn.Conv2d(inputs, half, 1), nn.BatchNorm2d(half), nn.ReLU())
+        self.cheap = nn.Sequential(nn.Conv2d(half, half, 3, padding=1, groups=half), nn.BatchNorm2d(half), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        primary = self.primary(x)
+        return torch.cat([primary, self.cheap(primary)], 1)
+
+
+class GhostStream(nn.Module):
+    """Ghost modules in a residual stream: a channel of it goes with the one that is made from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.wide = nn.ModuleList(Ghost(8, 16) for _ in range(2))
+        self.narrow = nn.ModuleList(Ghost(16, 8) for _ in range(2))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for wide, narrow in zip(self.wide, self.narrow, strict=True):
+            x = x + narrow(wide(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_stream_of_ghost_modules_is_cut_where_it_can_be() -> None:
+    torch.manual_seed(0)
+    model, x = GhostStream().double(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    settings = {
+        "target_sparsity": 0.5,
+        "schedule": OneShot(),
+        "example_input": x[:1],
+        "steps_per_epoch": 1,
+        "epochs": 1,
+    }
+    pruner = Pruner(model, Weighted(), **settings)
+    assert {target.name for target in pruner.targets} == {"wide.0.primary.0", "wide.1.primary.0"}
+    assert "stem" in pruner.skipped
+    model(x).square().sum().backward()
+    pruner.on_before_optimizer_step()
+    pruner.on_epoch_end()
+    pruner.on_step_begin(0)
+    masked = copy.deepcopy(model).eval()
+    small = pruner.finish().eval()
+    assert sum(parameter.numel() for parameter in small.parameters()) < 0.8 * dense
+    assert small.wide[0].primary[0].out_channels == 4
+    torch.testing.assert_close(small(x), masked(x), rtol=1e-10, atol=1e-12)
