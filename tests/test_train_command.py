@@ -28,7 +28,7 @@ def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_
     assert [line[:18] for line in lines[:3]] == starts
     labels = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
     accuracies = ["epochs trained", "validation accuracy", "test accuracy"]
-    costs = ["in matrix weights", "parameters", "not zero", "MACs", "latency (ms)", "file size (bytes)"]
+    costs = ["matrix weights in reach", "parameters", "not zero", "MACs", "latency (ms)", "file size (bytes)"]
     assert labels == [*accuracies, "sparsity of weights", *costs]
     store = f"sqlite:///{tmp_path.resolve()}/mlflow.db"
     assert lines[-2:] == [
