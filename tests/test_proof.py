@@ -117,3 +117,22 @@ def test_a_stream_of_ghost_modules_is_cut_in_pairs() -> None:
     assert sum(parameter.numel() for parameter in small.parameters()) < dense / 2
     assert (small.stem.out_channels, small.wide[0].primary[0].out_channels) == (4, 4)
     torch.testing.assert_close(small(x), masked(x), rtol=1e-10, atol=1e-12)
+
+
+class Gated(nn.Module):
+    """A leak that an example of zeros turns off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).tanh()
+        return self.down(hidden) + hidden.detach().sum(-1, keepdim=True) * x.sum(-1, keepdim=True)  # no trace sees it
+
+
+def test_noise_beside_the_example_shows_what_the_example_hides() -> None:
+    torch.manual_seed(0)
+    found = find_structures(Gated(), torch.zeros(2, 4))
+    assert found.structures == ()
+    assert "up" in found.skipped
