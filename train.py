@@ -16,8 +16,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
-from gsprune.instantiation import allowed_in_main
-from gsprune.redact import Cleaned, hide
+from gsprune.settings.instantiation import allowed_in_main
+from gsprune.settings.recorded import hide
+from gsprune.text.redact import Cleaned
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,11 +29,11 @@ CONF = Path(__file__).parent / "conf"
 @hydra.main(version_base="1.3", config_path="conf", config_name="config", **allowed_in_main(CONF))
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """One job; returns what a sweeper optimises. With `plan=true` what it would prune is printed, and no more."""
-    from gsprune.composed import check_plan, objective
-    from gsprune.console import warn_on_one_line
-    from gsprune.job import run, show_plan
-    from gsprune.launcher import ProcessFailed
-    from gsprune.shown import one_line
+    from gsprune.app.composed import check_plan, objective
+    from gsprune.app.console import warn_on_one_line
+    from gsprune.app.job import run, show_plan
+    from gsprune.app.launcher import ProcessFailed
+    from gsprune.text.display import one_line
 
     warnings.showwarning = warn_on_one_line
     logging.raiseExceptions = False  # a full disk takes the log file; the screen still has every line, once

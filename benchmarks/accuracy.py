@@ -27,10 +27,11 @@ import torch
 
 from gsprune import NoPruning, Pruner
 from gsprune.criteria import Abs, Elementwise, Magnitude, Random, Weighted
-from gsprune.datasets import Pictures, Splits, digits, make_loader, split_pictures
-from gsprune.models import convnet, lenet_300_100
 from gsprune.schedules import OneShot
-from gsprune.trainer import Trainer, make_optimizer, seed_everything, warmup_cosine
+from gsprune.training.optimization import make_optimizer, warmup_cosine
+from gsprune.training.trainer import Trainer, seed_everything
+from gsprune.zoo.datasets import Pictures, Splits, digits, make_loader, split_pictures
+from gsprune.zoo.models import convnet, lenet_300_100
 
 Setting = tuple[str, dict[str, Any] | None]  # name, the pruner's arguments; None: plain training
 

@@ -23,11 +23,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gsprune import Pruner
+from gsprune.app.launcher import Processes, launch
+from gsprune.collectives import check_masks, rank
 from gsprune.criteria import Elementwise
-from gsprune.distributed import check_masks, data_parallel, rank
-from gsprune.launcher import Processes, launch
-from gsprune.models import resnet18
 from gsprune.schedules import Linear
+from gsprune.training.data_parallel import data_parallel
+from gsprune.zoo.models import resnet18
 
 WARM_UP = 2
 

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gsprune import Pruner
-from gsprune.checkpoint import state_tensors
 from gsprune.criteria import Elementwise
-from gsprune.guard import Guard
-from gsprune.models import convnet
-from gsprune.position import Position
-from gsprune.run_state import Checkpoints, read_state
+from gsprune.formats.tensors import state_tensors
 from gsprune.schedules import OneShot
-from gsprune.trainer import make_optimizer
+from gsprune.training.checkpoints import Checkpoints, read_state
+from gsprune.training.guard import Guard
+from gsprune.training.optimization import make_optimizer
+from gsprune.training.position import Position
+from gsprune.zoo.models import convnet
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = 45_000  # training samples
@@ -84,7 +84,7 @@ class Training:
             torch.cuda.synchronize()
 
     def state(self) -> dict[str, Any]:
-        """As a job's: `gsprune.job` adds the metrics so far."""
+        """As a job's: `gsprune.app.job` adds the metrics so far."""
         return {
             "model": state_tensors(self.model)[0],
             "optimizer": self.optimizer.state_dict(),

@@ -5,7 +5,7 @@
 
 All jobs run in one process, so that imports are no part of the times. For each scenario one job with a healthy server
 and one with the fault: seconds of the whole job, the seconds of it that went into tracking (`timings.tracking` of
-result.json), how it ended, whether metrics.jsonl is whole, and what `python -m gsprune.sync` sends once the server is
+result.json), how it ended, whether metrics.jsonl is whole, and what `gsprune sync` sends once the server is
 well; then the server is asked for every metric. `full_disk` mounts a small tmpfs, for which one must be root.
 """
 
@@ -31,9 +31,10 @@ sys.path.insert(0, str(ROOT / "tests"))  # the server and the proxy of the tests
 from jobs import configure  # noqa: E402
 from servers import Proxy, Server, fill, small_disk  # noqa: E402
 
-from gsprune import sync  # noqa: E402
-from gsprune.job import run  # noqa: E402
-from gsprune.tracking import Names, read_metrics  # noqa: E402
+from gsprune.app.job import run  # noqa: E402
+from gsprune.tracking import upload as sync  # noqa: E402
+from gsprune.tracking.store import Names  # noqa: E402
+from gsprune.tracking.tracker import read_metrics  # noqa: E402
 
 EPOCHS = 14
 JOB = ("trainer.dense_epochs=6", "trainer.prune_epochs=8", "dataset.batch_size=64", "trainer.latency_repeats=5")

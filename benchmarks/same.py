@@ -4,9 +4,9 @@
     python benchmarks/same.py compare before/ after/
 
 `write` runs the three variants, units together with single weights, a budget of MACs and a network that is cut while it
-trains, on one thread, and copies what they leave. `compare` compares the tensors of every file of masks, scores, weights
-and the smaller network, `metrics.jsonl` and `result.json`, without times, speeds, paths and identities; it prints each
-difference and exits with 1 where there is one.
+trains, on one thread, and copies what they leave. `compare` compares the tensors of every file of masks, scores,
+weights and the smaller network, `metrics.jsonl` and `result.json`, without times, speeds, paths and identities; it
+prints each difference and exits with 1 where there is one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RUNS: dict[str, list[str]] = {
     "each_update": ["pruner=weighted", "pruner.shrink=each_update"],
 }
 # Of one run or machine: how long it took, where it lies, what its code and settings hash to.
-OWN = ("seconds", "latency", "speedup", "_hash", "mlflow", "resumed", "tracking", "time")
+OWN = ("seconds", "latency", "speedup", "_hash", "mlflow", "resumed", "tracking", "time", "timings")
 
 
 def write(folder: Path) -> None:
@@ -68,7 +68,9 @@ def differences(first: Path, second: Path) -> Iterator[str]:
             yield f"{name} differs"
     if numbers(first) != numbers(second):
         yield "metrics.jsonl differs"
-    yield from _different_results(*(_own_left_out(json.loads((run / "result.json").read_text())) for run in (first, second)))
+    yield from _different_results(
+        *(_own_left_out(json.loads((run / "result.json").read_text())) for run in (first, second))
+    )
 
 
 def tensor_files(run: Path) -> Iterator[Path]:

@@ -32,13 +32,16 @@ import torch
 from torch import Tensor, nn
 
 from gsprune import Pruner
+from gsprune.cost.counting import count_macs
+from gsprune.cost.latency import LEAST
+from gsprune.cost.latency import compare as compare_latency
 from gsprune.criteria import Abs
-from gsprune.latency import LEAST
-from gsprune.latency import compare as compare_latency
-from gsprune.metrics import count_macs
+from gsprune.discovery.find import find_structures
 from gsprune.schedules import Linear
-from gsprune.shrink import apply_plan, plan_shrink, shrink
-from gsprune.structures import Found, Structure, find_structures
+from gsprune.structures.structure import Found, Structure
+from gsprune.surgery.apply import apply_plan
+from gsprune.surgery.plan import plan_shrink
+from gsprune.surgery.shrink import shrink
 
 Built = tuple[nn.Module, Any]
 TOKENS, VOCABULARY = 128, 1000  # the embedding's height adds no work

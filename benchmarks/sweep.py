@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gsprune.results import JobResult, read_results
-from gsprune.tracking import read_metrics
+from gsprune.sweeps.results import JobResult, read_results
+from gsprune.tracking.tracker import read_metrics
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 TWO_EPOCHS = ("trainer.dense_epochs=1", "trainer.prune_epochs=1", "trainer.progress=none")
@@ -102,7 +102,7 @@ def cache(folder: Path) -> None:
 
 WRITER = """
 import json, sys
-from gsprune.tracking import MLflowTracker
+from gsprune.tracking.tracker import MLflowTracker
 number, uri = int(sys.argv[1]), sys.argv[2]
 tracker = MLflowTracker(sys.argv[3], tracking_uri=uri, experiment="race")
 tracker.start(config={"number": number}, tags={})
@@ -135,7 +135,7 @@ def store(folder: Path) -> None:
 
 
 def report(folder: Path) -> None:
-    """Seconds of `python -m gsprune.report` over 500 jobs, made from the results of 12 real ones."""
+    """Seconds of `gsprune report` over 500 jobs, made from the results of 12 real ones."""
     sweep(folder, *TWELVE, "tracking=none")
     originals = jobs_of(folder)
     for number in range(len(originals), 500):
@@ -143,7 +143,9 @@ def report(folder: Path) -> None:
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "gsprune.report", str(folder / "sweep")], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "gsprune", "report", str(folder / "sweep")], check=True, capture_output=True
+        )
         times.append(time.perf_counter() - began)
     size = (folder / "sweep" / "report.html").stat().st_size
     each = ", ".join(f"{seconds:.1f}" for seconds in times)

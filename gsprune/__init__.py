@@ -9,43 +9,69 @@ imports the package to list its configuration groups (`--help`, shell completion
 >>> "Pruner" in dir(gsprune)
 True
 
-So are the modules: `gsprune.export` needs no import of its own.
+So are the packages: `gsprune.export` needs no import of its own.
 
->>> gsprune.selection.__name__
-'gsprune.selection'
+>>> gsprune.criteria.__name__
+'gsprune.criteria'
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
+from gsprune.moved import MOVED, Finder
+
 if TYPE_CHECKING:
-    from gsprune.checkpoint import load_pruned, save_pruned
-    from gsprune.pruner import NoPruning, Pruner
-    from gsprune.pruners import Pruners
-    from gsprune.structures import find_structures
+    from gsprune.collectives import check_masks
+    from gsprune.discovery.find import find_structures
+    from gsprune.formats.masks import load_masks, save_masks
+    from gsprune.formats.network import load_pruned, save_pruned
+    from gsprune.integrations.inc import load_inc_config
+    from gsprune.pruner.pruner import NoPruning, Pruner
+    from gsprune.pruner.pruners import Pruners
+    from gsprune.sweeps.callback import start_run
 
 __version__ = "0.1.0"
 
-__all__ = ["NoPruning", "Pruner", "Pruners", "__version__", "find_structures", "load_pruned", "save_pruned"]
-
-# The function `shrink` is not here: `gsprune.shrink` is the module of that name, and an attribute cannot be both.
 _HOMES = {
-    "NoPruning": "gsprune.pruner",
-    "Pruner": "gsprune.pruner",
-    "Pruners": "gsprune.pruners",
-    "find_structures": "gsprune.structures",
-    "load_pruned": "gsprune.checkpoint",
-    "save_pruned": "gsprune.checkpoint",
+    "NoPruning": "gsprune.pruner.pruner",
+    "Pruner": "gsprune.pruner.pruner",
+    "Pruners": "gsprune.pruner.pruners",
+    "check_masks": "gsprune.collectives",
+    "find_structures": "gsprune.discovery.find",
+    "load_inc_config": "gsprune.integrations.inc",
+    "load_masks": "gsprune.formats.masks",
+    "load_pruned": "gsprune.formats.network",
+    "save_masks": "gsprune.formats.masks",
+    "save_pruned": "gsprune.formats.network",
+    "start_run": "gsprune.sweeps.callback",
 }
+
+__all__ = [
+    "NoPruning",
+    "Pruner",
+    "Pruners",
+    "__version__",
+    "check_masks",
+    "find_structures",
+    "load_inc_config",
+    "load_masks",
+    "load_pruned",
+    "save_masks",
+    "save_pruned",
+    "start_run",
+]
+
+sys.meta_path.append(Finder())
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
-    elif name in _modules():
+    elif name in _modules() or name in MOVED:
         value = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

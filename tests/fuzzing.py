@@ -1,7 +1,7 @@
 """Files from strangers: valid ones of every kind that gsprune reads, ways to spoil them, and what may come of it.
 
 `KINDS` are the files, `edits` is a hypothesis strategy of mutations, `outcome` writes a spoiled file, reads it as
-gsprune does and says "clean" or "refused": everything else that can happen is an error. Used by test_fuzz_files.py
+gsprune does and says "clean" or "refused": everything else that can happen is an error. Used by app/test_fuzz_files.py
 and by benchmarks/faults_files.py.
 """
 
@@ -32,20 +32,23 @@ from torch import nn
 
 import gsprune
 from gsprune import Pruner
-from gsprune.checkpoint import _fingerprint, load_masks, load_pruned, load_scores, save_masks, save_pruned, save_scores
-from gsprune.compat import load_inc_config
+from gsprune.app.job import load_weights
 from gsprune.criteria import Elementwise
-from gsprune.dense_cache import DenseCache, DenseRecord
-from gsprune.files import sha256, write_json
-from gsprune.job import load_weights
-from gsprune.report import _Sweep
-from gsprune.results import read_results
-from gsprune.run_state import _digest, read_state, write_state
-from gsprune.shrink import Plan
-from gsprune.sweep import Sweep, _run_of, last_line
-from gsprune.sync import _Picture, _Record
-from gsprune.texts import text_classification
-from gsprune.tracking import read_metrics
+from gsprune.files.disk import sha256, write_json
+from gsprune.formats.masks import load_masks, save_masks
+from gsprune.formats.network import _fingerprint, load_pruned, save_pruned
+from gsprune.formats.scores import load_scores, save_scores
+from gsprune.integrations.inc import load_inc_config
+from gsprune.surgery.plan import Plan
+from gsprune.sweeps.callback import _run_of
+from gsprune.sweeps.dense_cache import DenseCache, DenseRecord
+from gsprune.sweeps.record import Sweep, last_line
+from gsprune.sweeps.report import _Sweep
+from gsprune.sweeps.results import read_results
+from gsprune.tracking.tracker import read_metrics
+from gsprune.tracking.upload import _Picture, _Record
+from gsprune.training.checkpoints import _digest, read_state, write_state
+from gsprune.zoo.texts import text_classification
 
 MEMORY_DISK = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()  # most of the time, on a real one
 SECONDS = 5  # for one file

@@ -15,8 +15,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException
 
-from gsprune.composed import objective
-from gsprune.job import run, show_plan
+from gsprune.app.composed import objective
+from gsprune.app.job import run, show_plan
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 1000  # characters of a sentence

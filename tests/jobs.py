@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -56,3 +57,11 @@ def train(
         timeout=300,
         check=False,
     )
+
+
+def write_pictures(root: Path, *, classes: tuple[str, ...] = ("cat", "dog"), each: int = 10) -> Path:
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            Image.new("RGB", (20, 12), (number * 100, i * 10, 0)).save(root / name / f"{i}.png")
+    return root

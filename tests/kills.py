@@ -38,9 +38,11 @@ from jobs import configure
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
-from gsprune import datasets, job, models, run_state, shrink, structures  # noqa: F401
-from gsprune.composed import TIMED
-from gsprune.tracking import read_metrics
+from gsprune.app import job
+from gsprune.app.composed import TIMED
+from gsprune.discovery import find  # noqa: F401
+from gsprune.tracking.tracker import read_metrics
+from gsprune.training import checkpoints
 
 # What a clock has measured, and so differs between any two runs.
 CLOCKED = {"seconds", "timings", "epoch_seconds", "time", "latency_note", *TIMED}
@@ -186,7 +188,7 @@ def in_child(cfg: DictConfig, folder: Path, told: Path, kill_at: int | None, amo
         ):
             event(f"{kind} {arguments[0]}")
 
-    rest, write_tensors = job._Job._rest, run_state.write_tensors
+    rest, write_tensors = job._Job._rest, checkpoints.write_tensors
 
     def counted_rest(self: Any, phase: str, at: Any, *others: Any) -> None:
         event("step")
@@ -200,7 +202,7 @@ def in_child(cfg: DictConfig, folder: Path, told: Path, kill_at: int | None, amo
         event(f"half of {path}")
         path.write_bytes(whole)
 
-    job._Job._rest, run_state.write_tensors = counted_rest, torn_write_tensors
+    job._Job._rest, checkpoints.write_tensors = counted_rest, torn_write_tensors
     sys.addaudithook(audit)
     job.run(cfg, output_dir=folder)
     os.write(out, f"\n{seen['']} {seen[WRITING]}\n".encode())

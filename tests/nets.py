@@ -1,4 +1,4 @@
-"""Small networks that hold one way of coupling units each, for test_structures.py and test_shrink.py."""
+"""Small networks that hold one way of coupling units each, for the tests of discovery and surgery."""
 
 from __future__ import annotations
 

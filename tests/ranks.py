@@ -1,4 +1,4 @@
-"""What the processes of `test_distributed.py` do: functions that `gsprune.launcher.launch` calls in each of them.
+"""What the processes of `training/test_several_processes.py` do: functions that `launch` calls in each of them.
 
 They are here because a started process imports the module they are in, and that should not be pytest's.
 """
@@ -21,15 +21,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from gsprune import Pruner, distributed
+from gsprune import Pruner, collectives
+from gsprune.collectives import agreed, broadcast, check_masks, gathered, rank
 from gsprune.criteria import Criterion, Elementwise, Magnitude, Random, Weighted
-from gsprune.datasets import FetchedWhole, Pictures, make_loader
-from gsprune.distributed import agreed, broadcast, check_masks, gathered, rank, shares
-from gsprune.position import Position
-from gsprune.pruner import NoPruning
+from gsprune.pruner.pruner import NoPruning
 from gsprune.schedules import Linear, OneShot
-from gsprune.signals import Interrupted
-from gsprune.trainer import Trainer, constant
+from gsprune.training import data_parallel
+from gsprune.training.data_parallel import shares
+from gsprune.training.optimization import constant
+from gsprune.training.position import Position
+from gsprune.training.signals import Interrupted
+from gsprune.training.trainer import Trainer
+from gsprune.zoo.datasets import FetchedWhole, Pictures, make_loader
 
 EPOCHS = 3
 
@@ -146,7 +149,7 @@ def at_random() -> dict[str, Any]:
 
 def timed() -> dict[str, Any]:
     """A budget of milliseconds, by clocks that no two processes agree on: the first one's counts."""
-    from gsprune import costs
+    from gsprune.cost import costs
 
     def clock(models: Mapping[str, nn.Module], *_: Any, **__: Any) -> dict[str, float]:
         sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
@@ -168,7 +171,7 @@ def told() -> dict[str, Any]:
     try:
         found = {"agreed": agreed(rank()), "gathered": gathered(rank()), "broadcast": broadcast(10 + rank())}
         check_masks({"a": torch.ones(3, dtype=torch.bool)})
-        return {**found, "groups": len(distributed._HOSTS)}
+        return {**found, "groups": len(collectives._HOSTS)}
     finally:
         dist.get_backend_config = plain
 
@@ -187,13 +190,13 @@ def reductions() -> int:
 
     model.register_comm_hook(None, count)
     data, trainer = loader(), Trainer(device="cpu", accumulate_steps=2)
-    plain, distributed.data_parallel = distributed.data_parallel, lambda *_: model
+    plain, data_parallel.data_parallel = data_parallel.data_parallel, lambda *_: model
     try:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         pruner = Pruner(model.module, Elementwise(), target_sparsity=0.5, schedule=OneShot(start_epoch=9))
         trainer.score(model.module, data, optimizer=optimizer, pruner=pruner)
     finally:
-        distributed.data_parallel = plain
+        data_parallel.data_parallel = plain
     return calls
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from gsprune.shrink import apply_plan, plan_shrink
-from gsprune.structures import Member, Structure
+from gsprune.structures.structure import Member, Structure
+from gsprune.surgery.apply import apply_plan
+from gsprune.surgery.plan import plan_shrink
 
 
 def select(parts: Sequence[Sequence[float]], k: int, *, min_kept: int = 0) -> list[list[bool]]:

@@ -144,7 +144,7 @@ def test_the_wheel_holds_the_library_and_the_plugin_only(wheel: Path) -> None:
     assert "gsprune-0.1.0.dist-info/licenses/LICENSE" in names
 
 
-@pytest.mark.parametrize("module", ["gsprune", "gsprune.schemas", "hydra_plugins.gsprune.search_path"])
+@pytest.mark.parametrize("module", ["gsprune", "gsprune.conf.schemas", "hydra_plugins.gsprune.search_path"])
 def test_importing_is_light(module: str, tmp_path: Path) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'mlflow', 'numpy'}} & set(sys.modules)))"
     done = run(sys.executable, "-c", code, cwd=tmp_path)
@@ -153,8 +153,8 @@ def test_importing_is_light(module: str, tmp_path: Path) -> None:
 
 def test_public_names_arrive_on_first_use() -> None:
     import gsprune
-    from gsprune.pruner import NoPruning, Pruner
-    from gsprune.structures import find_structures
+    from gsprune.discovery.find import find_structures
+    from gsprune.pruner.pruner import NoPruning, Pruner
 
     assert gsprune.Pruner is Pruner
     assert gsprune.NoPruning is NoPruning

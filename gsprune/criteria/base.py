@@ -1,4 +1,4 @@
-"""What a criterion is. Pure: tensors in, scores out; no mask, schedule or setting. Imports torch alone."""
+"""What a criterion is. Pure: tensors in, scores out; no mask, schedule or setting."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from gsprune.blocks import dot_along
+from gsprune.ranking.blocks import dot_along
 
 if TYPE_CHECKING:
-    from gsprune.structures import Member, Structure
+    from gsprune.structures.structure import Member, Structure
 
 Read = Callable[[str], tuple[Tensor, Tensor | None]]  # tensor name -> (weight, its gradient; None for a baseline)
 

@@ -1,4 +1,4 @@
-"""Baselines that look at no gradient: what the gradient criteria have to beat. Imports torch alone."""
+"""Baselines that look at no gradient: what the gradient criteria have to beat."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from gsprune.criteria.base import Criterion, Read, unit_sums
 
 if TYPE_CHECKING:
-    from gsprune.structures import Structure
+    from gsprune.structures.structure import Structure
 
 
 class Magnitude(Criterion):

@@ -1,4 +1,4 @@
-"""The criterion of single weights. Imports torch alone."""
+"""The criterion of single weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The criteria of whole units: the gradient of a gate that was never built. Imports torch alone.
+"""The criteria of whole units: the gradient of a gate that was never built.
 
 Multiplying a unit's output by xi is the same as multiplying its column in every consumer by xi, so the gate's gradient
 at xi = 1 is the column sum of w * g: no forward hook, no head mask, nothing kept from the forward pass.
@@ -13,7 +13,7 @@ from torch import Tensor
 from gsprune.criteria.base import Criterion, Read, unit_sums
 
 if TYPE_CHECKING:
-    from gsprune.structures import Structure
+    from gsprune.structures.structure import Structure
 
 
 class Gate(Criterion):
@@ -40,7 +40,7 @@ class Abs(Gate):
         Two units, read by the columns of one 2 x 2 weight:
 
         >>> import torch
-        >>> from gsprune.structures import Member, Structure
+        >>> from gsprune.structures.structure import Member, Structure
         >>> reader = Member("out.weight", dim=1, index=torch.tensor([[0], [1]]), size=2)
         >>> unit = Structure("hidden", "neurons", 2, (), consumers=(reader,), norms=(), gates=(), attributes={})
         >>> w, g = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, -1.0], [1.0, 1.0]])
@@ -69,7 +69,7 @@ class Weighted(Gate):
         Two units, made by the rows of one 2 x 2 weight and a bias:
 
         >>> import torch
-        >>> from gsprune.structures import Member, Structure
+        >>> from gsprune.structures.structure import Member, Structure
         >>> rows = tuple(Member(name, 0, torch.tensor([[0], [1]]), size=2) for name in ("weight", "bias"))
         >>> unit = Structure("hidden", "neurons", 2, rows, consumers=(), norms=(), gates=rows, attributes={})
         >>> w, g = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, -1.0], [1.0, 1.0]])

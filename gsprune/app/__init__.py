@@ -1,0 +1,1 @@
+"""The reference application: one Hydra job from the composed configuration to its result."""

@@ -1,0 +1,272 @@
+"""What a run shows on the screen: progress while it trains, and the summary at its end.
+
+A bar when stdout is a terminal, one plain line an epoch otherwise; the log file has those lines in any case.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from gsprune.cost.latency import NOT_HERE
+from gsprune.text.display import one_line, percent
+from gsprune.text.names import told
+from gsprune.text.redact import without_passwords
+
+if TYPE_CHECKING:
+    from gsprune.training.trainer import Totals
+
+log = logging.getLogger(__name__)
+READ_EVERY = 0.5  # seconds between two looks at the running loss: each is a sync point
+
+
+class Progress:
+    """Shows nothing (`trainer.progress=none`); the base of what shows something.
+
+    A job calls `phase` once for each phase, `on_step` and `on_epoch` from the trainer, `close` at the end.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        """A job of that many epochs, over its phases."""
+
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
+        """A phase of that many epochs begins, or goes on after so many steps; `of` is what its sparsity counts."""
+
+    def on_step(self, totals: Totals) -> None:
+        """An optimizer step was made. `totals` runs over the epoch; reading it waits for the device."""
+
+    def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """So many epochs have been trained, over both phases; these are the metrics of the last."""
+
+    def close(self) -> None:
+        """Nothing more will come, also after an error."""
+
+
+class Lines(Progress):
+    """One plain line an epoch, for logs and pipes."""
+
+    def __init__(self, epochs: int) -> None:
+        self._name, self._epochs = "", epochs
+        self._of: str | None = None
+
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
+        self._name, self._of = name, of
+
+    def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        print(f"{self._name:<5}  {epoch_line(epoch, self._epochs, values, of=self._of)}", flush=True)
+
+
+class Bar(Progress):
+    """A bar for each phase, with loss, accuracy and sparsity."""
+
+    def __init__(self, epochs: int) -> None:
+        self._rich = RichProgress(
+            TextColumn("{task.description:<5}"),
+            BarColumn(bar_width=12),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[values]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(file=sys.stdout, highlight=False),
+        )
+        self._task: TaskID | None = None
+        self._read_at, self._sparsity = 0.0, 0.0
+
+    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
+        if epochs == 0:
+            return
+        self._rich.start()
+        self._task = self._rich.add_task(name, total=epochs * steps_per_epoch, completed=done, values="")
+
+    def on_step(self, totals: Totals) -> None:
+        assert self._task is not None
+        self._rich.advance(self._task)
+        if time.monotonic() - self._read_at > READ_EVERY:
+            running = {f"train/{name}": value for name, value in totals.read().items()}  # sync point, rarely
+            self._show({**running, "sparsity": self._sparsity})
+            self._read_at = time.monotonic()
+
+    def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        self._sparsity = values.get("sparsity", 0.0)
+        self._show(values)
+
+    def close(self) -> None:
+        self._rich.stop()
+
+    def _show(self, values: Mapping[str, float]) -> None:
+        assert self._task is not None
+        shown = {name: values[name] for name in ("train/loss", "train/accuracy", "sparsity")}  # fits 80 columns
+        self._rich.update(self._task, values=describe(shown))
+
+
+def make_progress(mode: str, *, epochs: int) -> Progress:
+    """The display for `trainer.progress` (auto, bar, lines, none) of a job of `epochs` epochs."""
+    if mode == "auto":
+        mode = "bar" if sys.stdout.isatty() else "lines"
+    displays: Mapping[str, type[Progress]] = {"bar": Bar, "lines": Lines, "none": Progress}
+    return displays[mode](epochs)
+
+
+def epoch_line(epoch: int, epochs: int, values: Mapping[str, float], *, of: str | None = None) -> str:
+    """
+    >>> epoch_line(3, 14, {"train/loss": 0.25})
+    'epoch   3/14  loss 0.2500'
+    """
+    return f"epoch {epoch:>3}/{epochs}  {describe(values, of=of)}"
+
+
+def describe(values: Mapping[str, float], *, of: str | None = None) -> str:
+    """The metrics of an epoch that fit on a line, in a fixed order.
+
+    >>> describe({"train/loss": 0.25, "train/accuracy": 0.9, "val/accuracy": 0.875, "sparsity": 0.5})
+    'loss 0.2500  accuracy  90.00 %  val  87.50 %  sparsity 50.0 %'
+    >>> describe({"train/loss": 8.8e33, "sparsity": 0.5}, of="channels")
+    'loss 8.8e+33  sparsity 50.0 % of channels'
+    """
+    told = f" of {of}" if of else ""
+    forms: Mapping[str, Callable[[float], str]] = {
+        "train/loss": lambda loss: f"loss {loss:.4f}" if loss < 1e6 else f"loss {loss:.4g}",
+        "train/accuracy": lambda share: f"accuracy {100 * share:6.2f} %",
+        "val/accuracy": lambda share: f"val {100 * share:6.2f} %",
+        "sparsity": lambda share: f"sparsity {percent(share):>6}{told}",
+        "epoch_seconds": lambda seconds: f"{seconds:.1f} s",
+    }
+    return "  ".join(form(values[name]) for name, form in forms.items() if name in values)
+
+
+def warn_on_one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """`warnings.showwarning` for users: what the warning says, not where in the library it was raised."""
+    print(one_line(f"{category.__name__}: {message}", 4000), file=sys.stderr)
+    to_log_file(logging.WARNING, one_line(str(message), 4000))
+
+
+def to_log_file(level: int, text: str) -> None:
+    """A line for the log files alone: the screen shows it in a way of its own."""
+    record = log.makeRecord(log.name, level, __file__, 0, text, (), None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
+# --- summary -----------------------------------------------------------------------------------------------
+
+
+def print_summary(
+    result: Mapping[str, Any], output_dir: Path, *, tracking_uri: str | None, unsent: bool = False
+) -> None:
+    """The table dense against pruned, where the outputs are, and how to open the MLflow page on them."""
+    Console(file=sys.stdout, highlight=False, markup=False).print(summary_table(result))
+    if (line := unfair_line(result)) is not None:
+        print(line)
+    if (result["latency_note"] or "").startswith(NOT_HERE):
+        print(one_line(f"Latency: {result['latency_note']}"))
+    for label, texts in (("Left whole", "skipped"), ("Next to nothing is left", "collapsed")):
+        for line in told(result.get(texts) or {}):
+            print(one_line(f"{label}: {line}"))
+    if (line := chance_line(result)) is not None:
+        print(line)
+    if not result["shrunk"] and result["sparsity"] > 0:
+        print("Masked weights are zeros in tensors of the old size: pruner=abs or weighted makes the model smaller.")
+    print(f"Outputs: {output_dir}")  # not through rich: it would break long lines, and commands get copied
+    if tracking_uri is not None:
+        if unsent:
+            print(f"Unsent:  gsprune sync {shlex.quote(str(output_dir))}")
+        print(f"MLflow:  {ui_command(tracking_uri)}", flush=True)
+
+
+def summary_table(result: Mapping[str, Any]) -> Table:
+    """Rows of (what, dense, pruned, ratio) out of `result.json`; what was not measured is left out."""
+    now = "control" if _is_control(result) else "pruned"
+    table = Table("", "dense", now, f"dense / {now}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("epochs trained", str(result["baseline_epochs"]), str(result["epochs"]), "")
+    for label, key in (("validation accuracy", "val_accuracy"), ("test accuracy", "accuracy")):
+        dense, pruned = result[f"baseline_{key}"], result[key]
+        table.add_row(label, _accuracy(dense), _accuracy(pruned), f"{100 * (pruned - dense):+.2f} points")
+    of = f" of {result['sparsity_of']}" if result["sparsity_of"] else ""
+    table.add_row(f"sparsity{of}", percent(0), percent(result["sparsity"]), "")
+    if coverage := result.get("coverage"):
+        table.add_row("matrix weights in reach", "", percent(coverage), "")
+    for row in _cost_rows(result):
+        table.add_row(*row)
+    return table
+
+
+def chance_line(result: Mapping[str, Any]) -> str | None:
+    """That the network has learnt nothing, or lost all it had; None where it is better than guessing.
+
+    >>> chance_line({"at_chance": {"accuracy": 0.125, "classes": 10, "dense": False}})
+    'The validation accuracy of 12.50 % is no better than guessing among 10 classes: too much was pruned.'
+    """
+    found = result.get("at_chance")
+    if not found:
+        return None
+    why = "and so was that of the dense network" if found["dense"] else "too much was pruned"
+    text = f"The validation accuracy of {_accuracy(found['accuracy'])} is no better than guessing among"
+    return f"{text} {found['classes']} classes{', ' if found['dense'] else ': '}{why}."
+
+
+def unfair_line(result: Mapping[str, Any]) -> str | None:
+    """What the difference to the dense network is not, where that has trained less; None where it is fair.
+
+    >>> unfair_line({"baseline_epochs": 6, "epochs": 14, "choices": {"pruner": "abs"}})
+    'This run has trained the dense network for 6 epochs and the pruned one for 14: the fair control is pruner=none.'
+    """
+    dense, pruned = result["baseline_epochs"], result["epochs"]
+    if _is_control(result) or dense >= pruned:
+        return None
+    epochs = "epoch" if dense == 1 else "epochs"
+    text = f"This run has trained the dense network for {dense} {epochs} and the pruned one for {pruned}"
+    return f"{text}: the fair control is pruner=none."
+
+
+def _is_control(result: Mapping[str, Any]) -> bool:
+    return (result.get("choices") or {}).get("pruner") == "none"
+
+
+def _accuracy(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _cost_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    parts = [
+        ("parameters", "params", "params_dense", "{:,}"),
+        ("  not zero", "params_nonzero", "params_dense", "{:,}"),
+        ("MACs", "macs", "macs_dense", "{:,}"),
+        ("latency (ms)", "latency_ms", "latency_dense_ms", "{:.2f}"),
+        ("file size (bytes)", "file_bytes", "file_bytes_dense", "{:,}"),
+    ]
+    rows = []
+    for label, key, dense_key, form in parts:
+        if key == "latency_ms" and (note := result["latency_note"]) is not None:
+            rows.append((label, "", "", note.partition(":")[0]))
+        now, dense = result[key], result[dense_key]
+        if now is not None and dense is not None:
+            ratio = f"{dense / now:.2f}x" if now else ""
+            if key == "latency_ms":
+                ratio += f" ({result['speedup_low']:.2f} to {result['speedup_high']:.2f})"
+            rows.append((label, form.format(dense), form.format(now), ratio))
+    return rows
+
+
+def ui_command(tracking_uri: str) -> str:
+    """The one command that opens the MLflow page, for this machine only; a server has a page of its own.
+
+    >>> ui_command("sqlite:////data/mlflow.db")
+    'mlflow ui --backend-store-uri sqlite:////data/mlflow.db --host 127.0.0.1'
+    >>> ui_command("http://tracking.example:5000")
+    'http://tracking.example:5000'
+    """
+    if tracking_uri.startswith(("http://", "https://")):
+        return without_passwords(tracking_uri)
+    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)} --host 127.0.0.1"

@@ -1,0 +1,274 @@
+"""Start several processes that train one network together, on one machine or on several, and end them as one.
+
+`launch` starts them through torch's own launcher; `taking_part` joins processes that somebody else (torchrun) has
+started. What they do then is in `distributed.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from gsprune.collectives import world_size
+from gsprune.text import redact
+from gsprune.training.signals import SIGNALS, Interrupted
+
+__all__ = ["ProcessFailed", "Processes", "launch", "taking_part", "under_torchrun", "undisturbed"]
+
+Result = TypeVar("Result")
+BEGUN = "begun"  # a file: the processes have found each other, and work
+LINGER = 5.0  # seconds
+STOPPED = tuple(128 + number for number in SIGNALS)  # exit codes of processes that a signal has asked to end
+
+
+class ProcessFailed(RuntimeError):
+    """One of several processes failed, with another error than a user's mistake; the others were ended."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes, and how they find each other.
+
+    Attributes:
+        devices: processes on this machine (node).
+        nodes: machines; the same command is started on each.
+        rendezvous: "host:port" of one of them, which listens there. Needed for more than one node.
+        timeout_minutes: how long a process waits for the others before it gives up.
+        name: of the job; only processes with the same one join.
+    """
+
+    devices: int
+    nodes: int = 1
+    rendezvous: str | None = None
+    timeout_minutes: float = 30.0
+    name: str = ""
+
+
+def under_torchrun() -> bool:
+    """Whether somebody else has started this process as one of several, and they have not joined yet."""
+    named = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return named and int(os.environ["WORLD_SIZE"]) > 1 and world_size() == 1
+
+
+@contextlib.contextmanager
+def taking_part(device: str, *, timeout_minutes: float) -> Iterator[None]:
+    """Join the processes that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, ...), as torchrun sets it.
+
+    Args:
+        device: "cuda", where the process takes GPU number LOCAL_RANK, and what lies on it is sent by NCCL; gloo sends
+            everything else.
+    """
+    local, beside = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // beside))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    yield
+    dist.destroy_process_group()  # not after an error: what the others still wait for would have to end first
+
+
+def launch(processes: Processes, device: str, work: Callable[..., Result], *arguments: Any) -> Result:
+    """Call `work(*arguments)` in each of several new processes that can reach each other, and wait for them.
+
+    When one of them fails, the others are ended and its error is raised here, on every machine: a ValueError as it is,
+    any other as a `ProcessFailed` that carries the process's own traceback. A signal that ends them ends this one.
+
+    Args:
+        device: as for `taking_part`.
+        work: a function of a module, which is imported anew in each process; what it is given and returns is pickled.
+
+    Returns:
+        What `work` returned in the lowest-numbered process of this machine.
+
+    Raises:
+        ValueError: also when the machines do not find each other.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    alone, patience = processes.nodes == 1, 60 * processes.timeout_minutes
+    if not alone:
+        _check_rendezvous(processes)
+    with tempfile.TemporaryDirectory(prefix="gsprune-") as folder, _quiet_launcher():
+        config = LaunchConfig(
+            min_nodes=processes.nodes,
+            max_nodes=processes.nodes,
+            nproc_per_node=processes.devices,
+            run_id=uuid.uuid4().hex if alone else processes.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint=processes.rendezvous or "localhost:0",
+            # a connection is tried twice
+            rdzv_configs={"join_timeout": max(1, round(patience)), "read_timeout": max(1, round(patience / 2))},
+            local_addr="localhost" if alone else None,
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            returned = elastic_launch(config, _member)(folder, device, processes.timeout_minutes, work, arguments)
+        except ChildFailedError as error:
+            if (code := error.get_first_failure()[1].exitcode) in STOPPED:
+                raise Interrupted(code - 128) from None
+            told = _first_told(Path(folder), error)
+            told = told if alone else _first_of_all(processes, told)
+            failed = ValueError if told["mistake"] else ProcessFailed
+            raise failed(told["text"]) from (_Traceback(told["traceback"]) if told["traceback"] else None)
+        except RendezvousError as error:
+            if Path(folder, BEGUN).exists():
+                raise ProcessFailed(
+                    f"the machine at trainer.rendezvous={processes.rendezvous} is gone, and the run with it"
+                ) from None
+            raise ValueError(_not_met(processes, late=isinstance(error, RendezvousTimeoutError))) from None
+        except SignalException as error:
+            raise Interrupted(error.sigval) from None
+    return returned[min(returned)]  # type: ignore[no-any-return]
+
+
+def _member(
+    folder: str, device: str, timeout_minutes: float, work: Callable[..., Result], arguments: Sequence[Any]
+) -> Result:
+    """One of the processes. An error is left in a file: what comes through the launcher is a traceback as text."""
+    from gsprune.sweeps.record import last_line  # with hydra, which training alone does not need
+
+    signal.signal(signal.SIGTERM, _end)
+    Path(folder, BEGUN).touch()
+    try:
+        with taking_part(device, timeout_minutes=timeout_minutes):
+            return work(*arguments)
+    except Exception as error:
+        number, mistake = int(os.environ["RANK"]), isinstance(error, ValueError)
+        told = {
+            "rank": number,
+            "time": time.time(),
+            "mistake": mistake,
+            "follows": isinstance(error, RuntimeError),  # often from another process's end
+            "text": redact.told(str(error)) if mistake else f"process {number} failed: {last_line(error)}",
+            "traceback": redact.told(traceback.format_exc()),
+        }
+        Path(folder, f"error-{number}.json").write_text(json.dumps(told))
+        if told["follows"]:
+            time.sleep(2.0)  # the launcher has to see that one first
+        raise
+
+
+def _end(number: int, _: object) -> None:
+    """The launcher ends the others when one has failed: they get to close what they have open."""
+    raise SystemExit(128 + number)
+
+
+def undisturbed() -> None:
+    """This process is ending already: another signal to do so would only cut that short."""
+    if world_size() > 1 and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _check_rendezvous(processes: Processes) -> None:
+    """Raise a ValueError if something listens there that does not answer as other machines do.
+
+    torch waits for such an answer for ever, so it is asked for in a process that can be ended.
+    """
+    try:
+        socket.create_connection(_address(processes), timeout=LINGER).close()
+    except (OSError, OverflowError):
+        return  # nobody is there yet
+    greet = "import sys, torch.distributed as d; d.TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False)"
+    try:
+        command = [sys.executable, "-c", greet, *map(str, _address(processes))]
+        subprocess.run(command, capture_output=True, timeout=min(30.0, 60 * processes.timeout_minutes), check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"trainer.rendezvous={processes.rendezvous} is in use by something else: choose another port"
+        ) from None
+
+
+def _address(processes: Processes) -> tuple[str, int]:
+    host, _, port = (processes.rendezvous or "").rpartition(":")
+    return host, int(port)
+
+
+def _not_met(processes: Processes, *, late: bool) -> str:
+    where, minutes = f"trainer.rendezvous={processes.rendezvous}", f"{processes.timeout_minutes:g} minutes"
+    if late:
+        return (
+            f"not all of {processes.nodes} machines came to {where} within {minutes}: start the same command on each "
+            f"of them, or raise trainer.timeout_minutes"
+        )
+    return f"{where} was tried for {minutes}, and nobody was there: is its name right, and its port open?"
+
+
+def _first_told(folder: Path, error: Any) -> dict[str, Any]:
+    """What the process of this machine that failed first has left, of all that left something."""
+    number, failure = error.get_first_failure()
+    told: list[dict[str, Any]] = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
+    if any(one["rank"] == number for one in told):
+        return min(told, key=lambda one: float(one["time"]))
+    code = failure.exitcode  # it had no time to say so
+    how = f"was ended by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
+    return {"mistake": False, "follows": False, "text": f"process {number} {how}", "traceback": None}
+
+
+def _first_of_all(processes: Processes, told: dict[str, Any]) -> dict[str, Any]:
+    """The same over all machines: each leaves its own where they met, and waits a little for the others.
+
+    What may follow from another machine's end comes last, and whoever is not asked in time is not believed.
+    """
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in every build
+
+    with contextlib.suppress(RuntimeError):  # nobody is there any more
+        met = TCPStore(*_address(processes), is_master=False, timeout=timedelta(seconds=LINGER))
+        store = PrefixStore(f"gsprune {processes.name}", met)
+        if told["follows"]:
+            with contextlib.suppress(RuntimeError):
+                store.wait(["first"], timedelta(seconds=LINGER))
+        told = json.loads(store.compare_set("first", "", json.dumps(told)))
+        left, end = store.add("left", 1), time.monotonic() + LINGER
+        while left < processes.nodes and time.monotonic() < end:  # the one that is asked must not go before the others
+            time.sleep(0.1)
+            left = store.add("left", 0)
+    return told
+
+
+class _Traceback(Exception):
+    """Where another process was, to be printed above the error that it ended with."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@contextlib.contextmanager
+def _quiet_launcher() -> Iterator[None]:
+    """The launcher logs tracebacks that we put better, and leaves handlers of signals behind that raise its own."""
+    level = logging.root.manager.disable  # its loggers have levels of their own; here nobody but it has anything to log
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        for number, handler in handlers.items() if main else ():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""What a network costs: parameters, MACs, milliseconds, tables of them, and budgets."""

@@ -1,0 +1,311 @@
+"""How much of the dense network's cost may stay, and where a ranking of units has to be cut for that.
+
+A cost is the share of the dense network's own (1.0 is all of it).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gsprune.ranking.selection import PRUNED, select
+
+if TYPE_CHECKING:
+    from gsprune.structures.structure import Structure
+
+__all__ = ["KINDS", "TOLERANCE", "Budget", "read_target"]
+
+KINDS = {"macs": "MACs", "params": "parameters", "latency": "milliseconds"}
+TOLERANCE = 0.02  # of the wanted cost: what is farther off is worth a warning
+CLEAR = 0.005  # of the wanted cost: what is nearer is not made better
+CORRECTIONS = 3  # how often a cut that was measured is made again
+RECHECK = 0.05  # share of the dense cost by which the wanted one has to fall for another look at the clock
+GUARD = 0.03  # share of the dense cost above the budget that stays until the clock has seen the last cut: it is final
+Keeps = Sequence[Tensor]  # bool (units,) of each structure
+
+
+def read_target(target: Mapping[str, float | None] | None) -> tuple[str, float] | None:
+    """The kind and the share of the one budget that `target` names; None if it names none.
+
+    >>> read_target({"macs": 0.5, "latency": None}), read_target({"macs": None})
+    (('macs', 0.5), None)
+    """
+    if target is None:
+        return None
+    if not isinstance(target, Mapping):
+        raise ValueError(f"target is {target!r}: it must map macs, params or latency to a share, as in {{macs: 0.5}}")
+    for kind in target:
+        if kind not in KINDS:
+            near = difflib.get_close_matches(str(kind), KINDS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"target names {kind!r}, which is no budget: {hint}There are {', '.join(KINDS)}")
+    given = {kind: share for kind, share in target.items() if share is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError(
+            f"target sets {' and '.join(given)}: one network is cut by one budget, so set only one of them"
+        )
+    ((kind, share),) = given.items()
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+        raise ValueError(
+            f"target.{kind} is {share!r}: it is the share of the dense network's {KINDS[kind]} that may stay, "
+            f"above 0 and below 1"
+        )
+    return kind, float(share)
+
+
+class Budget:
+    """The share of one kind of cost that may stay of a dense network.
+
+    Args:
+        kind: "macs", "params" or "latency".
+        share: of the dense network's, in (0, 1).
+        model: the dense network; it stays as it is.
+        structures: what can be removed from it.
+        example_input: what MACs and milliseconds are those of.
+        min_kept: units kept at least in each structure.
+
+    Raises:
+        ValueError: even with all that can be removed gone, more than the share stays.
+
+    >>> from gsprune.discovery.find import find_structures
+    >>> net, x = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 6)), torch.ones(1, 4)
+    >>> budget = Budget("macs", 0.3, net, find_structures(net, x).structures, x)
+    >>> [keep.sum().item() for keep in budget.cut([torch.arange(10.0)], 0.3)]
+    [3]
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        share: float,
+        model: nn.Module,
+        structures: Sequence[Structure],
+        example_input: Any,
+        *,
+        min_kept: int = 1,
+    ) -> None:
+        from gsprune.cost.costs import make_cost  # heavy: imports torch-pruning
+
+        self.kind, self.share, self.structures, self.min_kept = kind, share, structures, min_kept
+        self._least = [min(min_kept, structure.units) for structure in structures]
+        self._checked = 1.0  # the wanted share at the last look at the clock, and what was found
+        self._reached: float | None = None
+        self._cost = make_cost(kind, model, structures, example_input)
+        self._settled(self.even, share)
+        self._cost.forget()
+        self._check_floor()
+
+    def __str__(self) -> str:
+        """As in "50 % of the MACs"."""
+        return f"{_percent(self.share)} of the {KINDS[self.kind]}"
+
+    def cut(self, scores: Sequence[Tensor], wanted: float) -> list[Tensor]:
+        """What stays of one ranking over all structures so that the cost is `wanted`, or a little more on the way.
+
+        The lowest scores go, as many as needed, at least those that are -inf already. What is gone stays gone, so only
+        the cut to the budget itself may fall below what is wanted: it is the nearest, and where the next unit of the
+        ranking is too large a step, those after it go that still fit. Under a latency budget each
+        structure's count is then rounded to a multiple of 8, and now and then the cut network is timed beside the
+        dense one and, where it misses, the table corrected and the ranking cut again.
+
+        Args:
+            scores: of each structure's units, (units,).
+            wanted: share of the dense network's cost, in (0, 1].
+
+        Returns:
+            bool (units,) of each structure, True = kept.
+        """
+        device, scores = scores[0].device, [score.cpu() for score in scores]
+        is_final = self._is_final(wanted)
+        if not self._cost.clocked:
+            keeps = self._ranked(scores, wanted)
+        elif self._checked - wanted >= RECHECK or (is_final and not self._is_final(self._checked)):
+            self._checked = wanted
+            keeps, self._reached = self._settled(lambda share: self._ranked(scores, share), wanted)
+        else:
+            keeps = self._ranked(scores, wanted if is_final else max(wanted, self.share + GUARD))
+        return [keep.to(device) for keep in keeps]
+
+    def even(self, wanted: float | None = None) -> list[Tensor]:
+        """The first units of each structure, about the same share of all: what stays if nobody knows the scores."""
+        total = sum(structure.units for structure in self.structures)
+
+        def keeps(gone: int) -> list[Tensor]:  # structures of equal size take turns, so that the steps are small
+            turns = ((i + 0.5) / len(self.structures) for i in range(len(self.structures)))
+            lost = (math.floor(gone / total * s.units + turn) for s, turn in zip(self.structures, turns, strict=True))
+            return [self._first(i, self.structures[i].units - n) for i, n in enumerate(lost)]
+
+        return self._around(keeps, 0, total, self.share if wanted is None else wanted)[1]
+
+    def missed(self, keeps: Keeps) -> str | None:
+        """A sentence if the final cut is farther than 2 % from the budget."""
+        reached = self._reached if self._reached is not None else self._cost(keeps)
+        if abs(reached - self.share) <= TOLERANCE * self.share:
+            return None
+        unsteady = "the machine is too busy to time it, " if self._cost.clocked else ""
+        return (
+            f"{_percent(reached)} of the network's {KINDS[self.kind]} stay instead of {_percent(self.share)}: "
+            f"{unsteady}its units are too coarse, or min_kept={self.min_kept} allows no more"
+        )
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """(least, most) units that can stay of each structure when the budget is met within 2 %."""
+        return [self._bounds(i) for i in range(len(self.structures))]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured; empty for a budget that is counted."""
+        if not self._cost.clocked:
+            return {}
+        return {"checked": self._checked, "reached": self._reached, "cost": self._cost.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what another process has measured."""
+        self._cost.load_state_dict(state["cost"])
+        self._checked, self._reached = state["checked"], state["reached"]
+
+    # ---- inside
+
+    def _ranked(self, scores: Sequence[Tensor], wanted: float) -> list[Tensor]:
+        rows = [score.reshape(1, -1) for score in scores]
+        gone = sum(int((row == PRUNED).sum()) for row in rows)
+
+        def keeps(k: int) -> list[Tensor]:
+            found = select(rows, k, min_kept=self.min_kept)
+            return [self._rounded(i, row, keep) for i, (row, keep) in enumerate(zip(rows, found, strict=True))]
+
+        dearer, best = self._around(keeps, gone, sum(row.numel() for row in rows), wanted)
+        if not self._is_final(wanted):
+            return dearer
+        return best if self._off(best, wanted) <= CLEAR * wanted else self._refined(rows, dearer, best, wanted)
+
+    def _is_final(self, wanted: float) -> bool:
+        return wanted <= self.share + 1e-9
+
+    def _around(
+        self, keeps: Callable[[int], list[Tensor]], low: int, high: int, wanted: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """`keeps(k)`, whose cost does not grow with k, with the last cost above `wanted`, and with the nearest."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._cost(keeps(middle)) <= wanted:
+                high = middle
+            else:
+                low = middle
+        dearer = keeps(low)
+        if self._cost(dearer) <= wanted:  # what is gone already is enough
+            return dearer, dearer
+        return dearer, min((dearer, keeps(high)), key=lambda found: self._off(found, wanted))
+
+    def _off(self, keeps: Keeps, wanted: float) -> float:
+        return round(abs(self._cost(keeps) - wanted), 12)  # two that are equally near can differ in the last bit
+
+    def _refined(self, rows: Sequence[Tensor], keeps: list[Tensor], best: list[Tensor], wanted: float) -> list[Tensor]:
+        """Where the next unit of the ranking is too large a step, those after it that still fit, lowest first.
+
+        Returns:
+            The nearest of all cuts on the way, `best` included.
+        """
+        before = None
+        while before is not keeps:
+            before = keeps
+            for _, i, width in sorted(self._steps(rows, keeps)):
+                row = rows[i]
+                fewer = [*keeps[:i], select([row], row.numel() - width)[0].reshape(-1), *keeps[i + 1 :]]
+                best = min((best, fewer), key=lambda found: self._off(found, wanted))
+                if self._cost(fewer) >= wanted * (1 - CLEAR):
+                    keeps = fewer
+        return best
+
+    def _steps(self, rows: Sequence[Tensor], keeps: Keeps) -> Iterator[tuple[float, int, int]]:
+        """(the best score lost, structure, its next smaller width)."""
+        for i, (row, keep) in enumerate(zip(rows, keeps, strict=True)):
+            count = int(keep.sum())
+            smaller = [width for width in self._widths(i, count) if width < count]
+            if smaller:
+                yield float(row.flatten().topk(smaller[-1] + 1).values[-1]), i, smaller[-1]
+
+    def _settled(self, search: Callable[[float], list[Tensor]], wanted: float) -> tuple[list[Tensor], float]:
+        """A cut and its true cost: compared with the truth, and made again where the estimate is off.
+
+        Of all cuts tried it is the one nearest to `wanted`.
+        """
+        keeps = search(wanted)
+        tries: list[tuple[list[Tensor], float]] = []
+        while True:
+            truth = self._cost.truth(keeps)
+            tries.append((keeps, truth))
+            is_right = abs(truth - wanted) <= CLEAR * wanted or abs(self._cost(keeps) - truth) <= CLEAR * wanted
+            if is_right or len(tries) > CORRECTIONS or not self._cost.correct(keeps, truth):
+                break
+            before, keeps = keeps, search(wanted)
+            if all(map(torch.equal, before, keeps)):
+                break
+        return min(tries, key=lambda tried: abs(tried[1] - wanted))
+
+    def _rounded(self, i: int, row: Tensor, keep: Tensor) -> Tensor:
+        """The best of a structure, as many as its device likes."""
+        count, alive = int(keep.sum()), int((row != PRUNED).sum())
+        width = _nearest_to(count, self._widths(i, alive))
+        return (keep if width == count else select([row], row.numel() - width)[0]).reshape(-1)
+
+    def _widths(self, i: int, alive: int) -> Sequence[int]:
+        """The counts that structure i can have, rising: under a latency budget multiples of 8, or all there is."""
+        structure, least, step = self.structures[i], self._least[i], self._cost.multiple
+        if step == 1 or structure.kind == "heads":
+            return range(min(least, alive), alive + 1)
+        multiples = range(step * math.ceil(least / step), min(alive, structure.units - 1) + 1, step)
+        return [*multiples, *([] if alive in multiples else [alive])]
+
+    def _first(self, i: int, count: int) -> Tensor:
+        units = self.structures[i].units
+        return torch.arange(units) < _nearest_to(count, self._widths(i, units))
+
+    def _floor(self) -> list[Tensor]:
+        return [self._first(i, least) for i, least in enumerate(self._least)]
+
+    def _check_floor(self) -> None:
+        keeps, most = self._floor(), self.share * (1 + TOLERANCE)
+        floor = self._cost(keeps)
+        if floor > most and self._cost.clocked:
+            # a table says little of so small a network: the clock has to say it too
+            floor = min(floor, self._cost.truth(keeps))
+        if floor > most:
+            raise ValueError(
+                f"target asks for {self}, but {_percent(floor)} stay with everything gone that can be removed "
+                f"(min_kept={self.min_kept} in each of {len(self.structures)} structures): ask for a larger share"
+            )
+
+    def _bounds(self, i: int) -> tuple[int, int]:
+        """The fewest units of structure i while nothing else goes, and the most while everything else does."""
+        whole, floor = [torch.ones(s.units, dtype=torch.bool) for s in self.structures], self._floor()
+        widths, units = self._widths(i, self.structures[i].units), torch.arange(self.structures[i].units)
+
+        def cost(others: Sequence[Tensor], width: int) -> float:
+            return self._cost([*others[:i], units < width, *others[i + 1 :]])
+
+        enough, most = self.share * (1 - TOLERANCE), self.share * (1 + TOLERANCE)
+        first, last = 0, len(widths) - 1
+        if cost(whole, widths[first]) < enough:  # the ends come first: most structures reach them
+            first = bisect_left(widths, enough, lo=1, hi=last, key=lambda width: cost(whole, width))
+        if cost(floor, widths[last]) > most:
+            last = bisect_right(widths, most, lo=1, hi=last, key=lambda width: cost(floor, width)) - 1
+        return widths[first], widths[last]
+
+
+def _nearest_to(count: int, widths: Sequence[int]) -> int:
+    """Of two equally near the larger."""
+    at = bisect_left(widths, count)
+    near = widths[max(0, at - 1) : at + 1]
+    return min(near, key=lambda width: (abs(width - count), -width))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

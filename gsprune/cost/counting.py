@@ -1,0 +1,202 @@
+"""What a model costs: parameters, multiply-accumulates, bytes; milliseconds are in latency.py.
+
+Measures only: no model is changed, and every training mode is put back.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+from gsprune.structures.example import Example, call, map_tensors
+
+__all__ = [
+    "LAYERS",
+    "Stopwatch",
+    "count_macs",
+    "count_macs_by_module",
+    "count_parameters",
+    "device_of",
+    "evaluating",
+    "file_bytes",
+    "is_guessing",
+    "to_device_of",
+]
+
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # whose MACs go with the elements of their weight
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Elements of all parameters, tied ones once, pruned weights (stored zeros) included.
+
+    >>> count_parameters(torch.nn.Linear(3, 2))
+    8
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def is_guessing(accuracy: float, *, samples: int, classes: int) -> bool:
+    """Whether an accuracy is no better than guessing: at most two standard errors above 1 / classes.
+
+    Of n samples and c classes that is 1/c + 2 * sqrt(1/c * (1 - 1/c) / n).
+
+    >>> [is_guessing(a, samples=100, classes=10) for a in (0.1, 0.16, 0.17)], is_guessing(0.5, samples=0, classes=1)
+    ([True, True, False], False)
+    """
+    if samples < 1 or classes < 2:
+        return False
+    chance = 1 / classes
+    return accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / samples) + 1e-12
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Bytes of the model's state as a safetensors file (header included, tied tensors once)."""
+    from safetensors.torch import save
+
+    from gsprune.formats.tensors import state_tensors
+
+    return len(save(state_tensors(model)[0]))
+
+
+def count_macs(model: nn.Module, example_input: Any) -> int:
+    """Multiply-accumulates of one forward pass in eval mode, for the whole of `example_input`.
+
+    Counted by torch's FlopCounterMode / 2: matrix products, convolutions, attention (both products, the full
+    square also when causal). Not counted, as is usual: biases, activations, normalisation, pooling,
+    element-wise work, recurrent layers' fused kernels. Zeros inside dense tensors do count: only a smaller
+    model has fewer. `example_input` is a tensor, a tuple of positional or a dict of keyword arguments; a batch of
+    one gives MACs per sample.
+
+    >>> count_macs(torch.nn.Linear(4, 3), torch.ones(2, 4))
+    24
+    """
+    model = getattr(model, "_orig_mod", model)  # a compiled model would be counted as nothing
+    counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
+    _count(counter, model, example_input)
+    return int(counter.get_total_flops()) // 2
+
+
+def count_macs_by_module(model: nn.Module, example_input: Any) -> dict[str, int]:
+    """The same count for each module by its name in `named_modules()`, the modules inside it included ("" is all).
+
+    A module called several times counts every time; one whose forward pass never runs is left out (as the output
+    projection of an `nn.MultiheadAttention`, which reads its weight past it).
+
+    >>> count_macs_by_module(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.ones(2, 4))
+    {'0': 24, '1': 0, '': 24}
+    """
+    model = getattr(model, "_orig_mod", model)
+    counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
+    found: dict[str, int] = {}
+    begun: list[int] = []
+
+    def end(name: str) -> None:
+        found[name] = found.get(name, 0) + (counter.get_total_flops() - begun.pop()) // 2
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_: begun.append(counter.get_total_flops())))
+        hooks.append(module.register_forward_hook(lambda *_, name=name: end(name)))
+    try:
+        _count(counter, model, example_input)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _count(counter: FlopCounterMode, model: nn.Module, example_input: Any) -> None:
+    # The fused kernels for CPU attention and the encoder layer's fast path are opaque to the counter.
+    with evaluating([model]), torch.no_grad(), _slow_attention(), counter:
+        call(model, to_device_of(model, example_input))
+
+
+def _extra_formulas() -> dict[Any, Any]:
+    """Formulas for attention kernels that torch's registry lacks, where this torch has the kernels."""
+    names = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
+    known = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
+    return dict.fromkeys(known, sdpa_flop)
+
+
+@contextmanager
+def _slow_attention() -> Iterator[None]:
+    """Attention as plain matrix products, which the counter sees whatever the heads, masks and device."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def evaluating(models: Any) -> Iterator[None]:
+    """Eval mode for every module inside the block; each module's own mode afterwards."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter lies."""
+    tensor = next(model.parameters(), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def to_device_of(model: nn.Module, example_input: Example) -> Example:
+    """The same example, where the model is."""
+    device = device_of(model)
+    return map_tensors(lambda tensor: tensor.to(device), example_input)
+
+
+class Stopwatch:
+    """Seconds of wall-clock time by part; a part inside another takes its time out of the outer one.
+
+    >>> watch = Stopwatch("start", "train")
+    >>> with watch.part("train"):
+    ...     pass
+    >>> list(watch.read()), watch.read()["start"] > 0
+    (['start', 'train'], True)
+    """
+
+    def __init__(self, first: str, *others: str) -> None:
+        """The watch runs from now on, for `first` while nothing else is open."""
+        self._seconds = dict.fromkeys((first, *others), 0.0)
+        self._open, self._since = first, time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        outer = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """What an earlier process has spent on these parts."""
+        for name, more in seconds.items():
+            self._seconds[name] += more
+
+    def read(self) -> dict[str, float]:
+        self._switch(self._open)
+        return dict(self._seconds)
+
+    def _switch(self, name: str) -> str:
+        before, now = self._open, time.perf_counter()
+        self._seconds[before] += now - self._since
+        self._open, self._since = name, now
+        return before

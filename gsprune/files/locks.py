@@ -1,0 +1,81 @@
+"""Locks between processes, on files; the system frees them when their holder dies.
+
+Where a file system has no locks (or the disk is full) a warning says so, and everybody is let in: work goes on, and
+whoever starts the same thing twice at once has to take care.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from gsprune.text.display import logger
+
+__all__ = ["Lock", "file_name"]
+
+log = logger(__name__)
+
+
+class Lock:
+    """One lock on one file, which is made with its folder when first needed.
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> first, second = Lock(Path(folder.name) / "a.lock"), Lock(Path(folder.name) / "a.lock")
+    >>> first.acquire(), second.acquire()
+    (True, False)
+    >>> first.release(); second.acquire(); second.release()
+    True
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, FileLock(path)
+
+    def acquire(self, *, seconds: float = 0) -> bool:
+        """Whether the lock is now held; waits that long for another holder, for ever below 0."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=seconds)
+        except Timeout:
+            return False
+        except (OSError, NotImplementedError) as error:
+            log.warning("%s cannot be locked (%s): nothing keeps other processes out", self.path, error)
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def is_held(self) -> bool:
+        """Whether another process (or another `Lock`) has it now."""
+        if not self.path.exists():
+            return False
+        free = self.acquire()
+        if free:
+            self.release()
+        return not free
+
+    @contextmanager
+    def held(self, *, waiting_for: str) -> Iterator[None]:
+        """Hold it, and say so if another process has to be waited for: "waiting for another process that ..."."""
+        if not self.acquire():
+            log.info("waiting for another process %s", waiting_for)
+            self.acquire(seconds=-1)
+        try:
+            yield
+        finally:
+            self.release()
+
+
+def file_name(what: str) -> str:
+    """A file name for any text: readable at its start, and no two alike.
+
+    >>> file_name("job a/0") == file_name("job a_0"), len(file_name("x" * 1000))
+    (False, 77)
+    """
+    readable = re.sub(r"[^\w.\-]", "_", what)[:60]
+    return f"{readable}-{hashlib.sha256(what.encode('utf-8', 'replace')).hexdigest()[:16]}"

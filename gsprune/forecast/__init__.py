@@ -1,0 +1,1 @@
+"""What a pruner would do, without training, and how that is shown."""

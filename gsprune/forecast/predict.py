@@ -1,0 +1,395 @@
+"""What a pruner would do, without training: what there is, what would stay, what it would cost, what is left whole.
+
+`plan` counts, `render` shows. All measuring happens on one deep copy; neither the model nor the pruner is changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gsprune.cost.budgets import Budget
+from gsprune.cost.counting import LAYERS, count_macs_by_module, count_parameters
+from gsprune.forecast.plan import Cost, Entry, PruningPlan, PruningPlans
+from gsprune.pruner.pruner import NoPruning, Pruner
+from gsprune.pruner.pruners import Pruners
+from gsprune.pruner.targets import Target
+from gsprune.pruner.units import UnitTarget
+from gsprune.pruner.weights import WeightTarget
+from gsprune.ranking.patterns import Block, Pattern, Tile
+from gsprune.ranking.selection import pruned_count
+from gsprune.schedules import Schedule
+from gsprune.structures.example import copy_of
+from gsprune.text.display import percent
+
+__all__ = ["collapsed", "foreseen", "plan", "plan_several"]
+
+FEW = {"channels": 4, "neurons": 4, "heads": 2}  # fewer units than this are about to collapse
+FEW_SHARE = 20  # as is less than one in so many, of units and of weights
+
+NAMED_HERE = "include, exclude, keep or kinds leaves it out"
+
+
+def plan(model: nn.Module, pruner: Pruner | NoPruning, example_input: Any) -> PruningPlan:
+    """What `pruner` would leave of `model` at its schedule's end; nothing is trained and nothing changes.
+
+    Under local scope the counts are exact. Under global scope the scores share them out, so there are bounds for each
+    entry; the total is exact. A smaller network is measured by shrinking a copy to its first units: all units of a
+    structure cost the same.
+
+    About to collapse: fewer than 4 channels or neurons, a single head, fewer than 5 % of the units or weights, or
+    less than one weight for each output of a layer, which leaves some outputs with none.
+
+    Raises:
+        ValueError: the pruner is of another model, or has shrunk it; its schedule has no end; the network that
+            would be left does not run.
+
+    >>> from gsprune.criteria import Magnitude
+    >>> from gsprune.schedules import OneShot
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    >>> pruner = Pruner(model, Magnitude(), scope="local", target_sparsity=0.75, schedule=OneShot())
+    >>> [(entry.name, entry.total, entry.kept) for entry in plan(model, pruner, torch.ones(1, 8)).entries]
+    [('0.weight', 128, 32), ('2.weight', 32, 8)]
+    """
+    if pruner.model is not model:
+        raise ValueError("this pruner belongs to another model: plan with the model that the Pruner was made for")
+    if pruner.plan is not None:
+        raise ValueError("this pruner has shrunk its model already: plan before training")
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):  # a forward pass may draw random numbers
+        twin = copy_of(model)
+        if isinstance(pruner, NoPruning):
+            return _no_plan(twin, example_input)
+        return (
+            _plan_units(twin, pruner, example_input)
+            if pruner.structured
+            else _plan_weights(twin, pruner, example_input)
+        )
+
+
+def plan_several(model: nn.Module, pruner: Pruners, example_input: Any) -> PruningPlans:
+    """The same for several pruners: each one's plan, and what all of them leave together.
+
+    Raises:
+        ValueError: as of `plan`.
+    """
+    parts = tuple(plan(model, part, example_input) for part in pruner.parts)
+    units = [part for part in parts if part.structured]
+    twin = copy_of(model)
+    dense = parts[0].dense
+    if any(part.pruned is None for part in units):
+        return PruningPlans(parts, dense, None)
+    _shrink_to(twin, pruner.unit_targets, [entry.least for part in units for entry in part.entries])
+    return PruningPlans(parts, dense, _cost(twin, [], example_input)[0])
+
+
+# ---- units
+
+
+def _plan_units(twin: nn.Module, pruner: Pruner, example_input: Any) -> PruningPlan:
+    targets = [target for target in pruner.targets if isinstance(target, UnitTarget)]
+    skipped = _skipped_units(pruner, targets)
+    bounds, kept = _bounds(pruner)
+    is_exact = pruner.budget is None and all(least == most for least, most in bounds)
+    counts = [least for least, _ in bounds] if is_exact else _even(pruner, targets, kept)
+    dense, dense_layers = _cost(twin, targets, example_input)
+    _shrink_to(twin, targets, counts)
+    try:
+        smaller, layers = _cost(twin, targets, example_input)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the network that this plan would leave does not run: {line}") from error
+    after = [cost if is_exact else None for cost in layers]
+    entries = tuple(
+        Entry(target.name, target.structure.kind, target.structure.modules(), target.total, *bound, before, cost)
+        for target, bound, before, cost in zip(targets, bounds, dense_layers, after, strict=True)
+    )
+    return PruningPlan(
+        **_settings(pruner, entries, kept),
+        skipped=skipped,
+        dense=dense,
+        pruned=smaller if is_exact else None,
+        even=None if is_exact else smaller,
+        params_left=smaller.params if is_exact else None,
+        macs_left=smaller.macs if is_exact else None,
+    )
+
+
+def _shrink_to(twin: nn.Module, targets: Sequence[UnitTarget], counts: Sequence[int]) -> None:
+    """Cut the twin to the first units of every structure."""
+    from gsprune.surgery.apply import apply_plan
+    from gsprune.surgery.plan import plan_shrink  # heavy: imports torch-pruning
+
+    keeps = [torch.arange(target.total) < count for target, count in zip(targets, counts, strict=True)]
+    apply_plan(twin, plan_shrink([target.structure for target in targets], keeps))
+
+
+def _even(pruner: Pruner, targets: Sequence[UnitTarget], kept: int) -> list[int]:
+    """The same share of every structure."""
+    if pruner.budget is not None:
+        return [int(keep.sum()) for keep in pruner.budget.even()]
+    share = kept / sum(target.total for target in targets)
+    return [max(1, target.total - pruned_count(1 - share, target.total)) for target in targets]
+
+
+def _skipped_units(pruner: Pruner, targets: Sequence[UnitTarget]) -> dict[str, str]:
+    """Every layer whose rows are not up for pruning, in the model's order."""
+    chosen = {name for target in targets for name in target.structure.modules()}
+    layers = [name for name, module in pruner.model.named_modules() if isinstance(module, LAYERS)]
+    by_name = {name: NAMED_HERE for structure in pruner.left_out for name in structure.modules() if name not in chosen}
+    reasons = {**pruner.skipped, **by_name}
+    tied = "it is coupled to a layer that is left whole, or not traced"
+    order = {name: place for place, (name, _) in enumerate(pruner.model.named_modules())}
+    found = {name: reasons.get(name, tied) for name in layers if name not in chosen} | reasons
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+# ---- single weights
+
+
+def _plan_weights(twin: nn.Module, pruner: Pruner, example_input: Any) -> PruningPlan:
+    targets = [target for target in pruner.targets if isinstance(target, WeightTarget)]
+    bounds, kept = _bounds(pruner)
+    dense, layers = _cost(twin, targets, example_input)
+    entries = tuple(
+        Entry(target.name, "weights", (_module(target.name),), target.total, *bound, cost, cost)
+        for target, bound, cost in zip(targets, bounds, layers, strict=True)
+    )
+    return PruningPlan(
+        **_settings(pruner, entries, kept),
+        skipped=_skipped_weights(pruner),
+        dense=dense,
+        pruned=dense,
+        even=None,
+        params_left=dense.params - sum(entry.total for entry in entries) + kept,
+        macs_left=_macs_left(dense, entries),
+    )
+
+
+def _macs_left(dense: Cost, entries: Sequence[Entry]) -> int | None:
+    """MACs whose weight is not zero; None where a layer's share of them is not known."""
+    left = dense.macs
+    for entry in entries:
+        if left is None or entry.kept is None or entry.dense.macs is None:
+            return None
+        left -= entry.dense.macs - entry.dense.macs * entry.kept // entry.total
+    return left
+
+
+def _skipped_weights(pruner: Pruner) -> dict[str, str]:
+    """Every matrix or kernel that is no target; biases, norms and other vectors are never pruned."""
+    names = {target.name for target in pruner.targets}
+    matrices = [name for name, tensor in pruner.model.named_parameters(remove_duplicate=False) if tensor.dim() > 1]
+    named = "include or exclude leaves it out"
+    return {name: pruner.skipped.get(name, named) for name in matrices if name not in names}
+
+
+# ---- counting
+
+
+def _bounds(pruner: Pruner) -> tuple[list[tuple[int, int]], int]:
+    """(least, most) units or weights that stay of every target in the end, and how many of all.
+
+    These are `selection.select`'s counts, which depend on the scores only in how one ranking shares them out.
+    """
+    if pruner.budget is not None:
+        return pruner.budget.bounds(), sum(int(keep.sum()) for keep in pruner.budget.even())
+    shares = [schedule.final for schedule in pruner.schedules]
+    if pruner.scope == "local":
+        counts = [_local(t, share, pruner.min_kept) for t, share in zip(pruner.targets, shares, strict=True)]
+        return [(count, count) for count in counts], sum(counts)
+    return _global(pruner.targets, shares[0], pruner.min_kept)
+
+
+def _local(target: Target, share: float, min_kept: int) -> int:
+    rows, n = target.groups().shape
+    size = target.total // (rows * n)  # units or weights in a group
+    pruned = max(pruned_count(share, n), target.pruned // (rows * size))
+    return (n - min(pruned, n - min(min_kept, n))) * rows * size
+
+
+def _global(targets: Sequence[Target], share: float, min_kept: int) -> tuple[list[tuple[int, int]], int]:
+    groups = [target.groups().numel() for target in targets]
+    sizes = [target.total // n for target, n in zip(targets, groups, strict=True)]
+    gone = [target.pruned // size for target, size in zip(targets, sizes, strict=True)]
+    floors = [max(min(min_kept, n), _fixed(t, n)) for t, n in zip(targets, groups, strict=True)]
+    total = max(sum(groups) - max(pruned_count(share, sum(groups)), sum(gone)), sum(floors))
+    is_loose = any(0 < _fixed(t, n) < min(min_kept, n) for t, n in zip(targets, groups, strict=True))
+    tops = [n - old for n, old in zip(groups, gone, strict=True)]
+    bounds = []
+    for floor, top, size in zip(floors, tops, sizes, strict=True):
+        least = max(floor, total - (sum(tops) - top))
+        most = top if is_loose else min(top, total - (sum(floors) - floor))
+        bounds.append((least * size, most * size))
+    return bounds, total * sizes[0]
+
+
+def _fixed(target: Target, n: int) -> int:
+    """Groups that an N:M pattern keeps whatever the scores."""
+    pattern = getattr(target, "pattern", None)
+    return n // pattern.m * pattern.n if isinstance(pattern, Block) else 0
+
+
+# ---- measuring
+
+
+def _cost(twin: nn.Module, targets: Sequence[Target], example_input: Any) -> tuple[Cost, list[Cost]]:
+    """Of the whole twin and of each target's layers: parameters, and MACs by one counted forward pass."""
+    found = count_macs_by_module(twin, example_input)
+    modules = dict(twin.named_modules())
+    return Cost(count_parameters(twin), found[""]), [_layer_cost(target, modules, found) for target in targets]
+
+
+def _layer_cost(target: Target, modules: Mapping[str, nn.Module], macs: Mapping[str, int]) -> Cost:
+    if isinstance(target, WeightTarget):
+        return Cost(target.total, macs.get(_module(target.name)))
+    assert isinstance(target, UnitTarget)
+    layers = target.structure.modules()
+    params = sum(count_parameters(modules[name]) for name in layers if name in modules)
+    counted = [macs[name] for name in layers if name in macs]
+    return Cost(params, sum(counted) if len(counted) == len(layers) else None)
+
+
+# ---- the rest of the plan
+
+
+def _no_plan(twin: nn.Module, example_input: Any) -> PruningPlan:
+    cost, _ = _cost(twin, [], example_input)
+    return PruningPlan(
+        criterion=None,
+        structured=False,
+        scope="local",
+        pattern="1x1",
+        per_channel=False,
+        min_kept=0,
+        entries=(),
+        total=0,
+        kept=0,
+        dense=cost,
+        pruned=cost,
+        even=None,
+        params_left=cost.params,
+        macs_left=cost.macs,
+    )
+
+
+def _settings(pruner: Pruner, entries: Sequence[Entry], kept: int) -> dict[str, Any]:
+    first = pruner.targets[0]
+    return {
+        "criterion": type(pruner.criterion).__name__,
+        "structured": pruner.structured,
+        "scope": pruner.scope,
+        "pattern": _notation(first.pattern) if isinstance(first, WeightTarget) else "1x1",
+        "per_channel": isinstance(first, WeightTarget) and first.per_channel,
+        "min_kept": pruner.min_kept,
+        "entries": tuple(entries),
+        "total": sum(entry.total for entry in entries),
+        "kept": kept,
+        "collapsing": foreseen(pruner),
+        "coverage": pruner.coverage,
+        "schedule": tuple(_points(pruner)),
+        "notes": tuple(_budget_notes(pruner.budget) if pruner.budget else _notes(pruner, entries, kept)),
+        "budget": {pruner.budget.kind: pruner.budget.share} if pruner.budget else {},
+    }
+
+
+def _notation(pattern: Pattern) -> str:
+    """
+    >>> _notation(Tile(4, 1)), _notation(Block(2, 4))
+    ('4x1', '2:4')
+    """
+    if isinstance(pattern, Tile):
+        return f"{pattern.rows}x{pattern.cols}"
+    return f"{pattern.n}:{pattern.m}" if isinstance(pattern, Block) else type(pattern).__name__
+
+
+def foreseen(pruner: Pruner | Pruners | NoPruning) -> dict[str, str]:
+    """What will be about to collapse at the schedule's end -> what is left of it; nothing is measured.
+
+    >>> from gsprune.criteria import Magnitude
+    >>> pruner = Pruner(nn.Linear(100, 4), Magnitude(), target_sparsity=0.99)
+    >>> foreseen(pruner)
+    {'weight': '4 of 400 weights are left'}
+    """
+    if isinstance(pruner, Pruners):
+        return {name: text for part in pruner.parts for name, text in foreseen(part).items()}
+    if isinstance(pruner, NoPruning):
+        return {}
+    if pruner.budget is not None:  # as if every structure gave the same share: its bounds say next to nothing
+        counts = [int(keep.sum()) for keep in pruner.budget.even()]
+        return _few(pruner.targets, counts, ["about "] * len(counts))
+    bounds, _ = _bounds(pruner)
+    exact = ["" if least == most else "at most " for least, most in bounds]
+    return _few(pruner.targets, [most for _, most in bounds], exact)
+
+
+def collapsed(targets: Sequence[Target]) -> dict[str, str]:
+    """The same of the masks as they are."""
+    return _few(targets, [target.total - target.pruned for target in targets], [""] * len(targets))
+
+
+def _few(targets: Sequence[Target], counts: Sequence[int], about: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for target, left, word in zip(targets, counts, about, strict=True):
+        kind = target.structure.kind if isinstance(target, UnitTarget) else "weights"
+        few = FEW.get(kind) or (target.outputs if isinstance(target, WeightTarget) else 0)  # a weight for each
+        if left < target.total and (left < few or left < target.total // FEW_SHARE):
+            what = kind if left != 1 or target.total != 1 else kind[:-1]
+            text = f"{word}{left:,} of {target.total:,} {what} {'is' if left == 1 else 'are'} left"
+            if kind == "weights" and left < few:
+                text += f", fewer than its {few:,} outputs"
+            found[target.name] = text
+    return found
+
+
+def _points(pruner: Pruner) -> Iterable[tuple[float, float]]:
+    """Whole epochs, and the schedule's own start and end, until the last sparsity is reached."""
+    schedules, totals = pruner.schedules, [target.total for target in pruner.targets]
+    marks = {float(mark) for schedule in schedules for mark in _marks(schedule)}
+    epochs = sorted({*map(float, range(math.ceil(max(marks)) + 2)), *marks})
+    for epoch in epochs:
+        shares = [schedule(epoch) for schedule in schedules]
+        mean = sum(share * total for share, total in zip(shares, totals, strict=True)) / sum(totals)
+        yield epoch, round(mean, 12)
+        if epoch >= max(marks) and all(share >= s.final for share, s in zip(shares, schedules, strict=True)):
+            return
+
+
+def _marks(schedule: Schedule) -> list[float]:
+    end = getattr(schedule, "end_epoch", None)
+    return [schedule.start_epoch] if end is None else [schedule.start_epoch, end]
+
+
+def _budget_notes(budget: Budget) -> Iterable[str]:
+    yield (
+        f"The structures are ranked together, and the ranking is cut where {budget} are left: the scores will say how "
+        f"many units of which structure that takes, so there are only bounds for each."
+    )
+
+
+def _notes(pruner: Pruner, entries: Sequence[Entry], kept: int) -> Iterable[str]:
+    total, things = sum(entry.total for entry in entries), "structures" if pruner.structured else "tensors"
+    asked = sum(pruned_count(s.final, t.total) for s, t in zip(pruner.schedules, pruner.targets, strict=True))
+    if total - kept < asked - max(1.0, 0.01 * asked):  # the warning that the pruner would give in the end
+        yield (
+            f"{1 - kept / total:.1%} instead of {pruner.target_sparsity or 0:.1%} will be reached: "
+            f"min_kept={pruner.min_kept} in each of {len(entries)} {things} allows no more.".replace("%", " %")
+        )
+    if any(entry.kept is None for entry in entries):
+        units = "units" if pruner.structured else "weights"
+        yield (
+            f"The {things} are ranked together: the scores will say where the {kept:,} {units} that stay are, so there "
+            f"are only bounds for each. scope=local gives each its own share."
+        )
+    if not pruner.structured and pruner.coverage < 1:
+        yield (f"The tensors hold {percent(pruner.coverage)} of the model's matrix weights: sparsity is that of them.")
+    if not pruner.structured and kept < total:
+        yield "Pruned weights are zeros in tensors of the old size: only removing units makes the model smaller."
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

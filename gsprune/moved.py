@@ -1,0 +1,155 @@
+"""Names of modules as they were before the package had folders: `gsprune.sync` is `gsprune.tracking.upload` now.
+
+They work for one release, with a `FutureWarning` that says the new name.
+
+>>> import warnings
+>>> with warnings.catch_warnings(record=True) as caught:
+...     warnings.simplefilter("always")
+...     from gsprune.locks import Lock
+>>> Lock.__module__, str(caught[0].message)
+('gsprune.files.locks', 'gsprune.locks has moved: use gsprune.files.locks')
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import CodeType, ModuleType
+from typing import Any
+
+MOVED = {
+    "addresses": "settings.addresses",
+    "attaching": "pruner.attaching",
+    "attention": "structures.attention",
+    "blocks": "ranking.blocks",
+    "budgets": "cost.budgets",
+    "checkpoint": "formats.network formats.scores formats.masks formats.tensors",
+    "compat": "integrations.inc",
+    "composed": "app.composed",
+    "console": "app.console",
+    "copies": "surgery.copies",
+    "costs": "cost.costs",
+    "datasets": "zoo.datasets",
+    "dense_cache": "sweeps.dense_cache",
+    "describe": "pruner.describe",
+    "distributed": "training.data_parallel collectives",
+    "drawing": "plots.drawing",
+    "earlier": "app.earlier",
+    "examples": "structures.example",
+    "figures": "plots.run_figures",
+    "guard": "training.guard",
+    "hf": "zoo.hf",
+    "hydra_files": "settings.hydra_files",
+    "identity": "settings.identity",
+    "instantiation": "settings.instantiation",
+    "job": "app.job",
+    "latency": "cost.latency",
+    "launcher": "app.launcher",
+    "loading": "training.loading",
+    "locks": "files.locks",
+    "matrices": "structures.matrices",
+    "memory": "app.memory",
+    "metrics": "cost.counting",
+    "models": "zoo.models",
+    "names": "text.names",
+    "optimizers": "surgery.optimizers",
+    "patterns": "ranking.patterns",
+    "planner": "forecast.predict app.forecast_tables forecast.plan",
+    "position": "training.position",
+    "proof": "surgery.proof",
+    "pruners": "pruner.pruners",
+    "redact": "text.redact settings.recorded",
+    "report": "sweeps.report text.redact",
+    "results": "sweeps.results text.names files.layout",
+    "run_state": "training.checkpoints",
+    "schemas": "conf.schemas",
+    "selection": "ranking.selection",
+    "several": "app.several",
+    "sharded": "pruner.sharded",
+    "shown": "text.display",
+    "shrink": "surgery.shrink surgery.apply surgery.plan",
+    "signals": "training.signals",
+    "sources": "settings.sources",
+    "sweep": "sweeps.callback sweeps.record files.layout",
+    "sweep_check": "sweeps.check",
+    "sweep_figures": "plots.sweep_figures",
+    "sync": "tracking.upload",
+    "targets": "pruner.choose pruner.units pruner.weights pruner.targets",
+    "texts": "zoo.texts",
+    "trainer": "training.trainer training.optimization",
+    "variants": "sweeps.variants",
+    "views": "tracking.views",
+}
+# Names of modules that are packages now.
+PACKAGES = {
+    "files": "files.disk",
+    "pruner": "pruner.pruner",
+    "structures": "discovery.find structures.structure structures.example structures.twin",
+    "tracking": "tracking.mlflow tracking.tracker tracking.store settings.addresses",
+}
+COMMANDS = {"compat": "convert", "report": "report", "sync": "sync"}  # that were `python -m gsprune.<name>`
+
+
+class Finder:
+    """Finds the old names; `sys.meta_path` asks it last."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        package, _, old = name.rpartition(".")
+        return ModuleSpec(name, self) if package == "gsprune" and old in MOVED else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Old(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        homes = MOVED[module.__name__.rpartition(".")[2]].split()
+        new = ", ".join(f"gsprune.{home}" for home in homes)
+        warnings.warn(f"{module.__name__} has moved: use {new}", FutureWarning, stacklevel=_outside())
+
+    def get_code(self, name: str) -> CodeType:
+        """For `python -m`, which runs a module without importing it."""
+        command = COMMANDS.get(name.rpartition(".")[2], "--help")
+        text = f"import sys, gsprune.cli; sys.exit(gsprune.cli.main([{command!r}, *sys.argv[1:]]))"
+        return compile(text, name, "exec")
+
+
+class _Old(ModuleType):
+    """Reads every name where it is now."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _find(self.__name__, MOVED[self.__name__.rpartition(".")[2]], name)
+
+
+def handed_on(package: str) -> Callable[[str], Any]:
+    """A package's `__getattr__`, which finds what a module of that name held."""
+
+    def find(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        found = _find(package, PACKAGES[package.rpartition(".")[2]], name)
+        warnings.warn(
+            f"{package}.{name} has moved: use it from {getattr(found, '__module__', package)}",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return found
+
+    return find
+
+
+def _find(old: str, homes: str, name: str) -> Any:
+    for home in homes.split():
+        module = import_module(f"gsprune.{home}")
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module {old!r} has no attribute {name!r}")
+
+
+def _outside() -> int:
+    """How many frames above the caller's caller the import stands, past the machinery of imports."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and "importlib" in frame.f_code.co_filename:
+        level, frame = level + 1, frame.f_back
+    return level

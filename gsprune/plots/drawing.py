@@ -1,0 +1,107 @@
+"""What all pictures have in common: colours, figures without pyplot, and how names and shares are written.
+
+Nothing here touches pyplot's global state: figures are objects on an Agg canvas, so they need no display and may be
+drawn in any thread.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gsprune.files.disk import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PRUNED = (232, 236, 241)  # light
+KEPT = (16, 60, 112)  # dark: more kept is always darker, also in grey print
+INK, FAINT, SPARSITY = "#1f2430", "#6b7280", "#d9622b"
+DPI = 100
+
+
+def new_figure(width_in: float, height_in: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_in, height_in), dpi=DPI, layout=None, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def pixels_of(figure: Figure) -> np.ndarray:
+    canvas: Any = figure.canvas
+    with _boxes_for_missing_letters():
+        canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file, its parts laid out so that no label is cut off."""
+    figure.set_layout_engine("constrained")
+    buffer = io.BytesIO()
+    with _boxes_for_missing_letters():
+        figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure whose margins are set as a PNG file: a job draws several, and `savefig` would draw each twice."""
+    figure.set_dpi(130)
+    save_picture(path, pixels_of(figure))
+
+
+@contextmanager
+def _boxes_for_missing_letters() -> Iterator[None]:
+    """A name in a script that the font lacks is drawn as boxes, without noise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
+def save_picture(path: str | os.PathLike[str], picture: np.ndarray) -> None:
+    """Write a picture (height, width, 3; uint8), such as `mask_image` makes, as a PNG."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "png", compress_level=1)  # 5x faster, 10 % larger
+    write_atomic(path, file.getvalue())
+
+
+def quiet(axes: Axes, *, grid: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#e5e7eb", linewidth=0.8)  # type: ignore[arg-type,unused-ignore]
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8.5, colors=INK)
+
+
+def elide(name: str, length: int) -> str:
+    """
+    >>> elide("encoder.layers.11.attention.output.dense.weight", 24)
+    'encoder.lay…dense.weight'
+    """
+    if len(name) <= length:
+        return name
+    tail = length // 2
+    return f"{name[: length - tail - 1]}…{name[-tail:]}"
+
+
+def plain_label(text: str, length: int) -> str:
+    """A stranger's text as matplotlib can draw it: no mathematics between dollars, nothing unprintable, no end.
+
+    >>> plain_label("cost $x^$\\n", 20)
+    'cost \\\\$x^\\\\$ '
+    """
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return elide(printable, length).replace("$", r"\$")
+
+
+def hexcode(rgb: tuple[int, int, int]) -> str:
+    return "#" + "".join(f"{part:02x}" for part in rgb)

@@ -1,0 +1,316 @@
+"""Pictures of a sweep: accuracy against what was saved, and the sparsity of each layer of several runs.
+
+The numbers come ready from report.py; here they are only drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gsprune.plots.drawing import FAINT, INK, new_figure, plain_label, png, quiet
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Line", "Mark", "Panel", "draw_heatmap", "draw_panels"]
+
+# Okabe and Ito's colours (2008) without yellow, dark enough on white; each has a marker too, for grey print.
+STYLES = (
+    ("#0072b2", "o"),
+    ("#d55e00", "s"),
+    ("#009e73", "^"),
+    ("#cc79a7", "D"),
+    ("#56b4e9", "v"),
+    ("#e69f00", "P"),
+    ("#7b4ea3", "X"),
+    ("#444444", "<"),
+)
+OTHERS = "#b6bcc6"
+DENSE: Mapping[str, Any] = {"color": FAINT, "linestyle": (0, (5, 3)), "linewidth": 1.3}
+CONTROL: Mapping[str, Any] = {"color": INK, "linestyle": "-", "linewidth": 1.1}
+_MAX_JOINED = 12  # points of a variant that are joined by a line; more are a cloud
+_MAX_CELLS_WITH_TEXT = 16  # columns
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a line, all in per cent: the spread is a standard deviation, None of fewer than three runs."""
+
+    x: float
+    y: float
+    spread: float | None
+    front: bool
+    interval: tuple[float, float] | None = None  # of x, where that was measured by a clock
+
+
+@dataclass(frozen=True)
+class Line:
+    """A variant. `style` is an index into STYLES, the same in every panel; None draws it grey, without a name.
+
+    Its marks are joined by a line, unless they are many or `joined` is False: a cloud of variants.
+    """
+
+    label: str
+    style: int | None
+    marks: Sequence[Mark]
+    joined: bool = True
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Accuracy against what is left of one thing, on a logarithmic axis that falls: up and right is better."""
+
+    title: str
+    across: str
+    lines: Sequence[Line]
+    dense: Mapping[str, float]  # the dashed lines: label -> accuracy in per cent
+    empty: str = "nothing recorded"
+    up: str = "accuracy (%)"
+    control: Mapping[str, float] = field(default_factory=dict)  # the same, drawn through
+
+
+def draw_panels(panels: Sequence[Panel]) -> bytes:
+    """A PNG: the first panel above, the others below it, one key for all of them at the foot."""
+    named = _named(panels)
+    columns = _key_columns(named)
+    key_rows = math.ceil((len(named) + 3) / columns)
+    upper, lower = 4.8, 3.9 if len(panels) > 1 else 0.0
+    figure = new_figure(11, upper + lower + 0.27 * key_rows)
+    for panel, axes in zip(panels, _axes(figure, len(panels), upper, lower), strict=True):
+        _draw_panel(axes, panel, styles=len(named))
+    _draw_key(figure, panels, named, columns)
+    return png(figure)
+
+
+def _axes(figure: Figure, count: int, upper: float, lower: float) -> list[Axes]:
+    if count == 1:
+        return [figure.add_subplot()]
+    grid = figure.add_gridspec(2, count - 1, height_ratios=(upper, lower))
+    below = [figure.add_subplot(grid[1, column]) for column in range(count - 1)]
+    return [figure.add_subplot(grid[0, :]), *below]
+
+
+def _named(panels: Sequence[Panel]) -> dict[int, str]:
+    found = {line.style: line.label for panel in panels for line in panel.lines if line.style is not None}
+    return dict(sorted(found.items()))
+
+
+def _key_columns(named: Mapping[int, str]) -> int:
+    longest = max((min(len(label), 60) for label in named.values()), default=0)
+    return 5 if longest <= 14 else 4 if longest <= 20 else 3 if longest <= 30 else 2
+
+
+def _draw_panel(axes: Axes, panel: Panel, *, styles: int) -> None:
+    axes.set_title(panel.title, fontsize=11.5, loc="left", color=INK, weight="bold")
+    axes.set_xlabel(panel.across, color=INK)
+    axes.set_ylabel(panel.up, color=INK)
+    quiet(axes, grid="both")
+    grey = [mark for line in panel.lines if line.style is None for mark in line.marks]
+    for line in [Line("", None, grey), *(line for line in panel.lines if line.style is not None)]:
+        _draw_line(axes, line, shift=_shift(line, styles))
+    for levels, style in ((panel.dense, DENSE), (panel.control, CONTROL)):
+        for level in levels.values():
+            axes.axhline(level, zorder=1.5, **style)
+    marks = [mark for line in panel.lines for mark in line.marks]
+    if marks:
+        _draw_front(axes, [mark for mark in marks if mark.front])
+        _limits(axes, panel, marks)
+    else:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, panel.empty, transform=axes.transAxes, ha="center", color=FAINT)
+
+
+def _shift(line: Line, styles: int) -> float:
+    """Points to the right: equal results of two variants stand side by side instead of hiding each other."""
+    style = line.style
+    return 0.0 if style is None or not line.joined else min(5.0, 20 / styles) * (style - (styles - 1) / 2)
+
+
+def _draw_line(axes: Axes, line: Line, *, shift: float) -> None:
+    marks = sorted(line.marks, key=lambda mark: (mark.x, -mark.y))
+    colour, marker = (OTHERS, ".") if line.style is None else STYLES[line.style]
+    place: dict[str, Any] = {"transform": _moved(axes, shift), "color": colour}
+    joined = line.joined and line.style is not None and len(marks) <= _MAX_JOINED
+    if joined:
+        axes.plot([mark.x for mark in marks], [mark.y for mark in marks], linewidth=1.4, alpha=0.75, zorder=2, **place)
+        _draw_spreads(axes, [mark for mark in marks if mark.spread], place)
+        _draw_intervals(axes, marks, place)
+    edge = {"markeredgecolor": "white", "markeredgewidth": 0.8} if joined else {"alpha": 0.8}
+    _dots(axes, marks, marker=marker, markersize=7.5 if joined else 5, zorder=3, **edge, **place)
+    ring = {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.4}
+    _dots(axes, [mark for mark in marks if mark.front], marker="o", markersize=13, zorder=4, **ring, **place)
+
+
+def _dots(axes: Axes, marks: Sequence[Mark], **style: Any) -> None:
+    axes.plot([mark.x for mark in marks], [mark.y for mark in marks], linestyle="none", **style)
+
+
+def _draw_intervals(axes: Axes, marks: Sequence[Mark], place: Mapping[str, Any]) -> None:
+    for mark in marks:
+        if mark.interval is not None:
+            axes.hlines(mark.y, *mark.interval, linewidth=1.2, zorder=2.5, **place)
+
+
+def _draw_spreads(axes: Axes, marks: Sequence[Mark], place: Mapping[str, Any]) -> None:
+    x = [mark.x for mark in marks]
+    low, high = ([mark.y + sign * (mark.spread or 0) for mark in marks] for sign in (-1, 1))
+    axes.vlines(x, low, high, linewidth=1.2, zorder=2.5, **place)
+    axes.plot(x + x, low + high, marker="_", markersize=7, linestyle="none", zorder=2.5, **place)
+
+
+def _moved(axes: Axes, points: float) -> Any:
+    from matplotlib.transforms import ScaledTranslation
+
+    figure: Any = axes.figure
+    return axes.transData + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
+
+
+def _draw_front(axes: Axes, front: Sequence[Mark]) -> None:
+    """What can be had: steps through the points of the front, from what leaves most on."""
+    corners = sorted({(-mark.x, mark.y) for mark in front})
+    if len(corners) > 1:
+        x, y = zip(*((-x, y) for x, y in corners), strict=True)
+        axes.step(x, y, where="pre", color=INK, linewidth=1, linestyle=":", zorder=1.8)
+
+
+def _limits(axes: Axes, panel: Panel, marks: Sequence[Mark]) -> None:
+    x = [mark.x for mark in marks]
+    y = [mark.y + sign * (mark.spread or 0) for mark in marks for sign in (-1, 1)]
+    y += [*panel.dense.values(), *panel.control.values()]
+    most, least = max(x), min(x)
+    room = max(most / least, 2.0) ** 0.08
+    middle = math.sqrt(most * least)
+    most, least = max(most, 1.4 * middle) * room, min(least, middle / 1.4) / room
+    axes.set_xscale("log")
+    axes.set_xlim(most, least)
+    ticks = _ticks(least, most)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(*_range(y, least=1, pad=0.12))
+
+
+def _ticks(least: float, most: float) -> list[float]:
+    """Round values of a logarithmic axis in per cent, few enough to be read.
+
+    >>> _ticks(0.9, 60), _ticks(0.001, 100)
+    ([1.0, 2.0, 5.0, 10.0, 20.0, 50.0], [0.001, 0.01, 0.1, 1.0, 10.0, 100.0])
+    """
+    found: list[float] = []
+    for steps in ((1, 2, 3, 5, 7), (1, 2, 5), (1,)):
+        found = [
+            tick for power in range(-8, 4) for step in steps if least <= (tick := float(f"{step}e{power}")) <= most
+        ]
+        if len(found) <= 8:
+            break
+    return found
+
+
+def _range(values: Sequence[float], *, least: float, pad: float) -> tuple[float, float]:
+    """The limits of an axis, with room to see the points: at least so wide, and hardly beyond 100 %.
+
+    >>> _range([50.0, 100.0], least=10, pad=0.08)
+    (46.0, 102.0)
+    >>> _range([98.0], least=1, pad=0.0)
+    (97.5, 98.5)
+    """
+    low, high = min(values), max(values)
+    if high - low < least:
+        low, high = (low + high - least) / 2, (low + high + least) / 2
+    room = pad * (high - low)
+    return low - room, min(high + room, 100 + room / 2)
+
+
+def _draw_key(figure: Figure, panels: Sequence[Panel], named: Mapping[int, str], columns: int) -> None:
+    from matplotlib.lines import Line2D
+
+    def entry(label: str, **style: Any) -> None:
+        handles.append(Line2D([], [], **style))
+        labels.append(label)
+
+    handles: list[Line2D] = []
+    labels: list[str] = []
+    for style, label in named.items():
+        colour, marker = STYLES[style]
+        entry(plain_label(label, 60), color=colour, marker=marker, markersize=7.5, linewidth=1.4)
+    lines = [line for panel in panels for line in panel.lines]
+    others = len({line.label for line in lines if line.style is None})
+    if others:
+        noun = "variant" if others == 1 else "variants"
+        entry(f"{others} more {noun}", color=OTHERS, marker=".", markersize=9, linestyle="none")
+    if any(mark.front for line in lines for mark in line.marks):
+        ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.4}
+        entry("Pareto front", color=INK, linestyle=":", linewidth=1, marker="o", markersize=11, **ring)
+    for label in dict.fromkeys(label for panel in panels for label in panel.dense):
+        entry(plain_label(label, 60), **DENSE)
+    for label in dict.fromkeys(label for panel in panels for label in panel.control):
+        entry(plain_label(label, 60), **CONTROL)
+    if handles:
+        options: dict[str, Any] = {"fontsize": 9, "frameon": False, "handlelength": 2.6, "labelcolor": INK}
+        key = figure.legend(handles, [""] * len(labels), loc="outside lower center", ncols=columns, **options)
+        for text, label in zip(key.get_texts(), labels, strict=True):
+            text.set_text(label)  # so that a name may begin with "_"
+
+
+# --- sparsity by layer -------------------------------------------------------------------------------------
+
+
+def draw_heatmap(rows: Sequence[str], columns: Sequence[str], shares: Sequence[Sequence[float | None]]) -> bytes:
+    """A PNG: a row for each run, a column for each layer, the darker the more is pruned; None (no such layer) is empty.
+
+    Shares are 0 to 1. They are written into the cells as per cent where there is room.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    texts = len(columns) <= _MAX_CELLS_WITH_TEXT
+    longest = max((min(len(row), 48) for row in rows), default=0)
+    width = 0.085 * longest + 1.6 + max(len(columns) * (0.52 if texts else 0.21), 2.5)
+    figure = new_figure(width, 0.6 + 0.28 * len(rows) + 0.055 * max((min(len(c), 34) for c in columns), default=0))
+    axes = figure.add_subplot()
+    scale = LinearSegmentedColormap.from_list("pruned", ["#fff7ec", "#fdbb84", "#d7301f", "#5b0a0a"])
+    colours = scale.with_extremes(bad="white")
+    cells = [[math.nan if share is None else 100 * share for share in row] for row in shares]
+    image = axes.imshow(cells, aspect="auto", cmap=colours, vmin=0, vmax=100, interpolation="nearest")
+    axes.set_xticks(range(len(columns)), [plain_label(name, 34) for name in columns])
+    axes.set_yticks(range(len(rows)), [plain_label(name, 48) for name in rows])
+    axes.tick_params(axis="both", labelsize=8.5, colors=INK, length=0)
+    for label in axes.get_xticklabels():
+        label.set(rotation=50, ha="right", rotation_mode="anchor")
+    _grid_of_cells(axes, len(rows), len(columns))
+    if texts:
+        _write_cells(axes, cells)
+    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02, use_gridspec=False)
+    bar.set_label("pruned (%)", fontsize=8.5, color=INK)
+    bar.ax.tick_params(labelsize=8, colors=INK)
+    return png(figure)
+
+
+def _grid_of_cells(axes: Axes, rows: int, columns: int) -> None:
+    axes.spines[:].set_visible(False)
+    axes.set_xticks([column - 0.5 for column in range(1, columns)], minor=True)
+    axes.set_yticks([row - 0.5 for row in range(1, rows)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.tick_params(which="minor", length=0)
+
+
+def _write_cells(axes: Axes, cells: Sequence[Sequence[float]]) -> None:
+    for row, values in enumerate(cells):
+        for column, value in enumerate(values):
+            if math.isfinite(value):
+                colour = "white" if value > 55 else INK
+                axes.text(column, row, _cell(value), ha="center", va="center", fontsize=8, color=colour)
+
+
+def _cell(value: float) -> str:
+    """Whole per cent, but never 0 or 100 for what is only nearly so.
+
+    >>> [_cell(value) for value in (0, 0.2, 50, 99.8, 100)]
+    ['0', '<1', '50', '>99', '100']
+    """
+    if 0 < value < 0.5:
+        return "<1"
+    return ">99" if 99.5 <= value < 100 else f"{value:.0f}"

@@ -1,0 +1,347 @@
+"""How an optimizer's own step calls a pruner's hooks, for loops that do not: `attach`, train as ever, `finish`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gsprune.surgery.optimizers import Optimizers, every_optimizer, held, leaves, names_of
+
+__all__ = ["Attachable"]
+
+_PRUNERS: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Attachable]] = weakref.WeakKeyDictionary()  # by optimizer
+
+
+class Attachable(ABC):
+    """How an optimizer's own step calls the hooks, for loops that do not."""
+
+    model: nn.Module
+    steps_per_epoch: int | None
+    epoch: int
+    step: int
+    _handles: list[Any]  # each with a `remove`
+    _optimizer: Optimizers | None
+    _stepped: set[int]  # the optimizers that have made this training step
+    _loaded: bool  # whether something was loaded into the model since the last step
+    _early: set[int]  # those whose next step was scored before: in the first of SAM's two steps
+
+    @abstractmethod
+    def on_train_begin(self) -> None:
+        """Before the first epoch. Masks of a loaded state are applied."""
+
+    @abstractmethod
+    def on_step_begin(self, step: int) -> None:
+        """Before the forward pass of the epoch's optimizer step `step`: a due mask update happens here."""
+
+    @abstractmethod
+    def on_step_end(self) -> None:
+        """After the optimizer step: what is pruned is zero again."""
+
+    @abstractmethod
+    def on_train_end(self) -> None:
+        """After the last epoch: the final mask, if training ended before the schedule did; units are cut out, once."""
+
+    @abstractmethod
+    def trained(self) -> Mapping[str, Tensor]:
+        """What is pruned or cut and can be trained, by name."""
+
+    @abstractmethod
+    def restore_masks(self) -> None:
+        """Zero what is pruned in the tensors that the model has now, whatever was loaded into it or put in place."""
+
+    @abstractmethod
+    def _score(
+        self,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        held: Collection[int] | None = None,
+    ) -> None:
+        """Add this step's changes to the scores, of what these tensors (by id; None: all) are part of."""
+
+    @abstractmethod
+    def _mask_gradients(self) -> None:
+        """Zero the gradients of what is pruned."""
+
+    # ---- what calls the hooks
+
+    @property
+    def optimizer(self) -> Optimizers | None:
+        """The optimizer, or several, as given."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, given: Optimizers | None) -> None:
+        self.optimizers = every_optimizer(given)  # with those inside others
+        self._optimizer = given
+
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer's step calls the hooks."""
+        return bool(self._handles)
+
+    def attach(self, *optimizers: Optimizer) -> None:
+        """Let the optimizers' own steps call the hooks: `attach`, train as ever, then `finish`.
+
+        Give all optimizers that train what is pruned (none: those the pruner was made with). Wrappers are looked
+        through: accelerate's, SAM, Lookahead, anything that keeps an optimizer in an attribute.
+
+        When a step counts: once all of the optimizers have stepped, or when one of them steps again before the others
+        did (as where a discriminator is trained five times and then its generator). Each gradient is scored once a
+        step, right before the first optimizer that holds a tensor of what is read changes a weight. Gradients are seen
+        as the optimizer sees them, so after clipping. With `optimizer.step(closure)` they are those after the closure's
+        first backward pass, where the weights still are what they were before the step. SAM's are those of its first
+        step. A step that a gradient scaler skips adds nothing, also where a fused optimizer unscales and skips by
+        itself.
+
+        What is loaded into the model with `load_state_dict` is masked at once, other changes after the next step. Where
+        that put other tensors in place of those that the optimizers hold (`assign=True`), the next step is refused.
+
+        Raises:
+            ValueError: the optimizers do not hold all that is pruned and not frozen; an optimizer has no hooks; the
+                pruner does not know `steps_per_epoch`, which turns steps into progress, or is attached.
+        """
+        if self._handles:
+            raise ValueError("the pruner is attached already: finish() it before attaching it again")
+        if self.steps_per_epoch is None:
+            raise ValueError("attach needs the pruner's steps_per_epoch, to know how far training is")
+        given = optimizers if len(optimizers) != 1 else optimizers[0]
+        found = every_optimizer(given) or self.optimizers
+        if not found:
+            raise ValueError("attach needs an optimizer: give it all that train what is pruned")
+        self.restore_masks()  # other tensors may lie in the model now than when the pruner was made
+        self._check_held(found)
+        for leaf in leaves(found):
+            if not hasattr(leaf, "_optimizer_step_pre_hooks"):
+                raise ValueError(
+                    f"{type(leaf).__name__} has no step hooks (it does not call Optimizer.__init__): call the pruner's "
+                    f"own hooks from the loop instead of attach"
+                )
+        if optimizers:
+            self.optimizer = given
+        self._detach_others()
+        self.on_train_begin()
+        self.on_step_begin(self.step)
+        self._hook()
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizers; masks and model stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def finish(self) -> nn.Module:
+        """The end of training for an attached pruner: the final mask, the smaller model; hooks are removed.
+
+        What is pruned is zero afterwards, whatever was loaded into the model before (the best epoch's weights, say).
+
+        Returns:
+            The model given to the constructor, pruned.
+        """
+        self.detach()
+        self.on_train_end()
+        return self.model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is attached to the copies of the optimizers."""
+        return {**vars(self), "_handles": [], "_attached": self.attached}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attached = state.pop("_attached", False)
+        vars(self).update(state)
+        if attached:
+            self._hook()
+
+    # ---- inside
+
+    def _check_held(self, found: list[Any]) -> None:
+        mine, trained = held(found), self.trained()
+        missing = [name for name, tensor in trained.items() if id(tensor) not in mine]
+        if missing and len(missing) == len(trained):
+            raise ValueError(f"{names_of(found)} holds nothing of what is pruned: is it another model's?")
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(
+                f"{missing[0]}{more} is pruned, but {names_of(found)} does not hold it: attach all optimizers that "
+                f"train what is pruned, as in attach(first, second); exclude it, or freeze it (requires_grad_(False))"
+            )
+
+    def _check_trains(self) -> None:
+        """After tensors of the model were replaced."""
+        mine = held(self.optimizers)
+        lost = next((name for name, tensor in self.trained().items() if id(tensor) not in mine), None)
+        if lost is not None:
+            raise ValueError(
+                f"{lost} was replaced in the model (as load_state_dict(assign=True) does), and "
+                f"{names_of(self.optimizers)} trains what was there before: load without assign, or make the "
+                f"optimizer anew and attach it"
+            )
+
+    def _detach_others(self) -> None:
+        """An older pruner of this model would go on masking and cutting what this one does."""
+        mine = {id(parameter) for parameter in self.model.parameters()}
+        for leaf in leaves(self.optimizers):
+            for other in [*_PRUNERS.get(leaf, ())]:
+                if other is not self and other.attached and any(id(p) in mine for p in other.model.parameters()):
+                    other.detach()
+                    warnings.warn(
+                        f"{names_of([leaf])} had another pruner of this model attached: that one is detached now",
+                        stacklevel=3,
+                    )
+
+    def _hook(self) -> None:
+        self._stepped, self._early, self._loaded = set(), set(), False
+        for optimizer in self.optimizers:
+            hooks = hasattr(optimizer, "_optimizer_step_post_hooks")
+            if optimizer in (ends := leaves([optimizer])):
+                _PRUNERS.setdefault(optimizer, weakref.WeakSet()).add(self)
+                self._handles.append(optimizer.register_step_pre_hook(_Hook(self, "_before_step")))
+                self._handles.append(optimizer.register_step_post_hook(_Hook(self, "_after_step")))
+            elif hooks:  # what it does after the step of the inner one may revive weights
+                self._handles.append(optimizer.register_step_post_hook(_Hook(self, "_after_outer_step")))
+            if not ends and callable(getattr(optimizer, "first_step", None)):
+                self._handles.append(_FirstStep(optimizer, _Hook(self, "_before_first_step")))
+        loading: Any = self.model.register_load_state_dict_post_hook  # untyped in torch
+        self._handles.append(loading(_Hook(self, "_after_loading")))
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _nested(optimizer):
+            return None
+        if self._loaded:
+            self._loaded = False
+            self._check_trains()
+        if id(optimizer) in self._stepped:
+            self._end_step()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if id(optimizer) in self._early:
+            return None
+        if closure is None:
+            self._score_held(optimizer)
+            return None
+        watched = _Closure(self, optimizer, closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": watched}
+        return (args[0], watched, *args[2:]), kwargs
+
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        if _nested(optimizer):
+            return
+        self._stepped.add(id(optimizer))
+        self._early.discard(id(optimizer))
+        self.on_step_end()
+        if self._stepped >= {id(leaf) for leaf in leaves(self.optimizers)}:
+            self._end_step()
+
+    def _after_outer_step(self, *_: Any) -> None:
+        self.on_step_end()
+
+    def _before_first_step(self, optimizer: Any) -> None:
+        """SAM: the gradient here is that of the weights themselves, and what is pruned is not to be perturbed."""
+        for leaf in leaves(every_optimizer(optimizer)):
+            if id(leaf) in self._stepped:
+                self._end_step()
+            self._score_held(leaf)
+            self._early.add(id(leaf))
+        self._mask_gradients()
+
+    def _after_loading(self, *_: Any) -> None:
+        self.restore_masks()
+        self._loaded = True
+
+    def _score_held(self, optimizer: Any) -> None:
+        """A fused optimizer is handed scaled gradients, the scale and whether one is inf."""
+        several = len(leaves(self.optimizers)) > 1
+        scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        self._score(scale, found_inf, held=held([optimizer]).keys() if several else None)
+
+    def _found_inf(self) -> Tensor | None:
+        """What a guard or gradient scaler says of this step, on the device: 1 for one that will be skipped."""
+        said = (getattr(optimizer, "found_inf", None) for optimizer in self.optimizers)
+        return next((value for value in said if value is not None), None)
+
+    def _end_step(self) -> None:
+        assert self.steps_per_epoch is not None
+        self._stepped.clear()
+        epochs, step = divmod(self.step + 1, self.steps_per_epoch)
+        self.epoch += epochs
+        self.on_step_begin(step)
+
+
+class _Hook:
+    """Calls a pruner; in a copy of what it hangs on, nothing: the copy is nobody's to prune."""
+
+    def __init__(self, pruner: Attachable | None, method: str) -> None:
+        self.pruner, self.method = pruner, method
+
+    def __call__(self, *args: Any) -> Any:
+        return getattr(self.pruner, self.method)(*args) if self.pruner is not None else None
+
+    def __deepcopy__(self, memo: object) -> _Hook:
+        return _Hook(None, self.method)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self.method)
+
+
+class _Closure:
+    """What `optimizer.step` was given, with the gradients scored where they belong to the weights of before the step.
+
+    An optimizer that evaluates often (LBFGS) searches among the masked networks: weights before each further
+    evaluation, and all its gradients, are masked.
+    """
+
+    def __init__(self, pruner: Attachable, optimizer: Any, closure: Callable[[], Any]) -> None:
+        self.pruner, self.optimizer, self.closure, self.calls = pruner, optimizer, closure, 0
+        self.often = any("lbfgs" in kind.__name__.lower() for kind in type(optimizer).__mro__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.calls and self.often:
+            self.pruner.on_step_end()
+        result = self.closure(*args, **kwargs)
+        if not self.calls:
+            self.pruner._score_held(self.optimizer)
+        if self.often:
+            self.pruner._mask_gradients()
+        self.calls += 1
+        return result
+
+
+class _FirstStep:
+    """The first of SAM's two steps, with a hook before it."""
+
+    def __init__(self, optimizer: Any, hook: Callable[[Any], Any]) -> None:
+        original = optimizer.first_step
+
+        @functools.wraps(original)
+        def first_step(*args: Any, **kwargs: Any) -> Any:
+            hook(optimizer)
+            return original(*args, **kwargs)
+
+        optimizer.first_step = first_step
+        self.optimizer = optimizer
+
+    def remove(self) -> None:
+        vars(self.optimizer).pop("first_step", None)
+
+
+def _nested(optimizer: Any) -> bool:
+    """Whether this is the step of a base class that the optimizer's own `step` calls: torch runs its hooks too."""
+    kinds = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind) and kind is not Optimizer]
+    if len(kinds) < 2:
+        return False
+    codes = {vars(kind)["step"].__code__ for kind in kinds if hasattr(vars(kind)["step"], "__code__")}
+    frame: FrameType | None = sys._getframe(1)
+    calls = 0
+    while frame is not None:
+        calls += frame.f_code in codes and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return calls > 1

@@ -1,0 +1,95 @@
+"""Which single weights of a model are targets, by name and by layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from gsprune.pruner.weights import WeightTarget, WeightTargets
+from gsprune.ranking.patterns import Pattern, Tile
+from gsprune.ranking.selection import PRUNED
+from gsprune.structures.matrices import Matrix, find_matrices, is_sharded
+from gsprune.text.names import choose
+
+
+def weight_targets(
+    model: nn.Module, pattern: Pattern, *, include: Sequence[str], exclude: Sequence[str], per_channel: bool
+) -> tuple[WeightTargets, dict[str, str]]:
+    """A target for every matrix weight that the name patterns choose, and what is left out unasked -> why.
+
+    Raises:
+        ValueError: a name pattern matches nothing, two chosen names are one tensor, or a tile does not fit.
+    """
+    is_plain = pattern == Tile(1, 1) and not per_channel
+    found = {matrix.name: matrix if is_plain else _by_layout(matrix) for matrix in find_matrices(model)}
+    offered = {name: matrix for name, matrix in found.items() if matrix.reason is None or matrix.by_name}
+    reasons = {name: matrix.reason for name, matrix in found.items() if matrix.reason is not None}
+    aliases = {name: matrix.aliases for name, matrix in offered.items()}
+    why = {alias: matrix.reason for matrix in found.values() for alias in matrix.aliases if alias and matrix.reason}
+    chosen = [offered[name] for name in choose(aliases, include, exclude, skipped=why, by_name=reasons.keys())]
+    if not is_plain:
+        _refuse_transposed(chosen)
+    _refuse_twice(chosen)
+    pruned = {id(matrix.weight): matrix.name for matrix in chosen}
+    skipped = {
+        name: reason
+        if id(found[name].weight) not in pruned
+        else f"it is one tensor with {pruned[id(found[name].weight)]}"
+        for name, reason in reasons.items()
+        if name not in pruned.values()
+    }
+    return _weight_targets(chosen, pattern, per_channel=per_channel), skipped
+
+
+def _weight_targets(chosen: Sequence[Matrix], pattern: Pattern, *, per_channel: bool) -> WeightTargets:
+    pieces = [matrix.name for matrix in chosen if is_sharded(matrix.weight)]
+    if not pieces:
+        return WeightTargets(
+            [
+                WeightTarget(
+                    m.name,
+                    m.weight,
+                    pattern,
+                    per_channel=per_channel,
+                    inputs_first=m.order == "columns",
+                    value=m.value,
+                )
+                for m in chosen
+            ]
+        )
+    from gsprune.pruner.sharded import ShardedWeight, ShardedWeights  # slow to import
+
+    for matrix in chosen:
+        if not is_sharded(matrix.weight):
+            raise ValueError(f"{pieces[0]} is cut over several processes and {matrix.name} is not: exclude one of them")
+    return ShardedWeights([ShardedWeight(m.name, m.weight, pattern, per_channel=per_channel) for m in chosen])
+
+
+def _by_layout(matrix: Matrix) -> Matrix:
+    """For patterns and `per_channel`, which have to know the axis of the inputs."""
+    if matrix.order != "unknown" or (matrix.reason is not None and not matrix.by_name):
+        return matrix
+    reason = matrix.reason or "which of its axes are inputs is not known, so that it takes pattern 1x1 only"
+    return replace(matrix, reason=reason, by_name=False)
+
+
+def _refuse_transposed(matrices: Iterable[Matrix]) -> None:
+    for matrix in matrices:
+        if matrix.order == "transposed":
+            raise ValueError(
+                f"{matrix.name} has its inputs as rows (a transposed convolution): it takes pattern 1x1 only"
+            )
+
+
+def _refuse_twice(matrices: Iterable[Matrix]) -> None:
+    seen: dict[int, str] = {}
+    for matrix in matrices:
+        first = seen.setdefault(id(matrix.weight), matrix.name)
+        if first != matrix.name:
+            raise ValueError(f"{first} and {matrix.name} are one tensor and would be pruned twice: exclude one of them")
+
+
+assert math.isinf(PRUNED)  # a pruned score has to survive decay * score + change

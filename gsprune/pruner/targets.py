@@ -1,0 +1,357 @@
+"""What is being pruned, behind one interface.
+
+A `Target` is one tensor or one structure, with its score and its mask: what selection looks at. `Targets` are all of
+them together, side by side in one flat score and one flat mask: what a training step works through. Neither knows of
+schedules or of when a mask is due. Legend: r x n = selection groups as `selection.select` ranks them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gsprune.criteria import Criterion
+from gsprune.ranking.blocks import Scratch
+from gsprune.ranking.selection import pruned_count, select
+
+if TYPE_CHECKING:
+    from gsprune.structures.structure import Member, Structure
+
+_MAGNITUDE_BITS = 0x7FFFFFFF  # all of a float32 but its sign
+
+
+class Verdict:
+    """Whether this step's gradients count, kept on the device: nothing waits for it.
+
+    A batch that does not count adds nothing and lets nothing decay: magnitudes are masked to 0 bit by bit (0 * inf
+    would be NaN), and the factor of the running score is 1.
+    """
+
+    def __init__(self, finite: Tensor, decay: float, grad_scale: Tensor | None = None) -> None:
+        self.grad_scale = grad_scale
+        bits = torch.full_like(finite, _MAGNITUDE_BITS, dtype=torch.int32)
+        self.finite = finite
+        self.bits = torch.where(finite, bits, torch.zeros_like(bits))
+        factor = torch.full_like(finite, decay, dtype=torch.float32)
+        self.decay = torch.where(finite, factor, torch.ones_like(factor))
+
+    def add_(self, score: Tensor, change: Tensor) -> None:
+        """score <- decay * score + abs(change); overwrites `change` (both float32)."""
+        change.view(torch.int32).bitwise_and_(self.bits)
+        if self.grad_scale is not None:
+            change.div_(self.grad_scale)
+        torch.addcmul(change, score, self.decay, out=score)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many are pruned, of how many, of what: every figure of a run's sparsity is one of these.
+
+    >>> share = Share(3, 4, "heads")
+    >>> share.pruned / share.total, float(share), float(Share(0, 0, "weights"))
+    (0.75, 0.75, 0.0)
+    """
+
+    pruned: int
+    total: int
+    of: str  # weights, channels, neurons, heads; several are named side by side, and nothing is ""
+
+    def __float__(self) -> float:
+        return self.pruned / self.total if self.total else 0.0
+
+
+def sum_of(shares: Iterable[Share]) -> Share:
+    """All of them as one; kinds of units are named side by side, and of single weights beside units it is of weights.
+
+    >>> sum_of([Share(1, 2, "heads"), Share(1, 8, "heads")]), sum_of([Share(1, 2, "heads"), Share(1, 8, "neurons")])
+    (Share(pruned=2, total=10, of='heads'), Share(pruned=2, total=10, of='heads and neurons'))
+    """
+    found = list(shares)
+    kinds = list(dict.fromkeys(share.of for share in found))
+    of = "weights" if "weights" in kinds else " and ".join(kinds)
+    return Share(sum(share.pruned for share in found), sum(share.total for share in found), of)
+
+
+class Target(ABC):
+    """One tensor's weights or one structure's units.
+
+    Attributes:
+        name: of the tensor or structure.
+        of: what is pruned here: weights, channels, neurons or heads.
+        score: running score S, float32: of the weight's shape, or (units,). -inf where pruned.
+        keep: mask of the same shape, True = kept.
+        total, pruned: number of weights or units, and how many are pruned.
+        due: whether the next probe looks at it: of several optimizers each step has its own part.
+    """
+
+    name: str
+    score: Tensor
+    keep: Tensor
+    total: int
+    pruned: int = 0
+    of: str = "weights"
+    due: bool = True
+
+    @property
+    def share(self) -> Share:
+        """Pruned, of the dense network's."""
+        return Share(self.pruned, self.total, self.of)
+
+    @abstractmethod
+    def own(self) -> Mapping[str, nn.Parameter]:
+        """What is scored and masked, by name."""
+
+    def replaced(self, model: nn.Module) -> bool:
+        """Whether the model has other tensors in their place by now, or none."""
+        return any(_parameter(model, name) is not tensor for name, tensor in self.own().items())
+
+    @abstractmethod
+    def scored(self, criterion: Criterion) -> Mapping[str, Tensor]:
+        """The tensors whose gradients the criterion reads, by name."""
+
+    @abstractmethod
+    def named(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
+        """What is scored, masked or cut, by name."""
+
+    @abstractmethod
+    def find(self, model: nn.Module) -> None:
+        """Go on with the tensors that the model has now (`load_state_dict(assign=True)` puts others in their place)."""
+
+    @abstractmethod
+    def mask(self, network: nn.Module) -> None:
+        """Zero what is pruned in the model, or in a copy of it. In the end and at updates: it also zeroes a NaN."""
+
+    @abstractmethod
+    def groups(self) -> Tensor:
+        """Scores of the selection groups, (r, n)."""
+
+    def protected(self, groups: Tensor) -> Tensor | None:
+        """Groups that are kept whatever the sparsity."""
+        return None
+
+    @abstractmethod
+    def set_keep(self, keep_rn: Tensor) -> None:
+        """Take over a selection."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole score, also where this process has a part of it."""
+        return self.score.shape
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor of that shape that this process has: all of it."""
+        return tensor
+
+    def outside(self, tensor: Tensor) -> Tensor:
+        """What this process has of a score or mask, as others are to see it."""
+        return tensor
+
+    def best(self, groups: Tensor) -> float:
+        """The highest of the group scores; NaN or inf if one of them is."""
+        return float(groups.max())  # the maximum of a NaN is NaN
+
+    def range(self, groups: Tensor) -> tuple[float, float]:
+        """The lowest and the highest group score of what is not pruned."""
+        return -self.best(-groups.masked_fill(groups.isneginf(), math.inf)), self.best(groups)
+
+    def check(self, score: Tensor, keep: Tensor) -> None:
+        """Raise a ValueError if a saved score or mask has another shape."""
+        for saved in (score, keep):
+            if saved.shape != self.shape:
+                raise ValueError(f"{self.name} has shape {_dims(self.shape)}, the saved state {_dims(saved.shape)}")
+
+    def load(self, score: Tensor, keep: Tensor) -> None:
+        """Take over a saved score and mask of this target's shape."""
+        self.score.copy_(self.here(score))
+        self._take(self.here(keep))
+
+    def _take(self, keep: Tensor) -> None:
+        self.keep.copy_(keep)
+        self.pruned = self.total - int(self.keep.sum())
+
+
+class Targets(ABC):
+    """All targets of a pruner, whose scores and masks are views of two flat tensors.
+
+    Attributes:
+        targets: the single ones, in the model's order.
+        score, keep: all scores (float32) and all masks (bool), one after the other.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, targets: Sequence[Target], total: int, device: torch.device) -> None:
+        self.targets = targets
+        self.score = torch.zeros(total, device=device)
+        self.keep = torch.ones(total, dtype=torch.bool, device=device)
+        self.present = [False] * len(targets)  # in the step that was probed last
+        self.scratch = Scratch()
+
+    @abstractmethod
+    def _share_out(self) -> None:
+        """Make the targets' scores and masks views of the flat ones."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pickling gives every view a memory of its own."""
+        vars(self).update(state)
+        self._share_out()
+
+    @property
+    def pruned(self) -> bool:
+        """Whether there is anything to mask."""
+        return any(target.pruned for target in self.targets)
+
+    def frozen(self, criterion: Criterion) -> list[str]:
+        """The tensors of what is due that the criterion reads a gradient of, and that get none (`requires_grad`)."""
+        due = [target for target in self.targets if target.due]
+        read = {name: tensor for target in due for name, tensor in target.scored(criterion).items()}
+        return [name for name, tensor in read.items() if not tensor.requires_grad]
+
+    def any_score(self) -> bool:
+        """Whether any running score is not 0."""
+        return bool(self.score.any())
+
+    def select(
+        self, groups: Sequence[Tensor], share: float, targets: Sequence[Target], *, min_kept: int
+    ) -> list[Tensor]:
+        """What to keep of some targets' groups, ranked together, to prune that share of them."""
+        n, rows = sum(group.shape[1] for group in groups), len(groups[0])
+        gone = sum(target.pruned * group.numel() // target.total for target, group in zip(targets, groups, strict=True))
+        k = max(pruned_count(share, n), gone // rows)  # what is pruned stays pruned
+        protected = [target.protected(group) for target, group in zip(targets, groups, strict=True)]
+        known = [safe for safe in protected if safe is not None]
+        return select(groups, k, protected=known or None, min_kept=min_kept)
+
+    @abstractmethod
+    def probe(self, criterion: Criterion) -> Tensor:
+        """A 0-dim bool on the device: whether what this step would add is finite.
+
+        A target without a gradient (None) has taken no part in this step: nothing is added, and its score stays as it
+        is. `present` says which ones have one.
+        """
+
+    @abstractmethod
+    def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
+        """Add this step's changes to the running scores; `probe` came before."""
+
+    @abstractmethod
+    def compute_(self, criterion: Criterion) -> None:
+        """Set the scores of a criterion that is not cumulative."""
+
+    @abstractmethod
+    def settle_(self) -> None:
+        """Write -inf into the scores of what is pruned."""
+
+    @abstractmethod
+    def apply_(self) -> None:
+        """Zero what is pruned."""
+
+    @abstractmethod
+    def mask_state_(self, optimizers: Sequence[Optimizer]) -> None:
+        """Zero the optimizers' memory (momentum, moments) of what is pruned."""
+
+    @abstractmethod
+    def mask_grads_(self) -> None:
+        """Zero the gradients of what is pruned."""
+
+
+Piece = tuple[int, int, int, int]  # tensor, its entries from, to, and where they lie in the block
+
+
+def cut_in_blocks(sizes: Sequence[int], block: int) -> list[tuple[int, int, list[Piece]]]:
+    """Tensors of these sizes, one after the other, cut into blocks: (from, to, pieces) each.
+
+    Example:
+        >>> cut_in_blocks([3, 4], 5)
+        [(0, 5, [(0, 0, 3, 0), (1, 0, 2, 3)]), (5, 7, [(1, 2, 4, 0)])]
+    """
+    blocks: list[tuple[int, int, list[Piece]]] = []
+    start, pieces, filled = 0, [], 0
+    for i, size in enumerate(sizes):
+        done = 0
+        while done < size:
+            take = min(block - filled, size - done)
+            pieces.append((i, done, done + take, filled))
+            done, filled = done + take, filled + take
+            if filled == block:
+                blocks.append((start, start + filled, pieces))
+                start, pieces, filled = start + filled, [], 0
+    return [*blocks, (start, start + filled, pieces)] if filled else blocks
+
+
+def merged_runs(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pieces (from, to) in order, those that touch as one.
+
+    Example:
+        >>> merged_runs([(0, 3), (3, 5), (8, 9)])
+        [(0, 5), (8, 9)]
+    """
+    runs: list[tuple[int, int]] = []
+    for lo, hi in pieces:
+        if runs and runs[-1][1] == lo:
+            runs[-1] = (runs[-1][0], hi)
+        else:
+            runs.append((lo, hi))
+    return runs
+
+
+def strided(grad: Tensor) -> Tensor:
+    """The gradient of a table that is looked up may be sparse."""
+    return grad.to_dense() if grad.is_sparse else grad
+
+
+def flat_line(tensor: Tensor) -> Tensor:
+    """The tensor's memory as one line."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def scored_members(structure: Structure) -> Iterable[Member]:
+    yield from structure.producers
+    yield from structure.gates
+    yield from structure.consumers
+
+
+def moved(structure: Structure, device: torch.device) -> Structure:
+    """The structure with its positions on the device of its tensors: looking them up copies nothing."""
+    here = {m: replace(m, index=m.index.to(device)) for m in scored_members(structure)}
+    producers, gates, consumers = (
+        tuple(here[m] for m in side) for side in (structure.producers, structure.gates, structure.consumers)
+    )
+    return replace(structure, producers=producers, gates=gates, consumers=consumers)
+
+
+def one_device(tensors: Iterable[Tensor]) -> torch.device:
+    first, *others = dict.fromkeys(tensor.device for tensor in tensors)
+    if others:
+        raise ValueError(f"what is to be pruned lies on {first} and on {others[0]}: it has to be on one device")
+    if first.type == "meta":
+        raise ValueError("the model is on the meta device, which holds no values: build it on another one")
+    return first
+
+
+def of_shape(network: nn.Module, name: str, shape: torch.Size) -> nn.Parameter:
+    """The network's parameter of that name, which has to be as long as what was made for it."""
+    found = _parameter(network, name)
+    if found is None:
+        raise ValueError(f"the model has no {name} any more, which is pruned here")
+    if found.shape != shape:
+        raise ValueError(f"{name} is {_dims(found.shape)} now, but what is pruned of it is {_dims(shape)}")
+    return found
+
+
+def _parameter(network: nn.Module, name: str) -> nn.Parameter | None:
+    try:
+        return network.get_parameter(name)
+    except AttributeError:
+        return None
+
+
+def _dims(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape)) or "one number"

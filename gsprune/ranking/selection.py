@@ -1,0 +1,122 @@
+"""Which groups go: the one exact rule everything uses. Scores and a count in, what is kept out.
+
+Legend: r = rows that are ranked side by side, each on its own; n = selection groups in a row.
+A part is one tensor's (or structure's) groups, (r, n_i); the parts given together share one ranking along n.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PRUNED = -math.inf  # the score of a group that is pruned already: nothing ranks below it, so it stays pruned
+SHORT = 64  # rows up to this long are sorted
+LARGE = 1 << 20  # a row longer than this is bracketed by a sample first
+STRIDE = 61  # of the sample; odd, so that it does not walk down one column of a weight
+
+
+def pruned_count(sparsity: float, n: int) -> int:
+    """How many of `n` groups a sparsity in [0, 1) means: floor(sparsity * n + 0.5).
+
+    Example:
+        >>> [pruned_count(s, 10) for s in (0.0, 0.04, 0.05, 0.9)]
+        [0, 0, 1, 9]
+    """
+    return math.floor(sparsity * n + 0.5)
+
+
+def select(
+    scores: Sequence[Tensor], k: int, *, protected: Sequence[Tensor] | None = None, min_kept: int = 0
+) -> list[Tensor]:
+    """Prune the k lowest-scored groups of every row of one ranking over all parts: exactly k, whatever the ties.
+
+    Ties go by index: the lower index (of the earlier part) is kept. k falls where `protected` and `min_kept` leave
+    fewer to prune. A selection and no sort: on 25.5 million scores a tenth of the time.
+
+    Args:
+        scores: parts (r, n_i), float, higher is kept; -inf (`PRUNED`) goes first. Never NaN. Left as they are.
+        k: groups to prune in each row, over all parts.
+        protected: parts (r, n_i), bool: True is kept in any case, equally many in each row. None: nothing is.
+        min_kept: groups kept at least in each row of each part (all of them in a part that has fewer).
+
+    Returns:
+        Parts (r, n_i), bool, True = kept.
+
+    Example:
+        >>> scores = torch.tensor([[3.0, 1.0, 2.0, 1.0]])
+        >>> [select([scores], k)[0].int().tolist() for k in (1, 2, 3)]
+        [[[1, 1, 1, 0]], [[1, 0, 1, 0]], [[1, 0, 0, 0]]]
+    """
+    kept = [min(min_kept, score.shape[1]) for score in scores]
+    if len(scores) == 1:
+        k = min(k, scores[0].shape[1] - kept[0])
+    keeps = _select(scores, k, protected)
+    if all(int(keep.sum(1).min()) >= m for keep, m in zip(keeps, kept, strict=True)):
+        return keeps
+    best = [_select([score], score.shape[1] - m, None)[0] for score, m in zip(scores, kept, strict=True)]
+    if protected is not None:
+        best = [b | p for b, p in zip(best, protected, strict=True)]
+    return _select(scores, k, best)
+
+
+def _select(scores: Sequence[Tensor], k: int, protected: Sequence[Tensor] | None) -> list[Tensor]:
+    n = sum(score.shape[1] for score in scores)
+    k = min(k, n)
+    if protected is not None:
+        k = min(k, n - int(sum(int(safe.sum(1).max()) for safe in protected)))
+        scores = [score.masked_fill(safe, math.inf) for score, safe in zip(scores, protected, strict=True)]
+    if k <= 0:
+        return [torch.ones_like(score, dtype=torch.bool) for score in scores]
+    if len(scores[0]) == 1 and n > LARGE and (keeps := _by_sample(scores, k, n)) is not None:
+        return keeps
+    threshold_r1 = _kth_smallest_(torch.cat(tuple(scores), dim=1), k)
+    return _above(scores, threshold_r1, n - k)
+
+
+def _above(scores: Sequence[Tensor], threshold_r1: Tensor, count: int) -> list[Tensor]:
+    """What is above the threshold, and as many of the ties as make up `count`, lowest index first."""
+    keeps = [score > threshold_r1 for score in scores]
+    room_r = count - torch.stack([keep.sum(1) for keep in keeps]).sum(0)
+    for score, keep in zip(scores, keeps, strict=True):
+        tie = score == threshold_r1
+        keep |= tie & (tie.cumsum(1, dtype=torch.int32) <= room_r.unsqueeze(1))
+        room_r = (room_r - tie.sum(1)).clamp_(min=0)
+    return keeps
+
+
+def _by_sample(scores: Sequence[Tensor], k: int, n: int) -> list[Tensor] | None:
+    """The same for one long row, just as exact; None if the sample misleads.
+
+    A sample brackets the threshold between two values, and only what lies between them is ranked (Floyd and Rivest,
+    1975). The gain is memory never touched: to write 25 million fresh floats can take longer than to select.
+    """
+    sample = torch.cat([score[:, ::STRIDE] for score in scores], dim=1)
+    m = sample.shape[1]
+    at, slack = k * m / n, 3 * math.sqrt(m)  # six standard deviations of a rank in the sample, at the median
+    low = _kth_smallest_(sample, max(1, math.floor(at - slack)))
+    high = _kth_smallest_(sample, min(m, math.ceil(at + slack)))
+    reach = torch.gt if float(low) == PRUNED else torch.ge  # what is pruned already goes without being ranked
+    keeps = [reach(score, low) for score in scores]
+    rank = k - (n - sum(int(keep.sum()) for keep in keeps))
+    places = [((score <= high) & keep).view(-1).nonzero().view(-1) for score, keep in zip(scores, keeps, strict=True)]
+    between = torch.cat([score.view(-1)[place] for score, place in zip(scores, places, strict=True)])
+    if not 0 <= rank <= len(between) <= n / 4:
+        return None  # the threshold is outside the bracket, or so many are equal that it narrows nothing
+    (ranked,) = _select([between.unsqueeze(0)], rank, None)
+    for keep, place, kept in zip(keeps, places, torch.split(ranked[0], [len(p) for p in places]), strict=True):
+        keep.view(-1)[place] = kept
+    return keeps
+
+
+def _kth_smallest_(pool: Tensor, k: int) -> Tensor:
+    """The k-th smallest of every row, (r, 1); shuffles the pool."""
+    if pool.shape[1] <= SHORT:  # many rows, as the blocks of an N:M pattern: one vectorised sort is faster
+        return pool.sort(dim=1).values[:, k - 1 : k]
+    if pool.device.type == "cpu":  # numpy's partition, in place: ten times as fast here as torch.kthvalue
+        values = pool.numpy()
+        values.partition(k - 1, axis=1)
+        return pool[:, k - 1 : k].clone()
+    return pool.kthvalue(k, dim=1, keepdim=True).values

@@ -1,0 +1,170 @@
+"""What Hydra writes of a configuration: passwords in it are refused before, and other secrets taken out afterwards.
+
+Hydra writes every override and value into `.hydra/` of a job and `multirun.yaml` of a sweep before any code of ours can
+say a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from gsprune.files.disk import write_atomic
+from gsprune.settings.addresses import check_address
+from gsprune.settings.recorded import address_with_password, hide, variables
+from gsprune.text.display import logger
+from gsprune.text.redact import cleaned, guard_logs, is_secret
+
+__all__ = ["as_given", "clean_files", "protect", "recorded_overrides", "refuse_passwords"]
+
+log = logger(__name__)
+_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
+_IN_MEMORY = ("BasicLauncher", "JoblibLauncher")  # launchers that put no override into a file of theirs
+
+
+def refuse_passwords(cfg: DictConfig) -> None:
+    """
+    Raises:
+        ValueError: an address in the configuration holds a password, which its files would hold too.
+    """
+    if (found := address_with_password(cfg)) is None:
+        return
+    key, address = found
+    if key.endswith("tracking_uri"):
+        way = (
+            "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) in the environment, "
+            "or a database's whole address in MLFLOW_TRACKING_URI"
+        )
+    else:
+        way = f"put the address into an environment variable NAME and give {key}='${{oc.env:NAME}}'"
+    raise ValueError(f"{key}={address} is not allowed with a password or name in the address: {way}")
+
+
+def protect(config: DictConfig) -> None:
+    """Before Hydra writes anything of a run or a sweep (`config` has the node `hydra`): from now on no text of this
+    process holds a secret of it.
+
+    Raises:
+        ValueError: it would be on record all the same.
+    """
+    hide(config)
+    guard_logs()
+    if "gsprune." in str(OmegaConf.select(config, "tracking._target_")):  # another application records what it wants
+        refuse_passwords(config)
+        _check_tracking(config.tracking)
+    refuse_passwords(OmegaConf.create({"hydra": {"callbacks": config.hydra.callbacks}}))
+    hydra = config.hydra
+    _refuse_named_in_path(hydra)
+    secret = secret_keys(hydra.overrides.task)
+    if hydra.mode != RunMode.MULTIRUN:
+        if secret:
+            _refuse_in_path("hydra.run.dir", _resolved(hydra.run, "dir"), secret)
+        return
+    params: Any = OmegaConf.to_container(hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
+    _refuse_swept([*(f"{key!s}={value!s}" for key, value in params.items()), *as_given(hydra.overrides.task)])
+    if not secret:
+        return
+    launcher = str(hydra.launcher.get("_target_"))
+    if not launcher.endswith(_IN_MEMORY):
+        raise ValueError(
+            f"{secret[0]} is a secret, which {launcher.rpartition('.')[2]} would write into its files: put it into an "
+            f"environment variable NAME and give {secret[0]}='${{oc.env:NAME}}'"
+        )
+    _refuse_in_path("hydra.sweep.dir", _resolved(hydra.sweep, "dir"), secret)
+    _refuse_in_path("hydra.sweep.subdir", _resolved(hydra.job, "override_dirname"), secret, where=hydra.sweep)
+
+
+def _check_tracking(tracking: DictConfig) -> None:
+    uri = _resolved(tracking, "tracking_uri") if tracking.get("tracking_uri") else os.environ.get("MLFLOW_TRACKING_URI")
+    if uri and str(tracking._target_).endswith("MLflowTracker"):
+        check_address(uri)
+
+
+def recorded_overrides(overrides: Iterable[Any]) -> list[str]:
+    """
+    >>> recorded_overrides(["seed=1", "+hub.token=abc", "+hub.user=${oc.env:USER}"])
+    ['seed=1', '+hub.token=***', '+hub.user=${oc.env:USER}']
+    """
+    found: list[str] = cleaned(as_given(overrides))
+    return found
+
+
+def as_given(overrides: Iterable[Any]) -> list[str]:
+    """The texts of a list, also of one in a configuration, whose iteration would resolve `${...}` in them."""
+    written: Any = OmegaConf.to_container(overrides, resolve=False) if OmegaConf.is_config(overrides) else overrides
+    return [str(override) for override in written]
+
+
+def secret_keys(overrides: Iterable[Any]) -> list[str]:
+    """The keys of the overrides that hold a secret in plain words."""
+    texts = as_given(overrides)
+    return [text.partition("=")[0] for text, clean in zip(texts, cleaned(texts), strict=True) if clean != text]
+
+
+def _refuse_swept(overrides: list[str]) -> None:
+    for override in OverridesParser.create().parse_overrides(overrides):
+        text = str(override.input_line)
+        if override.is_sweep_override() and (key := secret_keys([text])):
+            raise ValueError(
+                f"{key[0]} is a secret, and what is swept goes on record: put each into an environment variable and "
+                f"give {key[0]}='${{oc.env:ONE}}','${{oc.env:OTHER}}'"
+            )
+
+
+def _resolved(node: Any, key: str) -> str:
+    with suppress(OmegaConfBaseException):  # a job's number is not known before it
+        return str(node[key])
+    return ""
+
+
+def _refuse_in_path(key: str, path: str, secret: list[str], *, where: Any = None) -> None:
+    if where is not None and "override_dirname" not in str(OmegaConf.to_container(where, resolve=False)):
+        return
+    if cleaned(path) != path:
+        raise ValueError(
+            f"{key} would hold the value of {secret[0]}, which is a secret: put it into an environment variable NAME "
+            f"and give {secret[0]}='${{oc.env:NAME}}'"
+        )
+
+
+def _refuse_named_in_path(hydra: DictConfig) -> None:
+    """A directory whose name comes from a secret of the environment would show it to whoever lists the one above."""
+    for node, key in (("run", "dir"), ("sweep", "dir"), ("sweep", "subdir")):
+        text = str((OmegaConf.to_container(hydra[node], resolve=False) or {}).get(key))  # type: ignore[union-attr]
+        if name := next(filter(is_secret, variables(text)), None):
+            raise ValueError(f"hydra.{node}.{key}={text} would hold the value of {name}, which is a secret")
+
+
+def clean_files(config: DictConfig) -> None:
+    """Take secrets out of what Hydra has written of a job and of its sweep."""
+    hide(config)
+    guard_logs()
+    written = OmegaConf.to_container(config, resolve=False)
+    if cleaned(written) == written:
+        return
+    hydra = config.hydra
+    paths = [Path(str(hydra.sweep.dir)) / "multirun.yaml"] if hydra.mode == RunMode.MULTIRUN else []
+    if hydra.output_subdir is not None and not OmegaConf.is_missing(hydra.runtime, "output_dir"):
+        paths += [Path(str(hydra.runtime.output_dir), str(hydra.output_subdir), name) for name in _FILES]
+    for path in paths:
+        _clean(path)
+
+
+def _clean(path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        before = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if (after := cleaned(before)) != before:
+            write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(after)).encode())
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        log.warning("%s holds a secret, which could not be taken out of it: %s", path, error)

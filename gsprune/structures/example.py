@@ -1,0 +1,201 @@
+"""What a network is called with, however it is wrapped, and copies of a network to call it on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from gsprune.structures.attention import no_fast_path
+
+Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Any
+
+
+def arguments(example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: a mapping (a dict, a `BatchEncoding`) is keywords, a tuple or list positions.
+
+    Anything else, a dataclass included, is the one argument.
+
+    >>> arguments((1, 2)), arguments({"x": 1}), arguments("x")
+    (((1, 2), {}), ((), {'x': 1}), (('x',), {}))
+    """
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    return (tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)), {}
+
+
+def call(model: Callable[..., Any], example_input: Example) -> Any:
+    """model(x), model(*tuple) or model(**mapping)."""
+    args, kwargs = arguments(example_input)
+    return model(*args, **kwargs)
+
+
+LABELS = ("labels", "label", "targets", "target")  # what a batch of named parts calls them
+
+
+def inputs_and_labels(batch: Any) -> tuple[Any, Any]:
+    """What a network is called with, and what its answer is compared with.
+
+    A pair is that already. Of a mapping, a named tuple or a dataclass, labels are the part called so (or one of
+    `LABELS`); a mapping or named tuple without it is the rest, a dataclass is left whole.
+
+    Raises:
+        ValueError: there is neither.
+
+    >>> inputs_and_labels({"x": 1, "mask": 2, "labels": 3}), inputs_and_labels((1, 2))
+    (({'x': 1, 'mask': 2}, 3), (1, 2))
+    """
+    names = _parts_of(batch)
+    label = next((name for name in LABELS if name in names), None)
+    if label is None:
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            return batch  # type: ignore[return-value]
+        given = f"a {type(batch).__name__}" + (f" of {', '.join(map(str, names))}" if names else "")
+        raise ValueError(
+            f"a batch is {given}: it must be (inputs, labels), or have a part called {' or '.join(LABELS)}"
+        )
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name != label}, batch[label]
+    if isinstance(batch, tuple):
+        rest = tuple(value for name, value in zip(names, batch, strict=True) if name != label)
+        return rest[0] if len(rest) == 1 else rest, getattr(batch, label)
+    return batch, getattr(batch, label)
+
+
+def _parts_of(batch: Any) -> list[str]:
+    if isinstance(batch, Mapping):
+        return list(batch)
+    if is_dataclass(batch):
+        return [field.name for field in fields(batch)]
+    return list(getattr(batch, "_fields", ()))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The scores of the classes in what a network returns: a tensor, its `logits`, or the first of several tensors."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]  # type: ignore[no-any-return]
+    output = getattr(output, "logits", output)
+    return output[0] if isinstance(output, tuple | list) else output  # type: ignore[no-any-return]
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """The same nest of tuples, lists, mappings and dataclasses with `function` of every tensor.
+
+    >>> from collections import UserDict
+    >>> nest = map_tensors(lambda t: t + 1, UserDict(x=[torch.tensor(1), "a"]))
+    >>> type(nest).__name__, nest["x"]
+    ('UserDict', [tensor(2), 'a'])
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return _refilled(value, {key: map_tensors(function, item) for key, item in value.items()})
+    if isinstance(value, list):
+        return [map_tensors(function, item) for item in value]
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        twin = copy.copy(value)
+        for field in fields(value):
+            if hasattr(value, field.name):
+                object.__setattr__(twin, field.name, map_tensors(function, getattr(value, field.name)))
+        return twin
+    return value
+
+
+def _refilled(old: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A mapping of the old one's type (`UserDict`, `BatchEncoding`, ...) where that can be written to."""
+    if type(old) is dict or not hasattr(old, "__setitem__"):
+        return items
+    twin: Any = copy.copy(old)
+    for key, item in items.items():
+        twin[key] = item
+    return twin  # type: ignore[no-any-return]
+
+
+def tensors_in(value: Any, *, floating: bool = True) -> Iterator[Tensor]:
+    """Every floating-point or complex tensor (or every tensor at all) of such a nest, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return (t for t in found if not floating or t.is_floating_point() or t.is_complex())
+
+
+def plain(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Without history and subclass (fastai's TensorImage); floating and complex numbers in the precision of `dtype`."""
+    if type(tensor) is not Tensor and not is_traceable_wrapper_subclass(tensor):
+        tensor = tensor.as_subclass(Tensor)
+    tensor = tensor.detach()
+    if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    return tensor.to(dtype.to_complex() if tensor.is_complex() else dtype)
+
+
+# ---- copies
+
+
+class _Copying(TorchFunctionMode):
+    """Lets `copy.deepcopy` take tensors that have a history: activations that a module keeps, a weight that a hook
+    computes. The copy has the values alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            memo = args[1]
+            memo[id(args[0])] = args[0].detach().clone()
+            return memo[id(args[0])]
+        return func(*args, **(kwargs or {}))
+
+
+def copy_of(model: nn.Module, *, sharing: bool = False) -> nn.Module:
+    """A deep copy of a network; tensors with a history become values.
+
+    Args:
+        sharing: the copy holds the very same parameters and buffers, to be replaced but never written into.
+    """
+    tensors = [*model.parameters(), *model.buffers()] if sharing else []
+    with _Copying():
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Floating and complex parameters, buffers and tensors kept as plain attributes in the precision of `dtype`."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(dtype.to_complex())
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    model._apply(convert)  # type: ignore[no-untyped-call]
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                vars(module)[name] = convert(value.detach())
+    return model
+
+
+# ---- running
+
+
+def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
+    """The floating-point outputs, without gradients; the example is cloned, the model may write into it.
+
+    Encoders of PyTorch run as they do in training: their fast path puts zeros at padded positions, the other does not.
+    """
+    with torch.no_grad(), same_randomness(model), no_fast_path():
+        return list(tensors_in(call(model, map_tensors(Tensor.clone, example_input))))
+
+
+@contextmanager
+def same_randomness(model: nn.Module) -> Iterator[None]:
+    """Random numbers start from a fixed seed; the caller's generators are left as they were."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,101 @@
+"""The words of structured pruning as data: a `Structure` of units, its `Member` tensors, what was `Found`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gsprune.text.display import html_table
+
+Kind = Literal["channels", "neurons", "heads"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dimension of one tensor that a structure cuts.
+
+    `index` is int64 (units, width) on the CPU: row u lists unit u's positions along `dim` (0 rows, 1 columns)
+    of `tensor`, a name in `model.state_dict()`; `size` is the dense length of that dimension. `in_order`: whether the
+    positions are 0, 1, 2, ... `size` - 1, one unit after the other.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+    size: int
+    in_order: bool | None = None
+
+    def __repr__(self) -> str:
+        units, width = self.index.shape
+        return f"Member({self.tensor!r}, dim {self.dim}: {units} units x {width} of {self.size} positions)"
+
+    def __post_init__(self) -> None:
+        if self.in_order is None:  # read off once, on the CPU: a copy on another device takes it over
+            flat = self.index.flatten()
+            ordered = len(flat) == self.size and torch.equal(flat, torch.arange(self.size))
+            object.__setattr__(self, "in_order", ordered)
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """Units that live in the same tensors; removing unit u removes its positions from every member.
+
+    name        module name of the first producer in module order; for heads that of the attention module
+    units       how many there are; of grouped-query attention a unit is a key/value head with its query heads
+    producers   weights and biases whose rows compute the unit (depthwise convolutions and gates included)
+    consumers   weights whose columns read it: with these at zero the unit contributes exactly nothing
+    norms       per-channel tensors on the way that are cut along: BatchNorm's four, PReLU's slopes
+    gates       the tensors whose sum of w * g over unit u is the gradient of a gate on its pre-activation
+    attributes  module attribute -> amount per unit; its new value is amount * kept units
+    """
+
+    name: str
+    kind: Kind
+    units: int
+    producers: tuple[Member, ...]
+    consumers: tuple[Member, ...]
+    norms: tuple[Member, ...]
+    gates: tuple[Member, ...]
+    attributes: Mapping[str, int]
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.producers)} producing", f"{len(self.norms)} norm", f"{len(self.consumers)} reading"]
+        return f"Structure({self.name!r}: {self.units} {self.kind}; {', '.join(parts)} tensors)"
+
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that produce the units."""
+        return tuple(dict.fromkeys(member.tensor.rpartition(".")[0] for member in self.producers))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find_structures` offers, in module order, what `include` and `exclude` left out of it, and why the rest is
+    left alone (name -> reason)."""
+
+    structures: tuple[Structure, ...]
+    left_out: tuple[Structure, ...]
+    skipped: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        kinds = Counter[str]()
+        for structure in self.structures:
+            kinds[structure.kind] += structure.units
+        units = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        first = f"Found {len(self.structures)} structures ({units})" if kinds else "Found no structures"
+        lines = [f"{first}, left out {len(self.left_out)}, skipped {len(self.skipped)}"]
+        lines += _few([f"  {s.name}: {s.units} {s.kind}" for s in self.structures])
+        return "\n".join([*lines, *_few([f"  - {name}: {why}" for name, why in self.skipped.items()])])
+
+    def _repr_html_(self) -> str:
+        rows = [(s.name, str(s.units), str(s.kind)) for s in self.structures]
+        rows += [(s.name, str(s.units), f"{s.kind}, left out") for s in self.left_out]
+        return html_table(("name", "units", "what"), [*rows, *((name, "", why) for name, why in self.skipped.items())])
+
+
+def _few(lines: list[str], count: int = 8) -> list[str]:
+    return lines if len(lines) <= count + 1 else [*lines[:count], f"  ... {len(lines) - count} more"]

@@ -1,0 +1,159 @@
+"""The cut plan: which positions of which tensors stay; as data, and from kept units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gsprune.files.disk import refusing
+from gsprune.structures.structure import Structure
+from gsprune.text.display import html_table
+
+Cuts = Mapping[int, Tensor]  # dimension -> kept positions
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What stays of a dense network.
+
+    kept        tensor name -> dimension -> kept positions (int64, CPU, ascending); only what is really cut
+    sizes       tensor name -> dimension -> dense length, so that a plan cannot be applied twice
+    attributes  module attribute -> new value ("blocks.0.attn.num_heads" -> 3)
+
+    >>> plan = Plan({"0.weight": {0: torch.tensor([0, 2])}}, {"0.weight": {0: 3}}, {})
+    >>> plan.to_json()["tensors"]
+    {'0.weight': {'0': {'size': 3, 'kept': [0, 2]}}}
+    >>> Plan.from_json(plan.to_json()).kept["0.weight"][0]
+    tensor([0, 2])
+    """
+
+    kept: Mapping[str, Mapping[int, Tensor]]
+    sizes: Mapping[str, Mapping[int, int]]
+    attributes: Mapping[str, int]
+
+    def __repr__(self) -> str:
+        lines = [f"  {name} {self._change(name)}" for name in self.kept][:8]
+        more = [f"  ... {len(self.kept) - len(lines)} more"] if len(self.kept) > len(lines) else []
+        return "\n".join(
+            [f"Plan that cuts {len(self.kept)} tensors, sets {len(self.attributes)} attributes", *lines, *more]
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [(name, self._change(name)) for name in self.kept]
+        rows += [(name, f"= {value}") for name, value in self.attributes.items()]
+        return html_table(("tensor or attribute", "what stays"), rows)
+
+    def _change(self, name: str) -> str:
+        cuts = self.kept[name].items()
+        return ", ".join(
+            f"dim {d}: {len(kept)} of {self.sizes[name][d]}" for d, kept in sorted(cuts, key=lambda c: c[0])
+        )
+
+    def after(self, first: Plan) -> Plan:
+        """This plan, made of a network that `first` had left, counted from that one's dense network.
+
+        Raises:
+            ValueError: the two do not follow each other.
+
+        >>> first = Plan({"w": {0: torch.tensor([0, 2, 3])}}, {"w": {0: 5}}, {"heads": 3})
+        >>> both = Plan({"w": {0: torch.tensor([1, 2])}}, {"w": {0: 3}}, {"heads": 2}).after(first)
+        >>> both.kept["w"][0].tolist(), both.sizes["w"][0], both.attributes
+        ([2, 3], 5, {'heads': 2})
+        """
+        kept = {name: dict(cuts) for name, cuts in first.kept.items()}
+        sizes = {name: dict(lengths) for name, lengths in first.sizes.items()}
+        for name, cuts in self.kept.items():
+            for dim, positions in cuts.items():
+                before = kept.setdefault(name, {}).get(dim)
+                if before is not None and len(before) != self.sizes[name][dim]:
+                    raise ValueError(
+                        f"the first plan leaves {len(before)} in dimension {dim} of {name!r}, not "
+                        f"{self.sizes[name][dim]}: the second plan is of another network"
+                    )
+                kept[name][dim] = positions if before is None else before[positions]
+                sizes.setdefault(name, {}).setdefault(dim, self.sizes[name][dim])
+        return Plan(kept, sizes, {**first.attributes, **self.attributes})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and ints."""
+        tensors = {
+            name: {str(d): {"size": self.sizes[name][d], "kept": kept.tolist()} for d, kept in cuts.items()}
+            for name, cuts in self.kept.items()
+        }
+        return {"tensors": tensors, "attributes": dict(self.attributes)}
+
+    @classmethod
+    @refusing()
+    def from_json(cls, data: Any) -> Plan:
+        """The inverse of `to_json`; ValueError in one sentence for anything else."""
+        _expect(isinstance(data, dict) and set(data) == {"tensors", "attributes"}, "it has no plan's two keys")
+        _expect(isinstance(data["tensors"], dict), "'tensors' is not a mapping")
+        _expect(isinstance(data["attributes"], dict), "'attributes' is not a mapping")
+        for name, value in data["attributes"].items():
+            _expect(type(value) is int and 0 < value < 2**63, f"{name} = {value!r} is not a positive integer")
+        cuts = {name: _read_cuts(name, entry) for name, entry in data["tensors"].items()}
+        kept = {name: {d: kept for d, (_, kept) in entry.items()} for name, entry in cuts.items()}
+        sizes = {name: {d: size for d, (size, _) in entry.items()} for name, entry in cuts.items()}
+        return cls(kept, sizes, dict(data["attributes"]))
+
+
+def _expect(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(f"not a pruning plan: {problem}")
+
+
+def _read_cuts(name: str, entry: Any) -> dict[int, tuple[int, Tensor]]:
+    _expect(isinstance(entry, dict) and set(entry) <= {"0", "1"}, f"{name} has dimensions other than 0 and 1")
+    return {int(d): _read_cut(f"{name} dimension {d}", cut) for d, cut in entry.items()}
+
+
+def _read_cut(where: str, cut: Any) -> tuple[int, Tensor]:
+    _expect(isinstance(cut, dict) and set(cut) == {"size", "kept"}, f"{where} has no size and kept")
+    size, kept = cut["size"], cut["kept"]
+    _expect(type(size) is int and 0 < size < 2**63, f"the size of {where} is not a positive integer")
+    whole = isinstance(kept, list) and len(kept) > 0 and all(type(k) is int for k in kept)
+    _expect(whole, f"{where} keeps {'nothing' if kept == [] else 'something that is not a list of integers'}")
+    _expect(min(kept) >= 0 and max(kept) < size, f"{where} keeps positions outside 0..{size - 1}")
+    ascending = all(a < b for a, b in pairwise(kept))
+    _expect(ascending, f"the kept positions of {where} are not ascending and unique")
+    return size, torch.tensor(kept)
+
+
+def plan_shrink(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> Plan:
+    """The plan that removes every unit u of `structures[i]` with `keeps[i][u]` False.
+
+    A dimension that several structures cut (a concatenation) keeps what all of them keep.
+    Raises ValueError when a keep is not a bool vector of its structure's units, or keeps nothing.
+    """
+    alive: dict[tuple[str, int], Tensor] = {}
+    attributes: dict[str, int] = {}
+    for structure, keep in zip(structures, checked(structures, keeps), strict=True):
+        members = (*structure.producers, *structure.consumers, *structure.norms)
+        for m in members if not keep.all() else ():
+            mask = alive.setdefault((m.tensor, m.dim), torch.ones(m.size, dtype=torch.bool))
+            mask[m.index[~keep].flatten()] = False
+        if not keep.all():
+            attributes |= {name: amount * int(keep.sum()) for name, amount in structure.attributes.items()}
+    kept: dict[str, dict[int, Tensor]] = {}
+    sizes: dict[str, dict[int, int]] = {}
+    for (name, dim), mask in alive.items():
+        kept.setdefault(name, {})[dim] = mask.nonzero().flatten()
+        sizes.setdefault(name, {})[dim] = len(mask)
+    return Plan(kept, sizes, attributes)
+
+
+def checked(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> list[Tensor]:
+    if len(structures) != len(keeps):
+        raise ValueError(f"{len(keeps)} keep vectors were given for {len(structures)} structures")
+    for structure, keep in zip(structures, keeps, strict=True):
+        if keep.dtype != torch.bool or keep.shape != (structure.units,):
+            given = f"{keep.dtype} {tuple(keep.shape)}"
+            raise ValueError(f"the keep of {structure.name!r} must be bool ({structure.units},), not {given}")
+        if not keep.any():
+            raise ValueError(f"the keep of {structure.name!r} removes all {structure.units} units")
+    return [keep.detach().cpu() for keep in keeps]

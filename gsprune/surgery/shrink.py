@@ -1,0 +1,255 @@
+"""Turn kept units into a smaller dense network: modules, their attributes and the optimizer's state.
+
+Two steps: `plan_shrink` says which positions of which tensors stay, `apply_plan` cuts them out in place.
+`shrink` does both, after comparing the masked and the shrunk network in float64 on copies. A `Shrinker` does it again
+and again while the model trains, and counts from the dense network.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gsprune.structures.example import Example, copy_of, outputs
+from gsprune.structures.structure import Member, Structure
+from gsprune.structures.twin import counted, float64_copy, wake
+from gsprune.surgery.apply import (
+    apply_plan,
+    forget_compiled,
+    home_of,
+)
+from gsprune.surgery.copies import check_copies
+from gsprune.surgery.optimizers import Optimizers
+from gsprune.surgery.plan import Plan, checked, plan_shrink
+from gsprune.surgery.proof import (
+    Masked,
+    Problem,
+    Reading,
+    first_difference,
+    inputs_like,
+    is_finite,
+    owners,
+    readings,
+    sift,
+)
+
+
+def shrink(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    keeps: Sequence[Tensor],
+    *,
+    example_input: Example,
+    optimizer: Optimizers | None = None,
+    drop_state: bool = False,
+) -> Plan:
+    """Remove the units that are not kept, in place, after proving on copies that nothing else changes.
+
+    `keeps[i]` is bool (units,), True = kept. Raises ValueError when the masked and the shrunk network differ
+    by more than 1e-9 of the largest output in float64; the model and the optimizer are then untouched.
+
+    >>> from gsprune.discovery.find import find_structures
+    >>> net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.ones(1, 4)
+    >>> keep = torch.tensor([True, False, True])
+    >>> plan = shrink(net, find_structures(net, x).structures, [keep], example_input=x)
+    >>> net[0], net[2]
+    (Linear(in_features=4, out_features=2, bias=True), Linear(in_features=2, out_features=2, bias=True))
+    """
+    check_shrink(model, structures, keeps, example_input=example_input)
+    plan = plan_shrink(structures, keeps)
+    apply_plan(model, plan, optimizer=optimizer, drop_state=drop_state)
+    return plan
+
+
+class Shrinker:
+    """Cuts units out of a model, all at once or a few more each time.
+
+    Attributes:
+        structures: those of the dense network, by which keeps are counted.
+        here: the same structures as they lie in the model now.
+        plan: what stays of the dense network; None before the first cut.
+
+    Args:
+        copies: networks of the same architecture that are cut along, as the average of an EMA.
+
+    Raises:
+        ValueError: a copy has other tensors than the model.
+
+    >>> from gsprune.discovery.find import find_structures
+    >>> net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.ones(1, 4)
+    >>> shrinker = Shrinker(net, find_structures(net, x).structures, example_input=x)
+    >>> shrinker.cut([torch.tensor([True, False, True])])
+    >>> shrinker.cut([torch.tensor([False, False, True])])
+    >>> net[0], shrinker.plan.kept["0.weight"], shrinker.here[0].units
+    (Linear(in_features=4, out_features=1, bias=True), {0: tensor([2])}, 1)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structures: Sequence[Structure],
+        *,
+        example_input: Example,
+        copies: Sequence[nn.Module] = (),
+    ) -> None:
+        check_copies(model, copies)
+        self.model, self.structures, self.copies, self.example_input = model, structures, copies, example_input
+        self.here: Sequence[Structure] = structures
+        self.plan: Plan | None = None
+        self._kept = [torch.ones(structure.units, dtype=torch.bool) for structure in structures]
+
+    def cut(self, keeps: Sequence[Tensor], *, optimizer: Optimizers | None = None, drop_state: bool = False) -> None:
+        """Cut the model, its copies and the optimizer's state down to `keeps[i]`, bool (units,) of the dense network.
+
+        What is cut stays cut. `drop_state` as of `apply_plan`. ValueError as of `shrink`; all is then as it was.
+        """
+        kept = [keep & before for keep, before in zip(checked(self.structures, keeps), self._kept, strict=True)]
+        news = [keep[before] for keep, before in zip(kept, self._kept, strict=True)]
+        plan = plan_shrink(self.structures, kept)
+        if not all(new.all() for new in news):
+            options: dict[str, Any] = {"optimizer": optimizer, "drop_state": drop_state}
+            step = shrink(self.model, self.here, news, example_input=self.example_input, **options)
+            for copy in self.copies:
+                apply_plan(copy, step)
+            forget_compiled()
+        self.here = [_narrowed(s, keep, plan) for s, keep in zip(self.structures, kept, strict=True)]
+        self._kept, self.plan = kept, plan
+
+
+def _narrowed(structure: Structure, keep: Tensor, plan: Plan) -> Structure:
+    """A dense network's structure as it lies in the network that the plan leaves."""
+
+    def here(member: Member) -> Member:
+        kept = plan.kept.get(member.tensor, {}).get(member.dim)
+        if kept is None:
+            return member
+        index = torch.searchsorted(kept, member.index[keep])
+        assert torch.equal(kept[index], member.index[keep])
+        return Member(member.tensor, member.dim, index, len(kept))
+
+    sides = (structure.producers, structure.consumers, structure.norms, structure.gates)
+    producers, consumers, norms, gates = (tuple(map(here, side)) for side in sides)
+    units = int(keep.sum())
+    return replace(structure, units=units, producers=producers, consumers=consumers, norms=norms, gates=gates)
+
+
+def check_shrink(
+    model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor], *, example_input: Example
+) -> None:
+    """Compare masked and shrunk float64 copies; ValueError names the structures that do not agree."""
+    problem = _difference(model, structures, keeps, example_input)
+    if problem is None:
+        return
+    pairs = list(zip(structures, keeps, strict=True))
+    alone = [s.name for s, keep in pairs if _difference(model, [s], [keep], example_input)]
+    names = ", ".join(repr(name) for name in alone or [s.name for s in structures])
+    raise ValueError(f"{problem}; the model was left as it was, exclude {names}")
+
+
+def _difference(
+    model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor], example_input: Example
+) -> str | None:
+    twin, args = float64_copy(model, example_input)
+    calls: Counter[nn.Module] = Counter()
+    with counted(twin, calls):
+        outputs(twin, args)
+    wake(twin, args, calls)
+    return _disagreement(twin, inputs_like(twin, args), structures, keeps)
+
+
+def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Structure], dict[str, str]]:
+    """The structures that can be cut, each to another random number of units, and why the others cannot."""
+
+    def test(some: Sequence[Structure]) -> Problem | None:
+        for number, (args, _) in enumerate(masked.rounds):
+            keeps = [masked.rounds[number].keep(s) for s in some]
+            small = _small(masked.twin, plan_shrink(some, keeps))
+            problem = _mismatch(small, args, partial(masked.read, number, some), some, number)
+            if problem is not None:
+                return problem
+        return None
+
+    return sift(structures, test)
+
+
+def _disagreement(
+    twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Structure], keeps: Sequence[Tensor]
+) -> str | None:
+    """What is wrong with the shrunk network, or None. The twin is masked; a copy of it that shares tensors is cut."""
+    plan = plan_shrink(structures, keeps)
+    mask_units(twin, structures, keeps)
+    small = _small(twin, plan)
+    rows = {name: cuts[0] for name, cuts in plan.kept.items() if 0 in cuts}
+    for number, args in enumerate(inputs):
+        problem = _mismatch(small, args, partial(readings, twin, args, rows), structures, number)
+        if problem is not None:
+            return problem.text
+    return None
+
+
+def _small(twin: nn.Module, plan: Plan) -> nn.Module:
+    small = copy_of(twin, sharing=True)
+    apply_plan(small, plan)
+    return small
+
+
+def _mismatch(
+    small: nn.Module,
+    args: Example,
+    read_masked: Callable[[], Sequence[Reading]],
+    structures: Sequence[Structure],
+    number: int,
+) -> Problem | None:
+    """What is wrong with a shrunk network on one input."""
+    started: list[str] = []
+    try:
+        with _order(small, started):
+            shrunk = readings(small, args, scaled=False)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Problem(f"the shrunk network does not run ({line})", _last_touched(structures, started))
+    masked = read_masked()
+    if not is_finite(masked):
+        text = "the model's output on the example input is not finite (did training diverge?)"
+        return Problem(text) if number == 0 else None
+    differing = first_difference(masked, shrunk)
+    if differing is None:
+        return None
+    before = started[: started.index(differing) + 1] if differing in started else started
+    return Problem("the shrunk network does not compute what the masked one does", _last_touched(structures, before))
+
+
+@contextmanager
+def _order(model: nn.Module, started: list[str]) -> Iterator[None]:
+    """Inside the block, `started` takes the names of modules as they are called."""
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            hook = module.register_forward_pre_hook(lambda m, i, name=name: started.append(name))
+            stack.callback(hook.remove)
+        yield
+
+
+def _last_touched(structures: Sequence[Structure], started: Sequence[str]) -> list[Structure]:
+    """The structures that hold a tensor of the last of these modules that any of them does."""
+    held_by = [(s, owners(s)) for s in structures]
+    for name in reversed(started):
+        touching = [s for s, names in held_by if name in names]
+        if touching:
+            return touching
+    return []
+
+
+@torch.no_grad()
+def mask_units(model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor]) -> None:
+    """Zero, in place, the consumers' columns of the units that are not kept."""
+    for structure, keep in zip(structures, checked(structures, keeps), strict=True):
+        for m in structure.consumers:
+            tensor = getattr(*home_of(model, m.tensor))
+            tensor.index_fill_(m.dim, m.index[~keep].flatten().to(tensor.device), 0.0)

@@ -1,0 +1,421 @@
+"""A sweep as one story: a parent run in MLflow, a report, and jobs that are not done twice.
+
+`SweepCallback` runs in the process that starts the sweep; `current_sweep` is what a job asks, wherever it runs. Nothing
+is passed in memory between them: the parent writes `sweep.json` into the sweep's directory before the first job, jobs
+leave `result.json`, and the parent reads the directory. Hydra imports this file in every application that has the
+callback, so it imports hydra and nothing heavy; mlflow and the report (matplotlib) only when a sweep needs them.
+
+In the directory of a sweep:
+
+    sweep.json                             the command, its axes, the parent run
+    report.html summary.csv pareto.png     the report (`gsprune report` makes it again)
+    0/ 1/ ...                              the jobs
+    dense_cache/                           dense networks that several jobs start from
+    .gsprune/                              the local record of the parent run, and locks
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from hydra.utils import get_method
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from gsprune.files.disk import read_object, spared, write_json
+from gsprune.files.layout import SWEEP
+from gsprune.settings.hydra_files import as_given, clean_files, protect, recorded_overrides
+from gsprune.settings.instantiation import make
+from gsprune.sweeps.check import Checked, check_jobs
+from gsprune.sweeps.record import (
+    Sweep,
+    command_identity,
+    current_sweep,
+    find_begun,
+    last_line,
+    without_sweep_settings,
+)
+from gsprune.sweeps.results import JobResult, Results, read_results
+from gsprune.text.display import code, logger, one_line
+from gsprune.text.redact import told, without_passwords
+
+if TYPE_CHECKING:
+    from gsprune.tracking.tracker import Status, Tracker
+
+__all__ = ["SweepCallback", "start_run"]
+
+MOST_TOLD = 10  # failed jobs that a command's last lines name
+_RUN_STATUS: Mapping[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+log = logger(__name__)
+
+
+def start_run(**options: Any) -> Any:
+    """`mlflow.start_run(**options)`, for jobs that do their own tracking: nested under this process's sweep, in its
+    experiment and its store. Outside of a sweep, or in one without tracking, it is MLflow's own.
+
+    Example: `with gsprune.sweeps.callback.start_run(): mlflow.log_metric("accuracy", 0.9)`.
+    """
+    import mlflow
+
+    sweep = current_sweep()
+    parent = sweep.parent_run_id if sweep is not None else None
+    if sweep is None or parent is None:
+        return mlflow.start_run(**options)
+    if not mlflow.is_tracking_uri_set() and (uri := sweep.text("tracking_uri")):  # type: ignore[no-untyped-call]
+        mlflow.set_tracking_uri(uri)
+    if "experiment_id" not in options and "run_id" not in options:
+        options["experiment_id"] = mlflow.get_run(parent).info.experiment_id
+    return mlflow.start_run(**{"parent_run_id": parent, **options})
+
+
+# --- the process that starts the sweep ---------------------------------------------------------------------
+
+
+class SweepCallback(Callback):
+    """Hydra's callback `hydra/callbacks=gsprune`: one parent run a sweep, closed whatever happens, and the report.
+
+    Args:
+        resume: continue the newest sweep of the same command instead of starting a new directory. A sweep in a fixed
+            `hydra.sweep.dir` is continued in any case.
+        report: write `report.html`, `summary.csv` and `pareto.png` at the end.
+        check: compose and check every job before the first one runs; with a mistake in one of them none runs.
+        rehearse: the name of the application's own part of that check, a function `(cfg, *, here)` that raises a
+            ValueError of one sentence; `here` is whether the jobs run on this machine.
+        tracking_uri, experiment: for applications without a `tracking` group.
+
+    A fault of tracking or of the report never ends the sweep.
+    """
+
+    def __init__(
+        self,
+        *,
+        resume: bool = False,
+        report: bool = True,
+        check: bool = True,
+        rehearse: str | None = None,
+        tracking_uri: str | None = None,
+        experiment: str | None = None,
+    ) -> None:
+        self.resume, self.report, self.check, self.rehearse = resume, report, check, rehearse
+        self.tracking_uri, self.experiment = tracking_uri, experiment
+        self._open: _OpenSweep | None = None
+        self._lent: list[str] = []  # environment variables that this process's job has from here
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Launchers send callbacks to their workers, where there is no sweep to close."""
+        return {**self.__dict__, "_open": None}
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Before the first job: find or make the directory, the parent run, and the database behind it."""
+        _protect(config)
+        self._check_settings()
+        checked = self._check_jobs(config) if self.check else Checked(None)
+        identity = command_identity(config)
+        sweep = Sweep((self._earlier(config, identity) or Path(str(config.hydra.sweep.dir))).absolute())
+        _settle(config, sweep.directory)
+        self._open = _OpenSweep(sweep, report=self.report, jobs=len(checked.jobs or ()))
+        if not self._open.lock.acquire():
+            _refuse(f"another process sweeps in {sweep.directory}: wait for it, or choose another hydra.sweep.dir")
+        atexit.register(self._open.close, "failed")  # on_multirun_end is not called when a job has failed
+        self._open.begin(config, identity, lambda **kwargs: self._make_tracker(config, **kwargs))
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """In the worker: what this callback has put on record of an earlier try is no longer true; no secret stays in
+        what Hydra has written."""
+        clean_files(config)
+        path = Path(config.hydra.runtime.output_dir) / "result.json"
+        if config.hydra.mode == RunMode.MULTIRUN and read_object(path).get("recorded_by") == __name__:
+            path.unlink()
+        self._lend_environment()
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """In the worker: a job that failed before it could say so itself (or that never does) is put on record.
+
+        Hydra prints the overrides and the error of a failed job.
+        """
+        self._return_environment()
+        job_return.overrides = recorded_overrides(job_return.overrides or ())
+        if job_return.status == JobStatus.FAILED:
+            job_return.return_value = _without_secrets(job_return._return_value)
+        path = Path(config.hydra.runtime.output_dir) / "result.json"
+        if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED or path.exists():
+            return
+        error = job_return._return_value  # `return_value` would raise it
+        overrides = recorded_overrides(without_sweep_settings(config.hydra.overrides.task))
+        note = {"status": "failed", "error": last_line(error), "overrides": overrides, "recorded_by": __name__}
+        write_json(path, note)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """After the last job, when all went well."""
+        assert self._open is not None
+        self._open.close("finished")
+        atexit.unregister(self._open.close)
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Before Hydra writes anything of a single run; a mistake in a sweep's settings is a mistake there too."""
+        _protect(config)
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        for name in ("resume", "check", "report"):
+            if not isinstance(value := getattr(self, name), bool):
+                setting = f"sweep.{name}" if name != "report" else "hydra.callbacks.gsprune.report"
+                _refuse(f"{setting}={value} is not allowed: it must be true or false")
+
+    def _check_jobs(self, config: DictConfig) -> Checked:
+        """End the command where a job has a mistake; all of them are told, the command's last line first."""
+        checked = check_jobs(config, get_method(self.rehearse) if self.rehearse else None)
+        if checked.refused and checked.jobs is not None:
+            for number in list(checked.refused)[:MOST_TOLD]:
+                overrides = " ".join(recorded_overrides(checked.jobs[number]))
+                print(one_line(f"job {number} would be: {overrides}"), file=sys.stderr)
+            told = {str(number): why for number, why in checked.refused.items()}
+            print("Nothing was run: correct it, or let the others run with sweep.check=false", file=sys.stderr)
+            _refuse(failures(told, len(checked.jobs)))
+        return checked
+
+    def _lend_environment(self) -> None:
+        """What a job tracks by itself, with `mlflow.start_run()` or a framework's logger, goes where its parent is."""
+        sweep, self._lent = current_sweep(), list[str]()
+        if sweep is None or sweep.parent_run_id is None:
+            return
+        own = {"MLFLOW_TRACKING_URI": "tracking_uri", "MLFLOW_EXPERIMENT_NAME": "experiment"}
+        if "MLFLOW_EXPERIMENT_ID" in os.environ:
+            del own["MLFLOW_EXPERIMENT_NAME"]
+        for variable, key in own.items():
+            if variable not in os.environ and (value := sweep.text(key)):
+                os.environ[variable] = value
+                self._lent.append(variable)
+
+    def _return_environment(self) -> None:
+        for variable in self._lent:
+            os.environ.pop(variable, None)
+        self._lent = []
+
+    def _earlier(self, config: DictConfig, identity: str) -> Path | None:
+        found = find_begun(config, identity) if self.resume else None
+        if self.resume and found is None:
+            log.info("no earlier sweep of this command was found: starting one")
+        return found
+
+    def _make_tracker(self, config: DictConfig, **kwargs: Any) -> Tracker:
+        from gsprune.tracking.mlflow import MLflowTracker
+
+        node = config.get("tracking")
+        if OmegaConf.is_config(node) and "_target_" in node:
+            tracker: Tracker = make(node, **kwargs)
+            return tracker
+        experiment = self.experiment or str(config.hydra.job.name)
+        return MLflowTracker(tracking_uri=self.tracking_uri, experiment=experiment, **kwargs)
+
+
+class _OpenSweep:
+    """A sweep between its start and its end, in the process that started it."""
+
+    def __init__(self, sweep: Sweep, *, report: bool, jobs: int = 0) -> None:
+        self.sweep, self.report, self.jobs = sweep, report, jobs
+        self.lock, self._process = sweep.lock("sweep"), os.getpid()
+        self._record: dict[str, Any] = {}
+        self._tracker: Tracker | None = None
+        self._closed = False
+        self._unwritten: list[str] = []
+
+    def begin(self, config: DictConfig, identity: str, make_tracker: Callable[..., Tracker]) -> None:
+        """Put the sweep on record, then open the parent run or go on with it."""
+        before, axes = self.sweep.record, _axes(config)
+        clean_files(config)  # where an earlier sweep in this directory has left them
+        command = without_passwords(shlex.join(["python", *recorded_overrides(sys.argv)]))
+        self._record = {
+            "command": command,
+            "overrides": recorded_overrides(without_sweep_settings(config.hydra.overrides.task)),
+            "axes": axes,
+            "identity": identity,
+            "status": "running",
+            "started": before.get("started") or _now(),
+            "ended": None,
+            "parent_run_id": self.sweep.parent_run_id,
+            **{key: self.sweep.text(key) for key in ("tracking_uri", "experiment")},
+        }
+        self._write()
+        results = read_results(self.sweep.directory)
+        if before:
+            done = len(results.with_status("finished"))
+            log.info("continuing the sweep in %s: %d of its jobs have finished", self.sweep.directory, done)
+        self._tracker = tracker = make_tracker(
+            output_dir=str(self.sweep.directory / ".gsprune"),
+            run_name=_title(axes),
+            run_id=self._record["parent_run_id"],
+        )
+        values = {key: ",".join(found) for key, found in axes.items()}
+        tags = {"sweep.directory": str(self.sweep.directory), "mlflow.note.content": code(command)}
+        tags |= {f"sweep.{key}": text for key, text in values.items()}  # parameters cannot change when it goes on
+        tracker.start(config={"command": command, "axes": values}, tags=tags)
+        self._close_killed(results)
+        self._record |= {
+            "parent_run_id": tracker.run_id,
+            "tracking_uri": without_passwords(getattr(tracker, "tracking_uri", None) or "") or None,
+            "experiment": getattr(tracker, "experiment", None),
+        }
+        self._write()
+
+    def close(self, status: str) -> None:
+        """Report, close the parent run, free the directory. Calls after the first do nothing."""
+        if self._closed or os.getpid() != self._process:
+            return
+        self._closed = True
+        try:
+            results = read_results(self.sweep.directory)
+            if status != "finished" and not results.with_status("failed"):
+                status = "interrupted"
+            self._record |= {"status": status, "ended": _now()}
+            self._write()
+            reports = self._write_report() if self.report else []
+            if self._tracker is not None:
+                self._finish_run(self._tracker, results, reports)
+            if failed := {job.name: job.text("error") or "" for job in results.with_status("failed")}:
+                print(failures(failed, max(self.jobs, len(results.jobs))), file=sys.stderr)
+        except Exception:
+            log.exception("the sweep in %s could not be closed", self.sweep.directory)
+        finally:
+            self.lock.release()
+
+    def _write_report(self) -> list[Path]:
+        from gsprune.sweeps.report import build_report
+
+        try:
+            report = build_report(self.sweep.directory)
+            log.info("report of %d finished jobs: %s", report.usable, report.directory / "report.html")
+            for note in report.notes:
+                log.info("%s", note)
+            return report.paths
+        except (ValueError, OSError) as error:
+            log.warning("no report of the sweep: %s", error)
+        except Exception:  # a fault of ours must not cost the parent run its end
+            log.exception("no report of the sweep in %s", self.sweep.directory)
+        return []
+
+    def _finish_run(self, tracker: Tracker, results: Results, reports: list[Path]) -> None:
+        self._close_killed(results)
+        tracker.log_metrics({f"jobs/{name}": len(results.with_status(name)) for name in ("finished", "failed")}, step=0)
+        for path in reports:
+            tracker.log_artifact(path)
+        tracker.log_tags({"mlflow.note.content": self._description(results)})
+        tracker.finish(_RUN_STATUS[str(self._record["status"])])
+
+    def _description(self, results: Results) -> str:
+        """What the parent's page says of it, in its first three lines."""
+        done, failed = (len(results.with_status(name)) for name in ("finished", "failed"))
+        where = "report.html is among the artifacts" if self.report else "no report was wanted"
+        return f"{done} jobs finished, {failed} failed; {where}.\n\n{code(str(self._record['command']))}"
+
+    def _close_killed(self, results: Results) -> None:
+        """End the MLflow runs of jobs that no process works on."""
+        assert self._tracker is not None
+        alive = [job for job in results.with_status("running") if self.sweep.is_running(job)]
+        dead = [job for job in results.jobs if job.status in ("running", "interrupted") and job not in alive]
+        done = results.with_status("finished")  # one that was killed in its very last call
+        self._tracker.close_children(except_for=_runs(alive), killed=_runs(dead), finished=_runs(done))
+
+    def _write(self) -> None:
+        with spared(SWEEP, self._unwritten):
+            write_json(self.sweep.directory / SWEEP, self._record)
+
+
+def failures(failed: Mapping[str, str], jobs: int) -> str:
+    """How many failed, which, and why: a line each.
+
+    >>> print(failures({"0": "ValueError: seed=x is not allowed", "2": "RuntimeError: no"}, 3))
+    2 of 3 failed: 0: seed=x is not allowed
+                   2: RuntimeError: no
+    """
+    start = f"{len(failed)} of {jobs} failed: "
+    lines = [one_line(f"{name}: {why.removeprefix('ValueError: ')}") for name, why in failed.items()]
+    more = [f"and {len(lines) - MOST_TOLD} more"] if len(lines) > MOST_TOLD else []
+    return start + f"\n{' ' * len(start)}".join([*lines[:MOST_TOLD], *more])
+
+
+def _refuse(message: str) -> NoReturn:
+    """End the command: Hydra would turn an ordinary exception of a callback into a warning, and go on."""
+    print(one_line(message) if "\n" not in message else message, file=sys.stderr)
+    raise SystemExit(1)
+
+
+def _runs(jobs: Iterable[JobResult]) -> list[str]:
+    return [run for run in map(_run_of, jobs) if run is not None]
+
+
+def _run_of(job: JobResult) -> str | None:
+    found = read_object(job.folder / "tracking.json").get("run_id")
+    return found if isinstance(found, str) else None
+
+
+def _settle(config: DictConfig, directory: Path) -> None:
+    """Fix the sweep's directory, absolute, in the configuration that the launcher has and in that of every job.
+
+    Hydra composes each job's anew, from the overrides, and a worker's working directory may be another.
+    """
+    with read_write(config), open_dict(config):
+        config.hydra.sweep.dir = str(directory)
+        quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+    HydraConfig.instance().set_config(config)
+
+
+# --- what a sweep is called --------------------------------------------------------------------------------
+
+
+def _axes(config: DictConfig) -> dict[str, list[str]]:
+    """The swept keys and their values, as the command or `hydra.sweeper.params` gives them."""
+    params: Any = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
+    given = [*(f"{key!s}={value}" for key, value in params.items()), *as_given(config.hydra.overrides.task)]
+    lines = recorded_overrides(without_sweep_settings(given))
+    axes: dict[str, list[str]] = {}
+    for override in OverridesParser.create().parse_overrides(lines):
+        key = override.get_key_element().lstrip("+")
+        axes.pop(key, None)  # the command's word on a key replaces the configuration's
+        if override.is_sweep_override():
+            listed = override.is_discrete_sweep()
+            values = override.sweep_string_iterator() if listed else [override.get_value_string()]
+            axes[key] = [str(value) for value in values]
+    return axes
+
+
+def _protect(config: DictConfig) -> None:
+    try:
+        protect(config)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None  # Hydra would turn an ordinary exception into a warning, and go on
+
+
+def _without_secrets(error: BaseException) -> BaseException:
+    """The error as it is, unless its text, or that of what has caused it, holds what no terminal may show."""
+    full = "".join(traceback.format_exception(error))
+    if (clean := told(full)) == full:
+        return error
+    return CompactHydraException(told(str(error)) if isinstance(error, CompactHydraException) else clean.rstrip())
+
+
+def _title(axes: Mapping[str, list[str]]) -> str:
+    """
+    >>> _title({"pruner": ["abs", "weighted"], "pruner.target_sparsity": ["0.5"], "seed": ["0", "1"]})
+    'sweep of pruner, target_sparsity, seed'
+    """
+    return f"sweep of {', '.join(key.rpartition('.')[2] for key in axes)}" if axes else "sweep"
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

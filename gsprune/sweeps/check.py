@@ -1,0 +1,151 @@
+"""Every job of a sweep, composed and checked before the first one trains.
+
+The starting process composes each job's configuration as Hydra's own sweeper will, and hands it to a check of the
+application.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from gsprune.settings.hydra_files import as_given
+from gsprune.text.display import logger
+from gsprune.text.redact import told
+
+__all__ = ["Checked", "check_jobs", "sentence"]
+
+Check = Callable[..., None]  # (configuration of a job, here=whether it will run on this machine)
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+HERE = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")  # start their jobs on this machine
+log = logger(__name__)
+
+
+@dataclass
+class Checked:
+    """What is known of a sweep's jobs before they run.
+
+    Attributes:
+        jobs: the overrides of each; None where a search chooses them one after the other.
+        refused: number of a job -> why it cannot run.
+    """
+
+    jobs: list[list[str]] | None
+    refused: dict[int, str] = field(default_factory=dict)
+
+
+def check_jobs(config: DictConfig, check: Check | None) -> Checked:
+    """Compose every job of the sweep that `config` describes, and call `check` on each; jobs that differ in a whole
+    number as their seed count as one.
+
+    Of a search, whose jobs nobody knows, the first value of each range is tried, and what is wrong with it is logged:
+    another value may be right.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    overrides = _overrides(config, loader)
+    listed = _listed(config, overrides)
+    checked, known = Checked(listed), dict[tuple[str, ...], str | None]()
+    here = str(config.hydra.launcher.get("_target_")).rpartition(".")[2] in HERE
+    for number, job in enumerate(listed if listed is not None else [_first_values(overrides)]):
+        same = tuple(text for text in job if not re.fullmatch(r"\+*seed=-?\d+", text))
+        if same not in known:
+            known[same] = _refusal(config, loader, job, number, check, here)
+        if (why := known[same]) is not None and listed is not None:
+            checked.refused[number] = why
+        elif why is not None:
+            log.warning("the search may hold jobs that cannot run: %s: %s", " ".join(job), why)
+    return checked
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, on one line, with what Hydra keeps in its cause.
+
+    >>> sentence(ValueError("seed=x is not\\nallowed"))
+    'seed=x is not allowed'
+    """
+    texts = [" ".join(told(str(found)).split()) for found in (error, error.__cause__) if found is not None]
+    listed = list(dict.fromkeys(re.sub(r" full_key: \S+| object_type=\S+", "", text) for text in texts if text))
+    return ": ".join(listed) or type(error).__name__
+
+
+def _overrides(config: DictConfig, loader: ConfigLoader) -> list[Override]:
+    """Those of the sweeper's own `params` and of the command, as Hydra's sweeper reads them."""
+    params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
+    assert isinstance(params, dict)
+    lines = [f"{key!s}={value}" for key, value in params.items()]
+    return OverridesParser.create(config_loader=loader).parse_overrides(
+        [*lines, *as_given(config.hydra.overrides.task)]
+    )
+
+
+def _listed(config: DictConfig, overrides: list[Override]) -> list[list[str]] | None:
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    if config.hydra.sweeper.get("_target_") != BASIC:
+        return None
+    (jobs,) = BasicSweeper.split_arguments(overrides, None)
+    return jobs
+
+
+def _first_values(overrides: Sequence[Override]) -> list[str]:
+    values = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = override.get_value_element_as_str()
+        elif override.is_discrete_sweep():
+            values[key] = next(iter(override.sweep_string_iterator()))
+        elif isinstance(found := override.value(), IntervalSweep):
+            values[key] = str(found.start)
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def _refusal(
+    config: DictConfig, loader: ConfigLoader, overrides: list[str], number: int, check: Check | None, here: bool
+) -> str | None:
+    try:
+        job = loader.load_sweep_config(config, list(overrides))
+        with open_dict(job):
+            job.hydra.job.id = job.hydra.job.num = number
+        if check is not None:
+            with _as_in_a_job(job) as own:
+                check(own, here=here)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        return sentence(error)
+    except Exception as error:  # not a mistake that the check knows: the job itself will say what it is
+        log.debug("job %d could not be checked", number, exc_info=error)
+    return None
+
+
+@contextmanager
+def _as_in_a_job(job: DictConfig) -> Iterator[DictConfig]:
+    """What Hydra sets up around a job, without its output directory; nothing that is said meanwhile is shown."""
+    before, disabled = HydraConfig.instance().cfg, logging.root.manager.disable
+    own = copy.deepcopy(job)
+    with read_write(own), open_dict(own):
+        del own["hydra"]
+    with read_write(job.hydra.runtime), open_dict(job.hydra.runtime):
+        job.hydra.runtime.output_dir = f"{job.hydra.sweep.dir}/{job.hydra.sweep.subdir}"
+    HydraConfig.instance().set_config(job)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield own
+    finally:
+        logging.disable(disabled)
+        HydraConfig.instance().cfg = before

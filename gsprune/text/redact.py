@@ -1,0 +1,387 @@
+"""What no file, no record, no log and no error may hold: passwords, and what the environment alone knows.
+
+The one place that decides it. `without_passwords` cleans a text by its shape (userinfo and queries of addresses,
+`name=value` and `"name": "value"` with a name like a secret's) and of the values that `hide` was told; `cleaned` does
+so through nested data, and `recorded` writes a configuration down with `${oc.env:...}` unresolved. `write_json`, the
+tracker, log records and the terminal of `train.py` all go through here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+from urllib.parse import quote, unquote
+
+from gsprune.text.display import label, tag
+
+__all__ = ["Cleaned", "clean_texts", "cleaned", "guard_logs", "is_secret", "told", "without_passwords"]
+
+MASK = "***"
+
+
+# --- names -------------------------------------------------------------------------------------------------
+
+_ENDS = (
+    *("password", "passwd", "passphrase", "passwort", "secret", "token", "credential", "passwords", "secrets"),
+    *("apikey", "accesskey", "privatekey", "secretkey"),
+)
+_WORDS = {"pwd", "pass", "pw", "key", "credentials", "creds", "auth", "authorization", "bearer", "cookie", "jwt", "otp"}
+_OPENS = {
+    *("api", "access", "secret", "private", "auth", "account", "admin", "encryption", "signing", "ssh", "license"),
+    *("hf", "hub", "bearer", "refresh", "session"),
+}
+_SIGNS = {"sig", "signature", "code"}  # that open what an address leads to, in its query
+# What such a word ends that is none: special tokens of a tokenizer, counts, and keys of data.
+_TOKENS = {
+    *("pad", "eos", "bos", "unk", "sep", "cls", "mask", "class", "image", "start", "end", "max", "min", "num", "n"),
+    *("dist", "distillation", "prompt", "special", "register", "sos", "blank", "patch", "per", "first", "last"),
+}
+_KEYS = {"sort", "text", "label", "image", "input", "output", "target", "primary", "foreign", "group", "data", "metric"}
+
+
+def is_secret(name: str) -> bool:
+    """Whether what has this name (the last part of a dotted one counts) is a secret.
+
+    >>> [is_secret(name) for name in ("model.hf_token", "apiKeys", "DB_PASSWORD", "+extra.secret", "key")]
+    [True, True, True, True, True]
+    >>> [is_secret(name) for name in ("tokenizer", "max_tokens", "pad_token", "sort_key", "forward_pass", "seed")]
+    [False, False, False, False, False, False]
+    """
+    words = _words(name)
+    if not words:
+        return False
+    last, before = words[-1], words[-2] if len(words) > 1 else ""
+    if last == "token":
+        return before not in _TOKENS
+    if last == "key":
+        return before not in _KEYS
+    if last in ("keys", "tokens"):  # several of them are counts and vocabularies elsewhere
+        return before in _OPENS
+    if last == "pass":
+        return before not in ("forward", "backward", "single", "first", "second", "by")
+    return last.endswith(_ENDS) or last in _WORDS
+
+
+def is_certain(name: str, value: object = "") -> bool:
+    """A `key` may be one of a table, a `pass` and a number of a `token` one of many, on which a result depends; any
+    other secret only opens a door."""
+    words = _words(name)
+    doubtful = words[-1] in ("key", "pass") or (words[-1] == "token" and not isinstance(value, str))
+    return not doubtful or (len(words) > 1 and words[-2] in _OPENS)
+
+
+def _words(name: str) -> list[str]:
+    last = re.split(r"[.\[\]@/:]", name.strip().rstrip("]"))[-1]
+    found = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", last)
+    return [word.lower() for word in found]
+
+
+# --- texts -------------------------------------------------------------------------------------------------
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,30})://((?:(?!\w://)[^\n])+)")
+_PORT = re.compile(r"[^\s/?#@:]*:\d{1,5}(?:[/?#\s'\",;)\]}]|$)")
+_HOST = re.compile(r"(?:localhost|\[[0-9a-fA-F:.]+\]|[\w\-]*\.[\w.\-]+)(?::\d+)?/|[\w.\-]+:\d{1,5}/")
+_CONTAINERS = ("wasb", "wasbs", "abfs", "abfss")  # container@account: no user
+_PAIR = re.compile(
+    r"(?<![\w.\-/@])([+~]*[\w.\-/@]*\w)="
+    r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|\$\{(?:[^{}]|\{[^{}]*\})*\}|"""
+    r"""(?:[^\s&#,;'"()\[\]{}]|,(?=\S)(?![\w.+/@\-]*=))+)"""
+)
+_QUOTED = re.compile(r"""(['"])([\w.\-]*\w)\1(\s*:\s*)("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')""")
+_FLOW = re.compile(r"""([{,]\s*)([\w.\-]*\w)(\s*:\s*)("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s,{}\[\]"']+)""")
+_GROUP = re.compile(r"""(['"]?)(?<![\w.\-/@])([+~]*[\w.\-/@]*\w)\1\s*[:=]\s*(?=[\[{(])""")
+_QUERY = re.compile(r"([?&;][\w.\-]*\w)=([^\s&#;,'\"(){}]+)")
+_LINE = re.compile(r"(?m)^([ \t]*(?:- )?)([\w.\-]*\w)([ \t]*[:=][ \t]+)(\S.*)$")
+_SPOKEN = re.compile(r"(?i)\b([\w.\-]{0,40}(?:password|passwd|passphrase|passwort)[ \t]*[:=][ \t]+)([^\s'\"{\[($*]\S*)")
+_HEADER = re.compile(r"(?i)((?:authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)|\bbearer)\s+)[\w.\-+/=~]{4,}")
+_DEFAULT = re.compile(r"\$\{\s*oc\.env\s*:[^,{}]*,\s*(?!(?:null|None|''|\"\")\s*\})[^\s${}]")  # in plain words
+_INTERPOLATION = re.compile(r"\$\{(?:[^{}]|\{[^{}]*\})*\}")
+_ISSUED = re.compile(  # by those who mark what they issue
+    r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|sk-)(?=[\w\-]{0,80}\d)[A-Za-z0-9_\-]{16,}"
+)
+_SPAN = 300  # characters of a password with spaces in it
+
+
+def without_passwords(text: str) -> str:
+    """A text without what it may not hold. Cleaning it again changes nothing.
+
+    >>> without_passwords("http://ann:secret@host:5000"), without_passwords("https://host/x?a=1&Token=abc")
+    ('http://***@host:5000', 'https://host/x?a=1&Token=***')
+    >>> without_passwords("http://ann:p@ss/w@rd's@host:5000/x"), without_passwords("+db.password='a b' seed=1")
+    ('http://***@host:5000/x', '+db.password=*** seed=1')
+    >>> without_passwords("sqlite:////home/me@work/m.db"), without_passwords("token=${oc.env:MY_TOKEN}")
+    ('sqlite:////home/me@work/m.db', 'token=${oc.env:MY_TOKEN}')
+    """
+    text = by_shape(text)
+    return hidden.sub(text) if hidden.pattern else text
+
+
+def told(text: str) -> str:
+    """`without_passwords` for what people read: a value that came out of the environment is called by its variable."""
+    text = without_passwords(text)
+    return mentioned.sub(text) if mentioned.pattern else text
+
+
+def by_shape(text: str) -> str:
+    if "://" in text:
+        text = _ADDRESS.sub(lambda m: f"{m[1]}://{_without_userinfo(m[1], m[2])}", text)
+    if "=" in text or ":" in text:
+        text = _without_groups(text)
+    if "=" in text:
+        text = _QUERY.sub(_without_sign, _PAIR.sub(_without_value, text))
+    if ":" in text:
+        text = _FLOW.sub(_without_item, _QUOTED.sub(_without_quoted, text))
+    text = _HEADER.sub(rf"\g<1>{MASK}", text)
+    if ": " in text or "= " in text:
+        text = _SPOKEN.sub(rf"\g<1>{MASK}", _LINE.sub(_without_line, text))
+    return _ISSUED.sub(MASK, text)
+
+
+def _without_groups(text: str) -> str:
+    """Without the lists and mappings that have a name like a secret's, as far as they are in brackets."""
+    parts, done = [], 0
+    for found in _GROUP.finditer(text):
+        if found.start() < done or not is_secret(found[2]):
+            continue
+        end = _end_of_group(text, found.end())
+        if not is_open(text[found.end() : end]):
+            parts += [text[done : found.end()], MASK]
+            done = end
+    return "".join([*parts, text[done:]])
+
+
+def _end_of_group(text: str, start: int) -> int:
+    depth = 0
+    for found in re.compile(r"[\[\](){}]").finditer(text, start):
+        depth += 1 if found[0] in "[({" else -1
+        if depth == 0:
+            return found.end()
+    return len(text)
+
+
+def _without_userinfo(scheme: str, rest: str) -> str:
+    end = _end_of_userinfo(scheme, rest)
+    if end is None or re.fullmatch(r"[^:@\s]*:?\$\{[^}]*\}", rest[:end]):  # nothing, or what the environment has
+        return rest
+    return f"{MASK}@{rest[end + 1 :]}"
+
+
+def _end_of_userinfo(scheme: str, rest: str) -> int | None:
+    """Where the `@` before the host is, in what follows `://`; None: there is none.
+
+    That is the last one before the path, and passwords may hold what ends an authority elsewhere: where no host comes
+    after it, or no port after the colon, it is sought further on.
+    """
+    word = re.match(r"\S*", rest)[0]  # type: ignore[index]
+    authority = re.match(r"[^/?#]*", word)[0]  # type: ignore[index]
+    last, at = word.rfind("@"), authority.rfind("@")
+    if at < 0:
+        if ":" not in authority or _PORT.match(rest):
+            return None
+        return last if last >= 0 else (found if (found := rest.rfind("@", 0, _SPAN)) >= 0 else None)
+    if ":" not in authority[:at]:
+        return None if scheme.lower() in _CONTAINERS else at
+    return at if last == at or authority.startswith(f"{MASK}@") or _HOST.match(word[at + 1 :]) else last
+
+
+def is_open(value: str) -> bool:
+    """Whether it says where a value comes from, or nothing."""
+    bare = value.strip("'\"")
+    if _DEFAULT.search(bare):
+        return False
+    own = _INTERPOLATION.sub("", bare)  # what it adds to an interpolation
+    return not re.search(r"\w", own) or own.lower() in ("null", "none", "true", "false")
+
+
+def _without_sign(found: re.Match[str]) -> str:
+    return f"{found[1]}={MASK}" if _words(found[1])[-1:] and _words(found[1])[-1] in _SIGNS else found[0]
+
+
+def _without_value(found: re.Match[str]) -> str:
+    return f"{found[1]}={MASK}" if is_secret(found[1]) and not is_open(found[2]) else found[0]
+
+
+def _without_quoted(found: re.Match[str]) -> str:
+    mark, name, colon, value = found.groups()
+    return (
+        f"{mark}{name}{mark}{colon}{value[0]}{MASK}{value[0]}" if is_secret(name) and not is_open(value) else found[0]
+    )
+
+
+def _without_item(found: re.Match[str]) -> str:
+    hides = is_secret(found[2]) and not is_open(found[4])
+    return f"{found[1]}{found[2]}{found[3]}{MASK}" if hides else found[0]
+
+
+def _without_line(found: re.Match[str]) -> str:
+    hides = is_secret(found[2]) and is_certain(found[2]) and not (is_open(found[4]) or found[4].endswith(MASK))
+    return f"{found[1]}{found[2]}{found[3]}{MASK}" if hides else found[0]
+
+
+class _Values:
+    """Values that are replaced wherever they stand as a word of their own, as they are or encoded."""
+
+    def __init__(self) -> None:
+        self._by: dict[str, str] = {}
+        self.pattern: re.Pattern[str] | None = None
+
+    def add(self, value: str, by: str, *, least: int) -> None:
+        if len(value) < least or MASK in value:
+            return
+        forms = {value, quote(value, safe=""), unquote(value), repr(value)[1:-1], json.dumps(value)[1:-1]}
+        new = {form: by for form in forms if len(form) >= least and form not in self._by}
+        if new:
+            self._by |= new
+            longest_first = sorted(self._by, key=len, reverse=True)
+            self.pattern = re.compile("|".join(map(_as_a_word, longest_first)))
+
+    def sub(self, text: str) -> str:
+        assert self.pattern is not None
+        return self.pattern.sub(lambda found: self._by[found[0]], text)
+
+
+def _as_a_word(value: str) -> str:
+    before, after = (r"(?<!\w)" if value[0].isalnum() else ""), (r"(?!\w)" if value[-1].isalnum() else "")
+    return f"{before}{re.escape(value)}{after}"
+
+
+hidden, mentioned = _Values(), _Values()
+
+
+# --- nested data -------------------------------------------------------------------------------------------
+
+
+def cleaned(data: Any) -> Any:
+    """Mappings, lists and texts without what they may not hold; an override counts by its key.
+
+    >>> cleaned({"hub": {"token": "abc", "name": "bert"}, "overrides": ["+hub.token='a, b'", "seed=0"]})
+    {'hub': {'token': '***', 'name': 'bert'}, 'overrides': ['+hub.token=***', 'seed=0']}
+    """
+    if isinstance(data, Mapping):
+        return {key: _masked(value) if is_secret(str(key)) else cleaned(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_override(item) if isinstance(item, str) else cleaned(item) for item in data]
+    return without_passwords(data) if isinstance(data, str) else data
+
+
+def clean_texts(data: Any) -> Any:
+    """The same for data of our own, where no name is a secret's: only its texts are cleaned."""
+    if isinstance(data, Mapping):
+        return {key: clean_texts(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [clean_texts(value) for value in data]
+    return without_passwords(data) if isinstance(data, str) else data
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _masked(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked(item) for item in value]
+    if isinstance(value, str):
+        return without_passwords(value) if is_open(value) else MASK
+    return value if value is None or isinstance(value, bool) else MASK
+
+
+def _override(text: str) -> str:
+    found = re.fullmatch(r"([+~]*[\w./@\-:\[\]]+)=(.*)", text, re.DOTALL)
+    if found and is_secret(found[1]) and not is_open(found[2]):
+        return f"{found[1]}={MASK}"
+    return without_passwords(text)
+
+
+def password_of(text: str) -> str:
+    """The password in an address, or what stands in a user's place alone; empty when there is none."""
+    found = _ADDRESS.search(text)
+    end = _end_of_userinfo(found[1], found[2]) if found else None
+    if found is None or end is None:
+        return ""
+    user, colon, password = found[2][:end].partition(":")
+    return password if colon else user
+
+
+def opens_a_door(text: str) -> bool:
+    found = _ADDRESS.search(text)
+    if found is None or by_shape(text) == text:
+        return False
+    end = _end_of_userinfo(found[1], found[2])
+    userinfo, rest = ("", found[2]) if end is None else (found[2][:end], found[2][end:])
+    named = userinfo not in ("", MASK) and (":" in userinfo or found[1].lower() in ("http", "https"))
+    return named or by_shape(rest) != rest
+
+
+# --- logs and terminals ------------------------------------------------------------------------------------
+
+
+def guard_logs() -> None:
+    """From now on every log record of this process is cleaned, whatever handlers it goes to."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "cleans", False):
+        return
+
+    def make_clean(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        return _clean_record(make(*args, **kwargs))
+
+    make_clean.cleans = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make_clean)
+
+
+def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
+    try:
+        text = record.getMessage()
+    except (TypeError, ValueError):  # wrong arguments: logging says so itself
+        return record
+    if (clean := told(text)) != text:
+        record.msg, record.args = clean, None
+    if record.exc_info and record.exc_info[0] is not None:
+        full = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
+        if (clean := tag(told(full), length=max(len(full), 100_000))) != full:  # it may quote a stranger's file
+            record.exc_info, record.exc_text = None, clean
+    return record
+
+
+# What steers a terminal, but for what a progress bar needs: colours, and moving and erasing within its lines.
+_STEERS = re.compile(
+    "\x1b(?!\\[[\\d;?]*[A-DKhlm])|[\x00-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+class Cleaned:
+    """A terminal's stream on which nothing is written that it may not hold, whoever writes; else it is as before.
+
+    Tracebacks come this way too, and may quote a stranger's file.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(_STEERS.sub(lambda found: repr(found[0])[1:-1], told(text)))
+        return len(text)
+
+    def writelines(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def say(text: str, file: Any = None) -> None:
+    stream = file or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(shown_text(text, 1000).encode(encoding, "replace").decode(encoding), file=stream)
+
+
+def shown_text(text: str, length: int) -> str:
+    """A stranger's text on one line, printable, not longer than `length`, and without passwords in its addresses.
+
+    >>> shown_text("tracking.tracking_uri=http://ann:secret@host:5000\\n", 60)
+    'tracking.tracking_uri=http://***@host:5000 '
+    """
+    return label(without_passwords(text[: length + 1000]), length)

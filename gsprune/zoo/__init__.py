@@ -1,0 +1,1 @@
+"""Reference networks and data sets of the application."""

@@ -1,0 +1,143 @@
+"""`python train.py` as a user types it: what it prints, what it leaves, how a mistake ends. Real processes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from jobs import train
+
+HINT = "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.\n"
+TINY = (
+    "model.width=4",
+    "dataset.batch_size=256",
+    "trainer.device=cpu",
+    "trainer.dense_epochs=1",
+    "trainer.prune_epochs=2",
+    "trainer.latency_repeats=3",
+    "hydra.run.dir=out",
+)
+
+
+@pytest.mark.slow
+def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_it(tmp_path):
+    done = train(tmp_path, "pruner=elementwise", *TINY)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    starts = ["dense  epoch   1/3", "prune  epoch   2/3", "prune  epoch   3/3"]
+    assert [line[:18] for line in lines[:3]] == starts
+    labels = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    accuracies = ["epochs trained", "validation accuracy", "test accuracy"]
+    costs = ["matrix weights in reach", "parameters", "not zero", "MACs", "latency (ms)", "file size (bytes)"]
+    assert labels == [*accuracies, "sparsity of weights", *costs]
+    store = f"sqlite:///{tmp_path.resolve()}/mlflow.db"
+    assert lines[-2:] == [
+        f"Outputs: {tmp_path.resolve()}/out",
+        f"MLflow:  mlflow ui --backend-store-uri {store} --host 127.0.0.1",
+    ]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert (tmp_path / "out" / ".hydra" / "config.yaml").is_file()
+    logged = [line.split(" - ")[1] for line in (tmp_path / "out" / "train.log").read_text().splitlines()]
+    assert logged == [line[7:] for line in lines[:3]]  # the epochs
+    check_mlflow(store, result)
+
+
+def check_mlflow(store, result):
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=store)
+    run = client.get_run(result["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["pruner.criterion._target_"] == "gsprune.criteria.Elementwise"
+    assert run.data.tags["group.pruner"] == "elementwise"
+    assert run.data.tags["hydra.overrides"].startswith("pruner=elementwise model.width=4")
+    assert run.data.params["sparsity_of"] == result["sparsity_of"] == "weights"
+    for name in ("accuracy", "val_accuracy", "baseline_val_accuracy"):
+        assert run.data.metrics[name] == result[name]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2, 3]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "sparsity")] == [1, 2, 3]
+    top = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "figures", "images", "masks", "masks.safetensors", "result.json"} <= top
+
+
+@pytest.mark.slow
+def test_a_sweep_returns_the_objective_and_one_bad_job_does_not_stop_the_others(tmp_path):
+    overrides = [text for text in TINY if not text.startswith("hydra")]
+    sweep = ("--multirun", "tracking=none", "pruner.min_kept=0,1", "hydra.sweep.dir=sweep")
+    refused = train(tmp_path, *sweep, *overrides)
+    assert refused.returncode == 1
+    lines = refused.stderr.splitlines()
+    assert lines[0].startswith("job 0 would be: tracking=none pruner.min_kept=0 model.width=4")
+    assert "sweep.check=false" in lines[1]
+    assert lines[2:] == ["1 of 2 failed: 0: min_kept is 0: it must be 1 or more"]
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+    done = train(tmp_path, *sweep, *overrides, "sweep.check=false")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:] == ["min_kept is 0: it must be 1 or more", *HINT.splitlines(), *lines[2:]]
+    status = [json.loads((tmp_path / "sweep" / job / "result.json").read_text())["status"] for job in "01"]
+    assert status == ["failed", "finished"]
+
+
+MISTAKES = {
+    "trainer.precision=fp8": "trainer.precision=fp8 is not allowed: it must be one of fp32, bf16, fp16",
+    "plan=maybe": "plan=maybe is not allowed: it must be true or false",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_ends_as_one_sentence_and_exit_code_1(tmp_path, override):
+    done = train(tmp_path, "tracking=none", "hydra.run.dir=out", override)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    overrides = ["tracking=none", override]
+    assert done.stderr == f"Error executing job with overrides: {overrides}\n{MISTAKES[override]}\n{HINT}"
+
+
+@pytest.mark.slow
+def test_an_unknown_objective_lists_what_there_is(tmp_path):
+    done = train(tmp_path, "tracking=none", "hydra.run.dir=out", "objective=acuracy")
+    assert done.returncode == 1
+    sentence = done.stderr.splitlines()[1]
+    assert sentence.startswith("objective=acuracy is not in the result: did you mean accuracy? There are accuracy, ")
+    assert sentence.endswith("seconds, updates, epochs, baseline_epochs")
+
+
+@pytest.mark.slow
+def test_the_full_error_is_there_when_asked_for(tmp_path):
+    done = train(tmp_path, "tracking=none", "hydra.run.dir=out", "trainer.precision=fp8", HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1
+    assert "ValueError: trainer.precision=fp8 is not allowed" in done.stderr
+    assert 'gsprune/training/trainer.py", line' in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", ["pruner=weightd", "pruner.sparsityy=0.9"])
+def test_unknown_names_are_hydras_own_error_without_importing_torch(tmp_path, override):
+    done = train(tmp_path, override, python=("-X", "importtime"))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert override.split("=")[0].split(".")[-1] in done.stderr
+    assert imported(done.stderr).isdisjoint(HEAVY)
+
+
+HEAVY = {"torch", "mlflow", "matplotlib", "sklearn", "torchvision", "rich"}
+
+
+def imported(stderr):
+    lines = [line for line in stderr.splitlines() if line.startswith("import time:")]
+    return {line.split("|")[-1].strip() for line in lines}
+
+
+@pytest.mark.slow
+def test_help_lists_the_groups_and_imports_nothing_heavy(tmp_path):
+    done = train(tmp_path, "--help", python=("-X", "importtime"))
+    assert done.returncode == 0
+    assert (
+        "pruner: abs, elementwise, heads_and_neurons, magnitude, none, random, units_and_weights, weighted"
+        in done.stdout
+    )
+    assert "hydra" in imported(done.stderr)
+    assert imported(done.stderr).isdisjoint(HEAVY)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,270 @@
+"""Hugging Face's transformers: heads and neurons found, pruned by both criteria, shrunk; nothing is downloaded."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+
+from gsprune import Pruner
+from gsprune.criteria import Abs, Weighted
+from gsprune.discovery.find import find_structures
+from gsprune.formats.network import load_pruned, save_pruned
+from gsprune.schedules import OneShot
+from gsprune.structures.example import outputs
+from gsprune.structures.structure import Structure
+from gsprune.surgery.shrink import mask_units, shrink
+
+transformers = pytest.importorskip("transformers", minversion="5")
+transformers.logging.set_verbosity_error()
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 32,
+}
+DISTIL: dict[str, Any] = {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40}
+PICTURE: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 40}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("BertForSequenceClassification", "BertConfig", SIZES),
+    "bert-mlm": ("BertForMaskedLM", "BertConfig", SIZES),
+    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", SIZES),
+    "electra": ("ElectraForSequenceClassification", "ElectraConfig", SIZES | {"embedding_size": 16}),
+    "distilbert": ("DistilBertForSequenceClassification", "DistilBertConfig", DISTIL),
+    "vit": ("ViTForImageClassification", "ViTConfig", PICTURE | {"image_size": 16, "patch_size": 4}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
+    "llama-full": ("LlamaForCausalLM", "LlamaConfig", SIZES),
+    "llama-tied": ("LlamaForCausalLM", "LlamaConfig", GROUPED | {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", GROUPED | {"head_dim": 8}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", GROUPED),
+}
+DECODERS = ("llama", "llama-full", "llama-tied", "qwen2", "qwen3", "mistral")
+PIXELS = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))}
+IDS = torch.randint(3, 50, (3, 7), generator=torch.Generator().manual_seed(1))
+TOKENS = {"input_ids": IDS, "attention_mask": (torch.arange(7) < torch.tensor([[7], [6], [4]])).long()}
+
+
+def build(name: str, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    model, config, sizes = SPECS[name]
+    torch.manual_seed(5)
+    made = getattr(transformers, model)(getattr(transformers, config)(**{**sizes, **options}))
+    return made.eval(), PIXELS if name == "vit" else TOKENS
+
+
+def logits(model: nn.Module, x: dict[str, Tensor]) -> Tensor:
+    return model(**x).logits
+
+
+def double(model: nn.Module, x: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    return copy.deepcopy(model).double().eval(), {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+
+
+def uneven(structures: tuple[Structure, ...]) -> list[Tensor]:
+    """Other units in every structure, and another number of them in the second layer."""
+    generator = torch.Generator().manual_seed(6)
+    counts = [max(1, s.units // 2 + (1 if ".1." in s.name and s.units > 2 else 0)) for s in structures]
+    return [torch.randperm(s.units, generator=generator) < n for s, n in zip(structures, counts, strict=True)]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_heads_and_neurons_of_every_layer_are_found(name: str) -> None:
+    found = find_structures(*build(name))
+    heads = 2 if name in DECODERS and name != "llama-full" else 4
+    kinds = [(s.kind, s.units) for s in found.structures]
+    assert kinds[:4] == [("heads", heads), ("neurons", 40)] * 2
+    assert all(kind == "neurons" for kind, _ in kinds[4:])  # a classifier's hidden layer
+    for reason in found.skipped.values():
+        assert re.fullmatch(r"it (passes an? (LayerNorm|RMSNorm), which mixes units|feeds the model's output)", reason)
+
+
+@pytest.mark.parametrize("criterion", [Abs, Weighted])
+@pytest.mark.parametrize("name", SPECS)
+def test_pruned_by_the_pruner_masked_equals_shrunk(name: str, criterion: Callable[[], Any]) -> None:
+    model, x = build(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pruner = Pruner(
+        model, criterion(), target_sparsity=0.5, schedule=OneShot(), example_input=x, steps_per_epoch=2, epochs=1
+    )
+    pruner.attach(optimizer)
+    masked = None
+    for _ in range(3):
+        masked = copy.deepcopy(model)
+        optimizer.zero_grad()
+        logits(model, x).square().mean().backward()
+        optimizer.step()
+    assert pruner.sparsity == 0.5
+    masked = copy.deepcopy(model)
+    small = pruner.finish()
+    (a, x64), (b, _) = double(masked, x), double(small, x)
+    torch.testing.assert_close(logits(b, x64), logits(a, x64), rtol=1e-9, atol=1e-11)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in masked.parameters())
+    optimizer.zero_grad()
+    loss = logits(small.train(), x).square().mean()
+    loss.backward()
+    optimizer.step()
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in small.parameters()}
+    assert all(p.grad is not None for p in small.parameters())
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", SPECS)
+def test_layers_may_keep_different_numbers_of_heads(name: str, kernel: str) -> None:
+    model, x = build(name, attn_implementation=kernel)
+    assert model.config._attn_implementation == kernel
+    structures = find_structures(model, x).structures
+    assert [s.kind for s in structures[:3]] == ["heads", "neurons", "heads"]
+    keeps = uneven(structures)
+    masked, _ = double(model, x)
+    mask_units(masked, structures, keeps)
+    config = model.config.to_dict()
+    shrink(model, structures, keeps, example_input=x)
+    small, x64 = double(model, x)
+    torch.testing.assert_close(logits(small, x64), logits(masked, x64), rtol=1e-9, atol=1e-11)
+    assert model.config.to_dict() == config  # what the dense constructor needs; no forward pass reads it
+    assert model.config._attn_implementation == kernel
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_pruned_decoders_generate_what_the_masked_ones_do(name: str, cache: str | None) -> None:
+    model, x = build(name)
+    structures = find_structures(model, x).structures
+    masked, _ = double(model, x)
+    mask_units(masked, structures, uneven(structures))
+    shrink(model, structures, uneven(structures), example_input=x)
+    small, _ = double(model, x)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
+    left = {"input_ids": IDS, "attention_mask": TOKENS["attention_mask"].flip(1)}
+    assert torch.equal(small.generate(**left, **options), masked.generate(**left, **options))
+
+
+def test_attributes_are_those_of_the_smaller_modules() -> None:
+    model, x = build("bert")
+    structures = find_structures(model, x).structures
+    shrink(model, structures, uneven(structures), example_input=x)
+    layers = [layer.attention.self for layer in model.bert.encoder.layer]
+    shape = [(m.num_attention_heads, m.attention_head_size, m.all_head_size, m.query.out_features) for m in layers]
+    assert shape == [(2, 8, 16, 16), (3, 8, 24, 24)]
+
+    model, x = build("llama", num_attention_heads=8, head_dim=4, num_key_value_heads=4)
+    structures = find_structures(model, x).structures
+    shrink(model, structures, uneven(structures), example_input=x)
+    shape = [
+        (m.head_dim, m.num_key_value_groups, m.q_proj.out_features, m.k_proj.out_features, m.o_proj.in_features)
+        for m in (layer.self_attn for layer in model.model.layers)
+    ]
+    assert shape == [(4, 2, 16, 8, 16), (4, 2, 24, 12, 24)]
+
+
+def test_a_key_value_head_goes_with_its_query_heads() -> None:
+    model, x = build("llama", num_attention_heads=8, head_dim=4, num_key_value_heads=2)
+    heads = find_structures(model, x).structures[0]
+    assert heads.name == "model.layers.0.self_attn"
+    width = {m.tensor.split(".")[-2]: m.index.shape[1] for m in (*heads.producers, *heads.consumers)}
+    assert width == {"q_proj": 16, "k_proj": 4, "v_proj": 4, "o_proj": 16}
+    assert [m.tensor for m in heads.gates] == ["model.layers.0.self_attn.v_proj.weight"]
+
+
+def test_the_value_rows_give_the_gate_of_the_output_columns() -> None:
+    model, x = double(*build("qwen2"))
+    logits(model, x).square().sum().backward()
+
+    for structure in find_structures(model, x).structures:
+        if structure.kind == "heads":
+            torch.testing.assert_close(
+                reference.gate_sums(model, structure.gates),
+                reference.gate_sums(model, structure.consumers),
+                rtol=1e-7,
+                atol=1e-10,
+            )
+
+
+def test_multi_query_attention_says_why_it_stays() -> None:
+    found = find_structures(*build("llama", num_key_value_heads=1))
+    assert [s.kind for s in found.structures] == ["neurons", "neurons"]
+    reason = "it has a single key/value head (multi-query attention), which all query heads need"
+    assert found.skipped["model.layers.1.self_attn"] == reason
+    with pytest.raises(ValueError, match=re.escape(f"(model.layers.0.self_attn: {reason})")):
+        find_structures(*build("llama", num_key_value_heads=1), include=("*.self_attn",))
+
+
+def test_tensors_as_example_inputs_and_attention_weights_as_outputs() -> None:
+    model, _ = build("bert")
+    assert [s.units for s in find_structures(model, (IDS,)).structures[:2]] == [4, 40]
+    model, x = build("bert", attn_implementation="eager", output_attentions=True)
+    found = find_structures(model, x)
+    assert [s.kind for s in found.structures] == ["neurons"] * 3  # weights of every head are an output: all are needed
+
+
+def test_tied_embeddings_and_frozen_layers() -> None:
+    model, x = build("bert-mlm")
+    tied = model.cls.predictions.decoder.weight
+    assert tied is model.bert.embeddings.word_embeddings.weight
+    structures = find_structures(model, x).structures
+    shrink(model, structures, uneven(structures), example_input=x)
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight is tied
+    for parameter in (model := build("bert")[0]).bert.encoder.layer[0].parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    message = r"^bert\.encoder\.layer\.0\.attention\.output\.dense\.weight \(and 1 more\) never gets a gradient"
+    with pytest.raises(ValueError, match=message):
+        Pruner(model, Abs(), target_sparsity=0.5, example_input=x, steps_per_epoch=1, epochs=1)
+    logits(model, x).sum().backward()
+    rest = Pruner(model, Abs(), target_sparsity=0.5, example_input=x, exclude=["*.layer.0.*"], optimizer=optimizer)
+    rest.on_before_optimizer_step()
+
+
+def test_a_decoder_of_another_kind_of_layer_is_refused() -> None:
+    config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, pad_token_id=0)
+    with pytest.raises(ValueError, match=r"c_attn: it is a Conv1D of transformers|score: it feeds the model's output"):
+        find_structures(transformers.GPT2ForSequenceClassification(config), {"input_ids": IDS})
+
+
+def test_layers_shared_in_depth_are_left_alone() -> None:
+    config = transformers.AlbertConfig(**SIZES, embedding_size=16)
+    model = transformers.AlbertForSequenceClassification(config).eval()
+    found = None
+    with pytest.raises(ValueError, match="is called 2 times in one forward pass"):
+        found = find_structures(model, TOKENS, include=("*ffn", "*attention*"))
+    assert found is None
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_pruned_model_travels(name: str, tmp_path: Path) -> None:
+    model, x = build(name)
+    structures = find_structures(model, x).structures
+    plan = shrink(model, structures, uneven(structures), example_input=x)
+    save_pruned(tmp_path, model, plan)
+    again = load_pruned(tmp_path, build(name)[0])
+    assert torch.equal(logits(again, x), logits(model, x))
+    further = find_structures(again, x)
+    # one key/value head is left in each layer of the decoder: it cannot lose that
+    assert [s.units for s in further.structures[:4]] == ([2, 20, 3, 21] if name == "bert" else [20, 21])
+    keeps = [torch.arange(s.units) < s.units // 2 for s in further.structures]
+    masked, x64 = double(again, x)
+    mask_units(masked, further.structures, keeps)
+    shrink(again, further.structures, keeps, example_input=x)
+    torch.testing.assert_close(logits(double(again, x)[0], x64), logits(masked, x64), rtol=1e-9, atol=1e-11)
+
+
+def test_the_outputs_of_a_model_in_training_mode_are_left_alone() -> None:
+    model, x = build("llama")
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    find_structures(model, x)
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert not any("forward" in vars(m) for m in model.modules())
+    assert len(outputs(model.eval(), x)) >= 1

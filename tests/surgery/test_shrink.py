@@ -1,0 +1,455 @@
+"""Masked equals shrunk (function, gradients, the next optimizer step), for every way of coupling units."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gsprune.discovery.find import find_structures
+from gsprune.structures.structure import Structure
+from gsprune.surgery.apply import apply_plan
+from gsprune.surgery.plan import Plan, plan_shrink
+from gsprune.surgery.shrink import check_shrink, mask_units, shrink
+
+SEQUENCE = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
+NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "mlp": (nets.mlp, torch.randn(4, 6, generator=torch.Generator().manual_seed(4))),
+    "resnet": (nets.ResNet, nets.images()),
+    "flat": (nets.flat, nets.images()),
+    "flat-pool": (lambda: nets.flat(2), nets.images()),
+    "mobile": (nets.Mobile, nets.images()),
+    "dense": (nets.Dense, nets.images()),
+    "cat-add": (nets.CatAdd, nets.images()),
+    "cat-add-c-first": (lambda: nets.CatAdd(first="c"), nets.images()),
+    "vit": (nets.ViT, nets.images()),
+    "vit-softmax": (lambda: nets.ViT(fused=False), nets.images()),
+    "bert": (lambda: nn.Sequential(nets.BertAttention(), nn.Linear(8, 2)), SEQUENCE),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(5)
+    make, x = NETS[name]
+    return nets.settle(make()).double(), x.double()
+
+
+def half(structures: tuple[Structure, ...]) -> list[Tensor]:
+    """About half of the units of every structure, at random; the first is kept in none with more than two."""
+    generator = torch.Generator().manual_seed(6)
+    keeps = []
+    for s in structures:
+        order = torch.randperm(s.units, generator=generator)
+        keeps.append(torch.zeros(s.units, dtype=torch.bool).index_fill_(0, order[: (s.units + 1) // 2], True))
+    return keeps
+
+
+def mask(model: nn.Module, structures: tuple[Structure, ...], keeps: list[Tensor]) -> nn.Module:
+    """The slow obvious version: zero column by column."""
+    masked = copy.deepcopy(model)
+    state = dict(masked.named_parameters())
+    for s, keep in zip(structures, keeps, strict=True):
+        for member in s.consumers:
+            for unit in range(s.units):
+                for position in member.index[unit].tolist() if not keep[unit] else ():
+                    state[member.tensor].data.select(member.dim, position).zero_()
+    return masked
+
+
+def restrict(name: str, tensor: Tensor, plan: Plan) -> Tensor:
+    for dim, kept in plan.kept.get(name, {}).items():
+        tensor = torch.stack([tensor.select(dim, int(i)) for i in kept], dim)
+    return tensor
+
+
+def assert_same_state(masked: nn.Module, small: nn.Module, plan: Plan) -> None:
+    large = masked.state_dict()
+    for name, tensor in small.state_dict().items():
+        torch.testing.assert_close(tensor, restrict(name, large[name], plan), rtol=1e-9, atol=1e-12)
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)  # type: ignore[no-any-return]
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    optimizer.zero_grad()
+    F.mse_loss(output(model, x), torch.ones_like(output(model, x)) / 3).backward()
+    optimizer.step()
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", NETS)
+def test_masked_equals_shrunk_through_two_optimizer_steps(name: str, optimizer: str) -> None:
+    model, x = build(name)
+    structures = find_structures(model, x).structures
+    keeps = half(structures)
+    assert structures
+    model.train()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    for _ in range(2):  # moments to carry over
+        step(model, opt, x)
+    masked = mask(model, structures, keeps)
+    fast = copy.deepcopy(model)
+    mask_units(fast, structures, keeps)
+    assert all(torch.equal(a, b) for a, b in zip(fast.parameters(), masked.parameters(), strict=True))
+    masked_opt = OPTIMIZERS[optimizer](masked.parameters())
+    masked_opt.load_state_dict(copy.deepcopy(opt.state_dict()))  # else both write into one
+
+    plan = shrink(model, structures, keeps, example_input=x, optimizer=opt)
+    count = sum(p.numel() for p in model.parameters())
+    assert count < sum(p.numel() for p in masked.parameters())
+    assert model.training
+    for mode in (False, True):
+        assert torch.allclose(output(masked.train(mode), x), output(model.train(mode), x), rtol=1e-9, atol=1e-12)
+    assert_same_state(masked, model, plan)
+    step(masked, masked_opt, x)
+    step(model, opt, x)
+    assert_same_state(masked, model, plan)
+
+
+def test_only_the_wanted_units_are_gone_and_order_stays() -> None:
+    model, x = build("mlp")
+    before = copy.deepcopy(model.state_dict())
+    structures = find_structures(model, x).structures
+    keeps = [torch.tensor([1, 0, 1, 1, 0, 0, 1, 0], dtype=torch.bool), torch.ones(5, dtype=torch.bool)]
+    plan = shrink(model, structures, keeps, example_input=x)
+    assert {name: {d: k.tolist() for d, k in cuts.items()} for name, cuts in plan.kept.items()} == {
+        "0.weight": {0: [0, 2, 3, 6]},
+        "0.bias": {0: [0, 2, 3, 6]},
+        "2.weight": {1: [0, 2, 3, 6]},
+    }
+    assert torch.equal(model[0].weight, before["0.weight"][[0, 2, 3, 6]])
+    assert torch.equal(model[0].bias, before["0.bias"][[0, 2, 3, 6]])
+    assert torch.equal(model[2].weight, before["2.weight"][:, [0, 2, 3, 6]])
+    assert torch.equal(model[2].bias, before["2.bias"])
+    assert (model[0].in_features, model[0].out_features) == (6, 4)
+    assert (model[2].in_features, model[2].out_features) == (4, 5)
+
+
+def test_attributes_of_convolutions_norms_and_depthwise() -> None:
+    model, x = build("mobile")
+    structures = find_structures(model, x).structures
+    keeps = [torch.arange(8) % 4 != 1, torch.tensor([True, False, True, True])]
+    shrink(model, structures, keeps, example_input=x)
+    conv = {n: (m.in_channels, m.out_channels, m.groups) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert conv == {
+        "expand": (3, 6, 1),
+        "depth": (6, 6, 6),
+        "fc1": (6, 3, 1),
+        "fc2": (3, 6, 1),
+        "project": (6, 5, 1),
+    }
+    assert (model.bn1.num_features, model.bn2.num_features) == (6, 6)
+    assert model.bn1.running_var.shape == (6,)
+    assert "6" in repr(model.bn1)
+
+
+def test_a_depthwise_convolution_down_to_one_channel() -> None:
+    model, x = build("mobile")
+    structures = find_structures(model, x, include=("expand",)).structures
+    shrink(model, structures, [torch.arange(8) == 5], example_input=x)
+    assert (model.depth.in_channels, model.depth.out_channels, model.depth.groups) == (1, 1, 1)
+    output(model.train(), x).sum().backward()
+
+
+def test_attributes_of_attention_flatten_and_prelu() -> None:
+    model, x = build("vit")
+    found = {s.name: s for s in find_structures(model, x).structures}
+    shrink(model, [found["blocks.1.attn"]], [torch.tensor([False, True, True, True])], example_input=x)
+    attn = model.blocks[1].attn
+    assert (attn.num_heads, attn.head_dim) == (3, 3)
+    assert [attn.q.out_features, attn.k.out_features, attn.v.out_features, attn.proj.in_features] == [9] * 4
+    assert model.blocks[0].attn.num_heads == 4
+
+    model, x = build("bert")
+    shrink(model, find_structures(model, x).structures, [torch.tensor([1, 0, 0, 1]).bool()], example_input=x)
+    assert (model[0].num_attention_heads, model[0].all_head_size, model[0].attention_head_size) == (2, 6, 3)
+
+    model, x = build("flat-pool")
+    shrink(model, find_structures(model, x).structures, [torch.tensor([1, 1, 0, 1]).bool()], example_input=x)
+    assert (model[0].out_channels, model[1].num_parameters, model[4].in_features) == (3, 3, 48)
+
+
+def test_concatenated_consumers_keep_what_all_structures_keep() -> None:
+    model, x = build("dense")
+    structures = find_structures(model, x).structures  # stem 4, conv1 6, conv2 5
+    keeps = [torch.tensor([1, 0, 1, 1]), torch.tensor([0, 1, 1, 0, 1, 1]), torch.tensor([1, 1, 0, 0, 1])]
+    plan = plan_shrink(structures, [k.bool() for k in keeps])
+    assert plan.kept["conv2.weight"][1].tolist() == [0, 2, 3, 5, 6, 8, 9]
+    assert plan.kept["norm2.running_mean"][0].tolist() == [0, 2, 3, 5, 6, 8, 9]
+    assert plan.kept["head.weight"][1].tolist() == [0, 1, 4, 5, 7, 8, 10, 11, 13, 14]
+    assert dict(plan.sizes["conv2.weight"]) == {1: 10, 0: 5}
+
+
+def test_an_all_true_keep_changes_nothing() -> None:
+    model, x = build("vit")
+    structures = find_structures(model, x).structures
+    parameters = list(model.parameters())
+    plan = shrink(model, structures, [torch.ones(s.units, dtype=torch.bool) for s in structures], example_input=x)
+    assert plan.to_json() == {"tensors": {}, "attributes": {}}
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+
+
+# ---- what stays as it was
+
+
+def test_parameters_keep_grad_flags_dtype_and_memory_format() -> None:
+    model, x = nets.settle(nets.ResNet()).to(memory_format=torch.channels_last), nets.images()
+    model.conv1.weight.requires_grad_(False)
+    structures = find_structures(model, x).structures
+    output(model, x).sum().backward()
+    model.bn1.weight.grad = None
+    grad = model.stem.weight.grad.clone()
+    keep = torch.arange(8) % 2 == 0
+    shrink(model, structures, [keep, torch.arange(6) < 4], example_input=x)
+    assert torch.equal(model.stem.weight.grad, grad[keep])
+    assert model.bn1.weight.grad is None
+    assert not model.conv1.weight.requires_grad
+    assert model.stem.weight.requires_grad
+    assert model.stem.weight.dtype == torch.float32
+    for conv in (model.stem, model.conv1, model.conv2):
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+        assert not conv.weight.is_contiguous()
+    assert model.head.weight.is_contiguous()
+
+
+def test_optimizer_groups_keep_their_order_and_options() -> None:
+    model, x = build("resnet")
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": others, "weight_decay": 0.0}, {"params": weights}], lr=0.01)
+    step(model, optimizer, x)
+    names = {id(p): n for n, p in model.named_parameters()}
+    order = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    moment = optimizer.state[model.conv1.weight]["exp_avg"].clone()
+    shrink(model, *_halved(model, x), example_input=x, optimizer=optimizer)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups] == order
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.01]
+    assert set(optimizer.state) == set(model.parameters())
+    state = optimizer.state[model.conv1.weight]
+    assert state["step"].item() == 1
+    kept = [half(find_structures(*build("resnet")).structures)[i] for i in (1, 0)]
+    assert torch.equal(state["exp_avg"], moment[kept[0]][:, kept[1]])
+
+
+def test_adafactor_rows_and_columns_are_cut() -> None:
+    model, x = build("mlp")
+    optimizer = torch.optim.Adafactor(model.parameters())
+    step(model, optimizer, x)
+    shrink(model, *_halved(model, x), example_input=x, optimizer=optimizer)
+    state = optimizer.state[model[2].weight]
+    assert (state["row_var"].shape, state["col_var"].shape) == ((3, 1), (1, 4))
+    step(model, optimizer, x)
+
+
+def _halved(model: nn.Module, x: Tensor) -> tuple[tuple[Structure, ...], list[Tensor]]:
+    structures = find_structures(model, x).structures
+    return structures, half(structures)
+
+
+# ---- errors leave everything untouched
+
+
+class FixedWidth(nn.Module):
+    """Its forward pass spells the number of channels out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good, self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1), nn.Linear(4 * 64, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(F.relu(self.good(x)))).reshape(-1, 4 * 64))
+
+
+class Averaged(nn.Module):
+    """Divides by the width: masked and shrunk both run and differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x)
+        return self.b(hidden / hidden.shape[-1])
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[object]:
+    attributes = [
+        {k: v for k, v in vars(m).items() if not k.startswith("_")} | {"_": [id(p) for p in m._parameters.values()]}
+        for m in model.modules()
+    ]
+    groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    return [attributes, groups, [id(p) for p in optimizer.state], [p.tolist() for p in model.state_dict().values()]]
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "message"),
+    [
+        (FixedWidth(), nets.images(2), r"the shrunk network does not run \(.*\); the model was left .*, exclude 'a'$"),
+        (
+            Averaged(),
+            torch.randn(2, 6),
+            "the shrunk network does not compute what the masked one does; the model was left as it was, exclude 'a'",
+        ),
+    ],
+    ids=["shape", "value"],
+)
+def test_a_mismatch_leaves_model_and_optimizer_untouched(
+    model: nn.Module, x: Tensor, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find_structures(model, x)
+    assert [s.name for s in found.structures if s.name == "a"] == []
+    assert found.skipped["a"] in message or "does not run" in found.skipped["a"]
+    monkeypatch.setattr("gsprune.surgery.shrink.sift_cuts", lambda masked, some: (list(some), {}))
+    structures = find_structures(model, x).structures
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer, x)
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=message):
+        shrink(model, structures, half(structures), example_input=x, optimizer=optimizer)
+    assert snapshot(model, optimizer) == before
+    with pytest.raises(ValueError, match=message):
+        check_shrink(model, structures, half(structures), example_input=x)
+
+
+def test_a_plan_applies_once_and_only_where_it_fits() -> None:
+    model, x = build("resnet")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = shrink(model, *_halved(model, x), example_input=x)
+    fresh, _ = build("resnet")
+    apply_plan(fresh, plan)
+    assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
+    before = snapshot(model, optimizer)
+    message = "the pruning plan expects 'stem.weight' to have length 8 in dimension 0, its shape is (4, 3, 3, 3)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        apply_plan(model, plan)
+    with pytest.raises(ValueError, match=r"the pruning plan names '.*', which Mobile does not have"):
+        apply_plan(nets.Mobile(), plan)
+    assert snapshot(model, optimizer) == before
+
+
+def test_a_foreign_optimizer_shared_weights_and_hooked_parameters_are_refused() -> None:
+    model, x = build("mlp")
+    structures, keeps = _halved(model, x)
+    other = torch.optim.SGD(nets.mlp().parameters(), lr=0.1)
+    before = snapshot(model, other)
+    with pytest.raises(ValueError, match="the SGD optimizer holds none of the parameters to be cut"):
+        shrink(model, structures, keeps, example_input=x, optimizer=other)
+    hook = model[0].weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match=r"'0\.weight' has gradient hooks, remove them before shrinking"):
+        apply_plan(model, plan_shrink(structures, keeps))
+    hook.remove()
+    assert snapshot(model, other) == before
+    model.twin = nn.Linear(6, 8)
+    model.twin.weight = model[0].weight
+    with pytest.raises(ValueError, match=r"'0\.weight' is shared with another module and cannot be cut"):
+        apply_plan(model, plan_shrink(structures, keeps))
+
+
+def test_keeps_that_do_not_fit() -> None:
+    model, x = build("mlp")
+    structures, keeps = _halved(model, x)
+    cases = [
+        (keeps[:1], "1 keep vectors were given for 2 structures"),
+        ([keeps[0].int(), keeps[1]], "the keep of '0' must be bool (8,), not torch.int32 (8,)"),
+        ([keeps[0], keeps[0]], "the keep of '2' must be bool (5,), not torch.bool (8,)"),
+        ([keeps[0], keeps[1] & False], "the keep of '2' removes all 5 units"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            plan_shrink(structures, wrong)
+
+
+# ---- plans on disk
+
+
+def test_a_plan_survives_json() -> None:
+    import json
+
+    model, x = build("vit")
+    plan = plan_shrink(*_halved(model, x))
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again.to_json() == plan.to_json()
+    assert again.attributes == {"blocks.0.attn.num_heads": 2, "blocks.1.attn.num_heads": 2}
+    rebuilt, _ = build("vit")
+    apply_plan(rebuilt, again)
+    apply_plan(model, plan)
+    assert torch.equal(output(rebuilt.eval(), x), output(model.eval(), x))
+
+
+GOOD = {"tensors": {"a.weight": {"0": {"size": 4, "kept": [0, 2]}}}, "attributes": {"heads": 2}}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ((), [], "it has no plan's two keys"),
+        (("extra",), 1, "it has no plan's two keys"),
+        (("tensors",), [], "'tensors' is not a mapping"),
+        (("attributes",), None, "'attributes' is not a mapping"),
+        (("attributes", "heads"), 2.0, "heads = 2.0 is not a positive integer"),
+        (("attributes", "heads"), True, "heads = True is not a positive integer"),
+        (("tensors", "a.weight"), {"2": {}}, "a.weight has dimensions other than 0 and 1"),
+        (("tensors", "a.weight", "0"), {"kept": [1]}, "a.weight dimension 0 has no size and kept"),
+        (("tensors", "a.weight", "0", "size"), 0, "the size of a.weight dimension 0 is not a positive integer"),
+        (("tensors", "a.weight", "0", "kept"), [], "a.weight dimension 0 keeps nothing"),
+        (("tensors", "a.weight", "0", "kept"), [0, 1.5], "a.weight dimension 0 keeps something that is not a list"),
+        (("tensors", "a.weight", "0", "kept"), "02", "a.weight dimension 0 keeps something that is not a list"),
+        (("tensors", "a.weight", "0", "kept"), [0, 4], "a.weight dimension 0 keeps positions outside 0..3"),
+        (("tensors", "a.weight", "0", "kept"), [-1, 2], "a.weight dimension 0 keeps positions outside 0..3"),
+        (("tensors", "a.weight", "0", "kept"), [2, 0], "the kept positions of a.weight dimension 0 are not ascending"),
+        (("tensors", "a.weight", "0", "kept"), [2, 2], "the kept positions of a.weight dimension 0 are not ascending"),
+    ],
+)
+def test_edited_plans_are_refused(path: tuple[str, ...], value: object, problem: str) -> None:
+    data: object = copy.deepcopy(GOOD)
+    assert Plan.from_json(data).to_json() == GOOD
+    if not path:
+        data = value
+    else:
+        *parents, last = path
+        place = data
+        for key in parents:
+            place = place[key]  # type: ignore[index]
+        place[last] = value  # type: ignore[index]
+    with pytest.raises(ValueError, match=f"^not a pruning plan: {re.escape(problem)}"):
+        Plan.from_json(data)
+
+
+# ---- real networks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v3_small"])
+def test_torchvision_networks(name: str) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(7)
+    model, x = nets.settle(torchvision.models.get_model(name, num_classes=5)), torch.randn(2, 3, 32, 32)
+    structures = find_structures(model, x).structures
+    keeps = half(structures)
+    masked = copy.deepcopy(model)
+    mask_units(masked, structures, keeps)  # fast; checked against the slow version above
+    weights = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    step(model.train(), optimizer, x)
+    model.load_state_dict(weights)  # back to what was masked; the moments stay
+    shrink(model, structures, keeps, example_input=x, optimizer=optimizer)
+    small, large = (output(copy.deepcopy(m).double().eval(), x.double()) for m in (model, masked))
+    assert torch.allclose(small, large, rtol=1e-9, atol=1e-9 * float(large.abs().max().detach()))
+    assert sum(p.numel() for p in model.parameters()) < 0.55 * sum(p.numel() for p in masked.parameters())
+    step(model.train(), optimizer, x)
+    assert all(p.grad is not None for p in model.parameters())
