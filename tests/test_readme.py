@@ -87,8 +87,15 @@ def test_every_name_of_the_package_is_there_after_importing_it() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_links_and_pictures_are_there() -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "AGENTS.md"])
+def test_links_pictures_and_paths_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf8")
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
         assert (ROOT / target).exists(), target
-    for name in re.findall(r"`((?:gsprune|tests|benchmarks|conf)/[\w./]+)`", README):
+    for name in re.findall(r"`((?:gsprune|tests|benchmarks|conf)/[\w./]+)`", text):
         assert (ROOT / name).exists() or name == "conf/pruner/movement.yaml", name
+
+
+def test_the_tree_names_every_folder() -> None:
+    folders = {path.name for path in (ROOT / "gsprune").iterdir() if (path / "__init__.py").exists()}
+    assert set(re.findall(r"^[├└]── (\w+)/", README, re.MULTILINE)) == folders
