@@ -1,4 +1,4 @@
-"""What keys and types the configuration has: plain dataclasses, so that Hydra refuses a misspelt key or a wrong type.
+"""Keys, types and defaults of the configuration: those of the classes that it builds. Hydra refuses all others.
 
 A configuration file asks for its schema with `- /gsprune_pruner@_here_` at the top of its defaults list. The schemas
 are stored at the root of Hydra's ConfigStore, where neither `--help` nor shell completion list them.
@@ -6,165 +6,85 @@ are stored at the root of Hydra's ConfigStore, where neither `--help` nor shell 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import field, make_dataclass
+from itertools import chain
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from gsprune.conf.signatures import REQUIRED, settings
 
-@dataclass
-class KeepConfig:
-    """Units to keep in every structure of a kind, instead of a share of them; null: no count for that kind."""
-
-    channels: int | None = None
-    neurons: int | None = None
-    heads: int | None = None
+FROM_THE_LOOP = {"model", "example_input", "optimizer", "steps_per_epoch", "epochs", "copies"}  # not from a file
 
 
-@dataclass
-class BudgetConfig:
-    """Share of the dense network's cost that may stay, instead of a share of units: one of these, the others null."""
+def schema(
+    target: str,
+    *others: str,
+    name: str = "",
+    without: Collection[str] = (),
+    overrides: Mapping[str, tuple[Any, Any]] | None = None,
+) -> type:
+    """A dataclass `<Class>Config` with the settings of the class `target`, for `OmegaConf.structured`.
 
-    macs: float | None = None
-    params: float | None = None
-    latency: float | None = None
+    Args:
+        target: dotted name of the class, which is `_target_`'s default.
+        others: classes whose settings `target` takes as keywords.
+        name: instead of the name of the class.
+        without: settings that have no key.
+        overrides: name -> type and default of keys that the signature does not have, or not in a form for files.
 
-
-@dataclass
-class PrunerConfig:
-    """Arguments of `gsprune.Pruner` and `gsprune.NoPruning`; criterion and schedule have schemas of their own."""
-
-    _target_: str = "gsprune.Pruner"
-    _partial_: bool = True
-    _convert_: str = "all"
-    criterion: Any = MISSING
-    schedule: Any = MISSING
-    target_sparsity: float | None = None
-    keep: KeepConfig | None = field(default_factory=KeepConfig)
-    kinds: list[str] | None = None
-    target: BudgetConfig | None = field(default_factory=BudgetConfig)
-    pattern: str = "1x1"
-    per_channel: bool = False
-    scope: str | None = None
-    structured: bool | None = None
-    min_kept: int = 1
-    include: list[str] = field(default_factory=lambda: ["*"])
-    exclude: list[str] = field(default_factory=list)
-    scores: str | None = None
-    shrink: str = "at_end"
+    >>> schema("gsprune.criteria.Abs")()
+    AbsConfig(_target_='gsprune.criteria.Abs', decay=0.95, normalize=False)
+    """
+    found = {part.name: (part.type, part.default) for part in chain(*map(settings, (target, *others)))}
+    keys = {"_target_": (str, target), **(overrides or {}), **found, **(overrides or {})}
+    fields = {key: _field(key, *of) for key, of in keys.items() if key not in {*FROM_THE_LOOP, *without}}
+    return _dataclass(name or target.rpartition(".")[2], fields)
 
 
-@dataclass
-class PartConfig(PrunerConfig):
-    """One of several pruners, in a list that no defaults list reaches: without a schedule it has the common one."""
-
-    schedule: Any = None
-
-
-@dataclass
-class PrunersConfig:
-    """Arguments of `gsprune.Pruners`."""
-
-    _target_: str = "gsprune.Pruners"
-    _partial_: bool = True
-    _convert_: str = "all"
-    pruners: list[PartConfig] = MISSING
-    schedule: Any = None
-    scores: str | None = None
+def _field(name: str, kind: Any, default: Any) -> tuple[Any, Any]:
+    if isinstance(kind, dict):
+        nested = _nested(name.title(), tuple(kind.items()))
+        return nested | None, field(default_factory=nested)
+    if default is REQUIRED:
+        return kind, MISSING
+    if isinstance(default, Sequence) and not isinstance(default, str):
+        return kind, field(default_factory=lambda: list(default))
+    return kind, default
 
 
-@dataclass
-class OneShotConfig:
-    """Arguments of `gsprune.schedules.OneShot`."""
-
-    _target_: str = MISSING
-    target_sparsity: float | None = None  # what the pruner's own, its keep or its target win over
-    start_epoch: float = 0.0
+@functools.cache
+def _nested(name: str, kinds: tuple[tuple[str, Any], ...]) -> type:
+    """A key for each name, null unless it is set."""
+    return _dataclass(name, {key: (kind, None) for key, kind in kinds})
 
 
-@dataclass
-class RampConfig(OneShotConfig):
-    """Arguments of the gradual schedules: `Linear`, `Cubic`, `Cosine`, `Exponential`."""
-
-    initial_sparsity: float = 0.0
-    end_epoch: float | None = None
-    update_frequency: float = 0.25
-
-
-@dataclass
-class ElementwiseConfig:
-    """Arguments of `gsprune.criteria.Elementwise`."""
-
-    _target_: str = "gsprune.criteria.Elementwise"
-    decay: float = 0.9
+def _dataclass(name: str, fields: dict[str, tuple[Any, Any]]) -> type:
+    """A name of this module, too: a configuration that goes to another process is pickled with its schema."""
+    parts = [(key, *rest) for key, rest in fields.items()]
+    made = make_dataclass(f"{name}Config", parts, namespace={"__module__": __name__})
+    globals()[made.__name__] = made
+    return made
 
 
-@dataclass
-class GateConfig:
-    """Arguments of `gsprune.criteria.Abs` and `gsprune.criteria.Weighted`."""
+_DEFERRED: dict[str, tuple[Any, Any]] = {"_partial_": (bool, True), "_convert_": (str, "all")}
+_BASE = {"_target_": (str, MISSING)}
 
-    _target_: str = MISSING
-    decay: float = 0.95
-    normalize: bool = False
-
-
-@dataclass
-class MagnitudeConfig:
-    """`gsprune.criteria.Magnitude` has no arguments."""
-
-    _target_: str = "gsprune.criteria.Magnitude"
-
-
-@dataclass
-class RandomConfig:
-    """Arguments of `gsprune.criteria.Random`."""
-
-    _target_: str = "gsprune.criteria.Random"
-    seed: int = 0
-
-
-@dataclass
-class TrainerConfig:
-    """Arguments of `gsprune.training.trainer.Trainer`, described there; used by the reference application alone."""
-
-    _target_: str = "gsprune.training.trainer.Trainer"
-    dense_epochs: int = 6
-    prune_epochs: int = 8
-    prune_lr: float | None = None
-    device: str = "auto"
-    precision: str = "fp32"
-    accumulate_steps: int = 1
-    clip_norm: float | None = None
-    max_bad_steps: int = 20
-    channels_last: bool = False
-    compile: bool = False
-    fused: bool = True
-    deterministic: bool = False
-    progress: str = "auto"
-    latency_repeats: int = 30
-    latency_batch: int = 1
-    latency_seconds: float = 10.0
-    dense_cache: bool = True
-    dense_scores: bool = True
-    devices: int = 1
-    nodes: int = 1
-    rendezvous: str | None = None
-    timeout_minutes: float = 30.0
-    resume: str = "auto"
-    checkpoint_minutes: float | None = 10.0
-
-
-SCHEMAS: dict[str, type] = {
+PrunerConfig = schema("gsprune.Pruner", overrides=_DEFERRED)
+_PARTS: dict[str, tuple[Any, Any]] = {**_DEFERRED, "pruners": (list[PrunerConfig], MISSING)}  # type: ignore[valid-type]
+SCHEMAS = {
     "gsprune_pruner": PrunerConfig,
-    "gsprune_pruners": PrunersConfig,
-    "gsprune_one_shot": OneShotConfig,
-    "gsprune_ramp": RampConfig,
-    "gsprune_elementwise": ElementwiseConfig,
-    "gsprune_gate": GateConfig,
-    "gsprune_magnitude": MagnitudeConfig,
-    "gsprune_random": RandomConfig,
-    "gsprune_trainer": TrainerConfig,
+    "gsprune_pruners": schema("gsprune.Pruners", overrides=_PARTS),
+    "gsprune_one_shot": schema("gsprune.schedules.OneShot", overrides=_BASE),
+    "gsprune_ramp": schema("gsprune.schedules.Ramp", overrides=_BASE),
+    "gsprune_elementwise": schema("gsprune.criteria.Elementwise"),
+    "gsprune_gate": schema("gsprune.criteria.Gate", overrides=_BASE),
+    "gsprune_magnitude": schema("gsprune.criteria.Magnitude"),
+    "gsprune_random": schema("gsprune.criteria.Random"),
+    "gsprune_trainer": schema("gsprune.training.trainer.Trainer"),
 }
 
 

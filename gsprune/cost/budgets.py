@@ -9,7 +9,7 @@ import difflib
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from gsprune.ranking.selection import PRUNED, select
 if TYPE_CHECKING:
     from gsprune.structures.structure import Structure
 
-__all__ = ["KINDS", "TOLERANCE", "Budget", "read_target"]
+__all__ = ["KINDS", "TOLERANCE", "Budget", "CostKind", "read_target"]
 
+CostKind = Literal["macs", "params", "latency"]
 KINDS = {"macs": "MACs", "params": "parameters", "latency": "milliseconds"}
 TOLERANCE = 0.02  # of the wanted cost: what is farther off is worth a warning
 CLEAR = 0.005  # of the wanted cost: what is nearer is not made better
@@ -30,7 +31,7 @@ GUARD = 0.03  # share of the dense cost above the budget that stays until the cl
 Keeps = Sequence[Tensor]  # bool (units,) of each structure
 
 
-def read_target(target: Mapping[str, float | None] | None) -> tuple[str, float] | None:
+def read_target(target: Mapping[CostKind, float | None] | None) -> tuple[str, float] | None:
     """The kind and the share of the one budget that `target` names; None if it names none.
 
     >>> read_target({"macs": 0.5, "latency": None}), read_target({"macs": None})
@@ -58,7 +59,7 @@ def read_target(target: Mapping[str, float | None] | None) -> tuple[str, float] 
             f"target.{kind} is {share!r}: it is the share of the dense network's {KINDS[kind]} that may stay, "
             f"above 0 and below 1"
         )
-    return kind, float(share)
+    return str(kind), float(share)
 
 
 class Budget:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gsprune.cost.budgets import Budget, read_target
+from gsprune.cost.budgets import Budget, CostKind, read_target
 from gsprune.criteria import Criterion, Magnitude
 from gsprune.pruner.attaching import Attachable
 from gsprune.pruner.choose import weight_targets
@@ -27,6 +27,7 @@ from gsprune.ranking.patterns import Pattern, parse_pattern
 from gsprune.ranking.selection import pruned_count
 from gsprune.schedules import Cubic, OneShot, Ramp, Schedule
 from gsprune.structures.matrices import coverage, is_sharded, warn_of_little
+from gsprune.structures.structure import Kind
 from gsprune.surgery.copies import check_copies
 from gsprune.surgery.optimizers import Optimizers, check_follows, held, names_of
 
@@ -137,9 +138,9 @@ class Pruner(Attachable):
         criterion: Criterion,
         *,
         target_sparsity: float | None = None,
-        keep: Mapping[str, int | None] | None = None,
+        keep: Mapping[Kind, int | None] | None = None,
         kinds: Sequence[str] | None = None,
-        target: Mapping[str, float | None] | None = None,
+        target: Mapping[CostKind, float | None] | None = None,
         schedule: Schedule | None = None,
         pattern: str | Pattern = "1x1",
         per_channel: bool = False,
@@ -166,7 +167,7 @@ class Pruner(Attachable):
         if isinstance(model, nn.Module):
             check_copies(model, copies)
         self.structured = not criterion.scores_weights if structured is None else structured
-        counts = {kind: count for kind, count in (keep or {}).items() if count is not None}
+        counts: dict[str, int] = {kind: count for kind, count in (keep or {}).items() if count is not None}
         if (goal := read_target(target)) is not None:
             _check_goal(self, counts, scope, *goal, target_sparsity=target_sparsity)
             scope, target_sparsity = "global", round(1 - goal[1], 12)

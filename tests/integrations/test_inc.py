@@ -347,7 +347,7 @@ def test_a_file_becomes_a_choice_of_the_group(capsys: pytest.CaptureFixture[str]
     assert found["defaults"] == ["/gsprune_pruners@_here_", "_self_"]
     assert found["pruners"] == [*config.pruners]
     assert [line[2:] for line in text.splitlines() if line.startswith("#")] == [*config.notes]
-    assert set(found["pruners"][0]) <= {field.name for field in dataclasses.fields(schemas.PartConfig)}
+    assert set(found["pruners"][0]) <= {field.name for field in dataclasses.fields(schemas.PrunerConfig)}
 
 
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,160 @@
+"""Names, types and defaults of a class's settings, read from its source.
+
+A default is written in one place, the signature of the class. Its source is parsed and not imported, because Hydra
+composes the configuration for `--help` and for shell completion too, and importing torch takes seconds.
+
+>>> [tuple(setting) for setting in settings("gsprune.criteria.Weighted")]
+[('decay', <class 'float'>, 0.95), ('normalize', <class 'bool'>, False)]
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field
+from importlib import import_module, resources
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+REQUIRED: Any = object()  # the default of a setting without one
+
+
+class Setting(NamedTuple):
+    """A parameter of a class, or a field of a dataclass: its type as `plain` has it, its default or REQUIRED."""
+
+    name: str
+    type: Any
+    default: Any
+
+
+def settings(target: str) -> list[Setting]:
+    """The settings of the class with the dotted name `target`, in the order of its signature.
+
+    A dataclass has its fields, any other class the parameters of its own or an inherited `__init__`.
+    """
+    module, _, name = target.rpartition(".")
+    return list({setting.name: setting for setting in _settings(_Source.of(module), name)}.values())
+
+
+def plain(hint: Any) -> Any:
+    """The part of a type that a configuration can hold; Any for a type that it cannot.
+
+    A literal becomes its type and a sequence a list. A mapping whose keys are literals becomes a dict from each key to
+    the type of its value. Members of a union that a configuration cannot hold are left out.
+
+    >>> plain(Literal["local", "global"] | None), plain(Sequence[str]), plain(str | object), plain(object)
+    (str | None, list[str], <class 'str'>, typing.Any)
+    >>> plain(Mapping[Literal["macs", "params"], float] | None)
+    {'macs': <class 'float'>, 'params': <class 'float'>}
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if hint in (bool, int, float, str):
+        return hint
+    if origin is Literal:
+        return type(args[0])
+    if origin is Sequence:
+        return list[plain(args[0])]  # type: ignore[misc]
+    if origin is Mapping and get_origin(args[0]) is Literal:
+        return dict.fromkeys(get_args(args[0]), plain(args[1]))
+    if origin in (Union, UnionType):
+        known = [found for arg in args if arg is not NoneType and (found := plain(arg)) is not Any]
+        if len(known) == 1:
+            return known[0] | None if NoneType in args and not isinstance(known[0], dict) else known[0]
+    return Any
+
+
+class _Elsewhere(type):
+    """Stands for every class that this file does not look into, and for what hangs on it, such as `nn.Module`."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+
+class _Other(metaclass=_Elsewhere):
+    pass
+
+
+class _Source(dict[str, Any]):
+    """The names of one module: `nodes` defines them, the dict has their values once they were looked up."""
+
+    def __init__(self, module: str) -> None:
+        *folders, last = module.split(".")
+        folder = resources.files("gsprune").joinpath(*folders[1:])  # of a package that is not imported for it
+        file = folder / f"{last}.py"
+        if not file.is_file():
+            file = (folder / last if folders else folder) / "__init__.py"
+        tree = ast.parse(file.read_bytes())
+        guarded = [part for node in tree.body if isinstance(node, ast.If) for part in node.body]  # if TYPE_CHECKING
+        self.nodes: dict[str, ast.stmt] = {}
+        for node in [*tree.body, *guarded]:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                self.nodes |= {alias.asname or alias.name: node for alias in node.names}
+            elif isinstance(node, ast.ClassDef):
+                self.nodes[node.name] = node
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                self.nodes[node.targets[0].id] = node
+
+    @classmethod
+    @functools.cache
+    def of(cls, module: str) -> _Source:
+        return cls(module)
+
+    def __missing__(self, name: str) -> Any:
+        node = self.nodes[name]  # a KeyError: eval goes on with the builtins
+        if isinstance(node, ast.Assign):
+            self[name] = self.value(node.value)
+        elif isinstance(node, ast.Import) and name in sys.stdlib_module_names:
+            self[name] = import_module(name)
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("gsprune."):
+            self[name] = self.of(str(node.module))[name]
+        elif isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in sys.stdlib_module_names:
+            self[name] = getattr(import_module(str(node.module)), name)
+        else:
+            self[name] = _Other
+        return self[name]
+
+    def value(self, node: ast.expr) -> Any:
+        return eval(compile(ast.Expression(node), "<signature>", "eval"), {}, self)
+
+    def definition(self, name: str) -> tuple[_Source, ast.ClassDef] | None:
+        """The class of that name, defined here or imported from a module of this package; None: from elsewhere."""
+        node = self.nodes.get(name)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("gsprune."):
+            return self.of(str(node.module)).definition(name)
+        return (self, node) if isinstance(node, ast.ClassDef) else None
+
+
+def _settings(source: _Source, name: str) -> Iterator[Setting]:
+    if (found := source.definition(name)) is None:
+        return
+    source, node = found
+    made = next((part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), None)
+    if made is None:
+        for base in node.bases:
+            yield from _settings(source, ast.unparse(base))
+    for part, hint, default in _parameters(made.args) if made else _fields(node):
+        assert hint is not None, f"{node.name}.{part} has no type"
+        value = REQUIRED if default is None else source.value(default)
+        yield Setting(part, plain(source.value(hint)), value.default if isinstance(value, Field) else value)
+
+
+Part = tuple[str, ast.expr | None, ast.expr | None]  # name, annotation, default
+
+
+def _parameters(made: ast.arguments) -> Iterator[Part]:
+    """Of an `__init__`, without self and without `**settings`."""
+    required: list[ast.expr | None] = [None] * (len(made.args) - len(made.defaults))
+    defaults = [*required, *made.defaults, *made.kw_defaults]
+    parameters = zip([*made.args, *made.kwonlyargs], defaults, strict=True)
+    return ((arg.arg, arg.annotation, default) for arg, default in list(parameters)[1:])
+
+
+def _fields(node: ast.ClassDef) -> Iterator[Part]:
+    """Of a dataclass, its own; `_: KW_ONLY` is none."""
+    for part in node.body if node.decorator_list else ():
+        if isinstance(part, ast.AnnAssign) and (name := ast.unparse(part.target)) != "_":
+            yield name, part.annotation, part.value
