@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,23 +40,45 @@ def tile_sums(matrix: Tensor, rows: int, cols: int) -> list[list[float]]:
     ]
 
 
-def gate_gradient(model: nn.Module, layer: nn.Module, units: int, loss: object, *, before: bool = False) -> Tensor:
-    """Gradient of a gate of ones on each unit of `layer`'s output (or, with `before`, input), by really building it.
+def loss(output: Tensor) -> Tensor:
+    """A scalar that weighs every output differently and is not linear in them."""
+    return (output * torch.linspace(-1, 2, output.numel()).to(output).view_as(output)).sum() ** 2
 
-    `loss` is a function of the model that runs the forward pass.
+
+def weight_gates(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """Gradient of a gate of ones on each weight of a tensor: how the loss changes when the weight is scaled."""
+    weight = model.get_parameter(name).detach()
+    gate = torch.ones_like(weight, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(torch.func.functional_call(model, {name: weight * gate}, (x,))), gate)
+    return gradient
+
+
+def unit_gates(model: nn.Module, members: Sequence[Member], x: Tensor) -> Tensor:
+    """Gradient of a gate of ones on each unit, really built into the forward pass.
+
+    The gate stands in front of the modules that read the units (members along dim 1) or behind those that produce
+    them (members along dim 0).
     """
-    gate = torch.ones(units, dtype=torch.float64, requires_grad=True)
+    gate = torch.ones(len(members[0].index), dtype=torch.float64, requires_grad=True)
 
-    def scale(tensor: Tensor) -> Tensor:
-        return tensor * gate.view(1, -1, *[1] * (tensor.dim() - 2))
+    def scale(module: nn.Module, member: Member, tensor: Tensor) -> Tensor:
+        width = member.index.shape[1]
+        ones = torch.ones(member.size, dtype=torch.float64)
+        factor = ones.index_copy(0, member.index.flatten(), gate.repeat_interleave(width))
+        images = isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm))
+        return tensor * (factor.view(1, -1, *[1] * (tensor.dim() - 2)) if images else factor)
 
-    if before:
-        handle = layer.register_forward_pre_hook(lambda _, args: (scale(args[0]), *args[1:]))
-    else:
-        handle = layer.register_forward_hook(lambda _, __, output: scale(output))
-    try:
-        (gradient,) = torch.autograd.grad(loss(model), gate)  # type: ignore[operator]
-    finally:
+    handles = []
+    for name, member in {m.tensor.rpartition(".")[0]: m for m in members}.items():
+        module = model.get_submodule(name)
+        if member.dim == 1:
+            before = lambda module, args, m=member: (scale(module, m, args[0]), *args[1:])  # noqa: E731
+            handles.append(module.register_forward_pre_hook(before))
+        else:
+            behind = lambda module, _, output, m=member: scale(module, m, output)  # noqa: E731
+            handles.append(module.register_forward_hook(behind))
+    (gradient,) = torch.autograd.grad(loss(model(x)), gate)
+    for handle in handles:
         handle.remove()
     return gradient
 
@@ -68,6 +91,25 @@ def accumulate(steps: Sequence[Tensor], decay: float) -> Tensor:
     return score
 
 
+def row_norms(model: nn.Module, members: Sequence[Member]) -> Tensor:
+    """Euclidean norm of everything that belongs to each unit."""
+    rows = [
+        [
+            float(w)
+            for m in members
+            for i in m.index[unit]
+            for w in model.get_parameter(m.tensor).detach().select(m.dim, int(i)).flatten()
+        ]
+        for unit in range(len(members[0].index))
+    ]
+    return torch.tensor([math.hypot(*row) for row in rows], dtype=torch.float64)
+
+
+def drawn(seed: str, shape: Sequence[int]) -> Tensor:
+    """U(0, 1) from the checksum of a text: what is drawn today has to be drawn again when a run is resumed."""
+    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(zlib.crc32(seed.encode()))).double()
+
+
 def gate_sums(model: nn.Module, members: Sequence[Member]) -> Tensor:
     """The gradient of a gate on each unit: the sum of weight times gradient over what the members have of it."""
     parts = []
@@ -77,6 +119,18 @@ def gate_sums(model: nn.Module, members: Sequence[Member]) -> Tensor:
         change = (parameter * parameter.grad).detach().movedim(member.dim, 0)
         parts.append(torch.stack([change[index].sum() for index in member.index]))
     return torch.stack(parts).sum(0)
+
+
+def masked(model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor]) -> nn.Module:
+    """A copy whose consumers are zeroed column by column."""
+    twin = copy.deepcopy(model)
+    state = dict(twin.named_parameters(remove_duplicate=False))
+    for structure, keep in zip(structures, keeps, strict=True):
+        for member in structure.consumers:
+            for unit in torch.nonzero(~keep).flatten().tolist():
+                for position in member.index[unit].tolist():
+                    state[member.tensor].data.select(member.dim, position).zero_()
+    return twin
 
 
 def budget_cut(

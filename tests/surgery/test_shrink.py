@@ -1,43 +1,64 @@
-"""Masked equals shrunk (function, gradients, the next optimizer step), for every way of coupling units."""
+"""Cutting units out: every way of coupling them, what stays as it was, and plans on disk."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance import NORM, OUTPUT, Network, NetworkTester
+from facts import refused
 from torch import Tensor, nn
 
 from gsprune.discovery.find import find_structures
 from gsprune.structures.structure import Structure
 from gsprune.surgery.apply import apply_plan
 from gsprune.surgery.plan import Plan, plan_shrink
-from gsprune.surgery.shrink import check_shrink, mask_units, shrink
+from gsprune.surgery.shrink import check_shrink, shrink
 
 SEQUENCE = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
-NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "mlp": (nets.mlp, torch.randn(4, 6, generator=torch.Generator().manual_seed(4))),
-    "resnet": (nets.ResNet, nets.images()),
-    "flat": (nets.flat, nets.images()),
-    "flat-pool": (lambda: nets.flat(2), nets.images()),
-    "mobile": (nets.Mobile, nets.images()),
-    "dense": (nets.Dense, nets.images()),
-    "cat-add": (nets.CatAdd, nets.images()),
-    "cat-add-c-first": (lambda: nets.CatAdd(first="c"), nets.images()),
-    "vit": (nets.ViT, nets.images()),
-    "vit-softmax": (lambda: nets.ViT(fused=False), nets.images()),
-    "bert": (lambda: nn.Sequential(nets.BertAttention(), nn.Linear(8, 2)), SEQUENCE),
-}
+TINY = torch.randn(4, 6, generator=torch.Generator().manual_seed(4))
+VIT = [
+    (f"blocks.{i}.{name}", kind, n) for i in (0, 1) for name, kind, n in (("attn", "heads", 4), ("fc1", "neurons", 10))
+]
+
+
+def of_images(make: Callable[[], nn.Module], *channels: tuple[str, int], **options: Any) -> Network:
+    return Network(make, nets.images(), [(name, "channels", units) for name, units in channels], **options)
+
+
+class TestCouplings(NetworkTester):
+    """Every way in which units hang together."""
+
+    optimizers = ("sgd", "adamw")
+    networks: ClassVar = {
+        "mlp": Network(nets.mlp, TINY, [("0", "neurons", 8), ("2", "neurons", 5)], again=True),
+        "resnet": of_images(nets.ResNet, ("stem", 8), ("conv1", 6), again=True, onnx=True),
+        "flat": of_images(nets.flat, ("0", 4)),
+        "flat-pool": of_images(lambda: nets.flat(2), ("0", 4)),
+        "mobile": of_images(nets.Mobile, ("expand", 8), ("fc1", 4), again=True),
+        "dense": of_images(nets.Dense, ("stem", 4), ("conv1", 6), ("conv2", 5), again=True),
+        "cat-add": of_images(nets.CatAdd, ("a", 4), ("b", 6)),
+        "cat-add-c-first": of_images(lambda: nets.CatAdd(first="c"), ("c", 4), ("b", 6)),
+        "vit": Network(nets.ViT, nets.images(), VIT, {OUTPUT, NORM}, again=True, onnx=True),
+        "vit-softmax": Network(lambda: nets.ViT(fused=False), nets.images(), VIT, {OUTPUT, NORM}),
+        "bert": Network(
+            lambda: nn.Sequential(nets.BertAttention(), nn.Linear(8, 2)),
+            SEQUENCE,
+            [("0", "heads", 4)],
+            {OUTPUT, "the model's input"},
+        ),
+    }
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(5)
-    make, x = NETS[name]
-    return nets.settle(make()).double(), x.double()
+    network = TestCouplings.networks[name]
+    return network.build(), network.input()
 
 
 def half(structures: tuple[Structure, ...]) -> list[Tensor]:
@@ -50,30 +71,6 @@ def half(structures: tuple[Structure, ...]) -> list[Tensor]:
     return keeps
 
 
-def mask(model: nn.Module, structures: tuple[Structure, ...], keeps: list[Tensor]) -> nn.Module:
-    """The slow obvious version: zero column by column."""
-    masked = copy.deepcopy(model)
-    state = dict(masked.named_parameters())
-    for s, keep in zip(structures, keeps, strict=True):
-        for member in s.consumers:
-            for unit in range(s.units):
-                for position in member.index[unit].tolist() if not keep[unit] else ():
-                    state[member.tensor].data.select(member.dim, position).zero_()
-    return masked
-
-
-def restrict(name: str, tensor: Tensor, plan: Plan) -> Tensor:
-    for dim, kept in plan.kept.get(name, {}).items():
-        tensor = torch.stack([tensor.select(dim, int(i)) for i in kept], dim)
-    return tensor
-
-
-def assert_same_state(masked: nn.Module, small: nn.Module, plan: Plan) -> None:
-    large = masked.state_dict()
-    for name, tensor in small.state_dict().items():
-        torch.testing.assert_close(tensor, restrict(name, large[name], plan), rtol=1e-9, atol=1e-12)
-
-
 def output(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)  # type: ignore[no-any-return]
 
@@ -82,42 +79,6 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
     optimizer.zero_grad()
     F.mse_loss(output(model, x), torch.ones_like(output(model, x)) / 3).backward()
     optimizer.step()
-
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, amsgrad=True),
-}
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", NETS)
-def test_masked_equals_shrunk_through_two_optimizer_steps(name: str, optimizer: str) -> None:
-    model, x = build(name)
-    structures = find_structures(model, x).structures
-    keeps = half(structures)
-    assert structures
-    model.train()
-    opt = OPTIMIZERS[optimizer](model.parameters())
-    for _ in range(2):  # moments to carry over
-        step(model, opt, x)
-    masked = mask(model, structures, keeps)
-    fast = copy.deepcopy(model)
-    mask_units(fast, structures, keeps)
-    assert all(torch.equal(a, b) for a, b in zip(fast.parameters(), masked.parameters(), strict=True))
-    masked_opt = OPTIMIZERS[optimizer](masked.parameters())
-    masked_opt.load_state_dict(copy.deepcopy(opt.state_dict()))  # else both write into one
-
-    plan = shrink(model, structures, keeps, example_input=x, optimizer=opt)
-    count = sum(p.numel() for p in model.parameters())
-    assert count < sum(p.numel() for p in masked.parameters())
-    assert model.training
-    for mode in (False, True):
-        assert torch.allclose(output(masked.train(mode), x), output(model.train(mode), x), rtol=1e-9, atol=1e-12)
-    assert_same_state(masked, model, plan)
-    step(masked, masked_opt, x)
-    step(model, opt, x)
-    assert_same_state(masked, model, plan)
 
 
 def test_only_the_wanted_units_are_gone_and_order_stays() -> None:
@@ -334,10 +295,9 @@ def test_a_plan_applies_once_and_only_where_it_fits() -> None:
     apply_plan(fresh, plan)
     assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
     before = snapshot(model, optimizer)
-    message = "the pruning plan expects 'stem.weight' to have length 8 in dimension 0, its shape is (4, 3, 3, 3)"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with refused("'stem.weight'", "length 8", "dimension 0", "(4, 3, 3, 3)"):
         apply_plan(model, plan)
-    with pytest.raises(ValueError, match=r"the pruning plan names '.*', which Mobile does not have"):
+    with refused("plan", "Mobile"):
         apply_plan(nets.Mobile(), plan)
     assert snapshot(model, optimizer) == before
 
@@ -347,16 +307,16 @@ def test_a_foreign_optimizer_shared_weights_and_hooked_parameters_are_refused() 
     structures, keeps = _halved(model, x)
     other = torch.optim.SGD(nets.mlp().parameters(), lr=0.1)
     before = snapshot(model, other)
-    with pytest.raises(ValueError, match="the SGD optimizer holds none of the parameters to be cut"):
+    with refused("SGD", "none of the parameters"):
         shrink(model, structures, keeps, example_input=x, optimizer=other)
     hook = model[0].weight.register_post_accumulate_grad_hook(lambda p: None)
-    with pytest.raises(ValueError, match=r"'0\.weight' has gradient hooks, remove them before shrinking"):
+    with refused("'0.weight'", "hooks"):
         apply_plan(model, plan_shrink(structures, keeps))
     hook.remove()
     assert snapshot(model, other) == before
     model.twin = nn.Linear(6, 8)
     model.twin.weight = model[0].weight
-    with pytest.raises(ValueError, match=r"'0\.weight' is shared with another module and cannot be cut"):
+    with refused("'0.weight'", "shared"):
         apply_plan(model, plan_shrink(structures, keeps))
 
 
@@ -364,13 +324,13 @@ def test_keeps_that_do_not_fit() -> None:
     model, x = build("mlp")
     structures, keeps = _halved(model, x)
     cases = [
-        (keeps[:1], "1 keep vectors were given for 2 structures"),
-        ([keeps[0].int(), keeps[1]], "the keep of '0' must be bool (8,), not torch.int32 (8,)"),
-        ([keeps[0], keeps[0]], "the keep of '2' must be bool (5,), not torch.bool (8,)"),
-        ([keeps[0], keeps[1] & False], "the keep of '2' removes all 5 units"),
+        (keeps[:1], ["1 keep", "2 structures"]),
+        ([keeps[0].int(), keeps[1]], ["'0'", "bool (8,)", "torch.int32 (8,)"]),
+        ([keeps[0], keeps[0]], ["'2'", "bool (5,)", "torch.bool (8,)"]),
+        ([keeps[0], keeps[1] & False], ["'2'", "all 5 units"]),
     ]
-    for wrong, message in cases:
-        with pytest.raises(ValueError, match=re.escape(message)):
+    for wrong, facts in cases:
+        with refused(*facts):
             plan_shrink(structures, wrong)
 
 
@@ -428,28 +388,3 @@ def test_edited_plans_are_refused(path: tuple[str, ...], value: object, problem:
         place[last] = value  # type: ignore[index]
     with pytest.raises(ValueError, match=f"^not a pruning plan: {re.escape(problem)}"):
         Plan.from_json(data)
-
-
-# ---- real networks
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v3_small"])
-def test_torchvision_networks(name: str) -> None:
-    torchvision = pytest.importorskip("torchvision")
-    torch.manual_seed(7)
-    model, x = nets.settle(torchvision.models.get_model(name, num_classes=5)), torch.randn(2, 3, 32, 32)
-    structures = find_structures(model, x).structures
-    keeps = half(structures)
-    masked = copy.deepcopy(model)
-    mask_units(masked, structures, keeps)  # fast; checked against the slow version above
-    weights = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    step(model.train(), optimizer, x)
-    model.load_state_dict(weights)  # back to what was masked; the moments stay
-    shrink(model, structures, keeps, example_input=x, optimizer=optimizer)
-    small, large = (output(copy.deepcopy(m).double().eval(), x.double()) for m in (model, masked))
-    assert torch.allclose(small, large, rtol=1e-9, atol=1e-9 * float(large.abs().max().detach()))
-    assert sum(p.numel() for p in model.parameters()) < 0.55 * sum(p.numel() for p in masked.parameters())
-    step(model.train(), optimizer, x)
-    assert all(p.grad is not None for p in model.parameters())
