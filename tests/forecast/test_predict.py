@@ -10,6 +10,7 @@ from functools import partial
 import nets
 import pytest
 import torch
+from facts import refused
 from rich.console import Console
 from torch import nn
 
@@ -427,7 +428,7 @@ def test_json_has_everything_and_only_plain_values():
 
 def test_a_pruner_of_another_model_is_refused():
     pruner = make(mlp(), Elementwise(), target_sparsity=0.5)
-    with pytest.raises(ValueError, match="this pruner belongs to another model: plan with the model that the Pruner"):
+    with refused("pruner", "another model"):
         plan(mlp(), pruner, torch.ones(1, 8))
 
 
@@ -436,13 +437,13 @@ def test_a_pruner_that_has_shrunk_its_model_is_refused():
     pruner = make(model, Weighted(), target_sparsity=0.5)
     run(pruner)
     pruner.on_train_end()
-    with pytest.raises(ValueError, match="this pruner has shrunk its model already: plan before training"):
+    with refused("pruner", "already", "before training"):
         plan(model, pruner, DIGIT)
 
 
 def test_a_schedule_without_an_end_is_refused_as_in_training():
     model = mlp()
-    with pytest.raises(ValueError, match="end_epoch is not set: give it, or give the Pruner `epochs`"):
+    with refused("end_epoch", "epochs"):
         plan(model, make(model, Elementwise(), target_sparsity=0.5, schedule=Cubic()), torch.ones(1, 8))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from facts import refused
 from torch import Tensor, nn
 
 import gsprune
@@ -105,7 +106,7 @@ def test_json_is_valid_whatever_the_numbers(tmp_path: Path) -> None:
     text = (tmp_path / "a.json").read_text()
     read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert read == {"nan": "NaN", "inf": "-Infinity", "tensor": 2, "path": str(tmp_path), "pair": [1, None]}
-    with pytest.raises(TypeError, match="a set cannot be written as JSON"):
+    with refused("set", "JSON", error=TypeError):
         plain({1})
 
 
@@ -154,7 +155,7 @@ def test_equal_tensors_are_equal_files_that_others_may_read(tmp_path: Path) -> N
 
 
 def test_masks_are_bool(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"mask 'w' is torch.float32, but masks are torch.bool"):
+    with refused("'w'", "torch.float32", "torch.bool"):
         save_masks(tmp_path / "a", {"w": torch.ones(3)})
 
 
@@ -300,7 +301,7 @@ def test_any_changed_byte_gives_scores_or_a_sentence(tmp_path: Path) -> None:
 
 def test_masks_are_no_scores_and_a_missing_file_says_so(tmp_path: Path) -> None:
     save_masks(tmp_path / "masks", {"w": torch.ones(9, dtype=torch.bool)})
-    with pytest.raises(ValueError, match=r"masks is a safetensors file, but not of the format 'gsprune-scores'$"):
+    with refused("masks", "'gsprune-scores'"):
         load_scores(tmp_path / "masks")
     with pytest.raises(ValueError, match=r"nowhere does not exist$"):
         load_scores(tmp_path / "nowhere")
@@ -402,7 +403,7 @@ def test_another_architecture_is_named_and_left_alone(saved: Path, model: object
 def test_a_tensor_that_the_file_lacks_is_named(saved: Path) -> None:
     model = Net()
     model.extra = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"its tensor 'extra.weight' is not in .*model.safetensors"):
+    with refused("'extra.weight'", "model.safetensors"):
         load_pruned(saved, model)
 
 
@@ -431,14 +432,14 @@ def test_an_edited_record_is_refused(saved: Path, change: object, sentence: str)
 
 def test_an_attribute_that_is_not_a_size_is_refused(tmp_path: Path) -> None:
     save_pruned(tmp_path, Net(), Plan(kept={}, sizes={}, attributes={"conv1.training": 1}))
-    with pytest.raises(ValueError, match=r"conv1.training should become 1, but here it is True"):
+    with refused("conv1.training", "1", "True"):
         load_pruned(tmp_path, Net())
 
 
 def test_files_of_two_runs_are_not_mixed(saved: Path, tmp_path: Path) -> None:
     save_pruned(tmp_path / "other", Net(), NOTHING)
     os.replace(tmp_path / "other" / "pruning.json", saved / "pruning.json")
-    with pytest.raises(ValueError, match=r"does not belong to the model.safetensors beside it"):
+    with refused("pruning.json", "model.safetensors"):
         load_pruned(saved, Net())
 
 
@@ -487,11 +488,11 @@ def test_an_attention_cut_in_other_heads_is_another_architecture(kind: str, tmp_
     save_pruned(tmp_path, model.eval(), pruner.plan)
     other = encoder(8)
     before = copy.deepcopy(other.state_dict())
-    message = {
-        "heads": "layers.0.self_attn.head_dim is 4 here but 8 in the file",
-        "neurons": "layers.0.self_attn.num_heads is 8 here but 4 in the file",
+    facts = {
+        "heads": ["layers.0.self_attn.head_dim", "4 here", "8 in the file"],
+        "neurons": ["layers.0.self_attn.num_heads", "8 here", "4 in the file"],
     }
-    with pytest.raises(ValueError, match=f"^the model does not fit the file: {message[kind]}$"):
+    with refused(*facts[kind]):
         load_pruned(tmp_path, other)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     assert torch.equal(load_pruned(tmp_path, encoder(4))(x), model(x))
@@ -499,15 +500,14 @@ def test_an_attention_cut_in_other_heads_is_another_architecture(kind: str, tmp_
 
 def test_a_convolution_with_another_stride_is_another_architecture(tmp_path: Path) -> None:
     save_pruned(tmp_path, nn.Conv2d(1, 2, 3, stride=2), None)
-    with pytest.raises(ValueError, match=r"^the model does not fit the file: stride is \[1, 1\] here but \[2, 2\] in"):
+    with refused("stride", "[1, 1] here", "[2, 2] in the file"):
         load_pruned(tmp_path, nn.Conv2d(1, 2, 3))
 
 
 def test_a_model_that_cannot_take_weights_is_refused(saved: Path) -> None:
-    message = "the dense model is on the meta device, which holds no values: build it on another one"
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    with refused("meta device"):
         load_pruned(saved, Net().to("meta"))
-    with pytest.raises(ValueError, match=r"^OptimizedModule is a wrapper, pass the model inside it"):
+    with refused("OptimizedModule"):
         load_pruned(saved, torch.compile(Net()))
     with pytest.raises(ValueError, match=r"model.safetensors.*does not exist$|is not a folder$|Not a directory"):
         load_pruned(saved / "model.safetensors", Net())
@@ -532,9 +532,7 @@ def test_a_model_pruned_twice_is_rebuilt_from_the_dense_one(tmp_path: Path) -> N
     rebuilt = load_pruned(tmp_path / "second", encoder(4))
     assert (rebuilt.layers[0].self_attn.num_heads, rebuilt.layers[0].linear1.out_features) == (1, 4)
     assert torch.equal(rebuilt(x), again(x))
-    with pytest.raises(
-        ValueError, match=r"^the first plan leaves \d+ in dimension \d of '.*', not \d+: the second plan"
-    ):
+    with refused("dimension", "second plan"):
         second.after(second)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from facts import refused
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -212,7 +213,7 @@ def test_a_batch_is_inputs_and_labels(batch: Any, inputs: Any) -> None:
     ("batch", "given"), [({"x": 1, "y": 2}, "a dict of x, y"), ((1, 2, 3), "a tuple"), (1, "a int"), ([1], "a list")]
 )
 def test_a_batch_without_labels_is_refused(batch: Any, given: str) -> None:
-    with pytest.raises(ValueError, match=rf"^a batch is {given}: it must be \(inputs, labels\)"):
+    with refused(given, "(inputs, labels)"):
         inputs_and_labels(batch)
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from facts import refused
 
 from gsprune.sweeps.results import JobResult, Results, read_overrides, read_results
 from gsprune.text.names import natural
@@ -98,7 +99,7 @@ def test_the_directory_of_one_job_is_that_job(tmp_path: Path) -> None:
 
 
 def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere is not a directory: give that of a sweep, such as multirun/"):
+    with refused("nowhere", "directory"):
         read_results(tmp_path / "nowhere")
 
 

@@ -8,11 +8,11 @@ import logging
 import math
 import os
 import random
-import re
 
 import numpy as np
 import pytest
 import torch
+from facts import refused
 from safetensors.torch import save_file
 
 from gsprune.files.disk import remove_leftovers
@@ -68,7 +68,7 @@ def test_views_and_other_memory_formats_are_written_by_their_values(tmp_path):
 
 
 def test_what_is_no_data_is_refused_and_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match=r"^schedule/factor is a function, which a checkpoint cannot hold$"):
+    with refused("schedule/factor", "function"):
         write_state(tmp_path / "a", {"schedule": {"factor": written}})
     assert list(tmp_path.iterdir()) == []
 
@@ -201,9 +201,7 @@ def test_what_cannot_be_read_just_now_is_refused_by_name_and_nothing_changes(tmp
     happens, told = MOMENTS[moment]
     happens(monkeypatch, newest)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(
-        ValueError, match=rf"^the checkpoint {newest} cannot be used now, and is kept: [^\n]*{told}.*never$"
-    ):
+    with refused(newest, told, "never"):
         checkpoints.newest()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in checkpoints.paths()] == ["epoch_0001_step_000000", "epoch_0010_step_000000"]
@@ -211,7 +209,7 @@ def test_what_cannot_be_read_just_now_is_refused_by_name_and_nothing_changes(tmp
 
 def test_a_folder_of_checkpoints_that_does_not_answer_is_not_an_empty_one(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "not mounted")
-    with pytest.raises(ValueError, match=r"link cannot be read \(No such file or directory\)$"):
+    with refused("link", "No such file or directory"):
         Checkpoints(tmp_path / "link").newest()
     checkpoints = checkpoints_of(tmp_path)
 
@@ -219,7 +217,7 @@ def test_a_folder_of_checkpoints_that_does_not_answer_is_not_an_empty_one(tmp_pa
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "listdir", listdir)
-    with pytest.raises(ValueError, match=r"checkpoint cannot be read \(Permission denied\)$"):
+    with refused("checkpoint", "Permission denied"):
         checkpoints.newest()
 
 
@@ -305,9 +303,7 @@ def test_a_record_with_a_right_sum_and_wrong_content_is_one_sentence(tmp_path, s
     record = json.loads((tmp_path / "a" / RECORD).read_text())
     del record["sha256"]
     (tmp_path / "a" / RECORD).write_text(sealed({**record, "state": state}))
-    with pytest.raises(
-        ValueError, match=f"^{re.escape(str(tmp_path / 'a' / RECORD))} is not the record of a checkpoint"
-    ):
+    with refused(tmp_path / "a" / RECORD):
         read_state(tmp_path / "a")
 
 
@@ -316,13 +312,13 @@ def test_a_deep_record_a_large_one_and_another_version_are_refused(tmp_path, mon
     path = tmp_path / "a" / RECORD
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "version": 9}))
-    with pytest.raises(ValueError, match=r"has format version 9, this gsprune reads 1$"):
+    with refused("version 9", "1"):
         read_state(tmp_path / "a")
     path.write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with refused("JSON"):
         read_state(tmp_path / "a")
     monkeypatch.setattr(run_state, "MAX_RECORD", 10)
-    with pytest.raises(ValueError, match=r"state.json is too large: it has more than 10 bytes$"):
+    with refused("state.json", "10 bytes"):
         read_state(tmp_path / "a")
 
 
@@ -337,7 +333,7 @@ def test_mutated_files_are_a_clean_load_or_one_sentence(tmp_path):
             content[chosen.randrange(len(content))] = chosen.randrange(256)
         (tmp_path / "a" / name).write_bytes(content[: chosen.choice([len(content), chosen.randrange(len(content))])])
         if bytes(content) != whole[name]:
-            with pytest.raises(ValueError, match=r"^[^\n]*$"):
+            with refused():
                 read_state(tmp_path / "a")
         (tmp_path / "a" / name).write_bytes(whole[name])
     assert same(read_state(tmp_path / "a")["model"], STATE["model"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from facts import refused
 from torch import Tensor, nn
 
 from gsprune import Pruner
@@ -351,7 +351,7 @@ def test_a_scoring_pass_that_fails_also_leaves_the_network_as_it_was():
     assert model[0].last is None
     assert [part.training for part in model] == [True, True, True, False, True]
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(ValueError, match=r"^steps=-1 is not allowed: it must be 0 or more, or None$"):
+    with refused("steps=-1", "0 or more", "None"):
         CPU().score(model, wrong, optimizer=torch.optim.SGD(model.parameters()), pruner=Recorder(), steps=-1)
 
 
@@ -411,7 +411,7 @@ def test_running_totals_can_be_read_in_the_middle_of_an_epoch():
 
 
 def test_an_empty_loader_is_an_error():
-    with pytest.raises(ValueError, match=r"^the loader gave no batch, so there is no loss or accuracy to report$"):
+    with refused("loader", "no batch"):
         CPU().evaluate(mlp(), [])
 
 
@@ -565,7 +565,7 @@ def test_a_device_that_is_not_here_lists_those_that_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert find_device("auto") == torch.device("cuda")
     assert find_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ValueError, match=r"trainer.device=cuda:2 is not allowed: it must be cuda:0 to cuda:1"):
+    with refused("trainer.device=cuda:2", "cuda:0", "cuda:1"):
         find_device("cuda:2")
 
 
@@ -604,7 +604,7 @@ def test_a_schedule_over_no_steps_is_harmless():
 
 
 def test_schedule_settings_out_of_range():
-    with pytest.raises(ValueError, match=r"lr_schedule.warmup=1.5 is not allowed: it must be from 0 to 1"):
+    with refused("lr_schedule.warmup=1.5", "0 to 1"):
         rates(warmup_cosine, total_steps=3, warmup=1.5)
 
 
@@ -660,21 +660,20 @@ def test_seeding_covers_python_numpy_and_torch():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "facts"),
     [
-        ({"nesterov": "abc", "momentum": 0.9}, "optimizer.nesterov=abc is not allowed: it must be true or false"),
-        ({"momentum": "much"}, "optimizer.momentum=much is not allowed: it must be a number"),
+        ({"nesterov": "abc", "momentum": 0.9}, ("optimizer.nesterov=abc", "true or false")),
+        ({"momentum": "much"}, ("optimizer.momentum=much", "a number")),
     ],
 )
-def test_a_text_in_the_place_of_a_number_is_refused_before_a_step(settings, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
+def test_a_text_in_the_place_of_a_number_is_refused_before_a_step(settings, facts):
+    with refused(*facts):
         make_optimizer(partial(torch.optim.SGD, lr=0.1, **settings), nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("betas", [[], [0.9], [0.9, 0.99, 0.5], {"a": 1, "b": 2}, "0.9"])
 def test_another_count_of_numbers_is_refused_before_a_step(betas):
-    message = re.escape(f"optimizer.betas={betas} is not allowed: it must be 2 numbers")
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    with refused(f"optimizer.betas={betas}", "2 numbers"):
         make_optimizer(partial(torch.optim.AdamW, betas=betas), nn.Linear(2, 2))
     assert make_optimizer(partial(torch.optim.AdamW, betas=[0.5, 0.9]), nn.Linear(2, 2)).defaults["betas"] == (0.5, 0.9)
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from facts import refused
 from jobs import write_pictures
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor
@@ -83,27 +84,27 @@ def test_resizing_and_grey_to_colour() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("given", "facts"),
     [
-        ({"num_classes": 7}, "num_classes is 7, but the data set has 10 classes"),
-        ({"image_size": 0}, "image_size is 0: it must be 1 or more"),
+        ({"num_classes": 7}, ("num_classes is 7", "10 classes")),
+        ({"image_size": 0}, ("image_size is 0", "1 or more")),
     ],
 )
-def test_digits_errors(given: dict[str, int], sentence: str) -> None:
-    with pytest.raises(ValueError, match=f"^{sentence}$"):
+def test_digits_errors(given: dict[str, int], facts: tuple[str, ...]) -> None:
+    with refused(*facts):
         datasets.digits(**given)
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("given", "facts"),
     [
-        ({"max_train": 6}, "max_train is 6: it must be from 1 to 5, or null for all"),
-        ({"max_train": 0}, "max_train is 0: it must be from 1 to 5, or null for all"),
-        ({"test": 8}, "10 samples are too few to hold out 10 and still train"),
+        ({"max_train": 6}, ("max_train is 6", "1 to 5", "null")),
+        ({"max_train": 0}, ("max_train is 0", "1 to 5", "null")),
+        ({"test": 8}, ("10 samples", "hold out 10")),
     ],
 )
-def test_splitting_errors(given: dict[str, int], sentence: str) -> None:
-    with pytest.raises(ValueError, match=f"^{sentence}$"):
+def test_splitting_errors(given: dict[str, int], facts: tuple[str, ...]) -> None:
+    with refused(*facts):
         datasets.split_pictures(numbered(10), **{"val": 2, "test": 3, "num_classes": 2, "split_seed": 0, **given})
 
 
@@ -167,14 +168,14 @@ def test_workers_are_for_what_is_not_in_memory_and_pinning_is_for_cuda(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("given", "facts"),
     [
-        ({"batch_size": 0}, "batch_size is 0: it must be 1 or more"),
-        ({"num_workers": -1}, "num_workers is -1: it must be 0 or more"),
+        ({"batch_size": 0}, ("batch_size is 0", "1 or more")),
+        ({"num_workers": -1}, ("num_workers is -1", "0 or more")),
     ],
 )
-def test_loader_errors(given: dict[str, int], sentence: str) -> None:
-    with pytest.raises(ValueError, match=f"^{sentence}$"):
+def test_loader_errors(given: dict[str, int], facts: tuple[str, ...]) -> None:
+    with refused(*facts):
         make_loader(numbered(4), **{"batch_size": 2, "train": True, **given})  # type: ignore[arg-type]
 
 
@@ -306,9 +307,9 @@ def test_offline_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_wrong_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, "CIFAR10", (32, 32, 3), 10)
-    with pytest.raises(ValueError, match=r"^num_classes is 5, but CIFAR10 has 10 classes$"):
+    with refused("num_classes is 5", "CIFAR10", "10 classes"):
         datasets.cifar10(num_classes=5)
-    with pytest.raises(ValueError, match=r"^channels is 1, but these pictures have 3$"):
+    with refused("channels is 1", "3"):
         datasets.cifar10(channels=1)
 
 
@@ -354,13 +355,13 @@ def test_without_a_test_folder_val_is_the_test_split(tmp_path: Path) -> None:
 def test_folder_errors(tmp_path: Path) -> None:
     write_pictures(tmp_path / "a/train")
     write_pictures(tmp_path / "a/val", classes=("cat", "fox"))
-    with pytest.raises(ValueError, match=r"hold different classes: \['cat', 'dog'\] and \['cat', 'fox'\]$"):
+    with refused("['cat', 'dog']", "['cat', 'fox']"):
         datasets.imagefolder(tmp_path / "a", num_classes=2)
-    with pytest.raises(ValueError, match=r"^num_classes is 5, but .*train has 2 classes$"):
+    with refused("num_classes is 5", "train", "2 classes"):
         datasets.imagefolder(tmp_path / "a/train", num_classes=5)
-    with pytest.raises(ValueError, match=r"nowhere is not a folder with one folder of pictures a class$"):
+    with refused("nowhere", "folder"):
         datasets.imagefolder(tmp_path / "nowhere", num_classes=2)
-    with pytest.raises(ValueError, match=r"^channels is 2: pictures from a folder have 1 \(grey\) or 3$"):
+    with refused("channels is 2", "1", "3"):
         datasets.imagefolder(tmp_path / "a/train", num_classes=2, channels=2)
 
 
@@ -370,12 +371,12 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     huge = whole[:16] + (60_000).to_bytes(4, "big") * 2 + whole[24:29]  # the size in its header
     huge += zlib.crc32(huge[12:]).to_bytes(4, "big") + whole[33:]
     for spoiled, told in {
-        whole[:45]: r"image file is truncated.*|broken PNG file.*|Truncated File Read",
-        b"no picture": "cannot identify image file .*",
-        huge: r"Image size \(3600000000 pixels\) exceeds limit of .* could be decompression bomb DOS attack\.",
+        whole[:45]: "",  # Pillow's own words, which change
+        b"no picture": "cannot identify image file",
+        huge: "3600000000 pixels",
     }.items():
         (tmp_path / "cat" / "0.png").write_bytes(spoiled)
-        with pytest.raises(ValueError, match=rf"^{tmp_path}/cat/0.png is not a picture that can be read \(({told})\)$"):
+        with refused(f"{tmp_path}/cat/0.png", told):
             datasets.imagefolder(tmp_path, num_classes=2, image_size=16).train.dataset[0]  # type: ignore[attr-defined]
 
 
