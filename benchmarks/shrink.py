@@ -39,8 +39,8 @@ from gsprune.criteria import Abs
 from gsprune.discovery.find import find_structures
 from gsprune.schedules import Linear
 from gsprune.structures.structure import Found, Structure
-from gsprune.surgery.apply import apply_plan
-from gsprune.surgery.plan import plan_shrink
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import plan_cut
 from gsprune.surgery.shrink import shrink
 
 Built = tuple[nn.Module, Any]
@@ -177,7 +177,7 @@ def cut(dense: nn.Module, structures: Sequence[Structure], counts: Sequence[int]
     """A copy with `counts[i]` random units of structure i."""
     keeps = [torch.randperm(s.units) < count for s, count in zip(structures, counts, strict=True)]
     small = copy.deepcopy(dense)
-    apply_plan(small, plan_shrink(structures, keeps))
+    apply_cut(small, plan_cut(structures, keeps))
     return small
 
 

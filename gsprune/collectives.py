@@ -1,7 +1,7 @@
-"""What several processes that train one network tell each other.
+"""Communication between the processes that train one network.
 
-Every function is the identity in a process that is alone, so that callers have no branches for it. A process is one of
-several as soon as `torch.distributed` has a process group, whoever made it.
+In a single process every function is the identity, so that callers need no branches. There are several processes as
+soon as `torch.distributed` has a process group, whoever made it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,6 @@ from gsprune.text.display import logger
 if TYPE_CHECKING:
     from gsprune.files.locks import Lock
 
-__all__ = [
-    "broadcast",
-    "broadcast_buffers",
-    "check_masks",
-    "held",
-    "one_after_the_first",
-    "rank",
-    "summed",
-    "world_size",
-]
 
 log = logger(__name__)
 Result = TypeVar("Result")

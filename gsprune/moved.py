@@ -23,7 +23,7 @@ from typing import Any
 MOVED = {
     "addresses": "settings.addresses",
     "attaching": "pruner.attaching",
-    "attention": "structures.attention",
+    "attention": "surgery.narrow_attention structures.attention",
     "blocks": "ranking.blocks",
     "budgets": "cost.budgets",
     "checkpoint": "formats.network formats.scores formats.masks formats.tensors",
@@ -38,7 +38,7 @@ MOVED = {
     "distributed": "training.data_parallel collectives",
     "drawing": "plots.drawing",
     "earlier": "app.earlier",
-    "examples": "structures.example",
+    "examples": "structures.example structures.twin structures.running",
     "figures": "plots.run_figures",
     "guard": "training.guard",
     "hf": "zoo.hf",
@@ -52,14 +52,14 @@ MOVED = {
     "locks": "files.locks",
     "matrices": "structures.matrices",
     "memory": "app.memory",
-    "metrics": "cost.counting",
+    "metrics": "cost.counting structures.running",
     "models": "zoo.models",
     "names": "text.names",
     "optimizers": "surgery.optimizers",
     "patterns": "ranking.patterns",
     "planner": "forecast.predict app.forecast_tables forecast.plan",
     "position": "training.position",
-    "proof": "surgery.proof",
+    "proof": "surgery.proof surgery.readings",
     "pruners": "pruner.pruners",
     "redact": "text.redact settings.recorded",
     "report": "sweeps.report text.redact",
@@ -70,7 +70,7 @@ MOVED = {
     "several": "app.several",
     "sharded": "pruner.sharded",
     "shown": "text.display",
-    "shrink": "surgery.shrink surgery.apply surgery.plan",
+    "shrink": "surgery.shrink surgery.apply surgery.cut_plan",
     "signals": "training.signals",
     "sources": "settings.sources",
     "sweep": "sweeps.callback sweeps.record files.layout",
@@ -83,11 +83,20 @@ MOVED = {
     "variants": "sweeps.variants",
     "views": "tracking.views",
 }
+# Names in them that are others now.
+RENAMED = {
+    "Gate": "GateGradient",
+    "Plan": "CutPlan",
+    "apply_plan": "apply_cut",
+    "plan_shrink": "plan_cut",
+    "read_plan": "read_cut_plan",
+}
 # Names of modules that are packages now.
 PACKAGES = {
+    "criteria": "criteria.gates",
     "files": "files.disk",
     "pruner": "pruner.pruner",
-    "structures": "discovery.find structures.structure structures.example structures.twin",
+    "structures": "discovery.find structures.structure structures.example structures.twin structures.running",
     "tracking": "tracking.mlflow tracking.tracker tracking.store settings.addresses",
 }
 COMMANDS = {"compat": "convert", "report": "report", "sync": "sync"}  # that were `python -m gsprune.<name>`
@@ -142,8 +151,9 @@ def handed_on(package: str) -> Callable[[str], Any]:
 def _find(old: str, homes: str, name: str) -> Any:
     for home in homes.split():
         module = import_module(f"gsprune.{home}")
-        if hasattr(module, name):
-            return getattr(module, name)
+        for candidate in (name, RENAMED.get(name, name)):
+            if hasattr(module, candidate):
+                return getattr(module, candidate)
     raise AttributeError(f"module {old!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""When to prune how much: training progress in epochs -> the sparsity wanted now. Pure maths, standard library alone.
+"""Schedules: training progress in epochs -> the sparsity wanted now. Standard library only.
 
 A schedule is a frozen dataclass and a function: `schedule(progress)` with `progress` in epochs (a float: 1.5 is half
 way through the second epoch). Between two updates, `update_frequency` epochs apart, the value stands still.

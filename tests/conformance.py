@@ -33,7 +33,7 @@ from gsprune.formats.network import load_pruned, save_pruned
 from gsprune.schedules import Linear, OneShot
 from gsprune.structures.example import call, map_tensors, tensors_in
 from gsprune.structures.structure import Structure
-from gsprune.surgery.plan import Plan
+from gsprune.surgery.cut_plan import CutPlan
 from gsprune.surgery.shrink import mask_units, shrink
 
 OUTPUT = "feeds the model's output"
@@ -537,7 +537,7 @@ def assert_equal_answers(model: nn.Module, other: nn.Module, x: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.detach().abs().max()))
 
 
-def assert_same_state(masked: nn.Module, small: nn.Module, plan: Plan) -> None:
+def assert_same_state(masked: nn.Module, small: nn.Module, plan: CutPlan) -> None:
     large = masked.state_dict()
     for name, tensor in small.state_dict().items():
         expected = large[name]

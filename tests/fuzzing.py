@@ -39,7 +39,7 @@ from gsprune.formats.masks import load_masks, save_masks
 from gsprune.formats.network import _fingerprint, load_pruned, save_pruned
 from gsprune.formats.scores import load_scores, save_scores
 from gsprune.integrations.inc import load_inc_config
-from gsprune.surgery.plan import Plan
+from gsprune.surgery.cut_plan import CutPlan
 from gsprune.sweeps.callback import _run_of
 from gsprune.sweeps.dense_cache import DenseCache, DenseRecord
 from gsprune.sweeps.record import Sweep, last_line
@@ -192,7 +192,7 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
-PLAN = Plan({"0.weight": {0: torch.tensor([0, 2, 5])}, "0.bias": {0: torch.tensor([0, 2, 5])}},
+PLAN = CutPlan({"0.weight": {0: torch.tensor([0, 2, 5])}, "0.bias": {0: torch.tensor([0, 2, 5])}},
             {"0.weight": {0: 6}, "0.bias": {0: 6}}, {"0.out_features": 3})  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def _read_plan(folder: Path) -> None:
         data = json.loads((folder / "plan.json").read_bytes())
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
-    plan = Plan.from_json(data)
+    plan = CutPlan.from_json(data)
     assert json.loads(json.dumps(plan.to_json())) == data
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.structures.structure import Member, Structure
-from gsprune.surgery.apply import apply_plan
-from gsprune.surgery.plan import plan_shrink
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import plan_cut
 
 
 def select(parts: Sequence[Sequence[float]], k: int, *, min_kept: int = 0) -> list[list[bool]]:
@@ -145,7 +145,7 @@ def budget_cut(
     for k in range(1, sum(map(len, scores)) - len(scores) + 1):
         keeps = select(scores, k, min_kept=1)
         twin = copy.deepcopy(model)
-        apply_plan(twin, plan_shrink(structures, [torch.tensor(keep) for keep in keeps]))
+        apply_cut(twin, plan_cut(structures, [torch.tensor(keep) for keep in keeps]))
         off = abs(cost(twin) - wanted * cost(model))
         if off < distance:
             best, distance = keeps, off

@@ -84,9 +84,10 @@ from gsprune.settings.identity import (
     scores_path,
 )
 from gsprune.settings.recorded import hide, recorded
-from gsprune.structures.example import call, copy_of, inputs_and_labels, logits_of, map_tensors
-from gsprune.surgery.apply import apply_plan
-from gsprune.surgery.plan import Plan
+from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors
+from gsprune.structures.twin import copy_of
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import CutPlan
 from gsprune.sweeps.dense_cache import BASELINE, DenseCache, DenseRecord
 from gsprune.sweeps.record import Sweep, current_sweep, last_line
 from gsprune.text.display import logger
@@ -561,7 +562,7 @@ class _Job:
 
     def _save_model(self) -> None:
         """The model first: the one file that a run must leave."""
-        plan = self.pruner.plan or Plan(kept={}, sizes={}, attributes={})
+        plan = self.pruner.plan or CutPlan(kept={}, sizes={}, attributes={})
         save_pruned(self.output_dir, self.model, plan, extra={"config_hash": self.result["config_hash"]})
         with self.spared("masks.safetensors"):
             save_masks(self.output_dir / "masks.safetensors", self.pruner.masks())
@@ -1119,7 +1120,7 @@ def smaller(model: nn.Module, pruner: Any) -> nn.Module:
     if plan is None:
         return model
     twin = copy_of(model)
-    apply_plan(twin, plan)
+    apply_cut(twin, plan)
     return twin
 
 

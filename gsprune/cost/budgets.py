@@ -1,6 +1,6 @@
-"""How much of the dense network's cost may stay, and where a ranking of units has to be cut for that.
+"""Budgets: the share of the dense network's cost that may stay, and the point of a unit ranking that reaches it.
 
-A cost is the share of the dense network's own (1.0 is all of it).
+A cost is the share of the dense network's own, in (0, 1].
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ import difflib
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from gsprune.cost.costs import make_cost
 from gsprune.ranking.selection import PRUNED, select
-
-if TYPE_CHECKING:
-    from gsprune.structures.structure import Structure
-
-__all__ = ["KINDS", "TOLERANCE", "Budget", "CostKind", "read_target"]
+from gsprune.structures.structure import Structure
 
 CostKind = Literal["macs", "params", "latency"]
 KINDS = {"macs": "MACs", "params": "parameters", "latency": "milliseconds"}
@@ -93,8 +90,6 @@ class Budget:
         *,
         min_kept: int = 1,
     ) -> None:
-        from gsprune.cost.costs import make_cost  # heavy: imports torch-pruning
-
         self.kind, self.share, self.structures, self.min_kept = kind, share, structures, min_kept
         self._least = [min(min_kept, structure.units) for structure in structures]
         self._checked = 1.0  # the wanted share at the last look at the clock, and what was found

@@ -1,8 +1,8 @@
-"""What stays of a dense network's cost when units are removed: parameters, MACs, milliseconds.
+"""The cost that stays of a dense network when units are removed: parameters, MACs, milliseconds.
 
-A cost is the share of the dense network's own (1.0 is all of it). Parameters and MACs are counted, milliseconds come
-from a table of the layers, measured at several widths on the model's device. Everything is read off the dense model
-once, without changing it or the random numbers of others; only milliseconds are looked at again later, with a copy.
+A cost is the share of the dense network's own, in (0, 1]. Parameters and MACs are counted. Milliseconds come from a
+table of the layers, measured at several widths on the model's device. The dense model is read once and not changed,
+nor is the state of random number generators; only milliseconds are measured again later, on a copy.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from gsprune.collectives import broadcast
 from gsprune.cost.counting import LAYERS, count_macs, count_macs_by_module
 from gsprune.cost.latency import latency_ms
-from gsprune.structures.example import arguments, copy_of, same_randomness
+from gsprune.structures.example import arguments, call
+from gsprune.structures.running import hooked, same_randomness
 from gsprune.structures.structure import Structure
-from gsprune.surgery.apply import apply_plan
-from gsprune.surgery.plan import Plan, plan_shrink
-
-__all__ = ["Cost", "Table", "make_cost"]
+from gsprune.structures.twin import copy_of
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import CutPlan, plan_cut
+from gsprune.text.names import joined
 
 MULTIPLE = 8  # of channels and neurons: a convolution of 100 or 101 channels takes the time of one of 104
 DOUBT = 2.0  # times the savings of the table: what a clock says beyond that is a busy machine's noise
@@ -102,7 +103,7 @@ class _Parameters(Cost):
         self._sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
 
     def _parts(self, keeps: Keeps) -> float:
-        plan = plan_shrink(self._structures, keeps)
+        plan = plan_cut(self._structures, keeps)
         gone = sum(self._sizes.get(name, 0) * (1 - _left(plan, name)) for name in plan.kept)
         return 1 - gone / sum(self._sizes.values())
 
@@ -125,8 +126,8 @@ class _Macs(Cost):
             raise ValueError("target.macs needs a model with MACs to count, and this one has none: set target.params")
 
     def _parts(self, keeps: Keeps) -> float:
-        plan = plan_shrink(self._structures, keeps)
-        gone = sum(macs * (1 - _left(plan, _weight(name))) for name, macs in self._layers.items())
+        plan = plan_cut(self._structures, keeps)
+        gone = sum(macs * (1 - _left(plan, joined(name, "weight"))) for name, macs in self._layers.items())
         gone += self._of_heads(self._heads, keeps)
         return 1 - gone / self._total
 
@@ -153,8 +154,8 @@ class _Latency(Cost):
         self._ms, self._tables, self._heads = _measure(self._twin, structures, example_input)
 
     def _parts(self, keeps: Keeps) -> float:
-        plan = plan_shrink(self._structures, keeps)
-        gone = sum(table.saved(*_lengths(plan, _weight(name), table)) for name, table in self._tables.items())
+        plan = plan_cut(self._structures, keeps)
+        gone = sum(table.saved(*_lengths(plan, joined(name, "weight"), table)) for name, table in self._tables.items())
         gone += self._of_heads(self._heads, keeps)
         return 1 - gone / self._ms
 
@@ -231,11 +232,13 @@ def _measure(
     settings and input are measured once.
     """
     cut = {(member.tensor, member.dim) for s in structures for member in (*s.producers, *s.consumers)}
-    layers = {name: layer for name, layer in _layers(model).items() if {(_weight(name), d) for d in (0, 1)} & cut}
+    layers = {
+        name: layer for name, layer in _layers(model).items() if {(joined(name, "weight"), d) for d in (0, 1)} & cut
+    }
     attentions = {s.name: model.get_submodule(s.name) for s in structures if s.kind == "heads"}
     calls = _calls(model, layers | attentions, example_input)
     grids = {
-        name: [_points(layer.weight.shape[dim], is_cut=(_weight(name), dim) in cut) for dim in (0, 1)]
+        name: [_points(layer.weight.shape[dim], is_cut=(joined(name, "weight"), dim) in cut) for dim in (0, 1)]
         for name, layer in layers.items()
     }
     stages: dict[str, nn.Module] = {"": _Call(model, *arguments(example_input))}
@@ -308,19 +311,14 @@ def _calls(
 ) -> dict[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]]:
     """What each module is called with in one forward pass."""
     calls: dict[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = {name: [] for name in modules}
-    hooks = [
+    hooks = (
         module.register_forward_pre_hook(
             lambda _, args, kwargs, name=name: calls[name].append((args, kwargs)), with_kwargs=True
         )
         for name, module in modules.items()
-    ]
-    args, kwargs = arguments(example_input)
-    try:
-        with torch.inference_mode():
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
+    with hooked(hooks), torch.inference_mode():
+        call(model, example_input)
     return calls
 
 
@@ -333,7 +331,7 @@ def _narrowed(layer: nn.Module, x: Tensor, rows: int, columns: int) -> _Call:
         del kept["layer.bias"]
     sizes = {name: {dim: home.get_parameter(name).shape[dim] for dim in cuts} for name, cuts in kept.items()}
     cuts = {name: {dim: torch.arange(n) for dim, n in lengths.items()} for name, lengths in kept.items()}
-    apply_plan(home, Plan(cuts, sizes, {}))
+    apply_cut(home, CutPlan(cuts, sizes, {}))
     if isinstance(layer, nn.Linear):
         narrow = x.narrow(-1, 0, home.layer.in_features)
     else:
@@ -353,7 +351,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _shrunk(model: nn.Module, structures: Sequence[Structure], keeps: Keeps) -> nn.Module:
     twin = _copy(model)
-    apply_plan(twin, plan_shrink(structures, keeps))
+    apply_cut(twin, plan_cut(structures, keeps))
     return twin
 
 
@@ -361,17 +359,13 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
 
 
-def _weight(layer: str) -> str:
-    return f"{layer}.weight" if layer else "weight"
-
-
-def _left(plan: Plan, tensor: str) -> float:
+def _left(plan: CutPlan, tensor: str) -> float:
     """The share of a tensor's elements that a plan leaves."""
     cuts = plan.kept.get(tensor, {})
     return math.prod(len(kept) / plan.sizes[tensor][dim] for dim, kept in cuts.items())
 
 
-def _lengths(plan: Plan, tensor: str, table: Table) -> tuple[int, int]:
+def _lengths(plan: CutPlan, tensor: str, table: Table) -> tuple[int, int]:
     """Rows and columns of a layer's weight that a plan leaves."""
     cuts = plan.kept.get(tensor, {})
     rows, columns = (

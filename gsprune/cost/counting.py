@@ -1,6 +1,6 @@
-"""What a model costs: parameters, multiply-accumulates, bytes; milliseconds are in latency.py.
+"""What a model costs: parameters, multiply-accumulates, bytes. Milliseconds are in latency.py.
 
-Measures only: no model is changed, and every training mode is put back.
+No model is changed; training modes are restored.
 """
 
 from __future__ import annotations
@@ -15,21 +15,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.hooks import RemovableHandle
 
-from gsprune.structures.example import Example, call, map_tensors
-
-__all__ = [
-    "LAYERS",
-    "Stopwatch",
-    "count_macs",
-    "count_macs_by_module",
-    "count_parameters",
-    "device_of",
-    "evaluating",
-    "file_bytes",
-    "is_guessing",
-    "to_device_of",
-]
+from gsprune.structures.attention import no_fast_path
+from gsprune.structures.example import call
+from gsprune.structures.running import evaluating, hooked, to_device_of
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # whose MACs go with the elements of their weight
 
@@ -78,10 +68,7 @@ def count_macs(model: nn.Module, example_input: Any) -> int:
     >>> count_macs(torch.nn.Linear(4, 3), torch.ones(2, 4))
     24
     """
-    model = getattr(model, "_orig_mod", model)  # a compiled model would be counted as nothing
-    counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
-    _count(counter, model, example_input)
-    return int(counter.get_total_flops()) // 2
+    return count_macs_by_module(model, example_input)[""]
 
 
 def count_macs_by_module(model: nn.Module, example_input: Any) -> dict[str, int]:
@@ -93,7 +80,7 @@ def count_macs_by_module(model: nn.Module, example_input: Any) -> dict[str, int]
     >>> count_macs_by_module(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.ones(2, 4))
     {'0': 24, '1': 0, '': 24}
     """
-    model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "_orig_mod", model)  # a compiled model would be counted as nothing
     counter = FlopCounterMode(display=False, custom_mapping=_extra_formulas())
     found: dict[str, int] = {}
     begun: list[int] = []
@@ -101,22 +88,15 @@ def count_macs_by_module(model: nn.Module, example_input: Any) -> dict[str, int]
     def end(name: str) -> None:
         found[name] = found.get(name, 0) + (counter.get_total_flops() - begun.pop()) // 2
 
-    hooks = []
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda *_: begun.append(counter.get_total_flops())))
-        hooks.append(module.register_forward_hook(lambda *_, name=name: end(name)))
-    try:
-        _count(counter, model, example_input)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    def hooks() -> Iterator[RemovableHandle]:
+        for name, module in model.named_modules():
+            yield module.register_forward_pre_hook(lambda *_: begun.append(counter.get_total_flops()))
+            yield module.register_forward_hook(lambda *_, name=name: end(name))
 
-
-def _count(counter: FlopCounterMode, model: nn.Module, example_input: Any) -> None:
-    # The fused kernels for CPU attention and the encoder layer's fast path are opaque to the counter.
-    with evaluating([model]), torch.no_grad(), _slow_attention(), counter:
+    # plain matrix products: the fused kernels and the encoder layer's fast path are opaque to the counter
+    with evaluating([model]), torch.no_grad(), no_fast_path(), sdpa_kernel(SDPBackend.MATH), hooked(hooks()), counter:
         call(model, to_device_of(model, example_input))
+    return found
 
 
 def _extra_formulas() -> dict[Any, Any]:
@@ -124,43 +104,6 @@ def _extra_formulas() -> dict[Any, Any]:
     names = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
     known = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
     return dict.fromkeys(known, sdpa_flop)
-
-
-@contextmanager
-def _slow_attention() -> Iterator[None]:
-    """Attention as plain matrix products, which the counter sees whatever the heads, masks and device."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def evaluating(models: Any) -> Iterator[None]:
-    """Eval mode for every module inside the block; each module's own mode afterwards."""
-    before = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for module, _ in before:
-            module.training = False
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where its first parameter lies."""
-    tensor = next(model.parameters(), None)
-    return torch.device("cpu") if tensor is None else tensor.device
-
-
-def to_device_of(model: nn.Module, example_input: Example) -> Example:
-    """The same example, where the model is."""
-    device = device_of(model)
-    return map_tensors(lambda tensor: tensor.to(device), example_input)
 
 
 class Stopwatch:

@@ -1,8 +1,8 @@
-"""How long a forward pass takes, and how much faster one network is than another, with what the clock leaves open.
+"""Latency: milliseconds of a forward pass, and the speedup of one network over another with its confidence interval.
 
-Networks take turns, so that a busy machine slows all of them alike. A ratio is told with its 95 % confidence interval
-or not at all: where no shape has changed there is nothing to measure, and a clock that cannot tell says so. Networks of
-the same architecture share one measurement (`shared`). Measures only: modes and random numbers stay.
+Networks take turns, so that a busy machine slows all of them alike. There is no speedup where no shape has changed, or
+where its 95 % confidence interval is too wide. Networks of the same architecture share one measurement (`shared`).
+Modes and random numbers are left as they were.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsprune.cost.counting import device_of, evaluating, to_device_of
 from gsprune.files.disk import number, read_object, spared, write_json
 from gsprune.structures.example import call, tensors_in
-
-__all__ = ["LEAST", "NOT_HERE", "SAME", "Latency", "architecture", "compare", "interval", "latency_ms", "shared"]
+from gsprune.structures.running import device_of, evaluating, to_device_of
 
 LEAST = 30  # repeats that an interval can rest on
 WIDEST = 0.10  # interval / ratio above which a ratio is not told
@@ -41,7 +39,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Latency:
-    """How a network compares with its dense one; without a figure all is None but the note, which says why.
+    """A pruned network's latency beside its dense one's. Without a figure all is None but the note, which says why.
 
     Attributes:
         ms, dense_ms: median milliseconds of a forward pass.

@@ -1,4 +1,4 @@
-"""How much the loss would feel a removal: gradients and weights in, scores out.
+"""Criteria: weights and gradients in, scores out. A score estimates how much a removal changes the loss.
 
 One file a family: `elementwise` (single weights), `gates` (units: `Abs`, `Weighted`), `baselines`.
 """
@@ -6,6 +6,9 @@ One file a family: `elementwise` (single weights), `gates` (units: `Abs`, `Weigh
 from gsprune.criteria.base import Criterion
 from gsprune.criteria.baselines import Magnitude, Random
 from gsprune.criteria.elementwise import Elementwise
-from gsprune.criteria.gates import Abs, Gate, Weighted
+from gsprune.criteria.gates import Abs, GateGradient, Weighted
+from gsprune.moved import handed_on
 
-__all__ = ["Abs", "Criterion", "Elementwise", "Gate", "Magnitude", "Random", "Weighted"]
+__all__ = ["Abs", "Criterion", "Elementwise", "GateGradient", "Magnitude", "Random", "Weighted"]
+
+__getattr__ = handed_on(__name__)

@@ -1,19 +1,17 @@
-"""What a criterion is. Pure: tensors in, scores out; no mask, schedule or setting."""
+"""The base class of criteria, and sums over units. Pure functions of tensors: no mask, schedule or setting."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gsprune.ranking.blocks import dot_along
-
-if TYPE_CHECKING:
-    from gsprune.structures.structure import Member, Structure
+from gsprune.structures.structure import Member, Structure
 
 Read = Callable[[str], tuple[Tensor, Tensor | None]]  # tensor name -> (weight, its gradient; None for a baseline)
 

@@ -1,22 +1,19 @@
-"""Baselines that look at no gradient: what the gradient criteria have to beat."""
+"""Baselines without gradients, which the gradient criteria have to beat."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gsprune.criteria.base import Criterion, Read, unit_sums
-
-if TYPE_CHECKING:
-    from gsprune.structures.structure import Structure
+from gsprune.structures.structure import Structure
 
 
 class Magnitude(Criterion):
-    """Small weights go first: s = abs(w); for a unit s_u = sqrt(sum over producers of w[u, :]^2 + b[u]^2).
+    """Prune small weights first: s = abs(w); for a unit s_u = sqrt(sum over producers of w[u, :]^2 + b[u]^2).
 
     Source: Han et al., "Learning both weights and connections", 2015; Li et al., "Pruning filters", 2017 for units.
 
@@ -40,7 +37,7 @@ class Magnitude(Criterion):
 
 
 class Random(Criterion):
-    """Any order is as good as another: s ~ U(0, 1), drawn from `seed` and the tensor's or structure's name.
+    """Prune in random order: s ~ U(0, 1), drawn from `seed` and the tensor's or structure's name.
 
     Args:
         seed: of the random numbers; the same seed gives the same masks.

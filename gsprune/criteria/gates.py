@@ -6,17 +6,13 @@ at xi = 1 is the column sum of w * g: no forward hook, no head mask, nothing kep
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from gsprune.criteria.base import Criterion, Read, unit_sums
-
-if TYPE_CHECKING:
-    from gsprune.structures.structure import Structure
+from gsprune.structures.structure import Structure
 
 
-class Gate(Criterion):
+class GateGradient(Criterion):
     """Base of `Abs` and `Weighted`: the sum of w * g over the tensors on one side of the unit."""
 
     scores_units = True
@@ -26,7 +22,7 @@ class Gate(Criterion):
         self.normalize = normalize
 
 
-class Abs(Gate):
+class Abs(GateGradient):
     """Gradient of a gate on unit u's output: s_u = abs(sum over consumers of w[:, u] * g[:, u]).
 
     Args:
@@ -52,7 +48,7 @@ class Abs(Gate):
         return unit_sums(structure.consumers, lambda name: _both(read(name)))
 
 
-class Weighted(Gate):
+class Weighted(GateGradient):
     """Gradient of a gate on unit u's pre-activation: s_u = abs(sum over producers of w[u, :] * g[u, :] + b[u] * gb[u]).
 
     Rows followed by a normalisation layer are represented by that layer's affine pair, gamma * g_gamma + beta * g_beta:

@@ -1,1 +1,1 @@
-"""Which structures a network has: traced, grouped, proven. The only room that imports torch-pruning."""
+"""Which structures a network has: traced, grouped, proven. The only package that imports torch-pruning."""

@@ -1,12 +1,8 @@
 """Find what can be removed: conv channels, hidden neurons, attention heads, and every tensor they live in.
 
-Coupled tensors come from torch-pruning's dependency graph (one traced forward pass on a float64 copy). Each
-of its groups becomes a `Structure`, or a line that says why it cannot be pruned. Scores, masks and cutting
-are not here.
-Attentions that the graph cannot follow (nn.MultiheadAttention, rotary positions, grouped queries) are read off
-the calls of one forward pass instead, and are one opaque step to the graph.
-
-Legend: u = unit, a position = an index along one dimension of one tensor.
+Coupled tensors come from torch-pruning's dependency graph (`trace`). Each of its groups becomes a `Structure`, or a
+line that says why it cannot be pruned (`groups`, `heads`). Attentions that the graph cannot follow are read off the
+calls of one forward pass (`observe`). What is found is then proven on a float64 copy.
 """
 
 from __future__ import annotations
@@ -28,17 +24,15 @@ from gsprune.discovery.groups import (
     rename,
 )
 from gsprune.discovery.heads import called_heads, heads_of, packed_heads
-from gsprune.discovery.trace import CONV1D, Trace, Unprunable, check_static, is_conv1d, observe, trace_graph
-from gsprune.structures.example import (
-    Example,
-    map_tensors,
-    plain,
-    same_randomness,
-    to_precision,
-)
+from gsprune.discovery.observe import check_static, observe
+from gsprune.discovery.trace import CONV1D, Trace, Unprunable, trace_graph
+from gsprune.structures.example import Example, map_tensors, plain
+from gsprune.structures.matrices import is_conv1d
+from gsprune.structures.running import same_randomness, wake
 from gsprune.structures.structure import Found, Structure
-from gsprune.structures.twin import twin_of, wake
-from gsprune.surgery.proof import Masked, inputs_like, rounds_on, sift, unproven, wake_scales_
+from gsprune.structures.twin import to_precision, twin_of
+from gsprune.surgery.proof import Masked, sift, unproven, wake_scales_
+from gsprune.surgery.shrink import sift_cuts
 from gsprune.text.names import check_patterns, choose
 
 
@@ -50,10 +44,14 @@ def find_structures(
     A structure is offered only if zeroing its consumers' columns makes the unit contribute nothing; this is
     tested on the example input. `include` and `exclude` are `*` patterns for a structure's name or for the
     name of any module that produces it. `model` is not touched: all work happens on a float64 copy in
-    evaluation mode (about a dozen forward passes, more where structures break; copies take 8 to 24 bytes a parameter).
+    evaluation mode (about ten forward passes, more where structures break; copies take 8 to 24 bytes a parameter).
 
-    Raises ValueError when the model cannot be traced, calls other modules for other inputs, is quantised or on
-    another device than the example, or when a pattern matches nothing.
+    Returns:
+        What can be removed, what the patterns leave out of it, and why the rest cannot be removed.
+
+    Raises:
+        ValueError: the model cannot be traced, calls other modules for other inputs, is quantised or on another device
+            than the example, or a pattern matches nothing.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> found = find_structures(net, torch.zeros(1, 4))
@@ -63,23 +61,25 @@ def find_structures(
     check_patterns(include, exclude)
     twin, args = twin_of(model, example_input, torch.float32)  # half the time where values do not matter
     with same_randomness(twin), torch.enable_grad():
-        observed = observe(twin, args)
-        if wake(twin, args, observed.calls):
-            observed = observe(twin, args)
-        check_static(observed, args)
+        traced, skipped = _convert(_trace(twin, args))
         twin, args = to_precision(twin, torch.float64), map_tensors(lambda t: plain(t, torch.float64), args)
-        trace = trace_graph(observed, args)
-        structures, skipped = _convert(trace)
-        traced = len(structures)
-        structures, unfit = _prove(twin, args, structures)
+        proven, unfit = _prove(twin, args, traced)
     skipped |= unfit
-    offered = {s.name: s for s in structures}
+    offered = {s.name: s for s in proven}
     if traced and not offered and tuple(include) == ("*",):
         return Found((), (), skipped)
     names = {name: (name, *s.modules()) for name, s in offered.items()}
     chosen = choose(names, tuple(include), tuple(exclude), skipped=skipped)
     left_out = tuple(structure for name, structure in offered.items() if name not in chosen)
     return Found(tuple(offered[name] for name in chosen), left_out, skipped)
+
+
+def _trace(twin: nn.Module, args: Example) -> Trace:
+    observed = observe(twin, args)
+    if wake(twin, args, observed.calls):
+        observed = observe(twin, args)
+    check_static(observed, args)
+    return trace_graph(observed, args)
 
 
 def _convert(trace: Trace) -> tuple[list[Structure], dict[str, str]]:
@@ -121,14 +121,9 @@ def _structure(group: Group) -> Structure:
 
 def _prove(twin: nn.Module, args: Example, structures: list[Structure]) -> tuple[list[Structure], dict[str, str]]:
     """The structures that can be cut exactly, and why the others cannot. Works on the twin and its copies alone."""
-    from gsprune.surgery.shrink import (
-        sift_cuts,  # the room above, which cuts: a structure is offered only if that is exact
-    )
-
     if not structures:
         return [], {}
-    wake_scales_(twin, args)
-    masked = Masked(twin, rounds_on(inputs_like(twin, args)))
+    masked = Masked(twin, args, structures, wake_scales_(twin, args))
     silent, leaking = sift(structures, masked.leak)
     hidden = {s.name: _HIDDEN for s in unproven(silent, masked.shown(silent))}
     kept, broken = sift_cuts(masked, [s for s in silent if s.name not in hidden])

@@ -15,8 +15,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from gsprune.discovery.trace import CONV, TYPE, Trace, Unprunable, first_line, op_name
+from gsprune.discovery.trace import CONV, TYPE, Trace, Unprunable, op_name
 from gsprune.structures.structure import Member, Structure
+from gsprune.text.display import first_line
+from gsprune.text.names import joined
 
 _MIXING = {
     TYPE.LN: "it passes a LayerNorm, which mixes units",
@@ -208,8 +210,8 @@ def members_of(group: Group, items: Iterable[Item], *, dim: int = 0) -> tuple[Me
         tensors |= dict(item.node.module.named_buffers(recurse=False))
         for leaf, tensor in tensors.items():
             if tensor.dim() > dim and (dim == 0 or leaf == "weight"):
-                name = f"{group.name(item)}.{leaf}" if group.name(item) else leaf
-                members.append(Member(name, dim, _index(group, item, tensor.shape[dim]), tensor.shape[dim]))
+                size = tensor.shape[dim]
+                members.append(Member(joined(group.name(item), leaf), dim, _index(group, item, size), size))
     return tuple(members)
 
 
@@ -278,18 +280,3 @@ def enough_units(structure: Structure) -> Structure:
     if structure.units < 2:
         raise Unprunable("it has a single unit")
     return structure
-
-
-def merge_units(structure: Structure) -> Structure:
-    """From one unit a row to one unit a head: (heads * head_dim, width) -> (heads, head_dim * width)."""
-
-    def merge(members: tuple[Member, ...]) -> tuple[Member, ...]:
-        return tuple(replace(m, index=m.index.reshape(structure.units, -1)) for m in members)
-
-    return replace(
-        structure,
-        producers=merge(structure.producers),
-        consumers=merge(structure.consumers),
-        norms=merge(structure.norms),
-        gates=merge(structure.gates),
-    )

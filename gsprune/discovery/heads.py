@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gsprune.discovery.groups import Group, Item, check_module, enough_units, members_of, merge_units
-from gsprune.discovery.trace import AttentionCall, Trace, Unprunable, common_module, op_name
-from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, WIDTH_NAMES, why_not_narrow
+from gsprune.discovery.groups import Group, Item, check_module, enough_units, members_of
+from gsprune.discovery.observe import AttentionCall
+from gsprune.discovery.trace import Trace, Unprunable, common_module, op_name
+from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, WIDTH_NAMES
 from gsprune.structures.structure import Member, Structure
+from gsprune.surgery.narrow_attention import why_not_narrow
+from gsprune.text.names import joined
 
 _VALUE_NAMES = ("v", "value", "v_proj", "value_proj", "to_v", "v_lin", "wv", "w_v")
 
@@ -48,9 +51,9 @@ def _head_count(group: Group, name: str) -> int:
 
 
 def _attributes(model: nn.Module, name: str, *, heads: int, head_dim: int) -> dict[str, int]:
-    module, prefix = model.get_submodule(name), f"{name}." if name else ""
-    counts = {prefix + a: 1 for a in HEAD_NAMES if getattr(module, a, None) == heads}
-    widths = {prefix + a: head_dim for a in WIDTH_NAMES if getattr(module, a, None) == heads * head_dim}
+    module = model.get_submodule(name)
+    counts = {joined(name, a): 1 for a in HEAD_NAMES if getattr(module, a, None) == heads}
+    widths = {joined(name, a): head_dim for a in WIDTH_NAMES if getattr(module, a, None) == heads * head_dim}
     return counts | widths
 
 
@@ -116,10 +119,10 @@ def called_heads(trace: Trace, name: str, attention: AttentionCall) -> Structure
 
     made = [members(n, layer, 0) for n, layer in zip(attention.producers, layers[:3], strict=True)]
     home = common_module(attention.producers)
-    module, prefix = trace.model.get_submodule(home), f"{home}." if home else ""
+    module = trace.model.get_submodule(home)
     attributes = _attributes(trace.model, home, heads=heads, head_dim=attention.head_dims[1])
     attributes = {n: amount * heads // groups for n, amount in attributes.items()}
-    attributes |= {prefix + a: 1 for a in GROUP_NAMES if getattr(module, a, None) == groups}
+    attributes |= {joined(home, a): 1 for a in GROUP_NAMES if getattr(module, a, None) == groups}
     return enough_units(
         Structure(
             name=name or attention.producers[0],
@@ -175,3 +178,18 @@ def _value_inputs(node: Any) -> list[Any]:
     if "ScaledDotProduct" in op_name(node):
         return list(node.inputs[2:3])
     return [] if "Softmax" in op_name(node) else list(node.inputs)
+
+
+def merge_units(structure: Structure) -> Structure:
+    """From one unit a row to one unit a head: (heads * head_dim, width) -> (heads, head_dim * width)."""
+
+    def merge(members: tuple[Member, ...]) -> tuple[Member, ...]:
+        return tuple(replace(m, index=m.index.reshape(structure.units, -1)) for m in members)
+
+    return replace(
+        structure,
+        producers=merge(structure.producers),
+        consumers=merge(structure.consumers),
+        norms=merge(structure.norms),
+        gates=merge(structure.gates),
+    )

@@ -34,10 +34,9 @@ from torch import Tensor, nn
 
 from gsprune.files.disk import aside
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, arguments, call, copy_of, map_tensors, plain, tensors_in
-from gsprune.structures.twin import refuse_wrapped
-
-__all__ = ["to_exported_program", "to_onnx"]
+from gsprune.structures.example import Example, arguments, call, map_tensors, plain, tensors_in
+from gsprune.structures.twin import copy_of, refuse_wrapped
+from gsprune.text.display import first_line
 
 TOLERANCE = 1e-4  # of an output's largest value: float32 sums in another order stay a hundred times below
 HALF_TOLERANCE = 1e-2
@@ -208,7 +207,7 @@ def _place(error: Exception) -> str:
 def _first_line(error: BaseException) -> str:
     while error.__cause__ is not None:  # the exporter wraps the reason in advice of a page
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(error).rstrip(".")
 
 
 # ---- ONNX

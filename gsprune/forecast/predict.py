@@ -23,7 +23,7 @@ from gsprune.pruner.weights import WeightTarget
 from gsprune.ranking.patterns import Block, Pattern, Tile
 from gsprune.ranking.selection import pruned_count
 from gsprune.schedules import Schedule
-from gsprune.structures.example import copy_of
+from gsprune.structures.twin import copy_of
 from gsprune.text.display import percent
 
 __all__ = ["collapsed", "foreseen", "plan", "plan_several"]
@@ -121,11 +121,11 @@ def _plan_units(twin: nn.Module, pruner: Pruner, example_input: Any) -> PruningP
 
 def _shrink_to(twin: nn.Module, targets: Sequence[UnitTarget], counts: Sequence[int]) -> None:
     """Cut the twin to the first units of every structure."""
-    from gsprune.surgery.apply import apply_plan
-    from gsprune.surgery.plan import plan_shrink  # heavy: imports torch-pruning
+    from gsprune.surgery.apply import apply_cut
+    from gsprune.surgery.cut_plan import plan_cut  # heavy: imports torch-pruning
 
     keeps = [torch.arange(target.total) < count for target, count in zip(targets, counts, strict=True)]
-    apply_plan(twin, plan_shrink([target.structure for target in targets], keeps))
+    apply_cut(twin, plan_cut([target.structure for target in targets], keeps))
 
 
 def _even(pruner: Pruner, targets: Sequence[UnitTarget], kept: int) -> list[int]:

@@ -15,12 +15,7 @@ from torch import Tensor
 from gsprune.files.disk import refusing
 from gsprune.formats.tensors import VERSION, Header, read_header, save_tensors
 
-__all__ = ["load_masks", "save_masks"]
-
 MASK_FORMAT = "gsprune-masks"
-
-
-# --- masks: 1 bit a weight ---------------------------------------------------------------------------------
 
 
 def save_masks(path: str | os.PathLike[str], masks: Mapping[str, Tensor]) -> None:

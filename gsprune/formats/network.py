@@ -1,4 +1,4 @@
-"""What a run leaves on the disk and reads back: masks, scores, and the smaller model. Nothing is ever unpickled.
+"""The pruned network on disk: its weights and what was cut. Nothing is ever unpickled.
 
 Files are data from strangers: names, shapes and sizes are checked before anything is allocated or changed,
 and every fault is a ValueError of one sentence.
@@ -13,32 +13,27 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 from torch import Tensor, nn
 
-from gsprune.files.disk import plain, read_json, refusing, sha256, write_atomic, write_json
+from gsprune.files.disk import plain, read_json, refusing, sha256, write_json
 from gsprune.formats.tensors import VERSION, Header, read_header, save_tensors, state_tensors
 from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
-
-if TYPE_CHECKING:
-    from gsprune.surgery.plan import Plan
-
-__all__ = ["load_pruned", "read_plan", "save_pruned", "write_atomic", "write_json"]
+from gsprune.structures.twin import refuse_wrapped
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import CutPlan
 
 MODEL_FORMAT = "gsprune-pruned-model"
 WEIGHTS = "model.safetensors"
 RECORD = "pruning.json"
 
 
-# --- the smaller model -------------------------------------------------------------------------------------
-
-
 def save_pruned(
     directory: str | os.PathLike[str],
     model: nn.Module,
-    plan: Plan | None,
+    plan: CutPlan | None,
     *,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
@@ -51,7 +46,7 @@ def save_pruned(
         directory: where to; made if it is not there.
         model: as the plan has left it.
         plan: what stays of the dense network (`Pruner.plan`); None where single weights are pruned and nothing is cut.
-            Of a model that was pruned before, loaded and pruned again, `plan.after(read_plan(first_directory))`.
+            Of a model that was pruned before, loaded and pruned again, `plan.after(read_cut_plan(first_directory))`.
         extra: put into pruning.json as it is (it must fit into JSON).
 
     Raises:
@@ -108,10 +103,6 @@ def load_pruned(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn
     >>> again[0], torch.equal(again(x), model(x))
     (Linear(in_features=4, out_features=4, bias=True), True)
     """
-    from gsprune.structures.twin import refuse_wrapped
-    from gsprune.surgery.apply import apply_plan
-    from gsprune.surgery.plan import Plan
-
     folder = Path(directory)
     refuse_wrapped(dense_model)
     if any(tensor.is_meta for tensor in dense_model.state_dict().values()):
@@ -122,11 +113,11 @@ def load_pruned(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn
         raise ValueError(f"{folder / RECORD} was edited, or it does not belong to the {WEIGHTS} beside it")
     if record["sha256"] != sha256(header.path):
         raise ValueError(f"{header.path} was changed after it was saved")
-    plan = Plan.from_json(record["plan"])
+    plan = CutPlan.from_json(record["plan"])
     _check_attributes(dense_model, plan)
     _check_tensors(dense_model, plan, header, record["ties"])
     _check_settings(dense_model, plan, record["settings"])
-    apply_plan(dense_model, plan)
+    apply_cut(dense_model, plan)
     with safetensors.safe_open(header.path, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in header.shapes}
     load_state(dense_model, state, record["ties"], versions=record.get("versions"))
@@ -134,19 +125,17 @@ def load_pruned(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn
 
 
 @refusing()
-def read_plan(directory: str | os.PathLike[str]) -> Plan:
+def read_cut_plan(directory: str | os.PathLike[str]) -> CutPlan:
     """What was cut out of the dense network, as `save_pruned` has noted it.
 
     Raises:
         ValueError: pruning.json is missing, damaged or edited.
     """
-    from gsprune.surgery.plan import Plan
-
     path = Path(directory) / RECORD
     record = _read_record(path)
     if record["fingerprint"] != _fingerprint(record):
         raise ValueError(f"{path} was edited")
-    return Plan.from_json(record["plan"])
+    return CutPlan.from_json(record["plan"])
 
 
 def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -162,7 +151,7 @@ def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _check_settings(model: nn.Module, plan: Plan, saved: Mapping[str, Any]) -> None:
+def _check_settings(model: nn.Module, plan: CutPlan, saved: Mapping[str, Any]) -> None:
     here = _settings(model)
     for name in [*here, *saved]:
         mine, other = here.get(name, {}), saved.get(name)
@@ -229,7 +218,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _check_attributes(model: nn.Module, plan: Plan) -> None:
+def _check_attributes(model: nn.Module, plan: CutPlan) -> None:
     modules = dict(model.named_modules())
     for path, value in plan.attributes.items():
         owner, _, attribute = path.rpartition(".")
@@ -240,7 +229,7 @@ def _check_attributes(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def _check_tensors(model: nn.Module, plan: Plan, header: Header, ties: Mapping[str, str]) -> None:
+def _check_tensors(model: nn.Module, plan: CutPlan, header: Header, ties: Mapping[str, str]) -> None:
     """Every tensor of the model, cut by the plan, must have the shape that the file holds, and none be left over."""
     state = model.state_dict()
     for name in [*plan.kept, *header.shapes, *ties]:
@@ -260,7 +249,7 @@ def _check_tensors(model: nn.Module, plan: Plan, header: Header, ties: Mapping[s
             )
 
 
-def _cut_shape(name: str, shape: list[int], plan: Plan) -> list[int]:
+def _cut_shape(name: str, shape: list[int], plan: CutPlan) -> list[int]:
     for dim, kept in plan.kept.get(name, {}).items():
         size = plan.sizes[name][dim]
         if shape[dim : dim + 1] != [size]:

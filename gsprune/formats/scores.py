@@ -14,12 +14,7 @@ from gsprune.files.disk import refusing
 from gsprune.formats.masks import is_shape
 from gsprune.formats.tensors import VERSION, read_header, save_tensors
 
-__all__ = ["SavedScores", "load_scores", "save_scores"]
-
 SCORE_FORMAT = "gsprune-scores"
-
-
-# --- scores: what a pruner starts from -----------------------------------------------------------------------
 
 
 class SavedScores(NamedTuple):

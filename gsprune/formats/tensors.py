@@ -47,9 +47,6 @@ def state_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, ties
 
 
-# --- safetensors -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Header:
     path: Path

@@ -33,7 +33,7 @@ from gsprune.surgery.optimizers import Optimizers, check_follows, held, names_of
 
 if TYPE_CHECKING:
     from gsprune.structures.structure import Structure
-    from gsprune.surgery.plan import Plan
+    from gsprune.surgery.cut_plan import CutPlan
     from gsprune.surgery.shrink import Shrinker
 
 Scope = Literal["local", "global"]
@@ -383,7 +383,7 @@ class Pruner(Attachable):
         return round(sum(wanted) / sum(target.total for target in self.targets), 12)  # 0.7, not 0.7000000000000001
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> CutPlan | None:
         """What was cut out of the dense model so far; None before the first cut."""
         return self._shrinker.plan if self._shrinker else None
 
@@ -429,19 +429,19 @@ class Pruner(Attachable):
         """The running score, float32 and 0 or more, with the names and shapes of `masks`; what is pruned has 0."""
         return {t.name: t.outside(t.score.masked_fill(~t.keep, 0.0)) for t in self.targets}
 
-    def next_plan(self) -> Plan | None:
+    def next_plan(self) -> CutPlan | None:
         """What a cut would leave of the model if training ended now; None if there is nothing to be cut any more."""
         if not self.structured or not self.updates or self.plan is not None:
             return None
-        from gsprune.surgery.plan import plan_shrink  # heavy: imports torch-pruning
+        from gsprune.surgery.cut_plan import plan_cut  # heavy: imports torch-pruning
 
-        return plan_shrink([target.structure for target in self.unit_targets], list(self.masks().values()))
+        return plan_cut([target.structure for target in self.unit_targets], list(self.masks().values()))
 
     def drop(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
         """Count single weights as pruned that another pruner's units take along.
 
         Args:
-            kept: tensor name -> dimension -> positions that stay, as of a `Plan`.
+            kept: tensor name -> dimension -> positions that stay, as of a `CutPlan`.
         """
         with torch.no_grad():
             for target in self.targets:

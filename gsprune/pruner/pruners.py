@@ -28,7 +28,7 @@ from gsprune.surgery.copies import check_copies
 from gsprune.surgery.optimizers import Optimizers, every_optimizer
 
 if TYPE_CHECKING:
-    from gsprune.surgery.plan import Plan
+    from gsprune.surgery.cut_plan import CutPlan
     from gsprune.surgery.shrink import Shrinker
 
 
@@ -205,7 +205,7 @@ class Pruners(Attachable):
         return [target for part in self._units for target in part.unit_targets]
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> CutPlan | None:
         """What was cut out of the dense model so far; None before the first cut."""
         return self._shrinker.plan if self._shrinker else None
 
@@ -305,7 +305,7 @@ class Pruners(Attachable):
             mine = {target.name for target in part.targets}
             part.load_scores({name: score for name, score in scores.items() if name in mine})
 
-    def next_plan(self) -> Plan | None:
+    def next_plan(self) -> CutPlan | None:
         """What a cut would leave of the model if training ended now; None if there is nothing to be cut any more."""
         return None if self._shrinker is None or not self.updates or self.plan else self._plan()
 
@@ -377,10 +377,10 @@ class Pruners(Attachable):
         for part in self._weights:
             part.drop(plan.kept)
 
-    def _plan(self) -> Plan:
-        from gsprune.surgery.plan import plan_shrink  # heavy: imports torch-pruning
+    def _plan(self) -> CutPlan:
+        from gsprune.surgery.cut_plan import plan_cut  # heavy: imports torch-pruning
 
-        return plan_shrink([target.structure for target in self.unit_targets], [t.keep for t in self.unit_targets])
+        return plan_cut([target.structure for target in self.unit_targets], [t.keep for t in self.unit_targets])
 
     def _cut(self) -> None:
         if self._shrinker is not None:

@@ -1,1 +1,1 @@
-"""Which groups go: patterns of selection groups, the one exact selection, passes over large tensors."""
+"""What is pruned first: patterns of selection groups, the exact selection, passes over large tensors."""

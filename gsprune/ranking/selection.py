@@ -1,4 +1,4 @@
-"""Which groups go: the one exact rule everything uses. Scores and a count in, what is kept out.
+"""The exact selection that every pruner uses: scores and a count in, masks out.
 
 Legend: r = rows that are ranked side by side, each on its own; n = selection groups in a row.
 A part is one tensor's (or structure's) groups, (r, n_i); the parts given together share one ranking along n.

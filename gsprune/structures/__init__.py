@@ -1,4 +1,4 @@
-"""What hangs together: units, their tensors, the example a network is called with, a float64 copy to try things on."""
+"""Coupled tensors as data; what a network is called with; running it, and copies of it to try things on."""
 
 from gsprune.moved import handed_on
 

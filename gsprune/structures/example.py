@@ -1,19 +1,15 @@
-"""What a network is called with, however it is wrapped, and copies of a network to call it on."""
+"""What a network is called with, however it is wrapped: arguments, labels, nests of tensors."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-from gsprune.structures.attention import no_fast_path
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Any
 
@@ -136,66 +132,3 @@ def plain(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
     return tensor.to(dtype.to_complex() if tensor.is_complex() else dtype)
-
-
-# ---- copies
-
-
-class _Copying(TorchFunctionMode):
-    """Lets `copy.deepcopy` take tensors that have a history: activations that a module keeps, a weight that a hook
-    computes. The copy has the values alone."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            memo = args[1]
-            memo[id(args[0])] = args[0].detach().clone()
-            return memo[id(args[0])]
-        return func(*args, **(kwargs or {}))
-
-
-def copy_of(model: nn.Module, *, sharing: bool = False) -> nn.Module:
-    """A deep copy of a network; tensors with a history become values.
-
-    Args:
-        sharing: the copy holds the very same parameters and buffers, to be replaced but never written into.
-    """
-    tensors = [*model.parameters(), *model.buffers()] if sharing else []
-    with _Copying():
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Floating and complex parameters, buffers and tensors kept as plain attributes in the precision of `dtype`."""
-
-    def convert(tensor: Tensor) -> Tensor:
-        if tensor.is_complex():
-            return tensor.to(dtype.to_complex())
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    model._apply(convert)  # type: ignore[no-untyped-call]
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                vars(module)[name] = convert(value.detach())
-    return model
-
-
-# ---- running
-
-
-def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
-    """The floating-point outputs, without gradients; the example is cloned, the model may write into it.
-
-    Encoders of PyTorch run as they do in training: their fast path puts zeros at padded positions, the other does not.
-    """
-    with torch.no_grad(), same_randomness(model), no_fast_path():
-        return list(tensors_in(call(model, map_tensors(Tensor.clone, example_input))))
-
-
-@contextmanager
-def same_randomness(model: nn.Module) -> Iterator[None]:
-    """Random numbers start from a fixed seed; the caller's generators are left as they were."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        yield

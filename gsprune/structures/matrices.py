@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["ENOUGH", "Matrix", "check_shapes", "coverage", "find_matrices", "is_sharded", "tensors", "warn_of_little"]
+from gsprune.text.names import joined
 
 ENOUGH = 0.9  # where less of a model's matrix weights can be pruned, a warning says so
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -143,7 +143,7 @@ def check_shapes(model: nn.Module) -> None:
 
 
 def _matrix(model: nn.Module, path: str, module: nn.Module, local: str, weight: nn.Parameter) -> Matrix:
-    name = _join(path, local)
+    name = joined(path, local)
     if isinstance(module, ParametrizationList):
         return _parametrized(model, path, module, local, weight)
     if (computed := _computed_by_hook(module, local)) is not None:
@@ -190,8 +190,12 @@ def _order(module: nn.Module) -> str:
         return "transposed"
     if isinstance(module, BY_ROWS):
         return "rows"
-    is_conv1d = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-    return "columns" if is_conv1d else "unknown"
+    return "columns" if is_conv1d(module) else "unknown"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Of transformers (GPT-2): a linear layer whose weight is transposed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def _tied(matrix: Matrix, table: str | None) -> Matrix:
@@ -220,8 +224,8 @@ def _computed_by_hook(module: nn.Module, local: str) -> str | None:
 
 
 def _hooked(path: str, module: nn.Module, local: str, weight: nn.Parameter, base: str) -> Matrix:
-    name = _join(path, local)
-    aliases = (name, _join(path, base), path)
+    name = joined(path, local)
+    aliases = (name, joined(path, base), path)
     if local == f"{base}_orig" and f"{base}_mask" in module._buffers and isinstance(module, BY_ROWS):
         reason = _fault(weight)
         return Matrix(name, aliases, weight, _order(module), reason, value=partial(_masked, module, base))
@@ -233,7 +237,7 @@ def _parametrized(model: nn.Module, path: str, module: ParametrizationList, loca
     owner, _, base = path.rpartition(".")
     owner = owner.rpartition(".")[0]  # past the ModuleDict "parametrizations"
     layer = model.get_submodule(owner)
-    name, aliases = _join(path, local), (_join(path, local), _join(owner, base), owner)
+    name, aliases = joined(path, local), (joined(path, local), joined(owner, base), owner)
     if _zeros_go_through(module) and not is_sharded(weight):
         reason, by_name = _reason(owner, layer, base, weight)
         value = partial(_attribute, layer, base)
@@ -243,7 +247,7 @@ def _parametrized(model: nn.Module, path: str, module: ParametrizationList, loca
 
 def _computed(path: str, base: str, by: Sequence[str]) -> str:
     how = f" by {', '.join(by).strip('_')}" if by else ""
-    return f"{_join(path, base)} is computed from it{how}, so that a zero here is none there: remove that first"
+    return f"{joined(path, base)} is computed from it{how}, so that a zero here is none there: remove that first"
 
 
 def _zeros_go_through(parametrization: ParametrizationList) -> bool:
@@ -275,7 +279,3 @@ def _masked(module: nn.Module, base: str) -> Tensor:
 def _attribute(module: nn.Module, name: str) -> Tensor:
     value: Tensor = getattr(module, name)
     return value.detach()
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -1,37 +1,68 @@
-"""A float64 copy of a network in evaluation mode, to try things on; what cannot be copied is refused."""
+"""Copies of a network: whole, sharing its tensors, or in float64 to try things on; what cannot be copied is refused."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from gsprune.structures.example import (
-    Example,
-    copy_of,
-    map_tensors,
-    outputs,
-    plain,
-    tensors_in,
-    to_precision,
-)
+from gsprune.structures.attention import attention_kernel, set_attention_kernel
+from gsprune.structures.example import Example, map_tensors, plain, tensors_in
 from gsprune.structures.matrices import check_shapes
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def float64_copy(model: nn.Module, example_input: Example) -> tuple[nn.Module, Example]:
-    """An evaluation-mode float64 copy of model and input (on the CPU for MPS, which has no float64).
+class _Copying(TorchFunctionMode):
+    """Lets `copy.deepcopy` take tensors that have a history: activations that a module keeps, a weight that a hook
+    computes. The copy has the values alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            memo = args[1]
+            memo[id(args[0])] = args[0].detach().clone()
+            return memo[id(args[0])]
+        return func(*args, **(kwargs or {}))
+
+
+def copy_of(model: nn.Module, *, sharing: bool = False) -> nn.Module:
+    """A deep copy of a network; tensors with a history become values.
+
+    Args:
+        sharing: the copy holds the very same parameters and buffers, to be replaced but never written into.
+    """
+    tensors = [*model.parameters(), *model.buffers()] if sharing else []
+    with _Copying():
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Floating and complex parameters, buffers and tensors kept as plain attributes in the precision of `dtype`."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(dtype.to_complex())
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    model._apply(convert)  # type: ignore[no-untyped-call]
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                vars(module)[name] = convert(value.detach())
+    return model
+
+
+def twin_of(model: nn.Module, example_input: Example, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Example]:
+    """An evaluation-mode copy of model and input in another precision (on the CPU for MPS, which has no float64).
 
     Attention kernels without float64 give way to the fused one that has it.
+
+    Raises:
+        ValueError: the model is a wrapper, quantised, or on another device than the example.
     """
-    return twin_of(model, example_input, torch.float64)
-
-
-def twin_of(model: nn.Module, example_input: Example, dtype: torch.dtype) -> tuple[nn.Module, Example]:
     refuse_wrapped(model)
     _refuse_unknown(model)
     _check_device(model, example_input)
@@ -46,55 +77,6 @@ def twin_of(model: nn.Module, example_input: Example, dtype: torch.dtype) -> tup
         return plain(value.cpu() if mps else value, dtype)  # on the CPU first: MPS has no float64
 
     return twin, map_tensors(convert, example_input)
-
-
-def attention_kernel(model: nn.Module) -> str:
-    """The name of transformers' attention function; "" for other models."""
-    return str(getattr(getattr(model, "config", None), "_attn_implementation", None) or "")
-
-
-def set_attention_kernel(model: nn.Module, name: str) -> None:
-    model.set_attn_implementation(name)  # type: ignore[operator]
-
-
-def wake(twin: nn.Module, args: Example, calls: Mapping[nn.Module, int]) -> bool:
-    """Switch to training what has children, if that runs parts with parameters that are not in `calls`; whether it did.
-
-    Auxiliary heads are such parts. Modules without children (BatchNorm, Dropout) stay in evaluation.
-    """
-    whole = [m for m in twin.modules() if isinstance(m, nn.MultiheadAttention)]  # it does not call what it holds
-    inside = {m for attention in whole for m in attention.modules()}
-    owners = [m for m in twin.modules() if any(p is not None for p in m._parameters.values())]
-    asleep = [m for m in owners if m not in calls and m not in inside]
-    if not asleep:
-        return False
-    for module in twin.modules():
-        module.training = any(True for _ in module.children()) and module not in inside
-    awake = called_modules(twin, args)
-    if awake is not None and any(m in awake for m in asleep):
-        return True
-    twin.eval()
-    return False
-
-
-def called_modules(twin: nn.Module, args: Example) -> Counter[nn.Module] | None:
-    """How often each module is called; None where the model does not run."""
-    calls: Counter[nn.Module] = Counter()
-    with counted(twin, calls):
-        try:
-            outputs(twin, args)
-        except Exception:
-            return None
-    return calls
-
-
-@contextmanager
-def counted(model: nn.Module, calls: Counter[nn.Module]) -> Iterator[None]:
-    """Inside the block, `calls` counts how often each module is called."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(module.register_forward_hook(lambda m, *_: calls.update([m])).remove)
-        yield
 
 
 def _refuse_unknown(model: nn.Module) -> None:

@@ -9,20 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsprune.structures.attention import close_nested_path, narrow, why_not_narrow
 from gsprune.structures.twin import refuse_wrapped
+from gsprune.surgery.cut_plan import CutPlan, Cuts, cut_tensor
+from gsprune.surgery.narrow_attention import close_nested_path, narrow, why_not_narrow
 from gsprune.surgery.optimizers import Optimizers, check_state, every_optimizer, held, move_state, names_of
-from gsprune.surgery.plan import Cuts, Plan
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Optimizers | None = None, drop_state: bool = False) -> None:
+def apply_cut(
+    model: nn.Module, plan: CutPlan, *, optimizer: Optimizers | None = None, drop_state: bool = False
+) -> None:
     """Cut `model` in place: new Parameters in the same modules, attributes and optimizer state to match.
 
     Dtype, device, memory format, `requires_grad` and `.grad` (cut along) are kept. In the optimizer (or several, and
-    all inside them) the new parameters take the old ones' places, and state that runs along its parameter is cut alike:
-    moments, and the rows and columns of a factored one.
-    Everything is checked before anything changes. Raises ValueError when the plan does not fit the model, or the
-    optimizer's state holds a tensor that is none of these; with `drop_state` that optimizer forgets it, with a warning.
+    all inside them) the new parameters take the old ones' places. State that runs along its parameter is cut too:
+    moments, and the rows and columns of factored ones. Everything is checked before anything changes.
+
+    Args:
+        drop_state: an optimizer with other state forgets it, with a warning, instead of an error.
+
+    Raises:
+        ValueError: the plan does not fit the model, or the optimizer's state holds a tensor that is none of these.
     """
     refuse_wrapped(model)
     homes = {name: home_of(model, name) for name in plan.kept}
@@ -34,7 +40,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, optimizer: Optimizers | None = N
     modules = {id(module): module for module, _ in homes.values()}.values()
     resizes = [(module, _resizer(module)) for module in modules]
     replaced: dict[Tensor, tuple[nn.Parameter, Cuts]] = {}
-    fresh = {name: _cut(getattr(*homes[name]).detach(), cuts) for name, cuts in plan.kept.items()}
+    fresh = {name: cut_tensor(getattr(*homes[name]).detach(), cuts) for name, cuts in plan.kept.items()}
     optimizers = every_optimizer(optimizer)
     _check_optimizers(optimizers, [getattr(*home) for home in homes.values()], drop_state=drop_state)
     for name, (module, leaf) in homes.items():
@@ -59,19 +65,17 @@ def home_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
         module = model.get_submodule(path)
         getattr(module, leaf)
     except AttributeError:
-        raise ValueError(f"the pruning plan names {name!r}, which {type(model).__name__} does not have") from None
+        raise ValueError(f"the cut plan names {name!r}, which {type(model).__name__} does not have") from None
     return module, leaf
 
 
 def _check_tensor(name: str, tensor: Any, sizes: Mapping[int, int], cuts: Cuts) -> None:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"the pruning plan cuts {name!r}, which is not a tensor")
+        raise ValueError(f"the cut plan cuts {name!r}, which is not a tensor")
     for dim in cuts:
         if tensor.dim() <= dim or tensor.shape[dim] != sizes[dim]:
             expected = f"length {sizes[dim]} in dimension {dim}"
-            raise ValueError(
-                f"the pruning plan expects {name!r} to have {expected}, its shape is {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"the cut plan expects {name!r} to have {expected}, its shape is {tuple(tensor.shape)}")
     if getattr(tensor, "_backward_hooks", None) or getattr(tensor, "_post_accumulate_grad_hooks", None):
         raise ValueError(f"{name!r} has gradient hooks, remove them before shrinking")
 
@@ -79,7 +83,7 @@ def _check_tensor(name: str, tensor: Any, sizes: Mapping[int, int], cuts: Cuts) 
 def _check_attribute(model: nn.Module, name: str) -> None:
     value = getattr(*home_of(model, name))
     if type(value) is not int:
-        raise ValueError(f"the pruning plan sets {name!r}, which is not an integer")
+        raise ValueError(f"the cut plan sets {name!r}, which is not an integer")
 
 
 def _check_shared(model: nn.Module, homes: Mapping[str, tuple[nn.Module, str]]) -> None:
@@ -104,25 +108,10 @@ def _check_optimizers(optimizers: Sequence[Any], tensors: Sequence[Tensor], *, d
 # ---- cutting
 
 
-def _cut(tensor: Tensor, cuts: Cuts) -> Tensor:
-    """A new tensor with the kept positions, in the same memory format."""
-    out = tensor
-    for dim, kept in cuts.items():
-        out = out.index_select(dim, kept.to(tensor.device))
-    return out.contiguous(memory_format=_memory_format(tensor))
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(tensor.dim(), torch.contiguous_format)
-    is_last = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=wanted)
-    return wanted if is_last else torch.contiguous_format
-
-
 def _parameter(old: nn.Parameter, data: Tensor, cuts: Cuts) -> nn.Parameter:
     new = nn.Parameter(data, requires_grad=old.requires_grad)
     if old.grad is not None:
-        new.grad = _cut(old.grad, cuts)
+        new.grad = cut_tensor(old.grad, cuts)
     return new
 
 
@@ -167,8 +156,8 @@ _RESIZE: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
 def _resizer(module: nn.Module) -> Callable[[Any], None]:
     reason = why_not_narrow(module) if isinstance(module, nn.MultiheadAttention) else None
     if reason is not None:
-        raise ValueError(f"the pruning plan cuts an attention that cannot be shrunk: {reason}")
+        raise ValueError(f"the cut plan cuts an attention that cannot be shrunk: {reason}")
     for cls, resize in _RESIZE:
         if isinstance(module, cls):
             return resize
-    raise ValueError(f"the pruning plan cuts a {type(module).__name__}, which cannot be shrunk")
+    raise ValueError(f"the cut plan cuts a {type(module).__name__}, which cannot be shrunk")

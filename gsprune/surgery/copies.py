@@ -1,12 +1,10 @@
-"""Networks that are pruned along with a model, as the average of an EMA."""
+"""Copies of a model that are pruned along with it, such as the average of an EMA."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from torch import nn
-
-__all__ = ["check_copies"]
 
 
 def check_copies(model: nn.Module, copies: Iterable[nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""What a pruner has to know of an optimizer: which are inside it, what they hold, what of their state can be cut.
+"""Optimizers of a pruned network: which are inside another, what they hold, and which of their state can be cut.
 
 A *leaf* is an optimizer with none inside. *State* is what one remembers of a parameter.
 """
@@ -13,21 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = [
-    "Optimizers",
-    "check_follows",
-    "check_state",
-    "every_optimizer",
-    "held",
-    "inside",
-    "leaves",
-    "moments",
-    "move_state",
-    "names_of",
-]
+from gsprune.surgery.cut_plan import Cuts, cut_tensor
 
 Optimizers = Optimizer | Sequence[Optimizer]
-Cuts = Mapping[int, Tensor]  # dimension -> kept positions
 _INNER = ("optimizer", "base_optimizer", "base", "inner_optimizer", "_optimizer")  # also where a property hides it
 _FLAT = "keeps the parameters as one flat vector"
 _CODES = "keeps its state as codes of few bits"
@@ -249,15 +237,5 @@ def _cut_state(key: str, value: Any, old: Tensor, cuts: Cuts) -> Any:
         return value
     dims = _along(key, value.shape, old.shape)
     assert dims is not None  # check_state
-    for at, dim in enumerate(dims):
-        if dim in cuts and value.shape[at] == old.shape[dim]:
-            value = value.index_select(at, cuts[dim].to(value.device))
-    return _laid_out(value, old)
-
-
-def _laid_out(value: Tensor, like: Tensor) -> Tensor:
-    """In the memory format of a parameter with as many dimensions."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(like.dim(), torch.contiguous_format)
-    is_last = value.dim() == like.dim() and not like.is_contiguous() and like.is_contiguous(memory_format=wanted)
-    return value.contiguous(memory_format=wanted if is_last else torch.contiguous_format)
+    own = {at: cuts[dim] for at, dim in enumerate(dims) if dim in cuts and value.shape[at] == old.shape[dim]}
+    return cut_tensor(value, own, like=old if value.dim() == old.dim() else value)

@@ -1,31 +1,27 @@
-"""How a structure is put to the proof: on which inputs, with which units gone, and what is compared.
+"""The proof of a structure: on which inputs, with which units gone, and which structures fail it.
 
-Two networks agree when the outputs of all that reads (convolutions, linear layers, attentions, recurrent layers) and
-the model's own outputs do. The model's output alone does not do: a detector may find nothing, a head may start at zero.
+What is compared is in `readings`.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, call, map_tensors, outputs, same_randomness, tensors_in
+from gsprune.structures.example import Example, call, map_tensors, tensors_in
+from gsprune.structures.running import same_randomness
+from gsprune.structures.structure import Member, Structure
+from gsprune.surgery.readings import Reading, first_difference, is_finite, largest, moved, noted, readings
 
-if TYPE_CHECKING:
-    from gsprune.structures.structure import Member, Structure
-
-SAMPLE = 1 << 16  # entries of a layer's output that are compared, drawn at random: a batch of pictures has millions
 SMALL = 0.01  # a scale whose largest entry is smaller hides what it is multiplied with
-_CONV = nn.modules.conv._ConvNd
-_READERS = (nn.Linear, _CONV, nn.MultiheadAttention, nn.RNNBase)
-Gone = Sequence[tuple["Structure", Tensor]]  # a structure and the units that are gone, bool (units,)
+Gone = Sequence[tuple[Structure, Tensor]]  # a structure and the units that are gone, bool (units,)
 
 
 class Problem(NamedTuple):
@@ -39,14 +35,18 @@ class Problem(NamedTuple):
     is_certain: bool = False
 
 
-Test = Callable[[Sequence["Structure"]], Problem | None]
+Test = Callable[[Sequence[Structure]], Problem | None]
 
 
 # ---- on what
 
 
-def wake_scales_(twin: nn.Module, example_input: Example) -> None:
-    """Fill parameters that are zero, set small scales to 1: nothing hides behind them. Undone if that is not finite."""
+def wake_scales_(twin: nn.Module, example_input: Example) -> list[Reading]:
+    """Fill parameters that are zero, set small scales to 1: nothing hides behind them. Undone if that is not finite.
+
+    Returns:
+        What the readers give on the example then.
+    """
     before = [(p, p.detach().clone()) for p in twin.parameters() if _is_asleep(p)]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -56,9 +56,12 @@ def wake_scales_(twin: nn.Module, example_input: Example) -> None:
             else:
                 fill = 0.1 + 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(fill if parameter.dim() < 2 else fill - 0.1)
-        if not all(bool(output.isfinite().all()) for output in outputs(twin, example_input)):
-            for parameter, value in before:
-                parameter.copy_(value)
+        found = readings(twin, example_input, scaled=False)
+        if is_finite(found) or not before:
+            return found
+        for parameter, value in before:
+            parameter.copy_(value)
+    return readings(twin, example_input, scaled=False)
 
 
 def _is_asleep(parameter: Tensor) -> bool:
@@ -68,14 +71,9 @@ def _is_asleep(parameter: Tensor) -> bool:
     return not parameter.any() or (is_scale and bool(parameter.abs().max() < SMALL))
 
 
-def inputs_like(model: nn.Module, example_input: Example) -> list[Example]:
-    """The example, and noise beside it where the model takes that and stays finite."""
-    noise = map_tensors(_noise, example_input)
-    try:
-        is_finite = all(bool(output.isfinite().all()) for output in outputs(model, noise))
-    except Exception:
-        return [example_input]
-    return [example_input, noise] if is_finite else [example_input]
+def noise_like(example_input: Example) -> Example:
+    """Another input of the example's shapes and types, which a model may not take or answer with what is not finite."""
+    return map_tensors(_noise, example_input)
 
 
 def _noise(value: Tensor) -> Tensor:
@@ -118,128 +116,9 @@ class Round(NamedTuple):
         return ~kept if self.is_other_half else kept
 
 
-def rounds_on(inputs: Sequence[Example]) -> list[Round]:
-    """Two rounds, on the first and the last input: every unit is gone in one of them."""
-    return [Round(inputs[0], False), Round(inputs[-1], True)]
-
-
-# ---- what is compared
-
-
-class Reading(NamedTuple):
-    """A sample of what one call of a layer gave, and how large the terms of its sums are; the model's output is "".
-
-    `values` is of the chosen rows, `whole` of all; `size` counts the chosen entries.
-    """
-
-    name: str
-    values: Tensor
-    whole: Tensor
-    scale: float
-    size: int
-
-
-def readings(
-    model: nn.Module, example_input: Example, rows: Mapping[str, Tensor] | None = None, *, scaled: bool = True
-) -> list[Reading]:
-    """One forward pass.
-
-    Args:
-        rows: name of a weight -> which of its layer's output channels are compared; all of the others'.
-        scaled: whether to find the scales; `agree` needs those of its first argument.
-    """
-    found: list[Reading] = []
-
-    def note(name: str, module: nn.Module, inputs: tuple[Any, ...], whole: Tensor, chosen: Tensor) -> None:
-        sample = _sample(whole)
-        values = sample if chosen is whole else _sample(chosen)
-        found.append(Reading(name, values, sample, _terms(module, inputs) if scaled else 0.0, chosen.numel()))
-
-    with _noted(model, rows or {}, note):
-        results = outputs(model, example_input)
-    samples = [(_sample(result), result.numel()) for result in results]
-    return [*found, *(Reading("", sample, sample, 0.0, size) for sample, size in samples)]
-
-
-@contextmanager
-def _noted(model: nn.Module, rows: Mapping[str, Tensor], note: Callable[..., None]) -> Iterator[None]:
-    """Inside the block every call of a reader is noted: name, module, inputs, output, the chosen rows of the output."""
-
-    def hook(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        kept = rows.get(_weight(name, module))
-        first = output[0] if isinstance(output, tuple) and isinstance(module, nn.MultiheadAttention) else output
-        for tensor in tensors_in(first):
-            dim = -len(module.kernel_size) - 1 if isinstance(module, _CONV) else -1
-            chosen = tensor if kept is None else tensor.index_select(dim, kept.to(tensor.device))
-            note(name, module, inputs, tensor, chosen)
-
-    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    inside = {m for a in attentions for m in a.children()}  # called by a narrow attention alone, not by PyTorch's own
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, _READERS) and module not in inside:
-                handle = module.register_forward_hook(lambda m, i, o, name=name: hook(name, m, i, o))
-                stack.callback(handle.remove)
-        yield
-
-
-def _weight(name: str, module: nn.Module) -> str:
-    leaf = "out_proj.weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-    return f"{name}.{leaf}" if name else leaf
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    if len(flat) <= SAMPLE:
-        return flat.clone()
-    generator = torch.Generator().manual_seed(len(flat))
-    return flat[torch.randint(len(flat), (SAMPLE,), generator=generator).to(flat.device)]
-
-
-def _terms(module: nn.Module, inputs: tuple[Any, ...]) -> float:
-    """The largest product of an entry read and a weight: sums are no more exact than that allows."""
-    weight, read = getattr(module, "weight", None), next(tensors_in(inputs), None)
-    if not isinstance(weight, Tensor) or read is None or not weight.numel() or not read.numel():
-        return 0.0
-    return _largest(weight.detach()) * _largest(read.detach())
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, float("inf")))
-
-
-def agree(first: Sequence[Reading], second: Sequence[Reading], *, tolerance: float = 1e-9) -> bool:
-    """Whether two passes of one network, or of two, gave the same at every reader."""
-    return first_difference(first, second, tolerance=tolerance) is None
-
-
-def first_difference(first: Sequence[Reading], second: Sequence[Reading], *, tolerance: float = 1e-9) -> str | None:
-    """Name of the reader that is the first to give something else, or to be another one; None where all agree."""
-    for a, b in zip(first, second, strict=False):
-        is_same = (a.name, a.size) == (b.name, b.size)
-        if not is_same or not close(a.values, b.values, tolerance=tolerance, scale=a.scale):
-            return a.name
-    return None if len(first) == len(second) else ""
-
-
-def moved(first: Sequence[Reading], second: Sequence[Reading]) -> set[str]:
-    """Names of the readers that gave something else."""
-    if [(r.name, r.whole.shape) for r in first] != [(r.name, r.whole.shape) for r in second]:
-        return set()
-    pairs = zip(first, second, strict=True)
-    return {a.name for a, b in pairs if len(a.whole) and not close(a.whole, b.whole, tolerance=1e-12)}
-
-
-def is_finite(found: Sequence[Reading]) -> bool:
-    """Of the model's own outputs."""
-    return all(bool(r.values.isfinite().all()) for r in found if not r.name)
-
-
-def close(a: Tensor, b: Tensor, *, tolerance: float = 1e-9, scale: float = 0.0) -> bool:
-    """Whether two tensors differ by at most `tolerance` times the largest entry of `a` or `scale` (NaN equals NaN)."""
-    finite = a[a.isfinite()] if a.numel() else a
-    scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)
+def rounds_on(example_input: Example) -> list[Round]:
+    """Two rounds, on the example and on noise: every unit is gone in one of them."""
+    return [Round(example_input, False), Round(noise_like(example_input), True)]
 
 
 # ---- which structures
@@ -311,21 +190,39 @@ LEAK = "its units reach the output by a path that is not a layer's columns"
 
 
 class Masked:
-    """A float64 copy whose readers are read with units masked. It has its values again after each call."""
+    """A float64 copy of a network, whose layers are read with units masked. Each call restores its values.
 
-    def __init__(self, twin: nn.Module, rounds: Sequence[Round]) -> None:
-        self.twin, self.rounds = twin, rounds
-        self.tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
+    Where it does not run on noise with units of all structures masked, both rounds are on the example.
+
+    Args:
+        whole: what the readers give on the example with nothing masked.
+    """
+
+    def __init__(
+        self, twin: nn.Module, example_input: Example, structures: Sequence[Structure], whole: list[Reading]
+    ) -> None:
+        self.twin, self.rounds, self._whole = twin, rounds_on(example_input), whole
+        self._tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
+        self._spare: dict[str, Tensor] = {}  # memory for what is written, kept: fresh memory costs more than the copy
         self._last: dict[tuple[int, frozenset[str]], list[Reading]] = {}
+        if not self._takes_noise(structures):
+            self.rounds[1] = Round(example_input, True)
+            self._last.clear()
+
+    def _takes_noise(self, structures: Sequence[Structure]) -> bool:
+        try:
+            return is_finite(self.read(1, structures))
+        except Exception:
+            return False
 
     def read(self, number: int, structures: Sequence[Structure]) -> list[Reading]:
         """What the readers give in a round; units that the structures lose are masked."""
         key = (number, frozenset(s.name for s in structures))
         if key not in self._last:
             gone = self._gone(number, structures)
-            with _written(self.tensors, _names(structures, producers=False)):
-                _zero_columns(self.tensors, gone)
-                self._remember(key, readings(self.twin, self.rounds[number].args, _untouched(self.tensors, gone)))
+            with self._written(structures, producers=False):
+                zero_columns_(self._tensors, gone)
+                self._remember(key, readings(self.twin, self.rounds[number].args, _untouched(self._tensors, gone)))
         return self._last[key]
 
     def leak(self, structures: Sequence[Structure]) -> Problem | None:
@@ -337,11 +234,11 @@ class Masked:
                     raise ValueError("the model's output on the example input is not finite (did training diverge?)")
                 continue
             gone = self._gone(number, structures)
-            with _written(self.tensors, _names(structures)):
-                _change_rows(self.tensors, gone)
-                _zero_columns(self.tensors, gone)
-                after = readings(self.twin, args, _untouched(self.tensors, gone), scaled=False)
-            if not agree(before, after, tolerance=1e-11):
+            with self._written(structures):
+                _change_rows_(self._tensors, gone)
+                zero_columns_(self._tensors, gone)
+                after = readings(self.twin, args, _untouched(self._tensors, gone), scaled=False)
+            if first_difference(before, after, tolerance=1e-11) is not None:
                 leaking = self._leaking(number, gone)
                 return Problem(LEAK, leaking, is_certain=bool(leaking))
         return None
@@ -349,18 +246,28 @@ class Masked:
     def shown(self, structures: Sequence[Structure]) -> set[str]:
         """Names of the readers that give something else when units are gone, be it with other weights before them."""
         seen: set[str] = set()
-        for number, (args, _) in enumerate(self.rounds):
+        for number in range(len(self.rounds)):
             if any(unproven(structures, seen)):
-                seen |= moved(readings(self.twin, args, scaled=False), self.read(number, structures))
+                seen |= moved(self._unmasked(number), self.read(number, structures))
         everything = [(s, torch.ones(s.units, dtype=torch.bool)) for s in structures]
         for args, _ in self.rounds:
             if any(unproven(structures, seen)):
-                with _written(self.tensors, _names(structures)):
-                    _change_rows(self.tensors, everything)  # units whose ReLU let nothing through
+                with self._written(structures):
+                    _change_rows_(self._tensors, everything)  # units whose ReLU let nothing through
                     before = readings(self.twin, args, scaled=False)
-                    _zero_columns(self.tensors, everything)
+                    zero_columns_(self._tensors, everything)
                     seen |= moved(before, readings(self.twin, args, scaled=False))
         return seen
+
+    def _unmasked(self, number: int) -> list[Reading]:
+        """What the readers give with nothing masked; nothing where only the masked network takes the input."""
+        if self.rounds[number].args is self.rounds[0].args:
+            return self._whole
+        try:
+            found = readings(self.twin, self.rounds[number].args, scaled=False)
+        except Exception:
+            return []
+        return found if is_finite(found) else []
 
     def _gone(self, number: int, structures: Sequence[Structure]) -> Gone:
         return [(s, ~self.rounds[number].keep(s)) for s in structures]
@@ -372,21 +279,37 @@ class Masked:
     def _leaking(self, number: int, gone: Gone) -> list[Structure]:
         """The structures whose gone units have a gradient though their columns are zero; none where that is unknown."""
         structures = [s for s, _ in gone]
-        with _written(self.tensors, _names(structures, producers=False)):
-            _zero_columns(self.tensors, gone)
-            rows = _untouched(self.tensors, gone)
+        with self._written(structures, producers=False):
+            zero_columns_(self._tensors, gone)
+            rows = _untouched(self._tensors, gone)
             try:
-                slopes = _slopes(self.twin, self.rounds[number].args, self.tensors, rows)
+                slopes = _slopes(self.twin, self.rounds[number].args, self._tensors, rows)
             except Exception:  # a model that cannot be trained
                 return []
         return [s for s, units in gone if any(_has_slope(slopes[m.tensor], m, units) for m in s.producers)]
+
+    @contextmanager
+    def _written(self, structures: Sequence[Structure], *, producers: bool = True) -> Iterator[None]:
+        """Inside the block the structures' consumers (and producers) hold copies, which may be written into."""
+        members = (m for s in structures for m in (*s.consumers, *(s.producers if producers else ())))
+        saved = {name: self._tensors[name].data for name in {m.tensor for m in members}}
+        try:
+            for name, value in saved.items():
+                if name not in self._spare:
+                    self._spare[name] = torch.empty_like(value)
+                self._tensors[name].data = self._spare[name].copy_(value)
+            with torch.no_grad():
+                yield
+        finally:
+            for name, value in saved.items():
+                self._tensors[name].data = value
 
 
 def _has_slope(slope: Tensor | None, member: Member, units: Tensor) -> bool:
     if slope is None:
         return False
     rows = slope.index_select(member.dim, member.index[units].flatten().to(slope.device))
-    return _largest(rows) > 1e-12 * _largest(slope)
+    return largest(rows) > 1e-12 * largest(slope)
 
 
 def _slopes(
@@ -399,42 +322,24 @@ def _slopes(
     def add(tensor: Tensor) -> None:
         if tensor.requires_grad and tensor.numel() and not tensor.is_complex():
             weights = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
-            sums.append((tensor * weights).sum() / (_largest(tensor.detach()) or 1.0))
+            sums.append((tensor * weights).sum() / (largest(tensor.detach()) or 1.0))
 
     wanted = {name: tensor for name, tensor in tensors.items() if name in rows and tensor.requires_grad}
     with torch.enable_grad(), same_randomness(model), no_fast_path():
-        with _noted(model, rows, lambda name, module, inputs, whole, chosen: add(chosen)):
+        with noted(model, rows, lambda name, module, inputs, whole, chosen: add(chosen)):
             for result in tensors_in(call(model, map_tensors(Tensor.clone, example_input))):
                 add(result)
         found = torch.autograd.grad(torch.stack(sums).sum(), list(wanted.values()), allow_unused=True)
     return dict.fromkeys(rows) | dict(zip(wanted, found, strict=True))
 
 
-def _names(structures: Sequence[Structure], *, producers: bool = True) -> set[str]:
-    return {m.tensor for s in structures for m in (*(s.producers if producers else ()), *s.consumers)}
-
-
-@contextmanager
-def _written(tensors: Mapping[str, Tensor], names: set[str]) -> Iterator[None]:
-    """Inside the block the named tensors hold copies, which may be written into."""
-    saved = {name: tensors[name].data for name in names}
-    try:
-        for name, value in saved.items():
-            tensors[name].data = value.clone()
-        with torch.no_grad():
-            yield
-    finally:
-        for name, value in saved.items():
-            tensors[name].data = value
-
-
-def _zero_columns(tensors: Mapping[str, Tensor], gone: Gone) -> None:
+def zero_columns_(tensors: Mapping[str, Tensor], gone: Gone) -> None:
     for structure, units in gone:
         for m in structure.consumers:
             tensors[m.tensor].index_fill_(m.dim, m.index[units].flatten().to(tensors[m.tensor].device), 0.0)
 
 
-def _change_rows(tensors: Mapping[str, Tensor], gone: Gone) -> None:
+def _change_rows_(tensors: Mapping[str, Tensor], gone: Gone) -> None:
     """Other rows for these units. The noise is a product of one number a row and one a column: cheap, and no two
     rows are alike."""
     generator = torch.Generator().manual_seed(0)

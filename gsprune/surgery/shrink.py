@@ -1,44 +1,33 @@
 """Turn kept units into a smaller dense network: modules, their attributes and the optimizer's state.
 
-Two steps: `plan_shrink` says which positions of which tensors stay, `apply_plan` cuts them out in place.
-`shrink` does both, after comparing the masked and the shrunk network in float64 on copies. A `Shrinker` does it again
-and again while the model trains, and counts from the dense network.
+`plan_cut` says which positions of which tensors stay, and `apply_cut` cuts the others out in place. `shrink` does both,
+after it has compared the masked and the shrunk network in float64 on copies. A `Shrinker` does so repeatedly while the
+model trains; its masks are those of the dense network.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from gsprune.structures.example import Example, copy_of, outputs
+from gsprune.structures.example import Example
+from gsprune.structures.running import counted, hooked, outputs, wake
 from gsprune.structures.structure import Member, Structure
-from gsprune.structures.twin import counted, float64_copy, wake
-from gsprune.surgery.apply import (
-    apply_plan,
-    forget_compiled,
-    home_of,
-)
+from gsprune.structures.twin import copy_of, twin_of
+from gsprune.surgery.apply import apply_cut, forget_compiled
 from gsprune.surgery.copies import check_copies
+from gsprune.surgery.cut_plan import CutPlan, checked, plan_cut
 from gsprune.surgery.optimizers import Optimizers
-from gsprune.surgery.plan import Plan, checked, plan_shrink
-from gsprune.surgery.proof import (
-    Masked,
-    Problem,
-    Reading,
-    first_difference,
-    inputs_like,
-    is_finite,
-    owners,
-    readings,
-    sift,
-)
+from gsprune.surgery.proof import Masked, Problem, noise_like, owners, sift, zero_columns_
+from gsprune.surgery.readings import Reading, first_difference, is_finite, readings
+from gsprune.text.display import first_line
 
 
 def shrink(
@@ -49,11 +38,18 @@ def shrink(
     example_input: Example,
     optimizer: Optimizers | None = None,
     drop_state: bool = False,
-) -> Plan:
+) -> CutPlan:
     """Remove the units that are not kept, in place, after proving on copies that nothing else changes.
 
-    `keeps[i]` is bool (units,), True = kept. Raises ValueError when the masked and the shrunk network differ
-    by more than 1e-9 of the largest output in float64; the model and the optimizer are then untouched.
+    Args:
+        keeps: of each structure bool (units,), True = kept.
+        example_input: what the masked and the shrunk network are compared on, and noise beside it.
+        optimizer: one or several whose parameters and state are cut along.
+        drop_state: as of `apply_cut`.
+
+    Raises:
+        ValueError: the outputs of a layer differ by more than 1e-9 of the largest in float64, or as `apply_cut`; the
+            model and the optimizer are then untouched.
 
     >>> from gsprune.discovery.find import find_structures
     >>> net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.ones(1, 4)
@@ -63,17 +59,17 @@ def shrink(
     (Linear(in_features=4, out_features=2, bias=True), Linear(in_features=2, out_features=2, bias=True))
     """
     check_shrink(model, structures, keeps, example_input=example_input)
-    plan = plan_shrink(structures, keeps)
-    apply_plan(model, plan, optimizer=optimizer, drop_state=drop_state)
+    plan = plan_cut(structures, keeps)
+    apply_cut(model, plan, optimizer=optimizer, drop_state=drop_state)
     return plan
 
 
 class Shrinker:
-    """Cuts units out of a model, all at once or a few more each time.
+    """Cuts units out of a model, once or repeatedly.
 
     Attributes:
-        structures: those of the dense network, by which keeps are counted.
-        here: the same structures as they lie in the model now.
+        structures: those of the dense network, whose units the masks are of.
+        here: the same structures in the model as it is now.
         plan: what stays of the dense network; None before the first cut.
 
     Args:
@@ -102,28 +98,28 @@ class Shrinker:
         check_copies(model, copies)
         self.model, self.structures, self.copies, self.example_input = model, structures, copies, example_input
         self.here: Sequence[Structure] = structures
-        self.plan: Plan | None = None
+        self.plan: CutPlan | None = None
         self._kept = [torch.ones(structure.units, dtype=torch.bool) for structure in structures]
 
     def cut(self, keeps: Sequence[Tensor], *, optimizer: Optimizers | None = None, drop_state: bool = False) -> None:
         """Cut the model, its copies and the optimizer's state down to `keeps[i]`, bool (units,) of the dense network.
 
-        What is cut stays cut. `drop_state` as of `apply_plan`. ValueError as of `shrink`; all is then as it was.
+        What is cut stays cut. `drop_state` as of `apply_cut`. ValueError as of `shrink`; all is then as it was.
         """
         kept = [keep & before for keep, before in zip(checked(self.structures, keeps), self._kept, strict=True)]
         news = [keep[before] for keep, before in zip(kept, self._kept, strict=True)]
-        plan = plan_shrink(self.structures, kept)
+        plan = plan_cut(self.structures, kept)
         if not all(new.all() for new in news):
             options: dict[str, Any] = {"optimizer": optimizer, "drop_state": drop_state}
             step = shrink(self.model, self.here, news, example_input=self.example_input, **options)
             for copy in self.copies:
-                apply_plan(copy, step)
+                apply_cut(copy, step)
             forget_compiled()
         self.here = [_narrowed(s, keep, plan) for s, keep in zip(self.structures, kept, strict=True)]
         self._kept, self.plan = kept, plan
 
 
-def _narrowed(structure: Structure, keep: Tensor, plan: Plan) -> Structure:
+def _narrowed(structure: Structure, keep: Tensor, plan: CutPlan) -> Structure:
     """A dense network's structure as it lies in the network that the plan leaves."""
 
     def here(member: Member) -> Member:
@@ -156,12 +152,12 @@ def check_shrink(
 def _difference(
     model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor], example_input: Example
 ) -> str | None:
-    twin, args = float64_copy(model, example_input)
+    twin, args = twin_of(model, example_input)
     calls: Counter[nn.Module] = Counter()
     with counted(twin, calls):
         outputs(twin, args)
     wake(twin, args, calls)
-    return _disagreement(twin, inputs_like(twin, args), structures, keeps)
+    return _disagreement(twin, [args, noise_like(args)], structures, keeps)
 
 
 def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Structure], dict[str, str]]:
@@ -170,7 +166,7 @@ def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Str
     def test(some: Sequence[Structure]) -> Problem | None:
         for number, (args, _) in enumerate(masked.rounds):
             keeps = [masked.rounds[number].keep(s) for s in some]
-            small = _small(masked.twin, plan_shrink(some, keeps))
+            small = _small(masked.twin, plan_cut(some, keeps))
             problem = _mismatch(small, args, partial(masked.read, number, some), some, number)
             if problem is not None:
                 return problem
@@ -183,7 +179,7 @@ def _disagreement(
     twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Structure], keeps: Sequence[Tensor]
 ) -> str | None:
     """What is wrong with the shrunk network, or None. The twin is masked; a copy of it that shares tensors is cut."""
-    plan = plan_shrink(structures, keeps)
+    plan = plan_cut(structures, keeps)
     mask_units(twin, structures, keeps)
     small = _small(twin, plan)
     rows = {name: cuts[0] for name, cuts in plan.kept.items() if 0 in cuts}
@@ -194,9 +190,9 @@ def _disagreement(
     return None
 
 
-def _small(twin: nn.Module, plan: Plan) -> nn.Module:
+def _small(twin: nn.Module, plan: CutPlan) -> nn.Module:
     small = copy_of(twin, sharing=True)
-    apply_plan(small, plan)
+    apply_cut(small, plan)
     return small
 
 
@@ -207,18 +203,22 @@ def _mismatch(
     structures: Sequence[Structure],
     number: int,
 ) -> Problem | None:
-    """What is wrong with a shrunk network on one input."""
-    started: list[str] = []
+    """What is wrong with a shrunk network on one input; None where the masked one does not take that (`number` > 0)."""
     try:
-        with _order(small, started):
-            shrunk = readings(small, args, scaled=False)
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Problem(f"the shrunk network does not run ({line})", _last_touched(structures, started))
-    masked = read_masked()
+        masked = read_masked()
+    except Exception:
+        if number == 0:
+            raise
+        return None
     if not is_finite(masked):
         text = "the model's output on the example input is not finite (did training diverge?)"
         return Problem(text) if number == 0 else None
+    started: list[str] = []
+    try:
+        with hooked(_noting_starts(small, started)):
+            shrunk = readings(small, args, scaled=False)
+    except Exception as error:
+        return Problem(f"the shrunk network does not run ({first_line(error)})", _last_touched(structures, started))
     differing = first_difference(masked, shrunk)
     if differing is None:
         return None
@@ -226,14 +226,10 @@ def _mismatch(
     return Problem("the shrunk network does not compute what the masked one does", _last_touched(structures, before))
 
 
-@contextmanager
-def _order(model: nn.Module, started: list[str]) -> Iterator[None]:
-    """Inside the block, `started` takes the names of modules as they are called."""
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            hook = module.register_forward_pre_hook(lambda m, i, name=name: started.append(name))
-            stack.callback(hook.remove)
-        yield
+def _noting_starts(model: nn.Module, started: list[str]) -> Iterator[RemovableHandle]:
+    """`started` takes the names of modules as they are called."""
+    for name, module in model.named_modules():
+        yield module.register_forward_pre_hook(lambda m, i, name=name: started.append(name))
 
 
 def _last_touched(structures: Sequence[Structure], started: Sequence[str]) -> list[Structure]:
@@ -249,7 +245,5 @@ def _last_touched(structures: Sequence[Structure], started: Sequence[str]) -> li
 @torch.no_grad()
 def mask_units(model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor]) -> None:
     """Zero, in place, the consumers' columns of the units that are not kept."""
-    for structure, keep in zip(structures, checked(structures, keeps), strict=True):
-        for m in structure.consumers:
-            tensor = getattr(*home_of(model, m.tensor))
-            tensor.index_fill_(m.dim, m.index[~keep].flatten().to(tensor.device), 0.0)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    zero_columns_(tensors, [(s, ~keep) for s, keep in zip(structures, checked(structures, keeps), strict=True)])

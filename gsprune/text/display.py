@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["cell", "code", "html_table", "label", "logger", "one_line", "percent", "tag"]
+__all__ = ["cell", "code", "first_line", "html_table", "label", "logger", "one_line", "percent", "tag"]
 
 if TYPE_CHECKING:
     Adapter = logging.LoggerAdapter[logging.Logger]
@@ -33,6 +33,15 @@ def one_line(text: str, length: int = 600) -> str:
     if len(text) > length:
         text = f"{text[: length // 2]} ... {text[-(length // 2) :]}"
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message; its class where it has none.
+
+    >>> first_line(ValueError("one\\ntwo")), first_line(KeyError())
+    ('one', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def label(text: str, length: int) -> str:

@@ -7,10 +7,19 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-__all__ = ["natural"]
+__all__ = ["check_patterns", "choose", "joined", "natural"]
 
 _LINES = 10  # of reasons
 _NAMES = 6  # for one reason
+
+
+def joined(path: str, leaf: str) -> str:
+    """The name of a module's tensor or attribute; the root module's path is "".
+
+    >>> joined("layer.0", "weight"), joined("", "weight")
+    ('layer.0.weight', 'weight')
+    """
+    return f"{path}.{leaf}" if path else leaf
 
 
 def choose(

@@ -25,7 +25,7 @@ CLASSES = [
     "gsprune.Pruner",
     "gsprune.Pruners",
     *(f"gsprune.schedules.{name}" for name in ("OneShot", "Ramp", "Linear", "Cubic", "Cosine", "Exponential")),
-    *(f"gsprune.criteria.{name}" for name in ("Abs", "Elementwise", "Gate", "Magnitude", "Random", "Weighted")),
+    *(f"gsprune.criteria.{name}" for name in ("Abs", "Elementwise", "GateGradient", "Magnitude", "Random", "Weighted")),
     "gsprune.training.trainer.Trainer",
 ]
 OTHER_THAN_THE_CLASS = {  # files that overrule a default on purpose

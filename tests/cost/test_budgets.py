@@ -30,8 +30,8 @@ from gsprune.discovery.find import find_structures
 from gsprune.forecast import predict
 from gsprune.schedules import Cubic, OneShot
 from gsprune.structures.structure import Structure
-from gsprune.surgery.apply import apply_plan
-from gsprune.surgery.plan import plan_shrink
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import plan_cut
 
 TOKENS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
 
@@ -107,7 +107,7 @@ def counted(kind: str, example: Any) -> Callable[[nn.Module], int]:
 
 def cut_copy(model: nn.Module, structures: tuple[Structure, ...], keeps: list[Tensor]) -> nn.Module:
     twin = copy.deepcopy(model)
-    apply_plan(twin, plan_shrink(structures, keeps))
+    apply_cut(twin, plan_cut(structures, keeps))
     return twin
 
 

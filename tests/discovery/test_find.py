@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gsprune import Pruner
 from gsprune.criteria import Magnitude
 from gsprune.discovery.find import find_structures
-from gsprune.structures.example import outputs
+from gsprune.structures.running import outputs
 from gsprune.structures.structure import Member, Structure
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gsprune import Pruner
 from gsprune.criteria import Abs
 from gsprune.discovery.find import find_structures
-from gsprune.structures.example import outputs
+from gsprune.structures.running import outputs
 from gsprune.structures.structure import Structure
 from gsprune.surgery.shrink import mask_units, shrink
 

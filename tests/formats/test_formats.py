@@ -25,15 +25,15 @@ from gsprune.discovery.find import find_structures
 from gsprune.files import disk
 from gsprune.files.disk import plain, read_json, write_atomic, write_json
 from gsprune.formats.masks import load_masks, save_masks
-from gsprune.formats.network import load_pruned, load_state, read_plan, save_pruned
+from gsprune.formats.network import load_pruned, load_state, read_cut_plan, save_pruned
 from gsprune.formats.scores import SavedScores, load_scores, save_scores
 from gsprune.formats.tensors import state_tensors
 from gsprune.schedules import OneShot
-from gsprune.surgery.apply import apply_plan
-from gsprune.surgery.plan import Plan, plan_shrink
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import CutPlan, plan_cut
 from gsprune.training.checkpoints import write_state
 
-NOTHING = Plan(kept={}, sizes={}, attributes={})
+NOTHING = CutPlan(kept={}, sizes={}, attributes={})
 
 
 class Net(nn.Module):
@@ -53,15 +53,15 @@ def pictures() -> Tensor:
     return torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-def shrunk_net() -> tuple[Net, Plan]:
+def shrunk_net() -> tuple[Net, CutPlan]:
     """A trained-looking net whose first convolution keeps channels 1, 2, 5 of 8."""
     torch.manual_seed(0)
     model = Net()
     model(pictures())  # running statistics that are not the initial ones
     structures = [s for s in find_structures(model, pictures()).structures if s.name == "conv1"]
     keep = torch.tensor([False, True, True, False, False, True, False, False])
-    plan = plan_shrink(structures, [keep])
-    apply_plan(model, plan)
+    plan = plan_cut(structures, [keep])
+    apply_cut(model, plan)
     return model.eval(), plan
 
 
@@ -431,7 +431,7 @@ def test_an_edited_record_is_refused(saved: Path, change: object, sentence: str)
 
 
 def test_an_attribute_that_is_not_a_size_is_refused(tmp_path: Path) -> None:
-    save_pruned(tmp_path, Net(), Plan(kept={}, sizes={}, attributes={"conv1.training": 1}))
+    save_pruned(tmp_path, Net(), CutPlan(kept={}, sizes={}, attributes={"conv1.training": 1}))
     with refused("conv1.training", "1", "True"):
         load_pruned(tmp_path, Net())
 
@@ -516,7 +516,7 @@ def test_a_model_that_cannot_take_weights_is_refused(saved: Path) -> None:
 def test_a_model_pruned_twice_is_rebuilt_from_the_dense_one(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32)
 
-    def prune(model: nn.Module) -> Plan:
+    def prune(model: nn.Module) -> CutPlan:
         settings = {"target_sparsity": 0.5, "schedule": OneShot(), "example_input": x}
         pruner = Pruner(model, Magnitude(), structured=True, **settings)
         pruner.on_step_begin(0)
@@ -528,7 +528,7 @@ def test_a_model_pruned_twice_is_rebuilt_from_the_dense_one(tmp_path: Path) -> N
     save_pruned(tmp_path / "first", model, prune(model))
     again = load_pruned(tmp_path / "first", encoder(4))
     second = prune(again)
-    save_pruned(tmp_path / "second", again, second.after(read_plan(tmp_path / "first")))
+    save_pruned(tmp_path / "second", again, second.after(read_cut_plan(tmp_path / "first")))
     rebuilt = load_pruned(tmp_path / "second", encoder(4))
     assert (rebuilt.layers[0].self_attn.num_heads, rebuilt.layers[0].linear1.out_features) == (1, 4)
     assert torch.equal(rebuilt(x), again(x))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gsprune.criteria import Abs, Elementwise, Gate, Weighted
+from gsprune.criteria import Abs, Elementwise, GateGradient, Weighted
 from gsprune.pruner.targets import Verdict
 from gsprune.ranking.patterns import parse_pattern
 from gsprune.ranking.selection import pruned_count, select
@@ -172,11 +172,11 @@ def sorted_rows(rows: Tensor) -> list[list[float]]:
     return sorted(rows.tolist())
 
 
-def bert_structures(conf: dict[str, Any], layer: int) -> list[tuple[Gate, Structure, str]]:
+def bert_structures(conf: dict[str, Any], layer: int) -> list[tuple[GateGradient, Structure, str]]:
     """The heads and neurons of one BERT layer that the case scores, and where their importance was recorded."""
     bert = f"bert.encoder.layer.{layer}."
     metrics = {pruner["parameters"]["importance_metric"] for pruner in conf["pruners"]}
-    found: list[tuple[Gate, Structure, str]] = []
+    found: list[tuple[GateGradient, Structure, str]] = []
     if "abs_gradient" in metrics:
         columns = Member(f"{bert}attention.output.dense.weight", 1, torch.arange(32).reshape(4, 8), 32)
         heads = Structure(f"{bert}attention", "heads", 4, (), (columns,), (), (), {})

@@ -21,17 +21,9 @@ from gsprune.criteria import Magnitude
 from gsprune.discovery.find import find_structures
 from gsprune.export.programs import to_exported_program
 from gsprune.schedules import OneShot
-from gsprune.structures.example import (
-    call,
-    copy_of,
-    inputs_and_labels,
-    logits_of,
-    map_tensors,
-    outputs,
-    plain,
-    tensors_in,
-    to_precision,
-)
+from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors, plain, tensors_in
+from gsprune.structures.running import outputs
+from gsprune.structures.twin import copy_of, to_precision
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gsprune import Pruner, find_structures
 from gsprune.criteria import Weighted
 from gsprune.schedules import OneShot
-from gsprune.surgery.proof import LEAK, Masked, Problem, inputs_like, rounds_on, sift
+from gsprune.surgery.proof import LEAK, Masked, Problem, rounds_on, sift
+from gsprune.surgery.readings import readings
 
 
 class Mixed(nn.Module):
@@ -40,7 +41,7 @@ def test_gradients_name_every_leak_at_once_and_leave_the_values_alone() -> None:
     for place in (1, 3):
         model[place].leaks = True  # type: ignore[index, union-attr]
     before = [p.detach().clone() for p in model.parameters()]
-    problem = Masked(model, rounds_on(inputs_like(model, x))).leak(structures)
+    problem = Masked(model, x, structures, readings(model, x)).leak(structures)
     assert problem is not None
     assert problem.text == LEAK
     assert problem.is_certain
@@ -50,7 +51,7 @@ def test_gradients_name_every_leak_at_once_and_leave_the_values_alone() -> None:
 
 def test_every_unit_is_gone_in_one_of_the_rounds() -> None:
     _, x, structures = _plain_twin()
-    first, second = rounds_on([x])
+    first, second = rounds_on(x)
     for structure in structures:
         assert torch.equal(first.keep(structure), ~second.keep(structure))
         assert 1 <= int(first.keep(structure).sum()) < structure.units

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gsprune.discovery.find import find_structures
 from gsprune.structures.structure import Structure
-from gsprune.surgery.apply import apply_plan
-from gsprune.surgery.plan import Plan, plan_shrink
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import CutPlan, plan_cut
 from gsprune.surgery.shrink import check_shrink, shrink
 
 SEQUENCE = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3))
@@ -148,7 +148,7 @@ def test_concatenated_consumers_keep_what_all_structures_keep() -> None:
     model, x = build("dense")
     structures = find_structures(model, x).structures  # stem 4, conv1 6, conv2 5
     keeps = [torch.tensor([1, 0, 1, 1]), torch.tensor([0, 1, 1, 0, 1, 1]), torch.tensor([1, 1, 0, 0, 1])]
-    plan = plan_shrink(structures, [k.bool() for k in keeps])
+    plan = plan_cut(structures, [k.bool() for k in keeps])
     assert plan.kept["conv2.weight"][1].tolist() == [0, 2, 3, 5, 6, 8, 9]
     assert plan.kept["norm2.running_mean"][0].tolist() == [0, 2, 3, 5, 6, 8, 9]
     assert plan.kept["head.weight"][1].tolist() == [0, 1, 4, 5, 7, 8, 10, 11, 13, 14]
@@ -275,7 +275,7 @@ def test_a_mismatch_leaves_model_and_optimizer_untouched(
     found = find_structures(model, x)
     assert [s.name for s in found.structures if s.name == "a"] == []
     assert found.skipped["a"] in message or "does not run" in found.skipped["a"]
-    monkeypatch.setattr("gsprune.surgery.shrink.sift_cuts", lambda masked, some: (list(some), {}))
+    monkeypatch.setattr("gsprune.discovery.find.sift_cuts", lambda masked, some: (list(some), {}))
     structures = find_structures(model, x).structures
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     step(model, optimizer, x)
@@ -292,13 +292,13 @@ def test_a_plan_applies_once_and_only_where_it_fits() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plan = shrink(model, *_halved(model, x), example_input=x)
     fresh, _ = build("resnet")
-    apply_plan(fresh, plan)
+    apply_cut(fresh, plan)
     assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
     before = snapshot(model, optimizer)
     with refused("'stem.weight'", "length 8", "dimension 0", "(4, 3, 3, 3)"):
-        apply_plan(model, plan)
+        apply_cut(model, plan)
     with refused("plan", "Mobile"):
-        apply_plan(nets.Mobile(), plan)
+        apply_cut(nets.Mobile(), plan)
     assert snapshot(model, optimizer) == before
 
 
@@ -311,13 +311,13 @@ def test_a_foreign_optimizer_shared_weights_and_hooked_parameters_are_refused() 
         shrink(model, structures, keeps, example_input=x, optimizer=other)
     hook = model[0].weight.register_post_accumulate_grad_hook(lambda p: None)
     with refused("'0.weight'", "hooks"):
-        apply_plan(model, plan_shrink(structures, keeps))
+        apply_cut(model, plan_cut(structures, keeps))
     hook.remove()
     assert snapshot(model, other) == before
     model.twin = nn.Linear(6, 8)
     model.twin.weight = model[0].weight
     with refused("'0.weight'", "shared"):
-        apply_plan(model, plan_shrink(structures, keeps))
+        apply_cut(model, plan_cut(structures, keeps))
 
 
 def test_keeps_that_do_not_fit() -> None:
@@ -331,7 +331,7 @@ def test_keeps_that_do_not_fit() -> None:
     ]
     for wrong, facts in cases:
         with refused(*facts):
-            plan_shrink(structures, wrong)
+            plan_cut(structures, wrong)
 
 
 # ---- plans on disk
@@ -341,13 +341,13 @@ def test_a_plan_survives_json() -> None:
     import json
 
     model, x = build("vit")
-    plan = plan_shrink(*_halved(model, x))
-    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    plan = plan_cut(*_halved(model, x))
+    again = CutPlan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again.to_json() == plan.to_json()
     assert again.attributes == {"blocks.0.attn.num_heads": 2, "blocks.1.attn.num_heads": 2}
     rebuilt, _ = build("vit")
-    apply_plan(rebuilt, again)
-    apply_plan(model, plan)
+    apply_cut(rebuilt, again)
+    apply_cut(model, plan)
     assert torch.equal(output(rebuilt.eval(), x), output(model.eval(), x))
 
 
@@ -377,7 +377,7 @@ GOOD = {"tensors": {"a.weight": {"0": {"size": 4, "kept": [0, 2]}}}, "attributes
 )
 def test_edited_plans_are_refused(path: tuple[str, ...], value: object, problem: str) -> None:
     data: object = copy.deepcopy(GOOD)
-    assert Plan.from_json(data).to_json() == GOOD
+    assert CutPlan.from_json(data).to_json() == GOOD
     if not path:
         data = value
     else:
@@ -387,4 +387,4 @@ def test_edited_plans_are_refused(path: tuple[str, ...], value: object, problem:
             place = place[key]  # type: ignore[index]
         place[last] = value  # type: ignore[index]
     with pytest.raises(ValueError, match=f"^not a pruning plan: {re.escape(problem)}"):
-        Plan.from_json(data)
+        CutPlan.from_json(data)

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from gsprune import Pruner
 from gsprune.criteria import Abs, Criterion, Magnitude, Weighted
 from gsprune.schedules import Linear, OneShot
-from gsprune.surgery.apply import apply_plan
+from gsprune.surgery.apply import apply_cut
 
 STEPS, EPOCHS = 4, 4
 NETS: dict[str, Callable[[], nn.Module]] = {
@@ -254,7 +254,7 @@ def test_the_plan_of_a_run_rebuilds_its_model_from_the_dense_one() -> None:
         run.pruner.on_train_end()
     fresh = build("vit")
     assert run.pruner.plan is not None
-    apply_plan(fresh, run.pruner.plan)
+    apply_cut(fresh, run.pruner.plan)
     fresh.load_state_dict(run.model.state_dict())
     x = batch(5, 5)[0]
     assert torch.equal(fresh(x), run.model(x))

@@ -18,17 +18,17 @@ Cuts = Mapping[int, Tensor]  # dimension -> kept positions
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class CutPlan:
     """What stays of a dense network.
 
     kept        tensor name -> dimension -> kept positions (int64, CPU, ascending); only what is really cut
     sizes       tensor name -> dimension -> dense length, so that a plan cannot be applied twice
     attributes  module attribute -> new value ("blocks.0.attn.num_heads" -> 3)
 
-    >>> plan = Plan({"0.weight": {0: torch.tensor([0, 2])}}, {"0.weight": {0: 3}}, {})
+    >>> plan = CutPlan({"0.weight": {0: torch.tensor([0, 2])}}, {"0.weight": {0: 3}}, {})
     >>> plan.to_json()["tensors"]
     {'0.weight': {'0': {'size': 3, 'kept': [0, 2]}}}
-    >>> Plan.from_json(plan.to_json()).kept["0.weight"][0]
+    >>> CutPlan.from_json(plan.to_json()).kept["0.weight"][0]
     tensor([0, 2])
     """
 
@@ -40,7 +40,7 @@ class Plan:
         lines = [f"  {name} {self._change(name)}" for name in self.kept][:8]
         more = [f"  ... {len(self.kept) - len(lines)} more"] if len(self.kept) > len(lines) else []
         return "\n".join(
-            [f"Plan that cuts {len(self.kept)} tensors, sets {len(self.attributes)} attributes", *lines, *more]
+            [f"CutPlan that cuts {len(self.kept)} tensors, sets {len(self.attributes)} attributes", *lines, *more]
         )
 
     def _repr_html_(self) -> str:
@@ -54,14 +54,14 @@ class Plan:
             f"dim {d}: {len(kept)} of {self.sizes[name][d]}" for d, kept in sorted(cuts, key=lambda c: c[0])
         )
 
-    def after(self, first: Plan) -> Plan:
+    def after(self, first: CutPlan) -> CutPlan:
         """This plan, made of a network that `first` had left, counted from that one's dense network.
 
         Raises:
             ValueError: the two do not follow each other.
 
-        >>> first = Plan({"w": {0: torch.tensor([0, 2, 3])}}, {"w": {0: 5}}, {"heads": 3})
-        >>> both = Plan({"w": {0: torch.tensor([1, 2])}}, {"w": {0: 3}}, {"heads": 2}).after(first)
+        >>> first = CutPlan({"w": {0: torch.tensor([0, 2, 3])}}, {"w": {0: 5}}, {"heads": 3})
+        >>> both = CutPlan({"w": {0: torch.tensor([1, 2])}}, {"w": {0: 3}}, {"heads": 2}).after(first)
         >>> both.kept["w"][0].tolist(), both.sizes["w"][0], both.attributes
         ([2, 3], 5, {'heads': 2})
         """
@@ -77,7 +77,7 @@ class Plan:
                     )
                 kept[name][dim] = positions if before is None else before[positions]
                 sizes.setdefault(name, {}).setdefault(dim, self.sizes[name][dim])
-        return Plan(kept, sizes, {**first.attributes, **self.attributes})
+        return CutPlan(kept, sizes, {**first.attributes, **self.attributes})
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and ints."""
@@ -89,7 +89,7 @@ class Plan:
 
     @classmethod
     @refusing()
-    def from_json(cls, data: Any) -> Plan:
+    def from_json(cls, data: Any) -> CutPlan:
         """The inverse of `to_json`; ValueError in one sentence for anything else."""
         _expect(isinstance(data, dict) and set(data) == {"tensors", "attributes"}, "it has no plan's two keys")
         _expect(isinstance(data["tensors"], dict), "'tensors' is not a mapping")
@@ -102,9 +102,23 @@ class Plan:
         return cls(kept, sizes, dict(data["attributes"]))
 
 
+def cut_tensor(tensor: Tensor, cuts: Cuts, *, like: Tensor | None = None) -> Tensor:
+    """A new tensor with the kept positions, in the memory format of `like`, or in its own.
+
+    >>> cut_tensor(torch.arange(6).reshape(2, 3), {1: torch.tensor([0, 2])}).tolist()
+    [[0, 2], [3, 5]]
+    """
+    out, like = tensor, tensor if like is None else like
+    for dim, kept in cuts.items():
+        out = out.index_select(dim, kept.to(tensor.device))
+    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim(), torch.contiguous_format)
+    is_last = not like.is_contiguous() and like.is_contiguous(memory_format=wanted)
+    return out.contiguous(memory_format=wanted if is_last else torch.contiguous_format)
+
+
 def _expect(holds: bool, problem: str) -> None:
     if not holds:
-        raise ValueError(f"not a pruning plan: {problem}")
+        raise ValueError(f"not a cut plan: {problem}")
 
 
 def _read_cuts(name: str, entry: Any) -> dict[int, tuple[int, Tensor]]:
@@ -124,7 +138,7 @@ def _read_cut(where: str, cut: Any) -> tuple[int, Tensor]:
     return size, torch.tensor(kept)
 
 
-def plan_shrink(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> Plan:
+def plan_cut(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> CutPlan:
     """The plan that removes every unit u of `structures[i]` with `keeps[i][u]` False.
 
     A dimension that several structures cut (a concatenation) keeps what all of them keep.
@@ -144,7 +158,7 @@ def plan_shrink(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> Pla
     for (name, dim), mask in alive.items():
         kept.setdefault(name, {})[dim] = mask.nonzero().flatten()
         sizes.setdefault(name, {})[dim] = len(mask)
-    return Plan(kept, sizes, attributes)
+    return CutPlan(kept, sizes, attributes)
 
 
 def checked(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> list[Tensor]:

@@ -12,8 +12,8 @@ from facts import refused
 from torch import Tensor, nn
 
 from gsprune.discovery.find import find_structures
-from gsprune.structures.attention import NarrowAttention, narrow
 from gsprune.structures.structure import Structure
+from gsprune.surgery.narrow_attention import NarrowAttention, narrow
 from gsprune.surgery.shrink import mask_units, shrink
 
 N, T, S, WIDTH, HEADS = 3, 5, 7, 12, 4

@@ -1,0 +1,103 @@
+"""Running a network on an example: in evaluation mode, with repeatable random numbers, noting which modules run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gsprune.structures.attention import no_fast_path
+from gsprune.structures.example import Example, call, map_tensors, tensors_in
+
+
+def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
+    """The floating-point outputs, without gradients; the example is cloned, the model may write into it.
+
+    Encoders of PyTorch run as they do in training: their fast path puts zeros at padded positions, the other does not.
+    """
+    with torch.no_grad(), same_randomness(model), no_fast_path():
+        return list(tensors_in(call(model, map_tensors(Tensor.clone, example_input))))
+
+
+@contextmanager
+def same_randomness(model: nn.Module) -> Iterator[None]:
+    """Random numbers start from a fixed seed; the caller's generators are left as they were."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
+def evaluating(models: Any) -> Iterator[None]:
+    """Eval mode for every module inside the block; each module's own mode afterwards."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter lies."""
+    tensor = next(model.parameters(), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def to_device_of(model: nn.Module, example_input: Example) -> Example:
+    """The same example, where the model is."""
+    device = device_of(model)
+    return map_tensors(lambda tensor: tensor.to(device), example_input)
+
+
+def wake(twin: nn.Module, args: Example, calls: Mapping[nn.Module, int]) -> bool:
+    """Switch to training what has children, if that runs parts with parameters that are not in `calls`; whether it did.
+
+    Auxiliary heads are such parts. Modules without children (BatchNorm, Dropout) stay in evaluation.
+    """
+    whole = [m for m in twin.modules() if isinstance(m, nn.MultiheadAttention)]  # it does not call what it holds
+    inside = {m for attention in whole for m in attention.modules()}
+    owners = [m for m in twin.modules() if any(p is not None for p in m._parameters.values())]
+    asleep = [m for m in owners if m not in calls and m not in inside]
+    if not asleep:
+        return False
+    for module in twin.modules():
+        module.training = any(True for _ in module.children()) and module not in inside
+    awake = called_modules(twin, args)
+    if awake is not None and any(m in awake for m in asleep):
+        return True
+    twin.eval()
+    return False
+
+
+def called_modules(twin: nn.Module, args: Example) -> Counter[nn.Module] | None:
+    """How often each module is called; None where the model does not run."""
+    calls: Counter[nn.Module] = Counter()
+    with counted(twin, calls):
+        try:
+            outputs(twin, args)
+        except Exception:
+            return None
+    return calls
+
+
+def counted(model: nn.Module, calls: Counter[nn.Module]) -> AbstractContextManager[None]:
+    """Inside the block, `calls` counts how often each module is called."""
+    return hooked(module.register_forward_hook(lambda m, *_: calls.update([m])) for module in model.modules())
+
+
+@contextmanager
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Inside the block these hooks are there; they are registered as they are taken."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        yield

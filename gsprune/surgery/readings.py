@@ -1,0 +1,143 @@
+"""What two networks are compared by: samples of what their layers compute on one input.
+
+Two networks agree when the outputs of all that reads (convolutions, linear layers, attentions, recurrent layers) and
+the model's own outputs do. The model's output alone does not do: a detector may find nothing, a head may start at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gsprune.structures.example import Example, tensors_in
+from gsprune.structures.running import hooked, outputs
+from gsprune.text.names import joined
+
+SAMPLE = 1 << 16  # entries of a layer's output that are compared, drawn at random: a batch of pictures has millions
+
+
+_CONV = nn.modules.conv._ConvNd
+
+
+_READERS = (nn.Linear, _CONV, nn.MultiheadAttention, nn.RNNBase)
+
+
+class Reading(NamedTuple):
+    """A sample of what one call of a layer gave, and how large the terms of its sums are; the model's output is "".
+
+    `values` is of the chosen rows, `whole` of all; `size` counts the chosen entries.
+    """
+
+    name: str
+    values: Tensor
+    whole: Tensor
+    scale: float
+    size: int
+
+
+def readings(
+    model: nn.Module, example_input: Example, rows: Mapping[str, Tensor] | None = None, *, scaled: bool = True
+) -> list[Reading]:
+    """One forward pass.
+
+    Args:
+        rows: name of a weight -> which of its layer's output channels are compared; all of the others'.
+        scaled: whether to find the scales; `first_difference` needs those of its first argument.
+    """
+    found: list[Reading] = []
+
+    def note(name: str, module: nn.Module, inputs: tuple[Any, ...], whole: Tensor, chosen: Tensor) -> None:
+        sample = _sample(whole)
+        values = sample if chosen is whole else _sample(chosen)
+        found.append(Reading(name, values, sample, _terms(module, inputs) if scaled else 0.0, chosen.numel()))
+
+    with noted(model, rows or {}, note):
+        results = outputs(model, example_input)
+    samples = [(_sample(result), result.numel()) for result in results]
+    return [*found, *(Reading("", sample, sample, 0.0, size) for sample, size in samples)]
+
+
+def noted(model: nn.Module, rows: Mapping[str, Tensor], note: Callable[..., None]) -> AbstractContextManager[None]:
+    """Inside the block every call of a reader is noted: name, module, inputs, output, the chosen rows of the output."""
+
+    def hook(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        kept = rows.get(_weight(name, module))
+        first = output[0] if isinstance(output, tuple) and isinstance(module, nn.MultiheadAttention) else output
+        for tensor in tensors_in(first):
+            dim = -len(module.kernel_size) - 1 if isinstance(module, _CONV) else -1
+            chosen = tensor if kept is None else tensor.index_select(dim, kept.to(tensor.device))
+            note(name, module, inputs, tensor, chosen)
+
+    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    inside = {m for a in attentions for m in a.children()}  # called by a narrow attention alone, not by PyTorch's own
+    return hooked(
+        module.register_forward_hook(lambda m, i, o, name=name: hook(name, m, i, o))
+        for name, module in model.named_modules()
+        if isinstance(module, _READERS) and module not in inside
+    )
+
+
+def _weight(name: str, module: nn.Module) -> str:
+    return joined(name, "out_proj.weight" if isinstance(module, nn.MultiheadAttention) else "weight")
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    if len(flat) <= SAMPLE:
+        return flat.clone()
+    return flat[_places(len(flat)).to(flat.device)]
+
+
+@lru_cache(maxsize=16)
+def _places(length: int) -> Tensor:
+    """In order, which reads the memory in order, and kept for a while: layers of one size come one after the other."""
+    return torch.randint(length, (SAMPLE,), generator=torch.Generator().manual_seed(length)).sort().values
+
+
+def _terms(module: nn.Module, inputs: tuple[Any, ...]) -> float:
+    """The largest product of an entry read and a weight: sums are no more exact than that allows."""
+    weight, read = getattr(module, "weight", None), next(tensors_in(inputs), None)
+    if not isinstance(weight, Tensor) or read is None or not weight.numel() or not read.numel():
+        return 0.0
+    return largest(weight.detach()) * largest(read.detach())
+
+
+def largest(tensor: Tensor) -> float:
+    low, high = torch.aminmax(tensor.abs() if tensor.is_complex() else tensor)  # a fifth of the time of a norm
+    return max(-float(low), float(high))
+
+
+def first_difference(first: Sequence[Reading], second: Sequence[Reading], *, tolerance: float = 1e-9) -> str | None:
+    """Name of the reader that is the first to give something else, or to be another one; None where all agree."""
+    for a, b in zip(first, second, strict=False):
+        is_same = (a.name, a.size) == (b.name, b.size)
+        if not is_same or not close(a.values, b.values, tolerance=tolerance, scale=a.scale):
+            return a.name
+    return None if len(first) == len(second) else ""
+
+
+def moved(first: Sequence[Reading], second: Sequence[Reading]) -> set[str]:
+    """Names of the readers that gave something else."""
+    if [(r.name, r.whole.shape) for r in first] != [(r.name, r.whole.shape) for r in second]:
+        return set()
+    pairs = zip(first, second, strict=True)
+    return {a.name for a, b in pairs if len(a.whole) and not close(a.whole, b.whole, tolerance=1e-12)}
+
+
+def is_finite(found: Sequence[Reading]) -> bool:
+    """Of the model's own outputs."""
+    return all(bool(r.values.isfinite().all()) for r in found if not r.name)
+
+
+def close(a: Tensor, b: Tensor, *, tolerance: float = 1e-9, scale: float = 0.0) -> bool:
+    """Whether two tensors differ by at most `tolerance` times the largest entry of `a` or `scale` (NaN equals NaN)."""
+    if a.shape != b.shape or torch.equal(a, b):
+        return a.shape == b.shape
+    finite = a[a.isfinite()]
+    scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)
