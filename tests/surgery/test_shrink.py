@@ -386,5 +386,5 @@ def test_edited_plans_are_refused(path: tuple[str, ...], value: object, problem:
         for key in parents:
             place = place[key]  # type: ignore[index]
         place[last] = value  # type: ignore[index]
-    with pytest.raises(ValueError, match=f"^not a pruning plan: {re.escape(problem)}"):
+    with pytest.raises(ValueError, match=f"^not a cut plan: {re.escape(problem)}"):
         CutPlan.from_json(data)
