@@ -16,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
-from gsprune.settings.instantiation import allowed_in_main
+from gsprune.settings.instantiation import main_arguments
 from gsprune.settings.recorded import hide
 from gsprune.text.redact import Cleaned
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CONF = Path(__file__).parent / "conf"
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config", **allowed_in_main(CONF))
+@hydra.main(config_path="conf", config_name="config", **main_arguments(CONF))
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """One job; returns what a sweeper optimises. With `plan=true` what it would prune is printed, and no more."""
     from gsprune.app.composed import check_plan, objective

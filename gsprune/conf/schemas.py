@@ -92,4 +92,5 @@ def register() -> None:
     """Put the schemas into Hydra's ConfigStore. Doing it again changes nothing."""
     store = ConfigStore.instance()
     for name, node in SCHEMAS.items():
-        store.store(name=name, node=node, provider="gsprune")
+        if f"{name}.yaml" not in store.repo:
+            store.store(name=name, node=node, provider="gsprune")

@@ -19,7 +19,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["allowed_in_main", "make"]
+__all__ = ["main_arguments", "make"]
 
 ALLOWED = ("gsprune.*", "torch.*", "torchvision.*")
 _NAMES = ("_execution_whitelist_", "_target_whitelist_")  # of instantiate's argument, in Hydra 1.4 and before its end
@@ -32,14 +32,16 @@ def make(node: DictConfig, **arguments: Any) -> Any:
     return made(**arguments) if arguments else made
 
 
-def allowed_in_main(conf: Path) -> dict[str, list[str]]:
-    """What `hydra.main` needs to know before there is a configuration: it makes callbacks and sets logging up.
+def main_arguments(conf: Path) -> dict[str, Any]:
+    """What `hydra.main` takes beside the place of the configuration.
 
-    Beside this package's targets those that the files in `conf` and the command line name. Empty before Hydra 1.4.
+    From Hydra 1.4 on that is the list of targets, since Hydra makes callbacks and sets up logging before there is a
+    configuration: this package's, and those that the files in `conf` and the command line name. Before it is
+    `version_base`, which Hydra 1.4 warns of.
     """
     name = next((name.strip("_") for name in _NAMES if name.strip("_") in inspect.signature(hydra.main).parameters), "")
     if not name:
-        return {}
+        return {"version_base": "1.3"}
     texts = [path.read_text(encoding="utf8", errors="replace") for path in conf.rglob("*.yaml")]
     own = {found for text in [*texts, *sys.argv[1:]] for found in re.findall(_TARGET, text)}
     return {name: [*ALLOWED, *sorted(own)]}

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from gsprune.app import job
 from gsprune.integrations.inc import load_inc_config
 from gsprune.settings import instantiation
-from gsprune.settings.instantiation import allowed_in_main, make
+from gsprune.settings.instantiation import main_arguments, make
 from gsprune.sweeps.callback import _OpenSweep
 from gsprune.sweeps.record import Sweep
 from gsprune.sweeps.results import read_results
@@ -97,8 +97,10 @@ def test_the_ancestors_file_is_never_read_as_a_configuration(tmp_path: Path, mon
 
 
 def test_the_list_of_targets_is_passed_where_hydra_takes_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Hydra 1.4, played: ours, torch's, and what the files and the command line name; nothing on Hydra 1.3."""
+    """Both Hydras, played: ours, torch's, and what the files and the command line name; nothing on Hydra 1.3."""
     seen: dict[str, Any] = {}
+
+    def older(config: Any, *args: Any, **kwargs: Any) -> None: ...
 
     def newer(config: Any, *args: Any, _execution_whitelist_: Any = None, **kwargs: Any) -> None:
         seen["allowed"] = _execution_whitelist_
@@ -107,6 +109,7 @@ def test_the_list_of_targets_is_passed_where_hydra_takes_one(monkeypatch: pytest
     other.Net = types.SimpleNamespace(__module__="my_nets.inner", __qualname__="Net")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_nets", other)
     config = OmegaConf.create({"model": {"_target_": "my_nets.Net"}, "x": {"y": [{"_target_": "torch.optim.SGD"}]}})
+    monkeypatch.setattr(instantiation, "instantiate", older)
     assert instantiation._allowed(config.x) == {}
     monkeypatch.setattr(instantiation, "instantiate", newer)
     make(config.model)
@@ -115,7 +118,8 @@ def test_the_list_of_targets_is_passed_where_hydra_takes_one(monkeypatch: pytest
 
     (tmp_path / "a.yaml").write_text("callbacks:\n  x:\n    _target_: mine.Callback\nformatter:\n  class: my.Colours\n")
     monkeypatch.setattr(sys, "argv", ["train.py", "+hydra.callbacks.y._target_=yours.Callback", "seed=0"])
-    assert allowed_in_main(tmp_path) == {}
+    monkeypatch.setattr(instantiation.hydra, "main", lambda config_name=None, version_base=None: None)
+    assert main_arguments(tmp_path) == {"version_base": "1.3"}
     monkeypatch.setattr(instantiation.hydra, "main", lambda config_name=None, execution_whitelist=None: None)
-    found = allowed_in_main(tmp_path)["execution_whitelist"]
+    found = main_arguments(tmp_path)["execution_whitelist"]
     assert found == [*instantiation.ALLOWED, "mine.Callback", "my.Colours", "yours.Callback"]
