@@ -7,15 +7,18 @@ when a job runs, so that `--help` and shell completion are quick.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, TextIO, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
+from gsprune.extras import MissingExtraError, check_command
 from gsprune.settings.instantiation import main_arguments
 from gsprune.settings.recorded import hide
 from gsprune.text.redact import Cleaned
@@ -49,7 +52,22 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
         raise CompactHydraException(one_line(str(error), 4000)) from error
 
 
+def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Hydra 1.4 hands a job's error to `sys.excepthook`: a mistake of the user's is a sentence there too."""
+    if issubclass(kind, CompactHydraException) and os.environ.get("HYDRA_FULL_ERROR") != "1":
+        print(
+            f"{error}\n\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.", file=sys.stderr
+        )
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 if __name__ == "__main__":
+    try:
+        check_command(sys.argv[1:])
+    except MissingExtraError as error:
+        sys.exit(str(error))
+    sys.excepthook = show
     hide()  # what the environment holds; what the configuration does, is hidden when there is one
     sys.stderr = cast(TextIO, Cleaned(sys.stderr))
     main()

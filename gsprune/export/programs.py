@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gsprune.extras import EXTRAS, need
 from gsprune.files.disk import aside
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, arguments, call, map_tensors, plain, tensors_in
@@ -96,7 +97,8 @@ def to_onnx(
             onnxruntime disagrees (naming the largest difference), or `path` cannot be written. Nothing is left behind
             then, and an older file at `path` stays.
     """
-    _check_extra()
+    for module in EXTRAS["onnx"]:
+        need(module)
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}: it must be above 0")
     twin, path = _copy(model).cpu(), Path(path)
@@ -211,14 +213,6 @@ def _first_line(error: BaseException) -> str:
 
 
 # ---- ONNX
-
-
-def _check_extra() -> None:
-    for name in ("onnx", "onnxruntime", "onnxscript"):
-        try:
-            import_module(name)
-        except ImportError:
-            raise ValueError(f"to_onnx needs {name}, install it with pip install 'gsprune[onnx]'") from None
 
 
 def _convert(model: nn.Module, example_input: Example, opset: int | None) -> Any:

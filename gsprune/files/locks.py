@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
-
+from gsprune.extras import need
 from gsprune.text.display import logger
 
 __all__ = ["Lock", "file_name"]
@@ -34,21 +34,25 @@ class Lock:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._lock = path, FileLock(path)
+        self.path = path
+        self._lock: Any = None  # filelock comes with an extra: imported when a lock is taken
 
     def acquire(self, *, seconds: float = 0) -> bool:
         """Whether the lock is now held; waits that long for another holder, for ever below 0."""
+        filelock = need("filelock")
+        self._lock = self._lock or filelock.FileLock(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=seconds)
-        except Timeout:
+        except filelock.Timeout:
             return False
         except (OSError, NotImplementedError) as error:
             log.warning("%s cannot be locked (%s): nothing keeps other processes out", self.path, error)
         return True
 
     def release(self) -> None:
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def is_held(self) -> bool:
         """Whether another process (or another `Lock`) has it now."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gsprune.extras import need
 from gsprune.files.disk import write_atomic
 
 if TYPE_CHECKING:
@@ -28,11 +29,9 @@ DPI = 100
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_in, height_in), dpi=DPI, layout=None, facecolor="white")
-    FigureCanvasAgg(figure)
+    agg, figures = need("matplotlib.backends.backend_agg"), need("matplotlib.figure")
+    figure: Figure = figures.Figure(figsize=(width_in, height_in), dpi=DPI, layout=None, facecolor="white")
+    agg.FigureCanvasAgg(figure)
     return figure
 
 

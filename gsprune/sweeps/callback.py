@@ -35,6 +35,7 @@ from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from gsprune.extras import need
 from gsprune.files.disk import read_object, spared, write_json
 from gsprune.files.layout import SWEEP
 from gsprune.settings.hydra_files import as_given, clean_files, protect, recorded_overrides
@@ -68,13 +69,12 @@ def start_run(**options: Any) -> Any:
 
     Example: `with gsprune.sweeps.callback.start_run(): mlflow.log_metric("accuracy", 0.9)`.
     """
-    import mlflow
-
+    mlflow = need("mlflow")
     sweep = current_sweep()
     parent = sweep.parent_run_id if sweep is not None else None
     if sweep is None or parent is None:
         return mlflow.start_run(**options)
-    if not mlflow.is_tracking_uri_set() and (uri := sweep.text("tracking_uri")):  # type: ignore[no-untyped-call]
+    if not mlflow.is_tracking_uri_set() and (uri := sweep.text("tracking_uri")):
         mlflow.set_tracking_uri(uri)
     if "experiment_id" not in options and "run_id" not in options:
         options["experiment_id"] = mlflow.get_run(parent).info.experiment_id

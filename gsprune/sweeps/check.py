@@ -120,7 +120,7 @@ def _refusal(
     try:
         job = loader.load_sweep_config(config, list(overrides))
         with open_dict(job):
-            job.hydra.job.id = job.hydra.job.num = number
+            job.hydra.job.id, job.hydra.job.num = str(number), number
         if check is not None:
             with _as_in_a_job(job) as own:
                 check(own, here=here)

@@ -20,6 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from gsprune.extras import need
 from gsprune.files.disk import write_atomic
 from gsprune.files.layout import RESULT
 from gsprune.plots.sweep_figures import STYLES, Line, Mark, Panel, draw_heatmap, draw_panels
@@ -256,8 +257,7 @@ class _Sweep:
     # --- report.html ---
 
     def page(self, picture: bytes) -> str:
-        import jinja2
-
+        jinja2 = need("jinja2")
         loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
         environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
         return environment.get_template("report.html").render(

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gsprune.extras import need
 from gsprune.files.disk import plain
 from gsprune.files.locks import Lock
 from gsprune.settings.addresses import command_directory, database_file, resolve_tracking_uri
@@ -278,8 +279,7 @@ def import_client(timeout_s: float) -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    import mlflow
-
+    mlflow = need("mlflow")
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         logging.getLogger(mlflow.__name__).setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from gsprune.extras import need
 from gsprune.text.display import logger, one_line
 
 log = logger(__name__)
@@ -111,9 +112,7 @@ def digits(*, image_size: int = 8, channels: int = 1, num_classes: int = 10, spl
     >>> len(splits.train), len(splits.val), len(splits.test), splits.train[0][0].shape
     (1257, 180, 360, torch.Size([1, 8, 8]))
     """
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
+    images, labels = need("sklearn.datasets").load_digits(return_X_y=True)
     pictures = _pictures(
         torch.tensor(images, dtype=torch.uint8).view(-1, 1, 8, 8),
         torch.tensor(labels),
@@ -364,10 +363,9 @@ def _torchvision(
 
 def _download(name: str, root: Path, *, train: bool) -> Batch:
     """Images (n, c, h, w) uint8 and labels (n,) of a torchvision data set."""
-    import torchvision
-
+    datasets = need("torchvision.datasets")
     try:
-        source = getattr(torchvision.datasets, name)(str(root), train=train, download=True)
+        source = getattr(datasets, name)(str(root), train=train, download=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -380,8 +378,7 @@ def _download(name: str, root: Path, *, train: bool) -> Batch:
 
 
 def _picture_transform(image_size: int, channels: int, *, augment: bool) -> Callable[[Any], Tensor]:
-    from torchvision import transforms as T
-
+    T = need("torchvision.transforms")
     if augment:
         crop = [T.RandomResizedCrop(image_size), T.RandomHorizontalFlip()]
     else:
@@ -393,10 +390,9 @@ def _picture_transform(image_size: int, channels: int, *, augment: bool) -> Call
 
 
 def _folder(path: Path, transform: Callable[[Any], Tensor]) -> Dataset[Any]:
-    from torchvision.datasets import ImageFolder
-
+    datasets = need("torchvision.datasets")
     try:
-        return ImageFolder(str(path), transform=transform, loader=_picture)  # type: ignore[no-any-return]
+        return datasets.ImageFolder(str(path), transform=transform, loader=_picture)  # type: ignore[no-any-return]
     except FileNotFoundError as error:
         raise ValueError(f"{path} is not a folder with one folder of pictures a class") from error
 
@@ -404,10 +400,10 @@ def _folder(path: Path, transform: Callable[[Any], Tensor]) -> Dataset[Any]:
 def _picture(path: str) -> Any:
     """The picture in a file, in colour. Pillow refuses one that would take more than half a gigabyte."""
     from PIL import Image
-    from torchvision.datasets.folder import default_loader
 
+    load = need("torchvision.datasets.folder").default_loader
     try:
-        return default_loader(path)
+        return load(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a picture that can be read ({one_line(str(error), 200)})") from None
 

@@ -7,7 +7,6 @@ library raises comes out as one sentence in a ValueError.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gsprune.extras import need
 from gsprune.text.display import logger
 
 __all__ = ["load_config", "load_tokenizer", "make_network", "padding_id", "transformers"]
@@ -29,12 +29,9 @@ def transformers() -> Any:
     """The module.
 
     Raises:
-        ValueError: it is not installed.
+        MissingExtraError: it is not installed.
     """
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise ValueError("tokenizers and language models need transformers: pip install 'gsprune[hf]'") from error
+    return need("transformers")
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> Any:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gsprune.extras import need
 from gsprune.zoo import hf
 
 SMALL = 64  # pictures up to this size get a stem that keeps their resolution
@@ -209,8 +210,7 @@ def vit_tiny(
 
 def resnet18(*, image_size: int, in_channels: int, num_classes: int) -> nn.Module:
     """torchvision's ResNet-18, untrained; see `resnet50` for what `image_size` changes."""
-    from torchvision.models import resnet18 as build
-
+    build = need("torchvision.models").resnet18
     return _resnet(build, image_size, in_channels, num_classes)
 
 
@@ -221,8 +221,7 @@ def resnet50(*, image_size: int, in_channels: int, num_classes: int) -> nn.Modul
     usual for them: one 3x3 convolution with stride 1 and no pooling, instead of 7x7 with stride 2 and pooling.
     Source: He et al., "Deep residual learning for image recognition", 2016, sections 4.1 and 4.2.
     """
-    from torchvision.models import resnet50 as build
-
+    build = need("torchvision.models").resnet50
     return _resnet(build, image_size, in_channels, num_classes)
 
 
@@ -237,8 +236,7 @@ def mobilenet_v3_small(*, image_size: int, in_channels: int, num_classes: int, n
         norm_momentum: of BatchNorm's running averages. torchvision's 0.01 needs thousands of steps before evaluation
             means anything; the 0.1 here is torch's own default.
     """
-    from torchvision.models import mobilenet_v3_small as build
-
+    build = need("torchvision.models").mobilenet_v3_small
     _check_sizes(image_size=image_size, in_channels=in_channels, num_classes=num_classes)
     norm = partial(nn.BatchNorm2d, eps=0.001, momentum=norm_momentum)
     model = build(weights=None, num_classes=num_classes, dropout=0.0, norm_layer=norm)

@@ -1,0 +1,82 @@
+"""The packages that come with an extra, as in `pip install 'gsprune[app]'`, imported where they are used.
+
+The library itself takes torch, torch-pruning, safetensors and numpy; its Hydra groups take hydra-core and omegaconf.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+__all__ = ["EXTRAS", "MissingExtraError", "check_command", "need"]
+
+EXTRAS = {
+    "app": ("filelock", "jinja2", "matplotlib", "mlflow", "rich", "sklearn", "torchvision"),
+    "hf": ("transformers",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "optuna": ("optuna",),
+    "joblib": ("hydra_plugins.hydra_joblib_launcher",),
+    "slurm": ("hydra_plugins.hydra_submitit_launcher",),
+    "ray": ("hydra_plugins.hydra_ray_launcher",),
+}
+_LAUNCHERS = {
+    "joblib": "joblib",
+    "slurm": "slurm",
+    "submitit_slurm": "slurm",
+    "submitit_local": "slurm",
+    "ray": "ray",
+    "ray_cluster": "ray",
+}
+_EVERY_RUN = ("filelock", "matplotlib", "rich")  # of train.py, whatever its data, model and tracking
+
+
+class MissingExtraError(ImportError, ValueError):
+    """A package is not installed; the message names it and the extra that brings it."""
+
+
+def need(module: str) -> Any:
+    """Import a module that comes with an extra.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+
+    >>> need("rich.table").__name__
+    'rich.table'
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or module).partition(".")[0] != module.partition(".")[0]:
+            raise  # it is installed, and lacks something itself
+        raise _missing(module) from None
+
+
+def check_command(arguments: Sequence[str]) -> None:
+    """Check what `train.py <arguments>` needs in any case, before Hydra reads the arguments: of a launcher that is not
+    installed it would say only that there is no such choice.
+
+    Raises:
+        MissingExtraError: a package of these is not installed.
+    """
+    launchers = [found[1] for text in arguments if (found := re.fullmatch(r"\+{0,2}hydra/launcher=(\w+)", text))]
+    extras = [_LAUNCHERS[name] for name in launchers if name in _LAUNCHERS]
+    for module in (*_EVERY_RUN, *(name for extra in extras for name in EXTRAS[extra])):
+        if not _is_installed(module):
+            raise _missing(module)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is what it lies in
+        return False
+
+
+def _missing(module: str) -> MissingExtraError:
+    extra = next(name for name, modules in EXTRAS.items() if module.startswith(modules))
+    names = {"sklearn": "scikit-learn", "hydra_plugins": module.rpartition(".")[2].replace("_", "-")}
+    top = module.partition(".")[0]
+    return MissingExtraError(f"{names.get(top, top)} is not installed: pip install 'gsprune[{extra}]'")
