@@ -32,11 +32,11 @@ CONF = Path(__file__).parent / "conf"
 @hydra.main(config_path="conf", config_name="config", **main_arguments(CONF))
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     """One job; returns what a sweeper optimises. With `plan=true` what it would prune is printed, and no more."""
-    from gsprune.app.composed import check_plan, objective
+    from gsprune.app.configuration import check_plan, objective
     from gsprune.app.console import warn_on_one_line
     from gsprune.app.job import run, show_plan
-    from gsprune.app.launcher import ProcessFailed
     from gsprune.text.display import one_line
+    from gsprune.training.launcher import ProcessFailed
 
     warnings.showwarning = warn_on_one_line
     logging.raiseExceptions = False  # a full disk takes the log file; the screen still has every line, once

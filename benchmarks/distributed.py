@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gsprune import Pruner
-from gsprune.app.launcher import Processes, launch
 from gsprune.collectives import check_masks, rank
 from gsprune.criteria import Elementwise
 from gsprune.schedules import Linear
 from gsprune.training.data_parallel import data_parallel
+from gsprune.training.launcher import Processes, launch
 from gsprune.zoo.models import resnet18
 
 WARM_UP = 2

@@ -42,9 +42,10 @@ from gsprune.integrations.inc import load_inc_config
 from gsprune.surgery.cut_plan import CutPlan
 from gsprune.sweeps.callback import _run_of
 from gsprune.sweeps.dense_cache import DenseCache, DenseRecord
-from gsprune.sweeps.record import Sweep, last_line
+from gsprune.sweeps.record import Sweep
 from gsprune.sweeps.report import _Sweep
 from gsprune.sweeps.results import read_results
+from gsprune.text.redact import last_line
 from gsprune.tracking.tracker import read_metrics
 from gsprune.tracking.upload import _Picture, _Record
 from gsprune.training.checkpoints import _digest, read_state, write_state

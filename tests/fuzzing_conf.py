@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException
 
-from gsprune.app.composed import objective
+from gsprune.app.configuration import objective
 from gsprune.app.job import run, show_plan
 
 ROOT = Path(__file__).parents[1]

@@ -39,10 +39,11 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from gsprune.app import job
-from gsprune.app.composed import TIMED
+from gsprune.app.configuration import TIMED
 from gsprune.discovery import find  # noqa: F401
 from gsprune.tracking.tracker import read_metrics
 from gsprune.training import checkpoints
+from gsprune.training.trainer import Trainer
 
 # What a clock has measured, and so differs between any two runs.
 CLOCKED = {"seconds", "timings", "epoch_seconds", "time", "latency_note", *TIMED}
@@ -132,7 +133,7 @@ def kill_until_finished(
                 # a third: so that a run is killed several times
                 kill_at = chosen.randint(1, (whole.writes if among else whole.events) // 3)
         status, told = attempt(cfg, folder, kill_at=kill_at, among=among, seconds=timer)
-        tried.continued += "going on from the checkpoint" in told
+        tried.continued += "resuming from the checkpoint" in told
         if status == 0:
             return
         if status != -signal.SIGKILL:
@@ -188,12 +189,15 @@ def in_child(cfg: DictConfig, folder: Path, told: Path, kill_at: int | None, amo
         ):
             event(f"{kind} {arguments[0]}")
 
-    rest, write_tensors = job._Job._rest, checkpoints.write_tensors
+    fit, write_tensors = Trainer.fit, checkpoints.write_tensors
 
-    def counted_rest(self: Any, phase: str, at: Any, *others: Any) -> None:
-        event("step")
-        os.write(out, b"step\n")
-        rest(self, phase, at, *others)
+    def counted_fit(self: Trainer, *others: Any, on_rest: Callable[[Any], None], **settings: Any) -> None:
+        def counted_rest(at: Any) -> None:
+            event("step")
+            os.write(out, b"step\n")
+            on_rest(at)
+
+        fit(self, *others, on_rest=counted_rest, **settings)
 
     def torn_write_tensors(path: Path, *others: Any) -> None:
         write_tensors(path, *others)
@@ -202,7 +206,7 @@ def in_child(cfg: DictConfig, folder: Path, told: Path, kill_at: int | None, amo
         event(f"half of {path}")
         path.write_bytes(whole)
 
-    job._Job._rest, checkpoints.write_tensors = counted_rest, torn_write_tensors
+    Trainer.fit, checkpoints.write_tensors = counted_fit, torn_write_tensors  # type: ignore[method-assign]
     sys.addaudithook(audit)
     job.run(cfg, output_dir=folder)
     os.write(out, f"\n{seen['']} {seen[WRITING]}\n".encode())

@@ -1,6 +1,6 @@
-"""What a run shows on the screen: progress while it trains, and the summary at its end.
+"""The screen output of a run: progress while it trains, and a summary at its end.
 
-A bar when stdout is a terminal, one plain line an epoch otherwise; the log file has those lines in any case.
+A bar when stdout is a terminal, one plain line an epoch otherwise; the log file has the lines in both cases.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
     from gsprune.training.trainer import Totals
 
 log = logging.getLogger(__name__)
-READ_EVERY = 0.5  # seconds between two looks at the running loss: each is a sync point
+READ_EVERY = 0.5  # seconds between two reads of the running loss: each is a sync point
 
 
 class Progress:
-    """Shows nothing (`trainer.progress=none`); the base of what shows something.
+    """Shows nothing (`trainer.progress=none`); the base of the displays.
 
-    A job calls `phase` once for each phase, `on_step` and `on_epoch` from the trainer, `close` at the end.
+    A job calls `phase` at the start of each phase, `on_step` and `on_epoch` while it trains, `close` at the end.
     """
 
     def __init__(self, epochs: int) -> None:
-        """A job of that many epochs, over its phases."""
+        """Of a job of that many epochs, over its phases."""
 
     def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
-        """A phase of that many epochs begins, or goes on after so many steps; `of` is what its sparsity counts."""
+        """A phase of that many epochs starts, after `done` steps of it; `of` is what its sparsity counts."""
 
     def on_step(self, totals: Totals) -> None:
-        """An optimizer step was made. `totals` runs over the epoch; reading it waits for the device."""
+        """After an optimizer step. `totals` are those of the epoch; reading them waits for the device."""
 
     def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        """So many epochs have been trained, over both phases; these are the metrics of the last."""
+        """After so many epochs, over both phases; `values` are the metrics of the last one."""
 
     def close(self) -> None:
-        """Nothing more will come, also after an error."""
+        """At the end of the job, also after an error."""
 
 
 class Lines(Progress):
@@ -144,26 +144,23 @@ def describe(values: Mapping[str, float], *, of: str | None = None) -> str:
 
 
 def warn_on_one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """`warnings.showwarning` for users: what the warning says, not where in the library it was raised."""
+    """`warnings.showwarning` without the place in the library where the warning was raised."""
     print(one_line(f"{category.__name__}: {message}", 4000), file=sys.stderr)
     to_log_file(logging.WARNING, one_line(str(message), 4000))
 
 
 def to_log_file(level: int, text: str) -> None:
-    """A line for the log files alone: the screen shows it in a way of its own."""
+    """Log a line to the log files alone: the screen shows it in another form."""
     record = log.makeRecord(log.name, level, __file__, 0, text, (), None)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)
 
 
-# --- summary -----------------------------------------------------------------------------------------------
-
-
 def print_summary(
     result: Mapping[str, Any], output_dir: Path, *, tracking_uri: str | None, unsent: bool = False
 ) -> None:
-    """The table dense against pruned, where the outputs are, and how to open the MLflow page on them."""
+    """Print dense and pruned side by side, where the files are, and how to open them in MLflow."""
     Console(file=sys.stdout, highlight=False, markup=False).print(summary_table(result))
     if (line := unfair_line(result)) is not None:
         print(line)
@@ -184,7 +181,7 @@ def print_summary(
 
 
 def summary_table(result: Mapping[str, Any]) -> Table:
-    """Rows of (what, dense, pruned, ratio) out of `result.json`; what was not measured is left out."""
+    """Rows of (what, dense, pruned, ratio) from `result.json`, without what was not measured."""
     now = "control" if _is_control(result) else "pruned"
     table = Table("", "dense", now, f"dense / {now}")
     for column in table.columns[1:]:
@@ -203,7 +200,7 @@ def summary_table(result: Mapping[str, Any]) -> Table:
 
 
 def chance_line(result: Mapping[str, Any]) -> str | None:
-    """That the network has learnt nothing, or lost all it had; None where it is better than guessing.
+    """A line where the network is no better than guessing; None where it is.
 
     >>> chance_line({"at_chance": {"accuracy": 0.125, "classes": 10, "dense": False}})
     'The validation accuracy of 12.50 % is no better than guessing among 10 classes: too much was pruned.'
@@ -217,7 +214,7 @@ def chance_line(result: Mapping[str, Any]) -> str | None:
 
 
 def unfair_line(result: Mapping[str, Any]) -> str | None:
-    """What the difference to the dense network is not, where that has trained less; None where it is fair.
+    """A line where the dense network has trained for fewer epochs than the pruned one; None where it has not.
 
     >>> unfair_line({"baseline_epochs": 6, "epochs": 14, "choices": {"pruner": "abs"}})
     'This run has trained the dense network for 6 epochs and the pruned one for 14: the fair control is pruner=none.'
@@ -260,7 +257,7 @@ def _cost_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def ui_command(tracking_uri: str) -> str:
-    """The one command that opens the MLflow page, for this machine only; a server has a page of its own.
+    """The command that opens MLflow's page, for this machine only; of a server its address.
 
     >>> ui_command("sqlite:////data/mlflow.db")
     'mlflow ui --backend-store-uri sqlite:////data/mlflow.db --host 127.0.0.1'

@@ -1,4 +1,4 @@
-"""A forecast as text and tables."""
+"""The plan of a pruner, printed as text and tables."""
 
 from __future__ import annotations
 
@@ -17,18 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["print_plan", "render"]
 
+ROWS = 24  # of a table; the middle of a longer one is left out
+POINTS = 9  # of the schedule
+
 
 def print_plan(plan: PruningPlan | PruningPlans) -> None:
     """Print the plan on the screen."""
     from rich.console import Console
 
     Console(file=sys.stdout, highlight=False, markup=False).print(render(plan))
-
-
-# ---- on the screen
-
-ROWS = 24  # of a table; the middle of a longer one is left out
-POINTS = 9  # of the schedule
 
 
 def render(plan: PruningPlan | PruningPlans) -> RenderableType:

@@ -1,9 +1,29 @@
-"""What to tell a user whose batch does not fit into memory."""
+"""An error that runs out of memory, as a sentence that says what to try."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 from omegaconf import DictConfig
 from torch import OutOfMemoryError
+
+
+@contextmanager
+def explain_out_of_memory(cfg: DictConfig, result: Mapping[str, Any]) -> Iterator[None]:
+    """Turn an error of too little memory, of the device or the machine, into a ValueError with settings to try.
+
+    Args:
+        result: of the job so far: its `device` is named, if it is known yet.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        device = result["device"] or cfg.trainer.device
+        raise ValueError(f"{device} ran out of memory{smaller_steps(cfg)}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -18,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def smaller_steps(cfg: DictConfig) -> str:
-    """What to try when a batch does not fit.
+    """Settings to try when a batch does not fit.
 
     >>> from omegaconf import OmegaConf
     >>> trainer = {"accumulate_steps": 1, "precision": "fp32"}

@@ -46,12 +46,11 @@ from gsprune.sweeps.record import (
     command_identity,
     current_sweep,
     find_begun,
-    last_line,
     without_sweep_settings,
 )
 from gsprune.sweeps.results import JobResult, Results, read_results
 from gsprune.text.display import code, logger, one_line
-from gsprune.text.redact import told, without_passwords
+from gsprune.text.redact import last_line, told, without_passwords
 
 if TYPE_CHECKING:
     from gsprune.tracking.tracker import Status, Tracker

@@ -23,7 +23,7 @@ from gsprune.files.layout import SWEEP
 from gsprune.files.locks import Lock, file_name
 from gsprune.settings.hydra_files import as_given, recorded_overrides
 from gsprune.sweeps.results import JobResult, read_results
-from gsprune.text.redact import cleaned, told
+from gsprune.text.redact import cleaned
 
 __all__ = ["Sweep", "current_sweep", "parent_run_id"]
 
@@ -118,15 +118,6 @@ def parent_run_id() -> str | None:
     """
     sweep = current_sweep()
     return sweep.parent_run_id if sweep is not None else None
-
-
-def last_line(error: BaseException) -> str:
-    """
-    >>> last_line(RuntimeError("a long story\\nits end")), last_line(KeyboardInterrupt())
-    ('RuntimeError: its end', 'KeyboardInterrupt')
-    """
-    lines = told(str(error)).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 def set_aside(folder: Path, job: JobResult) -> Path:

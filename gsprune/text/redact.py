@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 
 from gsprune.text.display import label, tag
 
-__all__ = ["Cleaned", "clean_texts", "cleaned", "guard_logs", "is_secret", "told", "without_passwords"]
+__all__ = ["Cleaned", "clean_texts", "cleaned", "guard_logs", "is_secret", "last_line", "told", "without_passwords"]
 
 MASK = "***"
 
@@ -125,6 +125,16 @@ def told(text: str) -> str:
     """`without_passwords` for what people read: a value that came out of the environment is called by its variable."""
     text = without_passwords(text)
     return mentioned.sub(text) if mentioned.pattern else text
+
+
+def last_line(error: BaseException) -> str:
+    """The type of an error and the last line of its text, without passwords.
+
+    >>> last_line(RuntimeError("a long story\\nits end")), last_line(KeyboardInterrupt())
+    ('RuntimeError: its end', 'KeyboardInterrupt')
+    """
+    lines = told(str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 def by_shape(text: str) -> str:

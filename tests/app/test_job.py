@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import math
 import re
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,22 +14,24 @@ import torch
 from jobs import configure
 from matplotlib.text import Text
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
 
 from gsprune import load_pruned
-from gsprune.app import composed
+from gsprune.app import configuration
 from gsprune.app import job as job_module
-from gsprune.app.composed import NUMBERS, TIMED, build, check_objective, hydra_tags, objective, run_name
-from gsprune.app.console import Bar, Lines, Progress, chance_line, make_progress, summary_table, unfair_line
-from gsprune.app.job import load_weights, run
+from gsprune.app.configuration import NUMBERS, TIMED, build, objective
+from gsprune.app.console import (
+    print_summary,
+    summary_table,
+)
+from gsprune.app.job import load_weights, rehearse, run
 from gsprune.cost import latency
 from gsprune.formats.masks import load_masks
 from gsprune.settings.identity import config_hash, plain_config
 from gsprune.sweeps.record import Sweep
 from gsprune.text.display import percent
 from gsprune.tracking.tracker import Tracker, read_metrics
-from gsprune.training.trainer import Totals, Trainer
+from gsprune.training.trainer import Trainer
 
 
 def finished(folder, *overrides):
@@ -337,25 +338,6 @@ def test_the_baseline_is_measured_between_the_phases_and_the_pruner_sees_only_th
     assert events == [("NoPruning", 1, 0.2), "test", "val", ("Pruner", 2, 0.01), "test", "val"]
 
 
-@pytest.mark.slow
-def test_steps_per_epoch_given_to_the_pruner_are_optimizer_steps(tmp_path, monkeypatch):
-    given = {}
-    real = job_module.build
-
-    def recorded(node, **kwargs):
-        made = real(node, **kwargs)
-        if "criterion" not in node:
-            return made
-        return lambda *args, **settings: (given.update(settings), made(*args, **settings))[1]
-
-    monkeypatch.setattr(job_module, "build", recorded)
-    finished(tmp_path, "dataset.batch_size=128", "trainer.accumulate_steps=4")
-    samples = len(build(configure().dataset).train.dataset)
-    assert given["steps_per_epoch"] == math.ceil(math.ceil(samples / 128) / 4)
-    assert given["epochs"] == 2
-    assert given["example_input"].shape == (1, 1, 8, 8)
-
-
 # --- tracking ----------------------------------------------------------------------------------------------
 
 
@@ -387,7 +369,7 @@ RECORDING = ("tracking=none", f"tracking._target_={__name__}.Recording")
 
 
 def test_tracking_gets_the_resolved_configuration_the_masks_and_the_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(composed, "make", with_recording(composed.make))
+    monkeypatch.setattr(configuration, "make", with_recording(configuration.make))
     result = finished(tmp_path, "pruner=elementwise")
     assert result["mlflow_run_id"] == "run-7"
     (_, config, tags), *middle, end = Recording.calls
@@ -413,7 +395,7 @@ def with_recording(instantiate):
     ("error", "status"), [(RuntimeError("first\nlast line"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
 )
 def test_a_failure_is_recorded_and_goes_on(tmp_path, monkeypatch, error, status):
-    monkeypatch.setattr(composed, "make", with_recording(composed.make))
+    monkeypatch.setattr(configuration, "make", with_recording(configuration.make))
 
     def broken(self, *args, **kwargs):
         raise error
@@ -478,11 +460,7 @@ def test_a_reference_to_nothing_is_one_sentence():
         plain_config(OmegaConf.create({"a": {"b": "${nothing.here}"}}))
 
 
-def test_outside_of_hydra_there_are_no_hydra_tags():
-    assert hydra_tags() == {}
-
-
-# --- hash, objective, weights ------------------------------------------------------------------------------
+# --- what makes two jobs the same ----------------------------------------------------------------------------
 
 
 def test_config_hash_is_of_what_determines_the_result(tmp_path):
@@ -509,177 +487,6 @@ def test_a_control_is_the_same_job_whatever_sparsity_is_swept_beside_it():
     assert config_hash(configure("pruner=abs")) != config_hash(configure("pruner=abs", "pruner.target_sparsity=0.7"))
 
 
-def test_objective_is_one_number_or_several():
-    result = {"accuracy": 0.9, "macs": 12}
-    assert objective(result, "macs") == 12.0
-    assert objective(result, ["accuracy", "macs"]) == (0.9, 12.0)
-
-
-def test_a_wrong_objective_lists_what_there_is():
-    with pytest.raises(ValueError) as error:  # noqa: PT011
-        check_objective("acuracy", Trainer(device="cpu"))
-    assert str(error.value) == (
-        "objective=acuracy is not in the result: did you mean accuracy? There are " + ", ".join(NUMBERS)
-    )
-    with pytest.raises(ValueError, match=r"objective=latency_ms is not measured with trainer.latency_repeats=0"):
-        check_objective(["accuracy", "latency_ms"], Trainer(device="cpu", latency_repeats=0))
-    check_objective(["accuracy", "latency_ms"], Trainer(device="cpu"))
-
-
-def test_weights_of_a_file_are_loaded_and_ties_need_one_name(tmp_path):
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
-            self.b.weight = self.a.weight
-
-    model, path = Tied(), tmp_path / "w.safetensors"
-    save_file({"a.weight": torch.arange(9.0).reshape(3, 3)}, path)
-    load_weights(model, path)
-    assert model.b.weight[2].tolist() == [6, 7, 8]
-    assert model.b.weight is model.a.weight
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"weight": torch.ones(2, 3)}, "the file has no tensor 'bias'"),
-        (
-            {"weight": torch.ones(2, 3), "bias": torch.ones(2), "extra": torch.ones(1)},
-            "the model has no tensor 'extra'",
-        ),
-        (
-            {"weight": torch.ones(3, 3), "bias": torch.ones(2)},
-            "'weight' has shape [3, 3] in the file but [2, 3] in the model",
-        ),
-    ],
-)
-def test_weights_that_do_not_fit_name_the_first_tensor(tmp_path, tensors, message):
-    path = tmp_path / "w.safetensors"
-    save_file(tensors, path)
-    model = nn.Linear(3, 2)
-    before = model.weight.clone()
-    with pytest.raises(ValueError) as error:  # noqa: PT011
-        load_weights(model, path)
-    assert str(error.value) == f"model.weights={path} does not fit the model: {message}"
-    assert torch.equal(model.weight, before)
-
-
-def test_weights_from_nowhere_or_of_another_kind(tmp_path):
-    path = tmp_path / "w.pt"
-    with pytest.raises(ValueError, match="does not exist"):
-        load_weights(nn.Linear(1, 1), path)
-    torch.save({}, path)
-    with pytest.raises(ValueError, match=r"w.pt is not a safetensors file"):
-        load_weights(nn.Linear(1, 1), path)
-
-
-# --- the screen --------------------------------------------------------------------------------------------
-
-EPOCH = {"train/loss": 0.5, "train/accuracy": 0.75, "val/accuracy": 1.0, "sparsity": 0.25, "epoch_seconds": 1.25}
-
-
-def test_without_a_terminal_every_epoch_is_one_plain_line(capsys):
-    display = make_progress("auto", epochs=14)
-    assert type(display) is Lines
-    display.phase("dense", epochs=6, steps_per_epoch=3)
-    display.on_epoch(1, EPOCH)
-    display.phase("prune", epochs=8, steps_per_epoch=3, of="channels")
-    display.on_epoch(7, EPOCH)
-    text = "loss 0.5000  accuracy  75.00 %  val 100.00 %  sparsity 25.0 %"
-    assert capsys.readouterr().out.splitlines() == [
-        f"dense  epoch   1/14  {text}  1.2 s",
-        f"prune  epoch   7/14  {text} of channels  1.2 s",
-    ]
-
-
-def test_on_a_terminal_there_is_a_bar_that_looks_at_the_loss_rarely(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-    display = make_progress("auto", epochs=1)
-    assert type(display) is Bar
-    reads = []
-    totals = Totals(torch.device("cpu"))
-    monkeypatch.setattr(totals, "read", lambda: (reads.append(1), {"loss": 0.5, "accuracy": 0.75})[1])
-    display.phase("prune", epochs=1, steps_per_epoch=50)
-    for _ in range(50):
-        display.on_step(totals)
-    display.on_epoch(1, EPOCH)
-    display.close()
-    assert len(reads) == 1  # half a second has not passed
-    out = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", capsys.readouterr().out)
-    text = [line for line in out.splitlines() if line][-1]
-    assert text.startswith("prune ━━━━━━━━━━━━ 100% loss 0.5000  accuracy  75.00 %  sparsity 25.0 %")
-    assert len(text) <= 80
-
-
-def test_silence_on_request(capsys):
-    display = make_progress("none", epochs=1)
-    assert type(display) is Progress
-    display.phase("dense", epochs=1, steps_per_epoch=1)
-    display.on_epoch(1, EPOCH)
-    display.close()
-    assert capsys.readouterr().out == ""
-
-
-def test_the_summary_compares_dense_and_pruned():
-    result = {
-        "accuracy": 0.98,
-        "baseline_accuracy": 0.99,
-        "val_accuracy": 0.97,
-        "baseline_val_accuracy": 0.96,
-        "epochs": 14,
-        "baseline_epochs": 6,
-        "choices": {"pruner": "abs"},
-        "sparsity": 0.5,
-        "sparsity_of": "heads and neurons",
-        "coverage": 0.75,
-        "params": 50,
-        "params_dense": 1000,
-        "params_nonzero": 40,
-        "macs": 300,
-        "macs_dense": 600,
-        "latency_ms": None,
-        "latency_dense_ms": None,
-        "latency_note": None,
-        "file_bytes": 4000,
-        "file_bytes_dense": 8000,
-    }
-    table = summary_table(result)
-    rows = list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
-    assert rows == [
-        ("epochs trained", "6", "14", ""),
-        ("validation accuracy", "96.00 %", "97.00 %", "+1.00 points"),
-        ("test accuracy", "99.00 %", "98.00 %", "-1.00 points"),
-        ("sparsity of heads and neurons", "0.0 %", "50.0 %", ""),
-        ("matrix weights in reach", "", "75.0 %", ""),
-        ("parameters", "1,000", "50", "20.00x"),
-        ("  not zero", "1,000", "40", "25.00x"),
-        ("MACs", "600", "300", "2.00x"),
-        ("file size (bytes)", "8,000", "4,000", "2.00x"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("pruner", "dense", "epochs", "told"),
-    [("abs", 6, 14, "6 epochs and the pruned one for 14"), ("none", 6, 14, None), ("abs", 6, 6, None)],
-)
-def test_the_summary_says_where_the_dense_network_has_trained_less(pruner, dense, epochs, told):
-    line = unfair_line({"baseline_epochs": dense, "epochs": epochs, "choices": {"pruner": pruner}})
-    if told is None:
-        assert line is None
-    else:
-        assert told in line
-        assert "pruner=none" in line
-
-
-def test_a_control_is_called_so_and_its_sparsity_is_of_nothing(tmp_path):
-    result = finished(tmp_path, "pruner=none")
-    assert (result["sparsity"], result["sparsity_of"]) == (0.0, None)
-    table = summary_table({**result, "choices": {"pruner": "none"}})
-    assert [column.header for column in table.columns] == ["", "dense", "control", "dense / control"]
-
-
 @pytest.mark.filterwarnings("ignore:training ended at epoch 0")
 def test_validation_accuracy_is_that_of_the_final_network_and_of_the_dense_one(tmp_path):
     """The mask of a one-shot pruner comes after the last epoch's validation."""
@@ -691,30 +498,6 @@ def test_validation_accuracy_is_that_of_the_final_network_and_of_the_dense_one(t
     assert result["val_accuracy"] == judge.evaluate(final, data.val)["accuracy"]
     assert result["baseline_val_accuracy"] == judge.evaluate(dense, data.val)["accuracy"] != result["val_accuracy"]
     assert (result["epochs"], result["baseline_epochs"]) == (1, 1)
-
-
-@pytest.mark.slow
-def test_the_end_names_the_outputs_and_the_one_command(tmp_path, capsys):
-    uri = f"sqlite:///{tmp_path}/my runs/mlflow.db"
-    finished(tmp_path / "plain", "pruner=elementwise")
-    result = json.loads((tmp_path / "plain" / "result.json").read_text())
-    job_module.print_summary(result, tmp_path, tracking_uri=uri)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"MLflow:  mlflow ui --backend-store-uri '{uri}' --host 127.0.0.1"
-    assert lines[-2] == f"Outputs: {tmp_path}"
-    assert lines[-3].startswith("Masked weights are zeros in tensors of the old size")
-    job_module.print_summary(result, tmp_path / "my run", tracking_uri="http://host:5000", unsent=True)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2:] == [
-        f"Unsent:  gsprune sync '{tmp_path}/my run'",
-        "MLflow:  http://host:5000",
-    ]
-    job_module.print_summary(result, tmp_path, tracking_uri=None)
-    assert "mlflow" not in capsys.readouterr().out
-
-
-def test_a_job_outside_hydra_has_no_name_of_its_own():
-    assert run_name(configure()) is None
 
 
 LEARNS = ("dataset.batch_size=32", "trainer.dense_epochs=3", "trainer.prune_epochs=1")
@@ -755,7 +538,7 @@ def test_a_sound_run_warns_of_nothing_and_tells_its_coverage(tmp_path, capsys):
     assert "guessing" not in capsys.readouterr().out
     assert result["coverage"] == 1.0
     assert [row["coverage"] for row in rows_of(folder) if "coverage" in row] == [1.0]  # of the epoch of pruning
-    job_module.print_summary(
+    print_summary(
         {**result, "coverage": 0.921, "skipped": {f"a.{i}": "it is odd" for i in (0, 1)}}, folder, tracking_uri=None
     )
     out = capsys.readouterr().out
@@ -764,18 +547,19 @@ def test_a_sound_run_warns_of_nothing_and_tells_its_coverage(tmp_path, capsys):
     assert "Left whole: a.{0,1}: it is odd" in out
 
 
-def test_no_better_than_guessing_as_the_dense_network():
-    found = {"accuracy": 0.5, "classes": 2, "dense": True}
-    assert chance_line({"at_chance": found}).endswith("among 2 classes, and so was that of the dense network.")
-    assert chance_line({"at_chance": None}) is None is chance_line({})
-
-
 def test_the_dense_copy_is_on_the_host(elementwise, tmp_path, monkeypatch):
     """On a device that is only pretended: what a copy is moved to is written down."""
     moved = []
     monkeypatch.setattr(torch.nn.Module, "cpu", lambda self: moved.append(type(self)) or self)
     finished(tmp_path, "pruner=magnitude", "trainer.prune_epochs=1")
     assert moved == [type(fresh_model())]
+
+
+def test_a_rehearsal_accepts_the_output_directory_of_a_run_as_scores(weighted):
+    rehearse(configure("pruner=weighted", f"pruner.scores={weighted[1]}"), here=True)
+    rehearse(configure("pruner=weighted", f"pruner.scores={'0' * 32}"), here=True)  # which only the job fetches
+    with pytest.raises(ValueError, match="scores"):
+        rehearse(configure("pruner=elementwise", f"pruner.scores={weighted[1]}"), here=True)
 
 
 def test_a_plan_is_printed_and_nothing_is_trained(tmp_path, monkeypatch, capsys):
@@ -792,15 +576,3 @@ def test_the_plan_of_two_pruners_is_printed(tmp_path, capsys):
     assert "Pruner 2 of 2" in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())["parts"][0]["criterion"] == "Weighted"
     assert len(planned.parts) == 2
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("model.num_classes=7", "the model has 7 outputs, and the data has 10 classes: set model.num_classes=10"),
-        ("model.in_channels=3", "the model does not run on the data: RuntimeError: "),
-    ],
-)
-def test_a_model_that_does_not_fit_the_data_ends_before_any_work(override, message, tmp_path):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        finished(tmp_path, override, "pruner=elementwise")

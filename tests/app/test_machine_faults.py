@@ -17,9 +17,9 @@ from jobs import configure, train
 from servers import fill, small_disk
 
 from gsprune.app import job as room
-from gsprune.app.earlier import finished_before
 from gsprune.app.job import run
 from gsprune.app.memory import is_out_of_memory, smaller_steps
+from gsprune.app.output_dir import finished_in_sweep
 from gsprune.files.disk import spared, write_json
 from gsprune.formats.masks import load_masks, save_masks
 from gsprune.settings.identity import config_hash
@@ -178,7 +178,7 @@ def test_a_job_that_need_not_be_done_again_needs_no_room(
     done = {"status": "finished", "accuracy": 0.5, "config_hash": config_hash(cfg)}
     write_json(tmp_path / "0" / "result.json", done)
     refusing(monkeypatch, "result.json")
-    assert finished_before(cfg, tmp_path / "1", Sweep(tmp_path)) == done
+    assert finished_in_sweep(cfg, tmp_path / "1", Sweep(tmp_path)) == done
     assert caplog.records[-1].getMessage() == f"result.json could not be written, the run goes on without it: {FULL}"
 
 
@@ -209,7 +209,7 @@ def test_a_job_whose_model_cannot_be_written_has_failed(
     refusing(monkeypatch, name)
     sentence = (
         f"the model could not be written to {tmp_path}: {FULL}; once there is room, the same command with "
-        f"hydra.run.dir={tmp_path} goes on from the newest checkpoint"
+        f"hydra.run.dir={tmp_path} resumes from the newest checkpoint"
     )
     with pytest.raises(ValueError) as error:  # noqa: PT011
         finished(tmp_path)

@@ -26,8 +26,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import gsprune
-from gsprune.app import earlier
 from gsprune.app import job as job_module
+from gsprune.app import output_dir
+from gsprune.app.console import Progress
 from gsprune.app.job import run
 from gsprune.files import disk
 from gsprune.files.locks import Lock
@@ -60,16 +61,19 @@ class AtStep:
 
     def __init__(self, monkeypatch):
         self.count, self.plan, self.place = 0, {}, None
-        rest = job_module._Job._rest
+        fit = Trainer.fit
 
-        def counted(job, phase, at, *others):
-            before, self.place = self.place, (phase, at.epoch, at.step)
-            if at.step and self.place != before:  # a rest while it validates is at the same place
-                self.count += 1
-                self.plan.get(self.count, lambda: None)()
-            rest(job, phase, at, *others)
+        def counted(trainer, *args, pruner, on_rest, **settings):
+            def rest(at):
+                before, self.place = self.place, (pruner, at.epoch, at.step)
+                if at.step and self.place != before:  # a rest while it validates is at the same place
+                    self.count += 1
+                    self.plan.get(self.count, lambda: None)()
+                on_rest(at)
 
-        monkeypatch.setattr(job_module._Job, "_rest", counted)
+            fit(trainer, *args, pruner=pruner, on_rest=rest, **settings)
+
+        monkeypatch.setattr(Trainer, "fit", counted)
 
     def do(self, number, action):
         self.count, self.plan, self.place = 0, {number: action}, None
@@ -135,7 +139,7 @@ def test_after_a_crash_a_job_goes_on_where_the_last_checkpoint_is(tmp_path, whol
     at_step.do(0, crash)
     with caplog.at_level(logging.INFO):
         go(tmp_path)
-    assert f"going on from the checkpoint {tmp_path / 'checkpoint' / place}" in caplog.text
+    assert f"resuming from the checkpoint {tmp_path / 'checkpoint' / place}" in caplog.text
     assert at_step.count == (10 if minutes == "null" else 8)
     assert list(differences(whole, tmp_path)) == []
 
@@ -146,7 +150,7 @@ def test_a_crash_in_the_dense_phase_or_right_after_training_is_made_good_too(tmp
         go(tmp_path, "trainer.checkpoint_minutes=0")
     at_step.do(0, crash)
     with monkeypatch.context() as patched:
-        patched.setattr(job_module._Job, "write_files", lambda self: crash())
+        patched.setattr(job_module, "write_files", lambda *_, **__: crash())
         with pytest.raises(Crash):
             go(tmp_path)
     assert at_step.count == 13
@@ -347,9 +351,7 @@ def test_other_threads_and_versions_go_on_and_what_differs_is_named(crashed, who
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     monkeypatch.setattr("gsprune.settings.identity.__version__", "9.9.9")
     go(crashed)
-    told = (
-        f"it goes on, but not bit for bit: threads {threads} to {threads + 1}, gsprune {gsprune.__version__} to 9.9.9"
-    )
+    told = f"resuming, but not bit for bit: threads {threads} to {threads + 1}, gsprune {gsprune.__version__} to 9.9.9"
     assert told in caplog.messages
     assert at_step.count == 5
 
@@ -374,18 +376,18 @@ def test_a_refusal_names_code_that_was_edited_and_no_value_from_the_environment(
     monkeypatch.setenv("SECRET_OF_THIS_TEST", "old-canary")
     cfg = configure(*WEIGHTED, "model._target_=net_of_resume.convnet")
     OmegaConf.update(cfg, "dataset.key", "${oc.env:SECRET_OF_THIS_TEST}", force_add=True)
-    before, folder = earlier.on_record(cfg), tmp_path / "run"
-    disk.write_json(folder / earlier.SETTINGS, before)
+    before, folder = output_dir.readable_settings(cfg), tmp_path / "run"
+    disk.write_json(folder / output_dir.SETTINGS, before)
     net.write_text("from gsprune.zoo.models import convnet  # edited\n")
     monkeypatch.setenv("SECRET_OF_THIS_TEST", "new-canary")
-    told = earlier.of_another(folder, cfg, unfinished=True)
+    told = output_dir.other_configuration(folder, cfg, unfinished=True)
     assert re.search(r"[(]code of net_of_resume.convnet \w{12} to \w{12}[)]", told)
-    disk.write_json(folder / earlier.SETTINGS, earlier.on_record(cfg))
-    told = earlier.of_another(folder, cfg, unfinished=True)
+    disk.write_json(folder / output_dir.SETTINGS, output_dir.readable_settings(cfg))
+    told = output_dir.other_configuration(folder, cfg, unfinished=True)
     assert "(of a value that is taken from elsewhere)" in told
-    assert "canary" not in told + (folder / earlier.SETTINGS).read_text()
-    (folder / earlier.SETTINGS).unlink()
-    assert "(which settings differ is not on record)" in earlier.of_another(folder, cfg, unfinished=True)
+    assert "canary" not in told + (folder / output_dir.SETTINGS).read_text()
+    (folder / output_dir.SETTINGS).unlink()
+    assert "(which settings differ is not on record)" in output_dir.other_configuration(folder, cfg, unfinished=True)
 
 
 def test_in_a_sweep_which_numbers_its_jobs_anew_another_job_starts_anew(crashed, at_step, monkeypatch):
@@ -463,7 +465,7 @@ def test_a_run_that_has_finished_is_kept_and_not_done_again(crashed, at_step, ca
     (crashed / f".result.json.{'0' * 32}.tmp").write_text("{")  # of a kill in the last write
     with caplog.at_level(logging.INFO):
         assert go(crashed, "trainer.progress=bar") == json.loads(json.dumps(done))
-    assert f"not done again: {crashed} has finished with the same configuration" in caplog.text
+    assert f"not run again: {crashed} has finished with the same configuration" in caplog.text
     message = (
         f"{crashed} holds a finished run of another configuration (seed 0 to 1): give trainer.resume=never to "
         f"write over it, or another hydra.run.dir"
@@ -478,8 +480,8 @@ def test_a_run_that_has_finished_is_kept_and_not_done_again(crashed, at_step, ca
 
 def test_a_network_that_holds_inf_is_no_checkpoint(tmp_path, whole, at_step, monkeypatch, caplog):
     models = []
-    build = job_module._Job._build_model
-    monkeypatch.setattr(job_module._Job, "_build_model", lambda self: models.append(build(self)) or models[-1])
+    place = Trainer.place
+    monkeypatch.setattr(Trainer, "place", lambda self, model: models.append(place(self, model)) or models[-1])
     at_step.do(7, lambda: models[0].get_buffer("stem_bn.running_var").fill_(math.inf))  # gradients stay finite
     at_step.plan[12] = crash
     with pytest.raises(Crash):
@@ -493,8 +495,8 @@ def test_a_network_that_holds_inf_is_no_checkpoint(tmp_path, whole, at_step, mon
 
 def test_a_run_killed_right_after_its_result_lacks_nothing(tmp_path, whole, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(job_module._Job, "_send_files", lambda self: crash())
-        patched.setattr(job_module._Job, "fail", lambda self, error: None)
+        patched.setattr(Tracker, "finish", lambda *_: crash())
+        patched.setattr(job_module, "fail", lambda *_: None)
         with pytest.raises(Crash):
             go(tmp_path)
     go(tmp_path)
@@ -575,7 +577,7 @@ def test_a_second_run_in_the_directory_of_one_that_goes_on_is_refused_and_change
         said.append(str(caught.value))
         before.append({path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()})
 
-    monkeypatch.setattr(earlier, "LEAVING", 0.1)
+    monkeypatch.setattr(output_dir, "LEAVING", 0.1)
     at_step.do(3, second)
     go(tmp_path)
     assert len(said) == 1
@@ -586,7 +588,7 @@ def test_a_second_run_in_the_directory_of_one_that_goes_on_is_refused_and_change
 
 
 def test_what_a_killed_process_leaves_behind_for_a_moment_is_waited_for(tmp_path, monkeypatch):
-    left = os.open(tmp_path / earlier.LOCK, os.O_RDWR | os.O_CREAT)
+    left = os.open(tmp_path / output_dir.LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(left, fcntl.LOCK_EX)
     timer, acquire = threading.Timer(0.3, os.close, [left]), Lock.acquire
 
@@ -616,7 +618,7 @@ def test_a_signal_finishes_the_step_writes_a_checkpoint_and_ends_with_its_code(
     assert names(tmp_path) == ["epoch_0001_step_000000", "epoch_0001_step_000002"]
     result = result_of(tmp_path)
     assert (result["status"], result["error"]) == ("interrupted", f"Interrupted: stopped by {signum.name}")
-    again = f"the same command with hydra.run.dir={tmp_path} goes on from the newest checkpoint"
+    again = f"the same command with hydra.run.dir={tmp_path} resumes from the newest checkpoint"
     assert warnings_of_the_run(caplog) == [again]
     at_step.do(0, crash)
     go(tmp_path)
@@ -633,26 +635,26 @@ def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         seen.append("after the second")
 
-    monkeypatch.setattr(job_module.Progress, "on_step", twice)
+    monkeypatch.setattr(Progress, "on_step", twice)
     with pytest.raises(Interrupted):
         go(tmp_path)
     assert seen == ["after the first"]
     assert names(tmp_path) == []
 
 
-def test_how_to_go_on_is_said_as_it_is(tmp_path):
+def test_how_to_resume_is_said_as_it_is(tmp_path):
     cfg, sweep = configure("trainer.resume=never"), Sweep(tmp_path)
     command = f"the same command with hydra.run.dir={tmp_path}"
-    assert earlier.how_to_go_on(cfg, tmp_path, None) == f"{command} starts anew: there is no checkpoint yet"
+    assert output_dir.resume_hint(cfg, tmp_path, None) == f"{command} starts anew: there is no checkpoint yet"
     Checkpoints(tmp_path / "checkpoint").write({}, epoch=1, step=0)
-    told = "without trainer.resume=never goes on from the newest checkpoint"
-    assert earlier.how_to_go_on(cfg, tmp_path, None) == f"{command} and {told}"
-    again = "the same command with sweep.resume=true goes on from the newest checkpoint"
-    assert earlier.how_to_go_on(configure(), tmp_path, sweep) == again
+    told = "without trainer.resume=never resumes from the newest checkpoint"
+    assert output_dir.resume_hint(cfg, tmp_path, None) == f"{command} and {told}"
+    again = "the same command with sweep.resume=true resumes from the newest checkpoint"
+    assert output_dir.resume_hint(configure(), tmp_path, sweep) == again
 
 
 def test_outside_of_training_a_signal_ends_the_run_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(job_module._Job, "measure", lambda self: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(job_module, "measure", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted):
         go(tmp_path)
     assert result_of(tmp_path)["status"] == "interrupted"
@@ -810,11 +812,11 @@ def test_train_py_ends_with_the_code_of_the_signal_and_goes_on_with_the_same_com
     code, output = signalled(started(tmp_path, *here), tmp_path / "out", signal.SIGTERM, after="epoch_0003")
     assert code == 143, output
     assert "Traceback" not in output
-    assert f"the same command with hydra.run.dir={tmp_path / 'out'} goes on from the newest checkpoint" in output
+    assert f"the same command with hydra.run.dir={tmp_path / 'out'} resumes from the newest checkpoint" in output
     code, output = signalled(started(tmp_path, *here), tmp_path / "out", signal.SIGINT, after="epoch_0020")
     assert code == 130, output
     assert "Traceback" not in output
-    assert "going on from the checkpoint" in output
+    assert "resuming from the checkpoint" in output
     last = started(tmp_path, *here)
     output = last.communicate(timeout=120)[0]
     assert last.returncode == 0, output
@@ -832,7 +834,7 @@ def test_a_job_of_a_sweep_that_was_killed_midway_goes_on_from_its_checkpoint(tmp
     again = started(tmp_path, *sweep)
     output = again.communicate(timeout=200)[0]
     assert again.returncode == 0, output
-    assert output.count("going on from the checkpoint") == 1
+    assert output.count("resuming from the checkpoint") == 1
     alone = go(tmp_path / "alone", "trainer.dense_epochs=60")
     first, second = (result_of(tmp_path / "sweep" / name) for name in "01")
     assert [first["status"], second["status"]] == ["finished", "finished"]

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import gsprune
-from gsprune.app.composed import NUMBERS, wanted_sparsity
+from gsprune.app.configuration import NUMBERS, wanted_sparsity
 from gsprune.conf import schemas
 from gsprune.criteria import Abs
 from gsprune.schedules import OneShot

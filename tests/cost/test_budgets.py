@@ -21,7 +21,8 @@ from jobs import configure
 from torch import Tensor, nn
 
 from gsprune import NoPruning, Pruner
-from gsprune.app import composed, job
+from gsprune.app import configuration, job
+from gsprune.app.configuration import run_name
 from gsprune.cost import budgets, costs
 from gsprune.cost.budgets import Budget, read_target
 from gsprune.cost.counting import count_macs, count_parameters
@@ -475,8 +476,8 @@ def test_a_job_with_a_budget_says_it_and_meets_it(tmp_path: Path) -> None:
 def test_a_jobs_name_says_the_budget_instead_of_the_sparsity(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = {"pruner": "weighted", "model": "convnet", "dataset": "digits"}
     hydra = SimpleNamespace(runtime=SimpleNamespace(choices=choices))
-    monkeypatch.setattr(composed, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
-    named = [composed.run_name(configure("pruner=weighted", *more)) for more in ((), ("pruner.target.latency=0.6",))]
+    monkeypatch.setattr(configuration, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
+    named = [run_name(configure("pruner=weighted", *more)) for more in ((), ("pruner.target.latency=0.6",))]
     assert named == ["weighted 0.5, seed 0, convnet, digits", "weighted latency 0.6, seed 0, convnet, digits"]
 
 
@@ -484,8 +485,8 @@ def test_the_control_has_no_sparsity_in_its_name(monkeypatch: pytest.MonkeyPatch
     hydra = SimpleNamespace(
         runtime=SimpleNamespace(choices={"pruner": "none", "model": "convnet", "dataset": "digits"})
     )
-    monkeypatch.setattr(composed, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
-    assert composed.run_name(configure("pruner=none", "pruner.target_sparsity=0.5")) == "none, seed 0, convnet, digits"
+    monkeypatch.setattr(configuration, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
+    assert run_name(configure("pruner=none", "pruner.target_sparsity=0.5")) == "none, seed 0, convnet, digits"
 
 
 def test_milliseconds_are_those_of_the_batch_that_the_result_measures(

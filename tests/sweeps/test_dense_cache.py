@@ -21,7 +21,7 @@ from gsprune.settings.identity import config_hash, dense_key, scores_key
 from gsprune.sweeps.dense_cache import DenseCache, DenseRecord
 from gsprune.sweeps.record import Sweep, set_aside
 from gsprune.sweeps.results import read_results
-from gsprune.tracking.tracker import read_metrics
+from gsprune.tracking.tracker import Tracker, read_metrics
 from gsprune.training.trainer import Trainer
 
 configure = functools.partial(jobs.configure, "trainer.dense_epochs=2", "trainer.latency_repeats=0")
@@ -93,6 +93,22 @@ def test_results_are_the_same_with_and_without_the_cache(sweep):
         ours, theirs = (load_file(folder / "model.safetensors") for folder in (with_cache, without))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_job_that_fails_after_it_took_a_dense_network_keeps_it_and_is_recorded_as_failed(sweep, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("gone")
+
+    sweep.run("0", "pruner=elementwise")
+    ended = []
+    monkeypatch.setattr(Tracker, "finish", lambda self, status: ended.append(status))
+    monkeypatch.setattr(job_module, "build_pruning_phase", broken)
+    with pytest.raises(RuntimeError, match="gone"):
+        sweep.run("1", "pruner=weighted")
+    assert ended == ["FAILED"]
+    dense = load_file(sweep.sweep.directory / "0" / "checkpoint" / "dense.safetensors")
+    kept = load_file(sweep.sweep.directory / "1" / "model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in dense.items())
 
 
 class InSweepWithout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from gsprune.app.composed import NUMBERS
+from gsprune.app.configuration import NUMBERS
 from gsprune.tracking.views import BEST, SWEEPS, experiment_tags
 
 

@@ -30,7 +30,6 @@ from torch.testing import assert_close
 
 from gsprune import Pruner, collectives
 from gsprune.app.job import _run, run
-from gsprune.app.launcher import Processes, ProcessFailed, launch, taking_part
 from gsprune.collectives import one_after_the_first
 from gsprune.cost.counting import count_macs
 from gsprune.criteria import Weighted
@@ -44,6 +43,7 @@ from gsprune.settings.identity import config_hash
 from gsprune.tracking.tracker import read_metrics
 from gsprune.training import data_parallel as data_parallel_
 from gsprune.training.data_parallel import Share, averaging, data_parallel, part, prepared, shares, weight
+from gsprune.training.launcher import Processes, ProcessFailed, launch, taking_part
 from gsprune.training.signals import Interrupted
 from gsprune.training.trainer import Totals, Trainer
 
@@ -585,12 +585,17 @@ def on_two_machines(folder, *arguments, **environment):
 
 
 def test_a_machine_without_the_checkpoint_says_so(tmp_path, monkeypatch):
-    from gsprune.app.job import _Follower
+    from gsprune.app.stages.checkpoint import JobCheckpoints
+    from gsprune.app.stages.context import Context
+    from gsprune.app.stages.history import History
+    from gsprune.app.stages.setup import set_up
 
-    follower = _Follower(configure(), tmp_path, None)
+    second = Context(configure(), tmp_path, first=False)
+    setup = set_up(second)
+    checkpoints = JobCheckpoints(second, setup, History(second, setup))
     monkeypatch.setattr(collectives, "broadcast", lambda value: tmp_path / "checkpoint" / "epoch_0001_step_000000")
     with refused("epoch_0001_step_000000", "machine"):
-        follower.prepare()
+        checkpoints.find(resume=True)
 
 
 @pytest.mark.long
@@ -633,7 +638,7 @@ def test_torchrun_works_in_a_fixed_directory_and_says_that_it_needs_one(tmp_path
     assert "devices: 2" in (tmp_path / "out" / "config.yaml").read_text()
     again = torchrun(tmp_path, "hydra.run.dir=out")
     assert (again.returncode, again.stdout.count("epoch")) == (0, 0)
-    assert again.stdout.count("not done again") == 1
+    assert again.stdout.count("not run again") == 1
     refused = torchrun(tmp_path)
     assert refused.returncode == 1
     assert (
@@ -643,12 +648,12 @@ def test_torchrun_works_in_a_fixed_directory_and_says_that_it_needs_one(tmp_path
 
 
 def test_machines_are_no_matter_for_a_sweep(tmp_path, monkeypatch):
-    from gsprune.app.several import run_in_several
+    from gsprune.app.processes import run_in_processes
     from gsprune.sweeps.record import Sweep
 
     cfg = configure("trainer.devices=2", "trainer.nodes=2", "trainer.rendezvous=here:1")
     with refused("trainer.nodes=2", "sweep"):
-        run_in_several(_run, cfg, tmp_path, Sweep(tmp_path))
+        run_in_processes(_run, cfg, tmp_path, Sweep(tmp_path))
 
 
 def test_a_lock_in_a_process_that_is_alone_is_the_lock_itself(tmp_path):

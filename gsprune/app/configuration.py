@@ -1,4 +1,4 @@
-"""The composed configuration, read: the objects it describes, what a sweep optimises, what a person calls the job."""
+"""What the composed configuration says: the objects it describes, what a sweep optimises, the name of the job."""
 
 from __future__ import annotations
 
@@ -23,30 +23,10 @@ if TYPE_CHECKING:
 
 # The numbers of result.json; a sweep may optimise any of them.
 NUMBERS = (
-    "accuracy",
-    "baseline_accuracy",
-    "val_accuracy",
-    "baseline_val_accuracy",
-    "loss",
-    "baseline_loss",
-    "sparsity",
-    "target_sparsity",
-    "params",
-    "params_dense",
-    "params_nonzero",
-    "macs",
-    "macs_dense",
-    "latency_ms",
-    "latency_dense_ms",
-    "speedup",
-    "speedup_low",
-    "speedup_high",
-    "file_bytes",
-    "file_bytes_dense",
-    "seconds",
-    "updates",
-    "epochs",
-    "baseline_epochs",
+    *("accuracy", "baseline_accuracy", "val_accuracy", "baseline_val_accuracy", "loss", "baseline_loss"),
+    *("sparsity", "target_sparsity", "params", "params_dense", "params_nonzero", "macs", "macs_dense"),
+    *("latency_ms", "latency_dense_ms", "speedup", "speedup_low", "speedup_high", "file_bytes", "file_bytes_dense"),
+    *("seconds", "updates", "epochs", "baseline_epochs"),
 )
 # Settings that may name a file or folder.
 PATHS = (
@@ -57,7 +37,7 @@ TIMED = tuple(name for name in NUMBERS if name.startswith(("latency", "speedup")
 
 
 def build(node: Any, **arguments: Any) -> Any:
-    """`make`, but what is wrong with the arguments comes out as one sentence in a ValueError."""
+    """Make the object that a node describes; a mistake in its arguments is a ValueError of one sentence."""
     try:
         return make(node, **arguments)
     except Exception as error:
@@ -66,7 +46,7 @@ def build(node: Any, **arguments: Any) -> Any:
             cause = cause.__cause__
         if isinstance(cause, ValueError):
             raise cause from None
-        # torch says RuntimeError of a value that it cannot take, and Hydra nothing but its own of a name it cannot find
+        # torch raises RuntimeError for a value that it refuses, Hydra its own error for a name that it does not find
         told = one_line(str(cause or error).split(", set env var")[0])
         raise ValueError(f"{node.get('_target_')} cannot be made: {told}") from error
 
@@ -83,7 +63,7 @@ def objective(result: Mapping[str, Any], wanted: str | Sequence[str]) -> float |
     """The number (or numbers) of the result that a sweep optimises.
 
     Raises:
-        ValueError: there is none, because no latency could be measured.
+        ValueError: a latency could not be measured.
 
     >>> objective({"accuracy": 0.9, "sparsity": 0.5}, ["accuracy", "sparsity"])
     (0.9, 0.5)
@@ -106,7 +86,7 @@ def objective_names(wanted: str | Sequence[str]) -> list[str]:
 
 
 def check_objective(wanted: str | Sequence[str], trainer: Trainer | DictConfig) -> None:
-    """Refuse a wrong name before the training, not after it; `trainer` is that or its configuration."""
+    """Refuse a wrong name before training starts; `trainer` is a `Trainer` or its configuration."""
     for name in objective_names(wanted):
         if name not in NUMBERS:
             near = get_close_matches(str(name), NUMBERS, n=1)
@@ -122,7 +102,7 @@ def check_objective(wanted: str | Sequence[str], trainer: Trainer | DictConfig) 
 
 
 def check_plan(cfg: DictConfig) -> bool:
-    """Whether only a plan is wanted."""
+    """Whether `plan=true` is set: the job prints a plan and trains nothing."""
     plan = cfg.get("plan", False)
     if plan not in (True, False):
         raise ValueError(f"plan={plan} is not allowed: it must be true or false")
@@ -130,9 +110,9 @@ def check_plan(cfg: DictConfig) -> bool:
 
 
 def from_command(cfg: DictConfig) -> DictConfig:
-    """The configuration with its paths as the command meant them, where Hydra has started the job in another directory.
+    """The configuration with its paths relative to where the command was given, if Hydra has changed the directory.
 
-    A name that may be something else than a path (on a hub, of an MLflow run) is one if there is such a file.
+    A name that may be something else than a path (on a hub, of an MLflow run) is a path if there is such a file.
     """
     start = command_directory()
     if start == Path.cwd():
@@ -155,7 +135,7 @@ def hydra_choices() -> dict[str, Any]:
 
 
 def hydra_tags() -> dict[str, str]:
-    """The same as tags of an MLflow run."""
+    """`hydra_choices` as tags of an MLflow run."""
     chosen = hydra_choices()
     if not chosen["choices"]:
         return {}
@@ -164,7 +144,7 @@ def hydra_tags() -> dict[str, str]:
 
 
 def run_name(cfg: DictConfig) -> str | None:
-    """What a person calls this job in a list of runs: "weighted 0.5, seed 0, convnet, digits"; None outside Hydra."""
+    """The name of the job in a list of runs: "weighted 0.5, seed 0, convnet, digits"; None outside Hydra."""
     if not HydraConfig.initialized():
         return None
     chosen = HydraConfig.get().runtime.choices
@@ -175,16 +155,16 @@ def run_name(cfg: DictConfig) -> str | None:
 
 
 def wanted_sparsity(pruner: DictConfig) -> float | None:
-    """What the configuration of a pruner says is to be pruned, or its schedule where that is left open."""
+    """The target sparsity of a pruner's configuration, or of its schedule where that is left open."""
     own = pruner.get("target_sparsity")
     return own if own is not None else (pruner.get("schedule") or {}).get("target_sparsity")
 
 
 def budget_of(pruner: DictConfig) -> dict[str, float]:
-    """What the configuration of a pruner says that may stay: {"macs": 0.5}, or nothing."""
+    """The budget in a pruner's configuration: {"macs": 0.5}, or empty."""
     return {str(kind): share for kind, share in (pruner.get("target") or {}).items() if share is not None}
 
 
 def is_timed(pruner: DictConfig) -> bool:
-    """Whether it, or one of several, has a budget of milliseconds: those of `trainer.latency_batch` samples."""
+    """Whether a pruner, or one of several, has a budget of milliseconds (for `trainer.latency_batch` samples)."""
     return any("latency" in budget_of(part) for part in (pruner, *(pruner.get("pruners") or ())))

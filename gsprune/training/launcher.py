@@ -1,7 +1,7 @@
-"""Start several processes that train one network together, on one machine or on several, and end them as one.
+"""Start processes that train one network together, on one machine or on several, and end them together.
 
-`launch` starts them through torch's own launcher; `taking_part` joins processes that somebody else (torchrun) has
-started. What they do then is in `distributed.py`.
+`launch` starts them with torch's launcher; `taking_part` joins processes that torchrun has started. `collectives.py`
+has what they tell each other.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from gsprune.training.signals import SIGNALS, Interrupted
 __all__ = ["ProcessFailed", "Processes", "launch", "taking_part", "under_torchrun", "undisturbed"]
 
 Result = TypeVar("Result")
-BEGUN = "begun"  # a file: the processes have found each other, and work
+BEGUN = "begun"  # a file: the processes have found each other and work
 LINGER = 5.0  # seconds
 STOPPED = tuple(128 + number for number in SIGNALS)  # exit codes of processes that a signal has asked to end
 
 
 class ProcessFailed(RuntimeError):
-    """One of several processes failed, with another error than a user's mistake; the others were ended."""
+    """One of several processes failed, not by a user's mistake; the others were ended."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Processes:
 
 
 def under_torchrun() -> bool:
-    """Whether somebody else has started this process as one of several, and they have not joined yet."""
+    """Whether torchrun has started this process as one of several, which have not joined yet."""
     named = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     return named and int(os.environ["WORLD_SIZE"]) > 1 and world_size() == 1
 
@@ -150,8 +150,6 @@ def _member(
     folder: str, device: str, timeout_minutes: float, work: Callable[..., Result], arguments: Sequence[Any]
 ) -> Result:
     """One of the processes. An error is left in a file: what comes through the launcher is a traceback as text."""
-    from gsprune.sweeps.record import last_line  # with hydra, which training alone does not need
-
     signal.signal(signal.SIGTERM, _end)
     Path(folder, BEGUN).touch()
     try:
@@ -164,7 +162,7 @@ def _member(
             "time": time.time(),
             "mistake": mistake,
             "follows": isinstance(error, RuntimeError),  # often from another process's end
-            "text": redact.told(str(error)) if mistake else f"process {number} failed: {last_line(error)}",
+            "text": redact.told(str(error)) if mistake else f"process {number} failed: {redact.last_line(error)}",
             "traceback": redact.told(traceback.format_exc()),
         }
         Path(folder, f"error-{number}.json").write_text(json.dumps(told))
@@ -174,21 +172,21 @@ def _member(
 
 
 def _end(number: int, _: object) -> None:
-    """The launcher ends the others when one has failed: they get to close what they have open."""
+    """The launcher ends the others when one has failed: they close what they have open."""
     raise SystemExit(128 + number)
 
 
 def undisturbed() -> None:
-    """This process is ending already: another signal to do so would only cut that short."""
+    """Ignore signals from now on: this process is ending already."""
     if world_size() > 1 and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
 
 def _check_rendezvous(processes: Processes) -> None:
-    """Raise a ValueError if something listens there that does not answer as other machines do.
+    """Raise a ValueError if another program listens at the address.
 
-    torch waits for such an answer for ever, so it is asked for in a process that can be ended.
+    torch waits for its answer for ever, so a process that can be ended asks for it.
     """
     try:
         socket.create_connection(_address(processes), timeout=LINGER).close()
@@ -220,7 +218,7 @@ def _not_met(processes: Processes, *, late: bool) -> str:
 
 
 def _first_told(folder: Path, error: Any) -> dict[str, Any]:
-    """What the process of this machine that failed first has left, of all that left something."""
+    """The error of the process of this machine that failed first."""
     number, failure = error.get_first_failure()
     told: list[dict[str, Any]] = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
     if any(one["rank"] == number for one in told):
@@ -231,9 +229,9 @@ def _first_told(folder: Path, error: Any) -> dict[str, Any]:
 
 
 def _first_of_all(processes: Processes, told: dict[str, Any]) -> dict[str, Any]:
-    """The same over all machines: each leaves its own where they met, and waits a little for the others.
+    """The error of the machine that failed first: each writes its own to their common store, and waits for the others.
 
-    What may follow from another machine's end comes last, and whoever is not asked in time is not believed.
+    An error that may follow from another machine's end is written last.
     """
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in every build
 
@@ -252,7 +250,7 @@ def _first_of_all(processes: Processes, told: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Traceback(Exception):
-    """Where another process was, to be printed above the error that it ended with."""
+    """The traceback of another process, printed above the error that it ended with."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -260,7 +258,7 @@ class _Traceback(Exception):
 
 @contextlib.contextmanager
 def _quiet_launcher() -> Iterator[None]:
-    """The launcher logs tracebacks that we put better, and leaves handlers of signals behind that raise its own."""
+    """Mute the log of torch's launcher, and put back the signal handlers that it replaces."""
     level = logging.root.manager.disable  # its loggers have levels of their own; here nobody but it has anything to log
     main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]

@@ -1,0 +1,160 @@
+"""The screen output of a run: progress while it trains, the summary at its end."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from jobs import configure
+
+from gsprune.app.console import (
+    Bar,
+    Lines,
+    Progress,
+    chance_line,
+    make_progress,
+    print_summary,
+    summary_table,
+    unfair_line,
+)
+from gsprune.app.job import run
+from gsprune.training.trainer import Totals
+
+
+def finished(folder, *overrides):
+    with redirect_stdout(io.StringIO()):
+        return run(configure(*overrides), output_dir=folder)
+
+
+EPOCH = {"train/loss": 0.5, "train/accuracy": 0.75, "val/accuracy": 1.0, "sparsity": 0.25, "epoch_seconds": 1.25}
+
+
+def test_without_a_terminal_every_epoch_is_one_plain_line(capsys):
+    display = make_progress("auto", epochs=14)
+    assert type(display) is Lines
+    display.phase("dense", epochs=6, steps_per_epoch=3)
+    display.on_epoch(1, EPOCH)
+    display.phase("prune", epochs=8, steps_per_epoch=3, of="channels")
+    display.on_epoch(7, EPOCH)
+    text = "loss 0.5000  accuracy  75.00 %  val 100.00 %  sparsity 25.0 %"
+    assert capsys.readouterr().out.splitlines() == [
+        f"dense  epoch   1/14  {text}  1.2 s",
+        f"prune  epoch   7/14  {text} of channels  1.2 s",
+    ]
+
+
+def test_on_a_terminal_there_is_a_bar_that_looks_at_the_loss_rarely(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    display = make_progress("auto", epochs=1)
+    assert type(display) is Bar
+    reads = []
+    totals = Totals(torch.device("cpu"))
+    monkeypatch.setattr(totals, "read", lambda: (reads.append(1), {"loss": 0.5, "accuracy": 0.75})[1])
+    display.phase("prune", epochs=1, steps_per_epoch=50)
+    for _ in range(50):
+        display.on_step(totals)
+    display.on_epoch(1, EPOCH)
+    display.close()
+    assert len(reads) == 1  # half a second has not passed
+    out = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", capsys.readouterr().out)
+    text = [line for line in out.splitlines() if line][-1]
+    assert text.startswith("prune ━━━━━━━━━━━━ 100% loss 0.5000  accuracy  75.00 %  sparsity 25.0 %")
+    assert len(text) <= 80
+
+
+def test_silence_on_request(capsys):
+    display = make_progress("none", epochs=1)
+    assert type(display) is Progress
+    display.phase("dense", epochs=1, steps_per_epoch=1)
+    display.on_epoch(1, EPOCH)
+    display.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_summary_compares_dense_and_pruned():
+    result = {
+        "accuracy": 0.98,
+        "baseline_accuracy": 0.99,
+        "val_accuracy": 0.97,
+        "baseline_val_accuracy": 0.96,
+        "epochs": 14,
+        "baseline_epochs": 6,
+        "choices": {"pruner": "abs"},
+        "sparsity": 0.5,
+        "sparsity_of": "heads and neurons",
+        "coverage": 0.75,
+        "params": 50,
+        "params_dense": 1000,
+        "params_nonzero": 40,
+        "macs": 300,
+        "macs_dense": 600,
+        "latency_ms": None,
+        "latency_dense_ms": None,
+        "latency_note": None,
+        "file_bytes": 4000,
+        "file_bytes_dense": 8000,
+    }
+    table = summary_table(result)
+    rows = list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
+    assert rows == [
+        ("epochs trained", "6", "14", ""),
+        ("validation accuracy", "96.00 %", "97.00 %", "+1.00 points"),
+        ("test accuracy", "99.00 %", "98.00 %", "-1.00 points"),
+        ("sparsity of heads and neurons", "0.0 %", "50.0 %", ""),
+        ("matrix weights in reach", "", "75.0 %", ""),
+        ("parameters", "1,000", "50", "20.00x"),
+        ("  not zero", "1,000", "40", "25.00x"),
+        ("MACs", "600", "300", "2.00x"),
+        ("file size (bytes)", "8,000", "4,000", "2.00x"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pruner", "dense", "epochs", "told"),
+    [("abs", 6, 14, "6 epochs and the pruned one for 14"), ("none", 6, 14, None), ("abs", 6, 6, None)],
+)
+def test_the_summary_says_where_the_dense_network_has_trained_less(pruner, dense, epochs, told):
+    line = unfair_line({"baseline_epochs": dense, "epochs": epochs, "choices": {"pruner": pruner}})
+    if told is None:
+        assert line is None
+    else:
+        assert told in line
+        assert "pruner=none" in line
+
+
+def test_a_control_is_called_so_and_its_sparsity_is_of_nothing(tmp_path):
+    result = finished(tmp_path, "pruner=none")
+    assert (result["sparsity"], result["sparsity_of"]) == (0.0, None)
+    table = summary_table({**result, "choices": {"pruner": "none"}})
+    assert [column.header for column in table.columns] == ["", "dense", "control", "dense / control"]
+
+
+@pytest.mark.slow
+def test_the_end_names_the_outputs_and_the_one_command(tmp_path, capsys):
+    uri = f"sqlite:///{tmp_path}/my runs/mlflow.db"
+    finished(tmp_path / "plain", "pruner=elementwise")
+    result = json.loads((tmp_path / "plain" / "result.json").read_text())
+    print_summary(result, tmp_path, tracking_uri=uri)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"MLflow:  mlflow ui --backend-store-uri '{uri}' --host 127.0.0.1"
+    assert lines[-2] == f"Outputs: {tmp_path}"
+    assert lines[-3].startswith("Masked weights are zeros in tensors of the old size")
+    print_summary(result, tmp_path / "my run", tracking_uri="http://host:5000", unsent=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
+        f"Unsent:  gsprune sync '{tmp_path}/my run'",
+        "MLflow:  http://host:5000",
+    ]
+    print_summary(result, tmp_path, tracking_uri=None)
+    assert "mlflow" not in capsys.readouterr().out
+
+
+def test_no_better_than_guessing_as_the_dense_network():
+    found = {"accuracy": 0.5, "classes": 2, "dense": True}
+    assert chance_line({"at_chance": found}).endswith("among 2 classes, and so was that of the dense network.")
+    assert chance_line({"at_chance": None}) is None is chance_line({})
