@@ -39,10 +39,10 @@ def schema(
     >>> schema("gsprune.criteria.Abs")()
     AbsConfig(_target_='gsprune.criteria.Abs', decay=0.95, normalize=False)
     """
-    found = {part.name: (part.type, part.default) for part in chain(*map(settings, (target, *others)))}
+    parts = chain(*(settings(made, without={*FROM_THE_LOOP, *without}) for made in (target, *others)))
+    found = {part.name: (part.type, part.default) for part in parts}
     keys = {"_target_": (str, target), **(overrides or {}), **found, **(overrides or {})}
-    fields = {key: _field(key, *of) for key, of in keys.items() if key not in {*FROM_THE_LOOP, *without}}
-    return _dataclass(name or target.rpartition(".")[2], fields)
+    return _dataclass(name or target.rpartition(".")[2], {key: _field(key, *of) for key, of in keys.items()})
 
 
 def _field(name: str, kind: Any, default: Any) -> tuple[Any, Any]:

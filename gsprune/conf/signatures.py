@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import Field
 from importlib import import_module, resources
 from types import NoneType, UnionType
@@ -29,13 +29,15 @@ class Setting(NamedTuple):
     default: Any
 
 
-def settings(target: str) -> list[Setting]:
+def settings(target: str, *, without: Collection[str] = ()) -> list[Setting]:
     """The settings of the class with the dotted name `target`, in the order of its signature.
 
-    A dataclass has its fields, any other class the parameters of its own or an inherited `__init__`.
+    A dataclass has its fields, any other class the parameters of its own or an inherited `__init__`. Types of other
+    packages are `object`; parameters in `without` are not looked at.
     """
     module, _, name = target.rpartition(".")
-    return list({setting.name: setting for setting in _settings(_Source.of(module), name)}.values())
+    parts = {part[1]: part for part in _parts(_Source.of(module), name) if part[1] not in without}
+    return [_setting(*part) for part in parts.values()]
 
 
 def plain(hint: Any) -> Any:
@@ -63,19 +65,6 @@ def plain(hint: Any) -> Any:
         if len(known) == 1:
             return known[0] | None if NoneType in args and not isinstance(known[0], dict) else known[0]
     return Any
-
-
-class _Elsewhere(type):
-    """Stands for every class that this file does not look into, and for what hangs on it, such as `nn.Module`."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return cls
-
-
-class _Other(metaclass=_Elsewhere):
-    pass
 
 
 class _Source(dict[str, Any]):
@@ -114,7 +103,7 @@ class _Source(dict[str, Any]):
         elif isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] in sys.stdlib_module_names:
             self[name] = getattr(import_module(str(node.module)), name)
         else:
-            self[name] = _Other
+            self[name] = object
         return self[name]
 
     def value(self, node: ast.expr) -> Any:
@@ -128,21 +117,25 @@ class _Source(dict[str, Any]):
         return (self, node) if isinstance(node, ast.ClassDef) else None
 
 
-def _settings(source: _Source, name: str) -> Iterator[Setting]:
+Part = tuple[str, ast.expr | None, ast.expr | None]  # name, annotation, default
+
+
+def _parts(source: _Source, name: str) -> Iterator[tuple[_Source, str, ast.expr | None, ast.expr | None]]:
     if (found := source.definition(name)) is None:
         return
     source, node = found
     made = next((part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), None)
     if made is None:
         for base in node.bases:
-            yield from _settings(source, ast.unparse(base))
-    for part, hint, default in _parameters(made.args) if made else _fields(node):
-        assert hint is not None, f"{node.name}.{part} has no type"
-        value = REQUIRED if default is None else source.value(default)
-        yield Setting(part, plain(source.value(hint)), value.default if isinstance(value, Field) else value)
+            yield from _parts(source, ast.unparse(base))
+    for part in _parameters(made.args) if made else _fields(node):
+        yield source, *part
 
 
-Part = tuple[str, ast.expr | None, ast.expr | None]  # name, annotation, default
+def _setting(source: _Source, name: str, hint: ast.expr | None, default: ast.expr | None) -> Setting:
+    assert hint is not None, f"{name} has no type"
+    value = REQUIRED if default is None else source.value(default)
+    return Setting(name, plain(source.value(hint)), value.default if isinstance(value, Field) else value)
 
 
 def _parameters(made: ast.arguments) -> Iterator[Part]:
