@@ -36,8 +36,8 @@ from gsprune.formats.tensors import state_tensors
 from gsprune.schedules import OneShot
 from gsprune.training.checkpoints import Checkpoints, read_state
 from gsprune.training.guard import Guard
+from gsprune.training.loop_state import LoopState
 from gsprune.training.optimization import make_optimizer
-from gsprune.training.position import Position
 from gsprune.zoo.models import convnet
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "lr_schedule": self.schedule.state_dict(),
             "pruner": self.pruner.state_dict(),
-            "position": Position(self.batch.device, {}).state_dict(),
+            "loop": LoopState(self.batch.device, {}).state_dict(),
         }
 
 

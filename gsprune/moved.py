@@ -58,7 +58,7 @@ MOVED = {
     "optimizers": "surgery.optimizers",
     "patterns": "ranking.patterns",
     "planner": "forecast.predict app.forecast_tables forecast.plan",
-    "position": "training.position",
+    "position": "training.loop_state",
     "proof": "surgery.proof surgery.readings",
     "pruners": "pruner.pruners",
     "redact": "text.redact settings.recorded",

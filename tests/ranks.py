@@ -27,9 +27,9 @@ from gsprune.criteria import Criterion, Elementwise, Magnitude, Random, Weighted
 from gsprune.pruner.pruner import NoPruning
 from gsprune.schedules import Linear, OneShot
 from gsprune.training import data_parallel
-from gsprune.training.data_parallel import shares
+from gsprune.training.data_parallel import local_batches
+from gsprune.training.loop_state import LoopState
 from gsprune.training.optimization import constant
-from gsprune.training.position import Position
 from gsprune.training.signals import Interrupted
 from gsprune.training.trainer import Trainer
 from gsprune.zoo.datasets import FetchedWhole, Pictures, make_loader
@@ -126,7 +126,7 @@ def rested() -> dict[str, Any]:
             pruner.load_state_dict(saved["pruner"])
         schedule, seen = constant(optimizer, total_steps=10), []
 
-        def on_rest(at: Position) -> None:
+        def on_rest(at: LoopState) -> None:
             found["places"] += [] if start else [(at.epoch, at.step)]
             if len(found["places"]) == 8:  # the third batch of the first validation
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -257,7 +257,7 @@ def orders() -> dict[str, Any]:
     augmented = make_loader(pictures, batch_size=4, train=True, device="cpu", seed=5)
 
     def labels(found: Any, training: bool = True) -> list[list[int]]:
-        return [batch[1].tolist() for _ in epochs for batch in shares(found, training=training)]
+        return [batch[1].tolist() for _ in epochs for batch in local_batches(found, training=training)]
 
     return {
         "own": labels(own),
@@ -266,8 +266,8 @@ def orders() -> dict[str, Any]:
         "fetched": noted.fetched,
         "global": labels(from_global),
         "list": labels(plain),
-        "inputs": [batch[0]["x"].tolist() for batch in shares(plain, training=True)],
-        "pictures": [batch[0] for _ in epochs for batch in shares(augmented, training=True)],
+        "inputs": [batch[0]["x"].tolist() for batch in local_batches(plain, training=True)],
+        "pictures": [batch[0] for _ in epochs for batch in local_batches(augmented, training=True)],
     }
 
 

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, locks between processes, the names of what runs and sweeps leave."""
+"""Atomic writes, locks between processes, and the names of the files in output directories."""
 
 from gsprune.moved import handed_on
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that any reader accepts."""
+"""Atomic writes of files and folders, and JSON that any reader accepts."""
 
 from __future__ import annotations
 
@@ -42,17 +42,16 @@ _NON_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
 class Damaged(ValueError):
-    """What a file holds is proved not to be what was written there; any other fault of reading may pass."""
+    """The content of a file is proved to differ from what was written. Any other fault of reading may be temporary."""
 
 
 @contextmanager
 def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it becomes `path`.
+    """Yield a temporary path beside `path`, and rename it to `path` at the end of the block.
 
-    The temporary file is flushed to the disk before the rename and the folder after it, so a reader
-    (also one after a power cut) sees the old file or the new one, never a part. When the block raises, the old
-    file stays and the temporary one is removed. The folder is made if it is missing. Who may read the file is what the
-    user's umask says, whatever writes it.
+    The file is flushed to the disk before the rename and its folder after it. A reader, also after a power cut, sees
+    the old file or the new one, never a part of one. If the block raises, the old file stays and the temporary one is
+    removed. A missing folder is created. Permissions follow the user's umask.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +71,9 @@ def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def folder_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`aside` for a folder of files: it appears with all of them or not at all.
+    """`aside` for a folder: it appears with all of its files or not at all.
 
-    A folder that is there already is replaced, with a moment in between when there is none.
+    An existing folder is replaced; for a moment there is no folder of that name.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -95,7 +94,7 @@ def folder_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder that may be missing; interrupted, it leaves the whole folder or none of that name."""
+    """Remove a folder if it exists. After an interruption the folder is whole, or its name is gone."""
     if path.is_dir():
         temporary = _temporary(path)
         os.replace(path, temporary)
@@ -103,14 +102,16 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left in a folder."""
+    """Remove temporary files and folders of processes that were killed during a write."""
     for path in folder.glob(".*.tmp"):
         if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", path.name):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def put_aside(path: Path, mark: str = "damaged") -> Path:
-    """Rename what must neither be used nor lost; returns its new path, `<mark>-<name>`, numbered if that is taken.
+    """Rename a file or folder that must be neither used nor lost.
+
+    Returns its new path, `<mark>-<name>`, with a number if that exists.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -140,7 +141,7 @@ def _flush(path: Path) -> None:
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` aside, fsync, rename: an interrupted write leaves the old file."""
+    """Write `data` to `path` through `aside`: an interrupted write leaves the old file."""
     with aside(path) as temporary:
         temporary.write_bytes(data)
 
@@ -153,12 +154,12 @@ def write_json(path: str | os.PathLike[str], obj: object) -> None:
 
 @contextmanager
 def spared(name: str, unwritten: list[str], meaning: str = "") -> Iterator[None]:
-    """Write a file that a run can do without: a fault of the disk is one warning, and the block is left.
+    """Around the write of an optional file: an OSError becomes one warning, and the run continues.
 
-    The warning ends with `meaning`: what the lack of this file means.
-
-    `unwritten` lists the names of such files that are not on the disk as they should be. A name that is in it already
-    is not warned of again, and goes out of it when a later write ends well. With `aside` the last good file stays.
+    Args:
+        unwritten: names of the files whose last write failed. A name in it is not warned about again, and is removed
+            by the next write that succeeds.
+        meaning: end of the warning: what the run lacks without this file.
 
     >>> unwritten = []
     >>> with spared("history.png", unwritten):
@@ -191,7 +192,7 @@ def reason(error: OSError) -> str:
 
 
 def plain(obj: object) -> Any:
-    """`obj` as what JSON can hold, without passwords. JSON has no NaN; the strings used here are read by `float()`.
+    """`obj` as values that JSON can hold, without passwords. NaN and infinities become strings that `float()` reads.
 
     >>> plain({"loss": float("nan"), "kept": (1, 2), "worst": float("-inf")})
     {'loss': 'NaN', 'kept': [1, 2], 'worst': '-Infinity'}
@@ -214,10 +215,10 @@ def plain(obj: object) -> Any:
 
 
 def number(value: Any) -> float:
-    """Numbers of Python, numpy and torch, and the strings that `plain` writes for NaN and infinities; integers stay.
+    """A float from a number of Python, numpy or torch, or from a string that `plain` writes; an integer stays one.
 
     Raises:
-        ValueError, TypeError, OverflowError: it is none of those, or an integer that is larger than any float.
+        ValueError, TypeError, OverflowError: `value` is none of these, or an integer larger than any float.
 
     >>> number(3), number("-Infinity"), number(plain(0.1))
     (3, -inf, 0.1)
@@ -227,11 +228,11 @@ def number(value: Any) -> float:
 
 
 def read_json(path: str | os.PathLike[str], *, most: int | None = None) -> Any:
-    """The content of a JSON file of at most so many bytes.
+    """The content of a JSON file of at most `most` bytes (default 32 MB).
 
     Raises:
-        ValueError: in one sentence: there is no such file, or it is too large.
-        Damaged: what it holds is not JSON.
+        ValueError: there is no such file, or it is larger.
+        Damaged: its content is not JSON.
     """
     most = _MAX_JSON if most is None else most
     path = Path(path)
@@ -247,7 +248,7 @@ def read_json(path: str | os.PathLike[str], *, most: int | None = None) -> Any:
 
 
 def read_object(path: str | os.PathLike[str], *, most: int | None = None) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is none that can be read."""
+    """The object in a JSON file; empty if the file cannot be read or holds none."""
     with suppress(ValueError, OSError):
         found = read_json(path, most=most)
         return found if isinstance(found, dict) else {}
@@ -255,7 +256,7 @@ def read_object(path: str | os.PathLike[str], *, most: int | None = None) -> dic
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Of the file's content, as hexadecimal digits; reads it in pieces."""
+    """Hexadecimal digest of the file's content, which is read in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -265,9 +266,9 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Around the reading of a stranger's file: what a ValueError quotes from it comes out on one line, and not long.
+    """Around the reading of an untrusted file: the message of a ValueError is cut to one short line.
 
-    A file that the system does not let us read, or that needs more memory than there is, is refused too.
+    An OSError and a MemoryError become a ValueError.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The names of the files that a run or a sweep leaves in its directory."""
+"""Names of the files that a run or a sweep writes into its directory."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ __all__ = ["RESULT"]
 TRACKING, TRACKING_LOCK, SENDING = "tracking.json", "tracking.lock", "sending.jsonl"
 SWEEP = "sweep.json"
 RESULT = "result.json"
-# Folders of a sweep directory that hold no jobs; MLflow's hold copies of the jobs' files.
+# Folders of a sweep directory that are no jobs; those of MLflow hold copies of the jobs' files.
 NOT_JOBS = ("dense_cache", "mlartifacts", "mlruns", "__pycache__")

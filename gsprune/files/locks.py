@@ -1,7 +1,6 @@
-"""Locks between processes, on files; the system frees them when their holder dies.
+"""Locks between processes, on files. The system frees a lock when its holder dies.
 
-Where a file system has no locks (or the disk is full) a warning says so, and everybody is let in: work goes on, and
-whoever starts the same thing twice at once has to take care.
+On a file system without locks, or on a full disk, a warning says so and the lock keeps nobody out.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ log = logger(__name__)
 
 
 class Lock:
-    """One lock on one file, which is made with its folder when first needed.
+    """A lock on a file, which is created with its folder on first use.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -38,7 +37,7 @@ class Lock:
         self._lock: Any = None  # filelock comes with an extra: imported when a lock is taken
 
     def acquire(self, *, seconds: float = 0) -> bool:
-        """Whether the lock is now held; waits that long for another holder, for ever below 0."""
+        """Whether the lock is held now. Waits up to `seconds` for another holder; without limit if negative."""
         filelock = need("filelock")
         self._lock = self._lock or filelock.FileLock(self.path)
         try:
@@ -55,7 +54,7 @@ class Lock:
             self._lock.release()
 
     def is_held(self) -> bool:
-        """Whether another process (or another `Lock`) has it now."""
+        """Whether another process, or another `Lock`, holds it now."""
         if not self.path.exists():
             return False
         free = self.acquire()
@@ -65,7 +64,7 @@ class Lock:
 
     @contextmanager
     def held(self, *, waiting_for: str) -> Iterator[None]:
-        """Hold it, and say so if another process has to be waited for: "waiting for another process that ..."."""
+        """Hold the lock; if another process has it, log "waiting for another process <waiting_for>" and wait."""
         if not self.acquire():
             log.info("waiting for another process %s", waiting_for)
             self.acquire(seconds=-1)

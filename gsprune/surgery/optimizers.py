@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from gsprune.surgery.cut_plan import Cuts, cut_tensor
 
@@ -187,23 +188,15 @@ def _why_not(optimizer: Any) -> str | None:
     for name, value in vars(optimizer).items():
         if name in ("state", "param_groups", "defaults") or any(value is own for own in lists):
             continue
-        if any(id(tensor) in mine or tensor.numel() > 1 for tensor in _tensors(value)):
+        if any(isinstance(leaf, Tensor) and (id(leaf) in mine or leaf.numel() > 1) for leaf in tree_leaves(value)):
             return f"keeps tensors of its own in .{name}"
     return None
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
 
 
 def _known(key: str, value: object, shape: torch.Size) -> bool:
     """Whether a value of the state is a number, like the parameter, or a factor of it."""
     if not isinstance(value, Tensor):
-        return all(tensor.numel() <= 1 for tensor in _tensors(value))
+        return all(leaf.numel() <= 1 for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
     if value.numel() <= 1:
         return True
     return _is_plain(value) and (_along(key, value.shape, shape) is not None)

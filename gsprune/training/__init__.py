@@ -1,1 +1,1 @@
-"""The training loop: optimizers and schedules, the guard, the position, checkpoints, several processes."""
+"""The training loop: optimizers, learning-rate schedules, guard, loop state, checkpoints, data parallelism."""

@@ -1,16 +1,19 @@
-"""Checkpoints of a run that is under way: nested data with tensors in it, in a folder each, the last two kept.
+"""Checkpoints of a run: nested data with tensors, one folder each, of which the last two are kept.
 
-Files are data from strangers, as in `checkpoint.py`: nothing is unpickled, everything is checked before it is used, and
-every fault is a ValueError of one sentence. What is proved damaged is set aside, and the checkpoint before is taken.
-Any other fault (another version, a disk that does not answer) may pass: it is refused, and all stays as it is.
+Files are untrusted: nothing is unpickled, everything is checked before use, and every fault is a ValueError of one
+sentence. A checkpoint that is proved damaged is renamed, and the one before it is used. Any other fault (another
+version, a disk that does not answer) may be temporary: the checkpoint is refused and stays as it is.
 
 In the folder `checkpoint/` of a run:
 
-    epoch_0003_step_000020/        3 epochs and 20 steps of the fourth have been trained
+    epoch_0003_step_000020/        after 3 epochs and 20 steps of the fourth
         state.safetensors          every tensor
-        state.json                 everything else, and the sha256 of both
+        state.json                 everything else, and the sha256 of both files
 
-Folders appear whole: they are written aside, flushed to the disk and renamed.
+A folder appears whole: it is written under another name, flushed to the disk and renamed.
+
+Why not `torch.save` and `torch.load(weights_only=True)`: a full disk raises a RuntimeError without an error number, a
+view is written with its whole storage, and numbers of numpy are written but not read.
 """
 
 from __future__ import annotations
@@ -49,12 +52,12 @@ TENSORS, RECORD = "state.safetensors", "state.json"
 KEPT = 2
 _NAME = re.compile(r"epoch_(\d{4,9})_step_(\d{6,12})")
 MAX_RECORD = 128_000_000  # bytes of state.json: the metrics of fifty thousand epochs
-_KIND = "$"  # marks what JSON has no word for
+_KIND = "$"  # marks a type that JSON lacks
 log = logger(__name__)
 
 
 class Saved(NamedTuple):
-    """A checkpoint that was read: its folder, and the state that `write` was given."""
+    """A checkpoint that was read: its folder, and the state as it was given to `write`."""
 
     path: Path
     state: dict[str, Any]
@@ -76,25 +79,25 @@ class Checkpoints:
         self.folder = folder
 
     def paths(self) -> list[Path]:
-        """Those that are there, the oldest first.
+        """The folders of the checkpoints, the oldest first.
 
         Raises:
-            OSError: the folder cannot be read, so that it is not known.
+            OSError: the folder of the checkpoints cannot be read.
         """
         if not os.path.lexists(self.folder):
             return []
-        names = [name for name in os.listdir(self.folder) if _NAME.fullmatch(name)]  # of a broken link: an error
-        return sorted((path for path in map(self.folder.joinpath, names) if path.is_dir()), key=_place)
+        names = [name for name in os.listdir(self.folder) if _NAME.fullmatch(name)]  # a broken link raises
+        return sorted((path for path in map(self.folder.joinpath, names) if path.is_dir()), key=_progress)
 
     def write(self, state: Mapping[str, Any], *, epoch: int, step: int) -> Path:
-        """Write one, then remove all but the last two.
+        """Write a checkpoint, then remove all but the last two.
 
         Args:
-            epoch, step: trained epochs of the whole run, and steps of the next one.
+            epoch, step: finished epochs of the run, and finished steps of the next epoch.
 
         Raises:
-            ValueError: something in the state cannot be written as data.
-            OSError: the disk is full or the like; the checkpoints before are as they were.
+            ValueError: the state holds a type that cannot be written as data.
+            OSError: the write failed, for example on a full disk; earlier checkpoints are unchanged.
         """
         path = self.folder / f"epoch_{epoch:04d}_step_{step:06d}"
         write_state(path, state)
@@ -102,16 +105,16 @@ class Checkpoints:
         return path
 
     def keep(self, count: int) -> None:
-        """Remove all but the last few."""
+        """Remove all but the last `count`."""
         for old in self.paths()[:-count]:
             remove_folder(old)
 
     @refusing()
     def newest(self, check: Callable[[Mapping[str, Any]], None] = lambda state: None) -> Saved | None:
-        """The newest one that is whole. A damaged one is set aside (`damaged-epoch_...`), which a warning says.
+        """The newest checkpoint that is whole. A damaged one is renamed to `damaged-epoch_...`, with a warning.
 
         Raises:
-            ValueError: it is not proved damaged, but cannot be read just now, or `check` refuses it. All stays there.
+            ValueError: a checkpoint cannot be read but is not proved damaged, or `check` refuses it. It stays there.
         """
         paths = self.paths()[::-1]
         for path in paths:
@@ -124,8 +127,8 @@ class Checkpoints:
                 log.warning("the checkpoint %s is damaged and set aside as %s, %s: %s", path.name, aside, then, error)
             except ValueError as error:
                 raise ValueError(
-                    f"the checkpoint {path} cannot be used now, and is kept: {error}; make that good and give the "
-                    f"same command again, or start anew, without it, with trainer.resume=never"
+                    f"the checkpoint {path} cannot be used now, and is kept: {error}; fix that and run the same "
+                    f"command again, or start without it with trainer.resume=never"
                 ) from error
         return None
 
@@ -145,8 +148,8 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write nested dicts, lists, tuples, numbers, strings, None and tensors as one folder, whole or not at all.
 
     Raises:
-        ValueError: there is something else in the state.
-        OSError: it could not be written.
+        ValueError: the state holds another type.
+        OSError: the write failed.
     """
     packer = _Packer()
     tree = packer.pack(state)
@@ -160,11 +163,11 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 @refusing()
 def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` was given.
+    """The state as it was given to `write_state`; its tensors are on the CPU.
 
     Raises:
-        Damaged: a file does not hold what was written there.
-        ValueError: a file is missing, cannot be read, is of another version, or is not what it says.
+        Damaged: the content of a file differs from what was written.
+        ValueError: a file is missing, cannot be read, has another version or another format.
     """
     tree, mark = _read_tree(path / RECORD)
     if not (path / TENSORS).is_file():
@@ -211,21 +214,21 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _place(path: Path) -> tuple[int, int]:
+def _progress(path: Path) -> tuple[int, int]:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1]), int(match[2])
 
 
-# --- nested data as JSON, its tensors apart ---------------------------------------------------------------
+# --- nested data as JSON, tensors separately --------------------------------------------------------------
 
 
 class _Packer:
-    """Turns values into JSON; what JSON has no word for becomes {"$": kind, ...}, and tensors are collected."""
+    """Turns values into JSON and collects tensors; a type that JSON lacks becomes {"$": kind, ...}."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self._places: set[int] = set()  # in memory
+        self._addresses: set[int] = set()  # of the tensors' memory
 
     def pack(self, value: Any, where: str = "") -> Any:
         if value is None or isinstance(value, (bool, int, str)):
@@ -247,12 +250,12 @@ class _Packer:
         raise ValueError(f"{where.strip('/')} is a {type(value).__name__}, which a checkpoint cannot hold")
 
     def _keep(self, tensor: Tensor, where: str) -> str:
-        """Collect it as safetensors takes it: on the CPU, contiguous, sharing no memory with another."""
+        """Collect a tensor as safetensors needs it: on the CPU, contiguous, without memory shared with another."""
         name = where.strip("/") if where.strip("/") not in self.tensors else f"{where}#{len(self.tensors)}"
         own = tensor.detach().cpu().contiguous()
-        if own.untyped_storage().nbytes() != own.nbytes or own.data_ptr() in self._places:
+        if own.untyped_storage().nbytes() != own.nbytes or own.data_ptr() in self._addresses:
             own = own.clone()
-        self._places.add(own.data_ptr())
+        self._addresses.add(own.data_ptr())
         self.tensors[name] = own
         return name
 

@@ -1,4 +1,4 @@
-"""Checks of settings that training takes."""
+"""Range checks of training settings."""
 
 from __future__ import annotations
 

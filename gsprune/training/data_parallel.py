@@ -1,11 +1,11 @@
-"""Several processes that train one network: who they are, what they tell each other, what each of them works on.
+"""Data-parallel training: the network and the data in several processes.
 
-Every function is the identity in a process that is alone, so that the training loop has no branches for it. A process
-is one of several as soon as `torch.distributed` has a process group, whoever made it: `launcher.py`, or an application
-of your own.
+Each process trains on its part of every global batch, and `DistributedDataParallel` averages the gradients, so weights,
+scores and masks are equal in all processes. The order of the data is that of one process; `DistributedSampler` would
+change it, and repeat samples.
 
-Data parallel: each process works through its part of every global batch, `DistributedDataParallel` averages the
-gradients, and so weights, scores and masks stay the same everywhere. The order of the data is that of one process.
+In a single process every function is the identity, so the training loop has no branches. There are several as soon as
+`torch.distributed` has a process group, from `gsprune.training.launcher` or from your own application.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gsprune.structures.example import inputs_and_labels, map_tensors
 from gsprune.text.display import logger
 from gsprune.training.loading import Start, batches, fetched, from_start, is_skippable
 
-__all__ = ["Share", "data_parallel", "shares"]
+__all__ = ["LocalBatch", "data_parallel", "local_batches"]
 
 log = logger(__name__)
 Batch = tuple[Any, Tensor]
@@ -41,10 +41,10 @@ _SPREAD = 1 << 32  # between the seeds of two processes' workers
 
 
 def prepared(model: Model, device: torch.device) -> Model:
-    """The network as several processes can train it: on CUDA, BatchNorm takes its statistics over all of them.
+    """The network, ready for several processes: on CUDA, BatchNorm computes its statistics over all of them.
 
-    Elsewhere torch has no such BatchNorm, nor of a class with a forward pass of its own (which may hold an activation
-    too): it sees each process's own samples, which a warning says.
+    torch has no synchronised BatchNorm on other devices, nor for a subclass with its own forward pass (which may
+    include an activation). Such a layer sees the samples of its own process, with a warning.
     """
     if world_size() == 1:
         return model
@@ -54,15 +54,15 @@ def prepared(model: Model, device: torch.device) -> Model:
     if norms and rank() == 0:
         name = "BatchNorm" if norms[0].forward is _BatchNorm.forward else norms[0].__name__
         warnings.warn(
-            f"{name} on {device.type} normalises each process's samples by themselves: with {world_size()} "
-            f"processes results are a little different from those of one",
+            f"{name} on {device.type} normalises the samples of each process separately: results of {world_size()} "
+            f"processes differ slightly from those of one",
             stacklevel=3,
         )
     return model
 
 
 def _synchronise_norms(model: nn.Module) -> None:
-    made: dict[nn.Module, nn.Module] = {}  # a norm may have several places
+    made: dict[nn.Module, nn.Module] = {}  # a layer may be used in several places
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if isinstance(child, _BatchNorm) and type(child).forward is _BatchNorm.forward:
@@ -72,12 +72,12 @@ def _synchronise_norms(model: nn.Module) -> None:
 
 
 def data_parallel(model: nn.Module, before: nn.Module | None = None) -> nn.Module:
-    """The network behind `DistributedDataParallel`, which averages gradients; in a process that is alone, itself.
+    """The network in `DistributedDataParallel`, which averages gradients; in a single process, the network itself.
 
-    Buffers are not sent at every step, as training does not read them: see `broadcast_buffers`.
+    Buffers are not broadcast in every step, because training does not read them: see `collectives.broadcast_buffers`.
 
     Args:
-        before: what this returned for the model earlier; it is returned again if the parameters are still the same.
+        before: an earlier result for the model, which is returned again while the parameters are the same.
     """
     if world_size() == 1:
         return model
@@ -94,10 +94,10 @@ def data_parallel(model: nn.Module, before: nn.Module | None = None) -> nn.Modul
 
 @contextlib.contextmanager
 def averaging(forward: object, *, last: bool) -> Iterator[None]:
-    """Around forward and backward of one batch: gradients are averaged after the `last` one of a group only.
+    """Around forward and backward of one batch: gradients are averaged after the `last` batch of a group only.
 
     Raises:
-        ValueError: some parameter takes no part in the loss, for whose gradient the other processes would wait.
+        ValueError: a parameter is not used in the loss, and the other processes would wait for its gradient.
     """
     if not isinstance(forward, nn.parallel.DistributedDataParallel):
         yield
@@ -109,7 +109,7 @@ def averaging(forward: object, *, last: bool) -> Iterator[None]:
             if "Expected to have finished reduction" not in str(error):
                 raise
             raise ValueError(
-                "a parameter takes no part in the loss, so several processes would wait for its gradient for ever: "
+                "a parameter is not used in the loss, and the other processes would wait for its gradient: "
                 "freeze it (requires_grad=False), or train in one process"
             ) from error
 
@@ -117,48 +117,48 @@ def averaging(forward: object, *, last: bool) -> Iterator[None]:
 # --- the data ----------------------------------------------------------------------------------------------
 
 
-class Share(tuple[Any, Tensor]):
-    """This process's part of a global batch: (inputs, labels).
+class LocalBatch(tuple[Any, Tensor]):
+    """The part of a global batch in this process: (inputs, labels).
 
-    A process that a short batch leaves without a sample gets one that counts for nothing, so that it takes part in
-    what all do together; its label is `NO_LABEL`.
+    If a short batch has no sample for a process, the process gets one with the label `NO_LABEL`, which counts for
+    nothing: every process must take part in the collective operations.
 
     Attributes:
-        whole: samples in the global batch.
-        own: those of them that are here.
+        whole: number of samples in the global batch.
+        own: number of them in this process.
     """
 
     whole: int
     own: int
 
     @classmethod
-    def of(cls, inputs: Any, labels: Tensor, *, whole: int, own: int) -> Share:
-        share = cls((inputs, labels if own else torch.full_like(labels, NO_LABEL)))
-        share.whole, share.own = whole, own
-        return share
+    def of(cls, inputs: Any, labels: Tensor, *, whole: int, own: int) -> LocalBatch:
+        batch = cls((inputs, labels if own else torch.full_like(labels, NO_LABEL)))
+        batch.whole, batch.own = whole, own
+        return batch
 
 
-def weight(group: Sequence[Batch]) -> float:
-    """What to divide summed losses by, so that the average of everybody's gradients is that of the mean loss.
+def loss_divisor(group: Sequence[Batch]) -> float:
+    """S / N for S samples in the group and N processes: the divisor of each process's summed loss.
 
-    With S samples in a group over all N processes it is S / N: each process's gradient is then N / S times that of its
-    own sum, and their average 1 / S times that of the whole.
+    Each process's gradient is then N / S times that of its own sum, and the average over the processes is 1 / S times
+    that of the whole sum: the gradient of the mean loss.
 
-    >>> weight([(None, torch.zeros(3)), (None, torch.zeros(2))])
+    >>> loss_divisor([(None, torch.zeros(3)), (None, torch.zeros(2))])
     5.0
     """
-    return sum(batch.whole if isinstance(batch, Share) else len(batch[1]) for batch in group) / world_size()
+    return sum(batch.whole if isinstance(batch, LocalBatch) else len(batch[1]) for batch in group) / world_size()
 
 
 def own_samples(batch: Batch) -> int:
-    """How many samples of the batch count."""
-    return batch.own if isinstance(batch, Share) else len(batch[1])
+    """Number of samples in the batch that count."""
+    return batch.own if isinstance(batch, LocalBatch) else len(batch[1])
 
 
-def part(n: int, number: int, world: int) -> range:
-    """Which of `n` samples process `number` of `world` takes: runs as even as can be, the longer ones first.
+def own_range(n: int, number: int, world: int) -> range:
+    """The samples of process `number` of `world`: consecutive runs of `n`, as even as possible, the longer ones first.
 
-    >>> [list(part(5, number, 3)) for number in range(3)]
+    >>> [list(own_range(5, number, 3)) for number in range(3)]
     [[0, 1], [2, 3], [4]]
     """
     size, longer = divmod(n, world)
@@ -166,14 +166,14 @@ def part(n: int, number: int, world: int) -> range:
     return range(start, start + size + (number < longer))
 
 
-def shares(loader: Any, *, training: bool, start: Start | None = None) -> Iterator[Batch]:
-    """This process's part of every batch of a loader that gives global ones, in the same order everywhere.
+def local_batches(loader: Any, *, training: bool, start: Start | None = None) -> Iterator[Batch]:
+    """The part of each global batch in this process, in the same order and number in every process.
 
-    A `DataLoader` fetches that part only, unless its collate function draws random numbers for whole batches
-    (`whole_batches`); of any other loader the batches are cut. Every process gets equally many.
+    A `DataLoader` fetches only that part, unless its collate function draws random numbers for whole batches
+    (attribute `whole_batches`). Batches of any other loader are fetched whole and sliced.
 
     Args:
-        training: with random numbers of each process's own (for dropout, and for data that is drawn on the fly).
+        training: draw different random numbers in each process (for dropout and augmentation).
         start: begin in the middle of an epoch.
     """
     if world_size() == 1:
@@ -189,38 +189,38 @@ def shares(loader: Any, *, training: bool, start: Start | None = None) -> Iterat
     yield from from_start(found, start)
 
 
-def _own_numbers(found: Iterator[Share], training: bool) -> Iterator[Share]:
-    for i, share in enumerate(found):
+def _own_numbers(found: Iterator[LocalBatch], training: bool) -> Iterator[LocalBatch]:
+    for i, batch in enumerate(found):
         if training and i == 0 and rank():
             torch.manual_seed(int(torch.randint(2**62, ())) + rank())
-        yield share
+        yield batch
 
 
 def _same_random_state() -> None:
-    """Process 0's random numbers for all: a sampler without a generator of its own draws its order from them."""
+    """Give every process the random state of process 0, from which a sampler without a generator draws its order."""
     state = torch.get_rng_state()
     dist.broadcast(state, src=0, group=hosts())
     torch.set_rng_state(state)
 
 
-def _fetched(loader: DataLoader[Any], start: Start | None) -> Iterator[Share]:
-    counts: deque[tuple[int, int]] = deque()  # samples in the batches on their way, and how many of them are ours
+def _fetched(loader: DataLoader[Any], start: Start | None) -> Iterator[LocalBatch]:
+    counts: deque[tuple[int, int]] = deque()  # of the batches on their way: all samples, own samples
 
     def own_part(indices: list[Any]) -> list[Any]:
-        own = [indices[i] for i in part(len(indices), rank(), world_size())]
+        own = [indices[i] for i in own_range(len(indices), rank(), world_size())]
         counts.append((len(indices), len(own)))
         return own or indices[:1]
 
     for batch in fetched(loader, start, share=own_part, spread=rank() * _SPREAD):
         inputs, labels = inputs_and_labels(batch)
         whole, own = counts.popleft()
-        yield Share.of(inputs, labels, whole=whole, own=own)
+        yield LocalBatch.of(inputs, labels, whole=whole, own=own)
 
 
-def _cut(loader: Any) -> Iterator[Share]:
+def _cut(loader: Any) -> Iterator[LocalBatch]:
     for inputs, labels in map(inputs_and_labels, loader):
-        mine = part(len(labels), rank(), world_size())
+        mine = own_range(len(labels), rank(), world_size())
         here = mine or range(1)
         at = slice(here.start, here.stop)
         rows = map_tensors(lambda tensor: tensor[at] if tensor.dim() else tensor, inputs)  # noqa: B023 - called at once
-        yield Share.of(rows, labels[at], whole=len(labels), own=len(mine))
+        yield LocalBatch.of(rows, labels[at], whole=len(labels), own=len(mine))

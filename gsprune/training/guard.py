@@ -1,7 +1,6 @@
-"""`Guard`: a training step whose gradients are not finite changes nothing, is counted, and ends the run if it goes on.
+"""`Guard`: skips a training step with non-finite gradients, and ends the run after too many in a row.
 
-The decision is made on the device and nothing waits for it; only for an optimizer without a fused form does the step
-itself wait.
+The decision is made on the device, without a sync point, unless the optimizer has no fused form.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-LOOK = 8  # steps between two looks at the counters; each look reads what the one before it asked for
+LOOK = 8  # steps between two looks at the counters; each reads the copy that the one before it requested
 
 
 class BadNumbers(ValueError):
@@ -35,15 +34,15 @@ class Guard:
         guard.step()                    # optimizer.step(), unless the step is bad
         guard.look()                    # raises BadNumbers, up to 2 * LOOK steps late
 
-    A step is bad if the 2-norm (in float32) of a gradient is not finite. It leaves parameters, the optimizer's state
-    and buffers (BatchNorm's statistics, which one NaN would spoil for ever) bit for bit as they were before it. Of the
-    buffers that holds for floating-point ones and for counters of no dimension.
+    A step is bad if the 2-norm (in float32) of a gradient is not finite. Parameters, the optimizer's state and buffers
+    (BatchNorm's statistics, which one NaN would make useless) are then bit for bit the same as before the step. Buffers
+    are floating-point ones of any shape and scalar counters.
 
     Args:
-        model: whose buffers are kept and whose names are used.
-        optimizer: of the model's parameters. A fused one skips a bad step inside its kernel; with every other class
-            `step` is a sync point.
-        limit: bad steps in a row that are put up with; one more ends the run.
+        model: network that is trained.
+        optimizer: of the model's parameters. A fused one skips a bad step inside its kernel; for any other, `step` is
+            a sync point.
+        limit: bad steps in a row that are allowed; one more ends the run.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -76,7 +75,7 @@ class Guard:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Before the forward pass: remember the buffers."""
+        """Before the forward pass: save the buffers."""
         for key, buffers in _buffers(self.model).items():
             if key not in self._kept or not self._kept[key].fit(buffers):
                 self._kept[key] = _Kept(buffers)
@@ -84,20 +83,20 @@ class Guard:
 
     @torch.no_grad()
     def judge(self) -> None:
-        """After the backward pass, with gradients unscaled and not yet clipped: one pass over them, and no waiting."""
+        """After the backward pass, with gradients unscaled and not yet clipped: one pass over them, no sync point."""
         self._judged = [p for p in parameters_of(self.optimizer) if p.grad is not None]
         norms = _norms(self._judged, self._first)
         self._bad, self._norm = norms.isfinite().all().logical_not(), torch.linalg.vector_norm(norms)
         self._skipped = self._skipped + self._bad
         self._streak = (self._streak + 1) * self._bad
-        # of the streak that ends the run, and not of one that comes before the host has seen it
+        # of the streak that ends the run, not of a later one that begins before the host has read the counters
         begun = (self._streak == 1) & (self._longest <= self.limit)
         self._first = torch.where(begun, norms, self._first if len(self._first) == len(norms) else norms)
         self._longest = torch.maximum(self._longest, self._streak)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """Meanwhile the optimizer carries `found_inf`: 1.0 for a bad step, on the device."""
+        """Within the block the optimizer has `found_inf`: 1.0 for a bad step, on the device."""
         self.optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
         try:
             yield
@@ -106,13 +105,13 @@ class Guard:
 
     @torch.no_grad()
     def clip(self, max_norm: float | None) -> None:
-        """Scale the gradients to a global norm of `max_norm` at most; those of a bad step stay as they are."""
+        """Scale the gradients to a global norm of at most `max_norm`; those of a bad step are unchanged."""
         if max_norm is not None:
             norm = self._norm.masked_fill(self._bad, 0)
             nn.utils.clip_grads_with_norm_(parameters_of(self.optimizer), max_norm, norm)
 
     def step(self) -> None:
-        """`optimizer.step()`, or nothing; buffers are those of before the step, if it is bad."""
+        """`optimizer.step()`; after a bad step, no update, and the buffers as saved by `begin`."""
         if self._fused:
             with self.shown():
                 self.optimizer.step()
@@ -127,7 +126,7 @@ class Guard:
                     self._kept[key].put_back(buffers, where=self._bad)
 
     def _clear_new_momentum(self) -> None:
-        """A fused SGD that skips its first step leaves momentum that nobody has written."""
+        """A fused SGD that skips its first step leaves uninitialised momentum."""
         for state in self.optimizer.state.values():
             if isinstance(momentum := state.get("momentum_buffer"), Tensor):
                 momentum.masked_fill_(self._bad, 0)
@@ -145,7 +144,7 @@ class Guard:
         return int(self._streak)
 
     def state_dict(self) -> dict[str, int]:
-        """The counts, for a run that goes on later. This is a sync point."""
+        """The counters, for a checkpoint. This is a sync point."""
         return {"skipped": self.skipped, "streak": self.streak, "longest": int(self._longest), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -154,10 +153,10 @@ class Guard:
         self._steps = state["steps"]
 
     def look(self, *, now: bool = False) -> None:
-        """After every step: see whether too many were bad, without waiting, so a little late. `now` waits.
+        """After every step: check the counters of up to 2 * LOOK steps ago; with `now`, those of now (sync).
 
         Raises:
-            BadNumbers: more than `limit` bad steps in a row; names the first tensor that was bad.
+            BadNumbers: more than `limit` bad steps in a row; names the first tensor with a bad gradient.
         """
         if now:
             self._check(int(self._longest))
@@ -165,12 +164,12 @@ class Guard:
             if self._asked is not None:
                 longest, copied = self._asked
                 if copied is not None:
-                    copied.synchronize()  # it was asked LOOK steps ago
+                    copied.synchronize()  # requested LOOK steps ago
                 self._check(int(longest.numpy()))
             self._asked = self._ask()
 
     def _ask(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Begin to copy the longest streak to the host."""
+        """Start to copy the longest streak to the host."""
         if not self._longest.is_cuda:
             return self._longest.to("cpu", copy=True), None
         host = torch.empty_like(self._longest, device="cpu", pin_memory=True)
@@ -189,7 +188,7 @@ class Guard:
             )
 
     def _spoiled(self) -> str | None:
-        """The model's own first tensor that is not finite: no later step can be good."""
+        """The first tensor of the model that is not finite itself: no later step can be good."""
         for name, tensor in not_finite(self.model, but_for=self._unbounded).items():
             return f"and {name!r} itself holds {'nan' if bool(tensor.isnan().any()) else 'inf'}"
         return None
@@ -204,7 +203,7 @@ class Guard:
 
 
 class _Kept:
-    """A copy of tensors of one dtype, side by side: choosing between two states is then one operation."""
+    """A flat copy of tensors of one dtype, so that choosing between two states is one operation."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.shapes = [tensor.shape for tensor in tensors]
@@ -228,7 +227,7 @@ class _Kept:
 
 
 def _buffers(model: nn.Module) -> dict[tuple[torch.dtype, torch.device], list[Tensor]]:
-    """What a forward pass may spoil: constants such as positions and causal masks are none of it."""
+    """Buffers that a forward pass may change; integer constants such as position indices are left out."""
     found: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
     for buffer in model.buffers():
         if buffer.is_floating_point() or buffer.dim() == 0:
@@ -263,7 +262,7 @@ def not_finite(model: nn.Module, *, but_for: Collection[str] = ()) -> dict[str, 
 
 
 def unbounded(model: nn.Module) -> frozenset[str]:
-    """Buffers of a sound model that hold inf on purpose, as masks of attention do."""
+    """Names of the buffers that hold inf on purpose, as attention masks do, in a model that is sound."""
     return frozenset(dict(model.named_buffers()).keys() & not_finite(model).keys())
 
 

@@ -1,12 +1,12 @@
-"""The batches of an epoch, from any of them on.
+"""The batches of an epoch, starting at any of them.
 
-Where no batch depends on what was fetched before it, those that are done are skipped in the sampler, at no cost:
+If no batch depends on those before it, finished batches are skipped in the sampler, without loading them:
 
-- in the main process a data set draws from the generators of Python, numpy and torch, whose state is restored;
-- in worker processes these generators are seeded for each batch, by the epoch's seed and the batch's number.
+- in the main process, a data set draws from the generators of Python, numpy and torch, whose state is restored;
+- in worker processes, these generators are seeded for each batch, with the epoch's seed and the batch's number.
 
-What keeps random numbers of its own (a generator, an iterator), comes as a stream, or is no `DataLoader` is fetched
-again.
+Otherwise the finished batches are loaded again and dropped: for a data set with random numbers of its own (a generator,
+an iterator), for a stream, and for a loader that is no `DataLoader`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 __all__ = ["Start", "batches", "fetched", "from_start", "generators", "is_skippable"]
 
-_MOST = 10_000  # objects that are looked through for random numbers of their own
-_FEW = 100  # of the items of a list, which are taken to be alike
+_MOST = 10_000  # objects that are searched for random numbers of their own
+_FEW = 100  # items of a list that are searched; the others are assumed to be alike
 _PLAIN = (str, bytes, int, float, complex, type(None), type, ModuleType, torch.Tensor, np.ndarray, np.generic)
 # restored, and seeded in workers
 _GLOBAL = (random._inst, np.random.mtrand._rand, torch.default_generator)
@@ -35,12 +35,12 @@ _OWN = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.B
 
 @dataclass(frozen=True)
 class Start:
-    """Where in an epoch to begin.
+    """Where in an epoch to start.
 
     Args:
-        batches: how many are done.
-        then: called when they are left behind, before the next one is fetched.
-        between: called after each one that has to be fetched again.
+        batches: number of finished batches.
+        then: called after they are skipped, before the next batch is loaded.
+        between: called after each finished batch that has to be loaded again.
     """
 
     batches: int
@@ -49,14 +49,14 @@ class Start:
 
 
 def batches(loader: Any, start: Start | None = None) -> Iterator[Any]:
-    """What iterating over the loader gives, from `start` on."""
+    """The batches of the loader, from `start` on."""
     if is_skippable(loader) and (start or loader.num_workers):
         return fetched(loader, start)
     return from_start(loader, start)
 
 
 def from_start(found: Iterable[Any], start: Start | None) -> Iterator[Any]:
-    """Batches of which the first ones are fetched again, and dropped."""
+    """The batches of `found` after `start`: those before it are loaded and dropped."""
     waiting = iter(found)
     if start is not None:
         for _ in islice(waiting, start.batches):
@@ -72,9 +72,10 @@ def fetched(
     share: Callable[[list[Any]], list[Any]] = lambda indices: indices,
     spread: int = 0,
 ) -> Iterator[Any]:
-    """The batches of a loader's own order, each of them fetched for its `share` of the indices.
+    """The batches of a loader in its own order.
 
     Args:
+        share: indices of a batch -> those to load.
         spread: added to the seed of the worker processes.
     """
     # In the order in which an epoch draws them: the seed of the workers, then the batches.
@@ -103,7 +104,7 @@ def fetched(
 
 
 def is_skippable(loader: Any) -> bool:
-    """Whether no batch of it depends on what was fetched before."""
+    """Whether no batch of the loader depends on the batches before it."""
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return False
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None or loader.persistent_workers:
@@ -112,7 +113,7 @@ def is_skippable(loader: Any) -> bool:
 
 
 def generators(loader: Any) -> dict[str, torch.Generator]:
-    """Those that decide on a loader's order, by what they belong to."""
+    """The generators that a loader's order comes from, by the object that holds them."""
     sampler = getattr(loader, "sampler", None)
     batch_sampler = getattr(loader, "batch_sampler", None)
     owners = {"loader": loader, "sampler": sampler, "batch_sampler": batch_sampler}
@@ -126,7 +127,7 @@ def generators(loader: Any) -> dict[str, torch.Generator]:
 
 
 def _keeps_random_numbers(roots: list[Any], known: Iterable[torch.Generator]) -> bool:
-    """Whether one of the objects, or what hangs on it, has a state from which later items come.
+    """Whether one of the objects, or one reachable from it, has a state that later items depend on.
 
     >>> _keeps_random_numbers([{"transforms": [random.Random(0)]}], known=())
     True
@@ -181,7 +182,7 @@ class _Once(Sampler[list[Any]]):
 
 
 class _Seeded(Dataset[Any]):
-    """A data set in a worker process, where each batch has random numbers of its own; else it is as the one inside."""
+    """A data set in a worker process that seeds random numbers for each batch; otherwise it acts as the one inside."""
 
     def __init__(self, inside: Dataset[Any]) -> None:
         object.__setattr__(self, "_inside", inside)

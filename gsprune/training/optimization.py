@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from gsprune.training.checks import check, check_share
 
 
-class Schedule(Protocol):
-    """What the loop asks of a learning-rate schedule: every `torch.optim.lr_scheduler` has it."""
+class LRSchedule(Protocol):
+    """The method of a learning-rate schedule that the loop calls, as every `torch.optim.lr_scheduler` has it."""
 
     def step(self) -> None: ...
 
@@ -61,8 +61,8 @@ def make_optimizer(
 ) -> Optimizer:
     """Call `factory` (an optimizer class or a partial of one) on the model's trainable parameters.
 
-    With `fused`, the fused form is asked for where the class has one and neither `fused` nor `foreach` was
-    set; where the parameters do not allow it (device, dtype) the ordinary form is taken.
+    With `fused`, the fused form is used if the class has one and neither `fused` nor `foreach` is set. If the
+    parameters do not allow it (device, dtype), the ordinary form is used.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -76,7 +76,7 @@ def make_optimizer(
 
 
 def _check_types(factory: Callable[..., Optimizer]) -> None:
-    """A text in the place of a number or a switch, or a number too few: some notice it only in a step, or never."""
+    """Refuse a string for a number or a bool, and a tuple of another length: some optimizers fail late, or never."""
     given = getattr(factory, "keywords", {})
     for name, parameter in inspect.signature(getattr(factory, "func", factory)).parameters.items():
         default, value = parameter.default, given.get(name)
@@ -91,9 +91,9 @@ def _check_types(factory: Callable[..., Optimizer]) -> None:
 
 
 def _unset(factory: Callable[..., Any], name: str) -> bool:
-    """Whether `factory` takes the argument and nobody has chosen it yet."""
+    """Whether `factory` has a parameter of that name that is not set."""
     try:
         parameter = inspect.signature(factory).parameters.get(name)
-    except ValueError:  # a partial with an argument that does not exist: calling it gives the better message
+    except ValueError:  # a partial with an unknown argument: calling it gives the better message
         return False
     return parameter is not None and parameter.default is None

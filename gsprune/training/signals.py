@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT (Ctrl-C, a scheduler that takes the machine back): a run ends at a good moment, with its code."""
+"""SIGTERM and SIGINT (Ctrl-C, a time limit): a run stops between two steps, with the signal's exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(SystemExit):
-    """A signal has asked the process to end; its exit code is 128 + the signal's number: 143 SIGTERM, 130 SIGINT.
+    """The process was asked to stop; its exit code is 128 + the number of the signal: 143 SIGTERM, 130 SIGINT.
 
     >>> str(Interrupted(signal.SIGTERM)), Interrupted(signal.SIGINT).code
     ('stopped by SIGTERM', 130)
@@ -26,21 +26,19 @@ class Interrupted(SystemExit):
         self.signal = signal.Signals(signum)
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
-        return Interrupted, (int(self.signal),)  # a worker process sends it to its parent
+        return Interrupted, (int(self.signal),)  # sent from a worker process to its parent
 
     def __str__(self) -> str:
         return f"stopped by {self.signal.name}"
 
 
 class Stop:
-    """While this is open, a signal raises `Interrupted`; within `deferred` the first one waits until `check`.
+    """Within this context a signal raises `Interrupted`; within `deferred`, the first one waits until `check`.
 
-    A signal that is ignored (nohup) stays ignored. Outside the main thread, where Python has no signals, nothing
-    changes.
+    An ignored signal (nohup) stays ignored. Outside the main thread, where Python handles no signals, nothing changes.
 
     Args:
-        patient: within `deferred` a second signal waits too: whoever has started this process passes on what it gets
-            itself, and has the last word.
+        patient: within `deferred` a second signal waits too: the parent process forwards its signals and decides.
     """
 
     def __init__(self, *, patient: bool = False) -> None:
@@ -51,17 +49,17 @@ class Stop:
 
     @property
     def signum(self) -> int:
-        """The signal that has come; 0 for none."""
+        """The number of the signal received; 0 for none."""
         return self._signum or 0
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal has come."""
+        """Raise `Interrupted` if a signal was received."""
         if self._signum is not None:
             raise Interrupted(self._signum)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """In here somebody asks for `signum` often and ends at a good moment; the end of the block does too."""
+        """Within the block the caller polls `signum` and stops by itself; the end of the block calls `check`."""
         self._deferring = True
         try:
             yield

@@ -1,7 +1,7 @@
-"""The training loop: `Trainer.fit`, `score` and `evaluate`, learning-rate schedules, optimizers, seeds.
+"""The training loop: `Trainer.fit`, `score` and `evaluate`, and seeds.
 
-The only caller of the pruner's hooks in this repository. There is one loop and it has no feature branches:
-what pruning needs comes in through the hooks (`Hooks`), what a screen, a log or a checkpoint needs through callbacks.
+There is one loop, without branches for features: pruning works through the hooks (`Hooks`); progress display, logs and
+checkpoints work through callbacks.
 
 One optimizer step, in order:
 
@@ -12,7 +12,7 @@ One optimizer step, in order:
     clip, optimizer.step(), scaler.update()
     hooks.on_step_end()
     optimizer.zero_grad(set_to_none=True), lr_schedule.step()
-    on_step(totals), on_rest(position)    between two steps: what can be saved, and gone on from
+    on_step(totals), on_rest(state)       between two steps: the loop's state can be saved, and training resumed from it
 
 A step whose gradients are not finite changes neither parameters nor optimizer nor buffers (see `guard`).
 """
@@ -42,8 +42,8 @@ from gsprune.training import data_parallel
 from gsprune.training.checks import check
 from gsprune.training.guard import Guard
 from gsprune.training.loading import Start
-from gsprune.training.optimization import Schedule
-from gsprune.training.position import Position, Stateful
+from gsprune.training.loop_state import LoopState, Stateful
+from gsprune.training.optimization import LRSchedule
 
 Batch = tuple[Any, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,7 +53,7 @@ RESUME = ("auto", "never")
 
 
 class Hooks(Protocol):
-    """What the loop asks of a pruner (`gsprune.Pruner`, `gsprune.NoPruning`, or your own)."""
+    """The methods of a pruner that the loop calls (`gsprune.Pruner`, or your own)."""
 
     def on_train_begin(self) -> None: ...
     def on_epoch_begin(self, epoch: int) -> None: ...
@@ -65,10 +65,10 @@ class Hooks(Protocol):
 
 
 class Loader(Protocol):
-    """Batches whose number is known: a `DataLoader`, or a list of batches.
+    """Batches with a known number: a `DataLoader`, or a list of batches.
 
-    A batch is (inputs, labels), or a mapping, named tuple or dataclass with a part called labels. The network is called
-    with the inputs as `example_input` is traced: model(x), model(*tuple) or model(**mapping).
+    A batch is (inputs, labels), or a mapping, named tuple or dataclass with a field called labels. The network is
+    called as model(x), model(*tuple) or model(**mapping), the same as with `example_input`.
     """
 
     def __iter__(self) -> Iterator[Batch]: ...
@@ -76,13 +76,13 @@ class Loader(Protocol):
 
 
 class Totals:
-    """Loss and correct predictions summed on the device: adding never waits for it, `read` does.
+    """Sums of the loss and of correct predictions on the device: only `read` is a sync point.
 
-    The averages are over samples, not over batches, so a short last batch weighs what it holds.
+    Averages are over samples, not over batches, so a short last batch counts by its size.
     """
 
     def __init__(self, device: torch.device, *, skipped: int = 0) -> None:
-        self.skipped = skipped  # steps that were left out before these
+        self.skipped = skipped  # steps that were skipped before these
         # float64 keeps the sum exact over a long epoch; MPS has none
         wide = torch.float32 if device.type == "mps" else torch.float64
         self._loss = torch.zeros((), dtype=wide, device=device)
@@ -91,7 +91,7 @@ class Totals:
         self._count = 0
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor, *, only_finite: bool = False) -> None:
-        """With `only_finite` a batch whose loss is not finite is left out."""
+        """Add a batch; with `only_finite`, a batch with a non-finite loss is left out."""
         loss, correct = loss_sum.detach(), (logits.detach().argmax(dim=1) == labels).sum()
         if only_finite:
             lost = loss.isfinite().logical_not()
@@ -102,7 +102,7 @@ class Totals:
         self._count += len(labels)
 
     def together(self) -> Totals:
-        """Those of all processes, each of which has to ask; in a process that is alone, its own."""
+        """The sums over all processes, each of which must call this; in a single process, the same sums."""
         if collectives.world_size() == 1:
             return self
         counts = (self._correct, self._left_out, torch.full_like(self._correct, self._count))
@@ -113,17 +113,14 @@ class Totals:
         return found
 
     def read(self) -> dict[str, float]:
-        """Mean loss and accuracy (0 to 1) so far, of this process alone; NaN if every batch was left out.
-
-        This is a sync point.
-        """
+        """Mean loss and accuracy (0 to 1) of this process; NaN if every batch was left out. This is a sync point."""
         if self._count == 0:
-            raise ValueError("the loader gave no batch, so there is no loss or accuracy to report")
+            raise ValueError("the loader has no batch, so there is no loss or accuracy to report")
         count = self._count - int(self._left_out) or math.nan
         return {"loss": self._loss.item() / count, "accuracy": self._correct.item() / count}
 
     def state_dict(self) -> dict[str, Any]:
-        """On the host, so that another process can take it without a GPU of this number. This is a sync point."""
+        """The sums on the CPU, so that a process with other devices can load them. This is a sync point."""
         sums = {"loss": self._loss.cpu(), "correct": self._correct.cpu(), "left_out": self._left_out.cpu()}
         return {**sums, "count": self._count, "skipped": self.skipped}
 
@@ -136,44 +133,46 @@ class Totals:
 
 EpochCallback = Callable[[int, dict[str, float]], None]
 StepCallback = Callable[[Totals], None]
-RestCallback = Callable[[Position], None]
+RestCallback = Callable[[LoopState], None]
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """Settings of training, and the verbs that use them: `fit`, `score` and `evaluate`.
+    """Settings of training, and the methods that use them: `fit`, `score` and `evaluate`.
 
     Args:
-        dense_epochs, prune_epochs: length of a job's two phases (read by the job).
-        prune_lr: learning rate of the second phase; None takes the optimizer's own.
+        dense_epochs, prune_epochs: epochs of the two phases of a job (used by the job).
+        prune_lr: learning rate of the second phase; None: that of the optimizer.
         device: "auto" (CUDA, then MPS, then CPU), "cpu", "cuda", "cuda:1", "mps".
         precision: "fp32", or autocast to "bf16" or "fp16" (the latter with a gradient scaler).
         accumulate_steps: batches in one optimizer step. The gradient is that of the mean over all samples of
             the group, as for one batch of that size, also when the last batch or the last group of an epoch
             is short. (BatchNorm still normalises each batch by itself.)
         clip_norm: largest global gradient norm, None for no clipping. The pruner sees gradients before it.
-        max_bad_steps: a step whose gradients are not finite is skipped: neither weights nor scores nor BatchNorm's
-            statistics change. So many in a row are put up with, and one more ends the run; 0: none is. With fp16 leave
-            room, because the scaler finds its scale by steps like that.
+        max_bad_steps: skipped steps in a row that are allowed; one more ends the run. A step with non-finite gradients
+            is skipped: weights, scores and BatchNorm's statistics stay the same. With fp16 allow some, because the
+            gradient scaler finds its scale by skipped steps.
         channels_last: memory format of the model and of 4-D inputs; faster convolutions on most devices.
         compile: run forward through `torch.compile`; the pruner works on the plain module.
-        fused: use the optimizer's fused form where it has one (one kernel instead of one per operation).
-        deterministic: ask also CUDA for the same numbers twice (slower). On CPU they are the same anyway.
-        progress: read by the job: how to show it.
-        latency_repeats, latency_batch, latency_seconds: read by the job: how often to time a forward pass of both
-            networks (0: not at all; fewer than 30 give no figure), of how many samples, and for how long at most.
+        fused: use the optimizer's fused form if it has one (one kernel instead of one for each operation).
+        deterministic: use deterministic algorithms on CUDA too (slower). Training on a CPU is deterministic anyway.
+        progress: how to display progress: "auto" (a bar on a terminal, otherwise lines), "bar", "lines", "none" (used
+            by the job).
+        latency_repeats, latency_batch, latency_seconds: timings of a forward pass of both networks (0: none; fewer than
+            30 give no figure), samples in the batch, and seconds for all timings at most (used by the job).
         devices: processes on this machine that train one network together, each on its part of every batch: a batch
-            size is that of all of them. On CUDA each takes a GPU of its own.
-        nodes: machines that do so; the same command is started on each of them, in an output directory that all see (or
-            an interrupted run cannot go on).
-        rendezvous: "host:port" of one of the machines, where they find each other. Needed for more than one.
+            size is that of all of them. On CUDA each process uses its own GPU.
+        nodes: machines that train one network together. Start the same command on each of them, with an output
+            directory that all can read (otherwise an interrupted run cannot be resumed).
+        rendezvous: "host:port" of one of the machines, where they connect. Required for more than one machine.
         timeout_minutes: how long a process waits for another one before the run ends with an error.
-        dense_cache, dense_scores: read by the job: jobs of a sweep that share their dense phase train it once;
-            the dense network is scored before pruning begins, so that the first mask does not rest on a few batches.
-        resume: read by the job: "auto" goes on from the newest checkpoint of an unfinished run of the same
-            configuration in the output directory, "never" starts anew.
-        checkpoint_minutes: read by the job: write a checkpoint also within an epoch when the last one is older
-            than that; 0 after every step, None at the end of epochs alone.
+        dense_cache: jobs of a sweep with the same dense phase train it once (used by the job).
+        dense_scores: score the dense network before pruning begins, so that the first mask does not depend on a few
+            batches alone (used by the job).
+        resume: "auto" resumes from the newest checkpoint of an unfinished run of the same configuration in the output
+            directory; "never" starts from scratch (used by the job).
+        checkpoint_minutes: write a checkpoint within an epoch too, when the last one is older than this; 0: after
+            every step; None: only at the end of an epoch (used by the job).
 
     Raises:
         ValueError: one sentence for each setting outside its range, and for a device that is not here.
@@ -242,7 +241,7 @@ class Trainer:
         return find_device(self.device)
 
     def place(self, model: Model) -> Model:
-        """The same module, moved to the device and the memory format. Do this before making an optimizer."""
+        """Move a model to the device and the memory format, before making an optimizer. Returns the same module."""
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         model = data_parallel.prepared(model, self.torch_device)
         return model.to(device=self.torch_device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
@@ -258,12 +257,12 @@ class Trainer:
         val_loader: Loader | None,
         *,
         optimizer: Optimizer,
-        lr_schedule: Schedule,
+        lr_schedule: LRSchedule,
         pruner: Hooks,
         epochs: int,
         on_epoch: EpochCallback = lambda epoch, values: None,
         on_step: StepCallback = lambda totals: None,
-        on_rest: RestCallback = lambda position: None,
+        on_rest: RestCallback = lambda state: None,
         on_redraw: Callable[[], None] = lambda: None,
         start: Mapping[str, Any] | None = None,
     ) -> None:
@@ -275,20 +274,20 @@ class Trainer:
                 `val/loss`, `val/accuracy` (when there is a `val_loader`), `lr` (of the next step), `epoch_seconds`,
                 and `train/skipped_steps` if there were any.
             on_step: called after every optimizer step with the running `Totals`; reading it is a sync point.
-            on_rest: called after `on_step`, after each batch of `val_loader` and after `on_epoch`, with the `Position`:
-                what is between two steps can be saved here. An exception ends the training.
-            on_redraw: called after each batch that has to be fetched again to go on within an epoch (see `loading`).
-                An exception ends the training; nothing has changed since `start`.
-            start: a `Position.state_dict()` to go on from, as if never interrupted. The states of model, optimizer,
-                schedule and pruner at that position are loaded already.
+            on_rest: called after `on_step`, after each batch of `val_loader` and after `on_epoch`, with the
+                `LoopState`, which can be saved here. An exception ends training.
+            on_redraw: called after each batch that is loaded again in order to resume within an epoch (see `loading`).
+                An exception ends training; nothing has changed since `start`.
+            start: a `LoopState.state_dict()` to resume from. The states of model, optimizer, learning-rate schedule and
+                pruner at that moment must be loaded already.
 
         Raises:
-            BadNumbers: a ValueError that names the first tensor whose gradient is not finite, after more than
-                `max_bad_steps` such steps in a row. The model is as the last good step left it.
+            BadNumbers: a ValueError that names the first tensor with a non-finite gradient, after more than
+                `max_bad_steps` such steps in a row. The model is that of the last good step.
         """
         loop = self._loop(model, optimizer, pruner)
         parts: dict[str, Stateful] = {"scaler": loop.scaler, "guard": loop.guard}
-        at = Position(self.torch_device, parts, start, on_redraw=on_redraw)
+        at = LoopState(self.torch_device, parts, start, on_redraw=on_redraw)
         model.train()
         pruner.on_train_begin()
         with _first_skipped_step_is_fine():
@@ -297,7 +296,7 @@ class Trainer:
                 values = _named("train", loop.train_epoch(train_loader, lr_schedule, on_step, on_rest, at))
                 pruner.on_epoch_end()
                 if val_loader is not None:
-                    batches = at.resting(data_parallel.shares(val_loader, training=False), on_rest)
+                    batches = at.resting(data_parallel.local_batches(val_loader, training=False), on_rest)
                     values |= _named("val", self._evaluate(model, loop.plain, batches))
                 values |= {"lr": _lr(optimizer), "epoch_seconds": at.seconds}
                 on_epoch(epoch, values)
@@ -309,19 +308,19 @@ class Trainer:
     def score(
         self, model: nn.Module, loader: Loader, *, optimizer: Optimizer, pruner: Hooks, steps: int | None = None
     ) -> int:
-        """Let the pruner score a network as it is: steps of training without the update of the weights.
+        """Let the pruner score a network without changing it: training steps without the optimizer's update.
 
-        Forward and backward run as in `fit`, and of the hooks `on_before_optimizer_step` alone is called. Afterwards
-        parameters, buffers (BatchNorm's statistics) and modes are as they were, and gradients are None; the loader
-        and dropout have drawn random numbers.
+        Forward and backward run as in `fit`; of the hooks, only `on_before_optimizer_step` is called. Afterwards
+        parameters, buffers (BatchNorm's statistics) and modes are the same as before, and gradients are None; the
+        loader and dropout have drawn random numbers.
 
         Args:
             optimizer: of the model's parameters; it makes no step and keeps its state.
-            steps: optimizer steps to score, at most one pass over the loader; None: all of it. A pruner's
-                `criterion.horizon` says how many matter.
+            steps: optimizer steps to score, at most one pass over the loader; None: one pass. `criterion.horizon` of
+                the pruner is the number of steps that matter.
 
         Returns:
-            How many steps there were.
+            The number of steps.
         """
         check(steps is None or steps >= 0, "steps", steps, "0 or more, or None")
         with _as_it_was(model):
@@ -335,8 +334,8 @@ class Trainer:
         return _Loop(self, plain, data_parallel.data_parallel(plain), optimizer, pruner, scaler, guard)
 
     def evaluate(self, model: nn.Module, loader: Loader) -> dict[str, float]:
-        """Mean `loss` and `accuracy` (0 to 1) over all samples of `loader`; the model is left as it was."""
-        return self._evaluate(model, model, data_parallel.shares(loader, training=False))
+        """Mean `loss` and `accuracy` (0 to 1) over all samples of `loader`; the model stays the same."""
+        return self._evaluate(model, model, data_parallel.local_batches(loader, training=False))
 
     def _evaluate(self, model: nn.Module, forward: Callable[..., Tensor], batches: Iterable[Batch]) -> dict[str, float]:
         totals = Totals(self.torch_device)
@@ -357,7 +356,7 @@ class Trainer:
         return F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels
 
     def to_device(self, value: Any) -> Any:
-        """Copy every tensor of a nest (tuples, mappings, dataclasses) without waiting for pinned memory."""
+        """Copy every tensor in nested tuples, mappings and dataclasses; no sync point for pinned memory."""
         return map_tensors(self._to_device, value)
 
     def _to_device(self, value: Tensor) -> Tensor:
@@ -368,24 +367,24 @@ class Trainer:
 
 @dataclass
 class _Loop:
-    """One `fit` or `score`: the trainer's settings and what it works on."""
+    """One `fit` or `score`: the trainer, and the objects that it trains with."""
 
     trainer: Trainer
     plain: nn.Module
-    forward: nn.Module  # the same; in several processes what also averages its gradients
+    forward: nn.Module  # `plain`; with several processes, in DistributedDataParallel
     optimizer: Optimizer
     pruner: Hooks
     scaler: torch.amp.GradScaler
     guard: Guard
-    checked: int = 0  # mask updates that have been compared between processes
+    checked: int = 0  # mask updates that were compared between processes
 
     def train_epoch(
-        self, loader: Loader, lr_schedule: Schedule, on_step: StepCallback, on_rest: RestCallback, at: Position
+        self, loader: Loader, lr_schedule: LRSchedule, on_step: StepCallback, on_rest: RestCallback, at: LoopState
     ) -> dict[str, float]:
         totals = Totals(self.trainer.torch_device, skipped=self.guard.skipped)
         for step, group in at.steps(loader, functools.partial(self._groups, loader), totals):
             self.pruner.on_step_begin(step)
-            if self.check_masks():  # units that were cut out have left other parameters behind
+            if self.check_masks():  # a cut replaces parameters
                 self.forward = data_parallel.data_parallel(self.plain, self.forward)
             self.guard.begin()
             self._show_gradients(group, totals)
@@ -406,7 +405,7 @@ class _Loop:
         totals, done = Totals(self.trainer.torch_device), 0
         for group in itertools.islice(self._groups(loader), steps):
             self._show_gradients(group, totals)
-            self.scaler.update()  # a scale too large for this network shrinks here as it does in training
+            self.scaler.update()  # the scale is reduced here as in training
             self.optimizer.zero_grad(set_to_none=True)
             done += 1
         return done
@@ -419,7 +418,7 @@ class _Loop:
             self.pruner.on_before_optimizer_step()
 
     def _accumulate(self, group: Sequence[Batch], totals: Totals) -> None:
-        samples = data_parallel.weight(group)
+        samples = data_parallel.loss_divisor(group)
         for batch in group:
             with data_parallel.averaging(self.forward, last=batch is group[-1]):
                 loss, logits, labels = self.trainer.loss_sum(self.forward, batch)
@@ -431,10 +430,10 @@ class _Loop:
         """The epoch's groups of batches; `start` counts such groups."""
         size = self.trainer.accumulate_steps
         start = start and replace(start, batches=start.batches * size)
-        return _groups(data_parallel.shares(loader, training=True, start=start), size)
+        return _groups(data_parallel.local_batches(loader, training=True, start=start), size)
 
     def check_masks(self) -> bool:
-        """Compare masks that have changed over all processes; whether there was something to compare."""
+        """Compare changed masks between all processes; returns whether there were any."""
         updates = getattr(self.pruner, "updates", 0)
         if updates == self.checked or collectives.world_size() == 1:
             return False
@@ -444,12 +443,12 @@ class _Loop:
 
     def _update(self) -> None:
         self.guard.clip(self.trainer.clip_norm)
-        self.guard.step()  # in the place of the scaler's: it skips also without one
+        self.guard.step()  # instead of the scaler's: it skips without a scaler too
         self.scaler.update()
 
 
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:
-    """Seed Python, numpy and torch (all devices), and set how strictly CUDA must repeat itself."""
+    """Seed Python, numpy and torch (all devices), and choose deterministic or fast algorithms on CUDA."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -482,7 +481,7 @@ def _groups(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 @contextlib.contextmanager
 def _kept_modes(model: nn.Module) -> Iterator[None]:
-    """Back to each module's own mode at the end (a frozen BatchNorm stays frozen)."""
+    """Restore the mode of each module at the end (a frozen BatchNorm stays frozen)."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -493,7 +492,7 @@ def _kept_modes(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Steps without an update leave no trace: neither in gradients nor in buffers nor in modes."""
+    """Restore gradients (to None), buffers and modes at the end."""
     buffers = [(part, name, buffer) for part in model.modules() for name, buffer in part._buffers.items()]
     values = [None if buffer is None else buffer.clone() for _, _, buffer in buffers]
     model.zero_grad(set_to_none=True)
@@ -503,14 +502,14 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     finally:
         model.zero_grad(set_to_none=True)
         for (module, name, buffer), value in zip(buffers, values, strict=True):
-            module._buffers[name] = buffer  # a forward pass may also have put another tensor in its place
+            module._buffers[name] = buffer  # a forward pass may have assigned another tensor
             if buffer is not None and value is not None:
                 buffer.detach().copy_(value)
 
 
 @contextlib.contextmanager
 def _first_skipped_step_is_fine() -> Iterator[None]:
-    """A scaler that skips the very first step makes torch warn of a wrong call order: not so here."""
+    """Ignore torch's warning about the call order, which a scaler causes when it skips the first step."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
         yield

@@ -526,8 +526,8 @@ def test_a_checkpoint_that_is_whole_and_does_not_fit_is_one_sentence(crashed):
         ("job", "rows", [3]),
         ("job", "seconds", {"train": 1.0}),
         ("job", "cost", None),
-        ("position", "step", "1"),
-        ("position", "random", None),
+        ("loop", "step", "1"),
+        ("loop", "random", None),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_and_kept(crashed, part, key, value):

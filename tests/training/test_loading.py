@@ -14,7 +14,7 @@ from jobs import write_pictures
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from gsprune.training.loading import Start, batches, generators, is_skippable
-from gsprune.training.position import random_state, set_random_state
+from gsprune.training.loop_state import random_state, set_random_state
 from gsprune.zoo import datasets
 from gsprune.zoo.datasets import make_loader
 

@@ -42,7 +42,15 @@ from gsprune.schedules import Linear
 from gsprune.settings.identity import config_hash
 from gsprune.tracking.tracker import read_metrics
 from gsprune.training import data_parallel as data_parallel_
-from gsprune.training.data_parallel import Share, averaging, data_parallel, part, prepared, shares, weight
+from gsprune.training.data_parallel import (
+    LocalBatch,
+    averaging,
+    data_parallel,
+    local_batches,
+    loss_divisor,
+    own_range,
+    prepared,
+)
 from gsprune.training.launcher import Processes, ProcessFailed, launch, taking_part
 from gsprune.training.signals import Interrupted
 from gsprune.training.trainer import Totals, Trainer
@@ -184,7 +192,7 @@ def synchronised(monkeypatch, model):
 def test_on_gpus_batchnorm_is_synchronised_but_for_one_that_does_more(monkeypatch):
     model = small_net(NormAndReLU)
     model.insert(6, model[4])  # in two places
-    kept = "NormAndReLU on cuda normalises each process's samples by themselves: with 2 processes results are a little"
+    kept = "NormAndReLU on cuda .* 2 processes"
     with pytest.warns(UserWarning, match=kept):
         model = synchronised(monkeypatch, model)
     assert [type(model[i]).__name__ for i in (1, 4, 6)] == ["NormAndReLU", "SyncBatchNorm", "SyncBatchNorm"]
@@ -261,22 +269,22 @@ def test_pictures_are_augmented_as_in_one_process(two):
 
 
 def test_parts_are_even_runs():
-    assert [list(part(3, number, 4)) for number in range(4)] == [[0], [1], [2], []]
+    assert [list(own_range(3, number, 4)) for number in range(4)] == [[0], [1], [2], []]
     for n in range(9):
-        assert flat(part(n, number, 4) for number in range(4)) == list(range(n))
+        assert flat(own_range(n, number, 4) for number in range(4)) == list(range(n))
 
 
 def test_in_a_process_that_is_alone_nothing_changes():
     model, batches = nn.Linear(2, 2), [(torch.zeros(3, 2), torch.zeros(3))]
     assert data_parallel(model) is model
-    assert list(shares(batches, training=True)) == batches
-    assert weight(batches) == 3
+    assert list(local_batches(batches, training=True)) == batches
+    assert loss_divisor(batches) == 3
 
 
 def test_a_share_weighs_what_the_whole_batch_does():
-    share = Share.of(torch.zeros(2, 1), torch.zeros(2), whole=5, own=2)
-    assert weight([share, share]) == 10
-    assert Share.of(None, torch.zeros(1, dtype=torch.int64), whole=1, own=0)[1].tolist() == [-100]
+    share = LocalBatch.of(torch.zeros(2, 1), torch.zeros(2), whole=5, own=2)
+    assert loss_divisor([share, share]) == 10
+    assert LocalBatch.of(None, torch.zeros(1, dtype=torch.int64), whole=1, own=0)[1].tolist() == [-100]
 
 
 # --- FSDP --------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from gsprune.text.display import logger
 from gsprune.text.redact import last_line
 from gsprune.training.checkpoints import Checkpoints, Saved, read_state
 from gsprune.training.guard import not_finite
-from gsprune.training.position import Position
+from gsprune.training.loop_state import LoopState
 
 log = logger(__name__)
 DENSE = Path("checkpoint", "dense.safetensors")  # the dense network, which checkpoints of the pruning phase need
@@ -37,9 +37,9 @@ RETRIED = "checkpoints hold it meanwhile, so that the run can go on from them, a
 STATE: Mapping[str, Any] = {
     **dict.fromkeys(("config_hash", "phase"), str),
     "made_on": (str, dict),
-    **dict.fromkeys(("model", "optimizer", "lr_schedule", "pruner", "position", "job"), dict),
+    **dict.fromkeys(("model", "optimizer", "lr_schedule", "pruner", "loop", "job"), dict),
     "dense": (str, NoneType),  # sha256 of DENSE; None: it could not be written, and is `dense_model`
-    "others": list,  # positions of the processes beside the first one
+    "others": list,  # loop states of the processes after the first
 }
 JOB: Mapping[str, Any] = {
     **dict.fromkeys(("rows", "overrides"), list),
@@ -49,7 +49,7 @@ JOB: Mapping[str, Any] = {
     "dense_note": (dict, NoneType),
     "dense_val": (float, int, NoneType),
 }
-POSITION: Mapping[str, Any] = {
+LOOP: Mapping[str, Any] = {
     **dict.fromkeys(("epoch", "step"), int),
     **dict.fromkeys(("parts", "order", "random"), dict),
     "seconds": float,
@@ -70,7 +70,7 @@ class Phase:
     epochs: int
     offset: int
     optimizer: Optimizer
-    lr_schedule: Any  # a `Schedule` with a state, as torch's have
+    lr_schedule: Any  # an `LRSchedule` with a state, as torch's have
     pruner: Any
 
 
@@ -162,7 +162,7 @@ class JobCheckpoints:
             raise ValueError(f"{dense} is not the dense network that it belongs to: its sha256 is another")
 
     def restore(self, phase: Phase) -> Mapping[str, Any]:
-        """Load the state into what was built anew; returns the position in the phase.
+        """Load the state into what was built anew; returns the loop state of the phase.
 
         Raises:
             ValueError: it does not fit.
@@ -170,7 +170,7 @@ class JobCheckpoints:
         assert self.saved is not None
         (path, state), model = self.saved, self._setup.model
         try:
-            position: Mapping[str, Any] = [state["position"], *state["others"]][collectives.rank()]
+            loop: Mapping[str, Any] = [state["loop"], *state["others"]][collectives.rank()]
             phase.pruner.load_state_dict(state["pruner"])  # cuts model and optimizer where the saved pruner had
             load_state(model, state["model"], state_tensors(model)[1])
             phase.optimizer.load_state_dict(state["optimizer"])
@@ -183,11 +183,11 @@ class JobCheckpoints:
                 f"the checkpoint {path} does not fit this job ({last_line(error)}): trainer.resume=never starts anew"
             ) from error
         self.saved = None  # its tensors are no longer needed
-        return position
+        return loop
 
-    def write(self, phase: Phase, at: Position) -> None:
+    def write(self, phase: Phase, at: LoopState) -> None:
         """Write a checkpoint between two steps; a fault of the disk is a warning."""
-        position, *others = collectives.gathered(at.state_dict())
+        loop, *others = collectives.gathered(at.state_dict())
         if not self._job.first:
             return
         job, model, dense = self._job, self._setup.model, self.dense
@@ -204,7 +204,7 @@ class JobCheckpoints:
             "optimizer": phase.optimizer.state_dict(),
             "lr_schedule": phase.lr_schedule.state_dict(),
             "pruner": phase.pruner.state_dict(),
-            "position": position,
+            "loop": loop,
             "others": others,
             "job": self._job_state(),
         }
@@ -257,7 +257,7 @@ def surroundings(job: Context, setup: Setup) -> dict[str, str | int]:
 def _is_of_a_job(state: Mapping[str, Any]) -> bool:
     if not _has(state, STATE) or not _has(state["job"], JOB):
         return False
-    if not all(_has(position, POSITION) for position in (state["position"], *state["others"])):
+    if not all(_has(loop, LOOP) for loop in (state["loop"], *state["others"])):
         return False
     seconds, rows = state["job"]["seconds"], state["job"]["rows"]
     numbers = set(seconds) == set(PARTS) and all(_are_numbers(values) for values in (seconds, *rows))

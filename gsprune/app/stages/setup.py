@@ -35,7 +35,7 @@ from gsprune.text.names import told
 from gsprune.text.redact import last_line
 from gsprune.tracking.store import download_artifact
 from gsprune.training.guard import unbounded
-from gsprune.training.optimization import Schedule, make_optimizer
+from gsprune.training.optimization import LRSchedule, make_optimizer
 from gsprune.training.trainer import Trainer, seed_everything
 
 log = logger(__name__)
@@ -76,7 +76,7 @@ class Setup:
         """Seed everything, the order of the training data included."""
         _seed(self.cfg, self.trainer, stream, self.data)
 
-    def build_optimizer(self, *, epochs: int, lr: float | None = None) -> tuple[Optimizer, Schedule]:
+    def build_optimizer(self, *, epochs: int, lr: float | None = None) -> tuple[Optimizer, LRSchedule]:
         factory, steps = build(self.cfg.optimizer), epochs * self.steps_per_epoch
         optimizer = complete("optimizer", make_optimizer, factory, self.model, lr=lr, fused=self.trainer.fused)
         return optimizer, complete("lr_schedule", build(self.cfg.lr_schedule), optimizer, total_steps=steps)
@@ -92,7 +92,7 @@ class Setup:
             epochs=self.trainer.prune_epochs,
         )
 
-    def build_pruning(self) -> tuple[Optimizer, Schedule, Any]:
+    def build_pruning(self) -> tuple[Optimizer, LRSchedule, Any]:
         """Optimizer, learning-rate schedule and pruner of the pruning phase."""
         optimizer, lr_schedule = self.build_optimizer(epochs=self.trainer.prune_epochs, lr=self.trainer.prune_lr)
         return optimizer, lr_schedule, self.build_pruner(optimizer)

@@ -10,7 +10,7 @@ from gsprune.app.stages.checkpoint import JobCheckpoints, Phase
 from gsprune.app.stages.context import Context
 from gsprune.app.stages.history import History, counts
 from gsprune.app.stages.setup import Setup
-from gsprune.training.position import Position
+from gsprune.training.loop_state import LoopState
 from gsprune.training.signals import Interrupted
 
 
@@ -53,7 +53,7 @@ class Training:
                 start=start,
             )
 
-    def _rest(self, phase: Phase, at: Position) -> None:
+    def _rest(self, phase: Phase, at: LoopState) -> None:
         """Between two steps: write a checkpoint if it is due, and end here if a signal asks for it.
 
         All processes do what one of them wants.

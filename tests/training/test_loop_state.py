@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from gsprune import NoPruning
 from gsprune.training.loading import from_start
+from gsprune.training.loop_state import LoopState, random_state, set_random_state
 from gsprune.training.optimization import warmup_cosine
-from gsprune.training.position import Position, random_state, set_random_state
 from gsprune.training.trainer import Trainer, seed_everything
 
 CPU = torch.device("cpu")
@@ -182,12 +182,12 @@ def test_random_state_holds_every_generator_as_data():
 
 
 def test_the_seconds_of_an_epoch_count_in_all_processes():
-    at = Position(CPU, {})
+    at = LoopState(CPU, {})
     at.steps([1, 2, 3], lambda start: from_start([1, 2, 3], start), _Nothing())
     assert at.state_dict()["seconds"] == 0.0
     at.step = 1
     assert 0.0 < at.state_dict()["seconds"] < 10.0
-    later = Position(CPU, {}, {**at.state_dict(), "seconds": 100.0})
+    later = LoopState(CPU, {}, {**at.state_dict(), "seconds": 100.0})
     assert list(later.steps([1, 2, 3], lambda start: from_start([1, 2, 3], start), _Nothing())) == [(1, 2), (2, 3)]
     assert 100.0 <= later.seconds < 110.0
 

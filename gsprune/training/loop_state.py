@@ -1,7 +1,7 @@
-"""Where training stands between two optimizer steps, as data that a later process can go on from.
+"""The state of the training loop between two optimizer steps, as data from which a later process can resume.
 
-Three things decide what the next step does besides model, optimizer, schedule and pruner: random numbers, the order
-of the epoch's batches, and what the epoch has summed up so far.
+Beside model, optimizer, learning-rate schedule and pruner, the next step depends on the random generators, on the order
+of the epoch's batches, and on the epoch's running totals.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 
 from gsprune.training.loading import Start, generators
 
-__all__ = ["Position", "random_state", "set_random_state"]
+__all__ = ["LoopState", "random_state", "set_random_state"]
 
 Item = TypeVar("Item")
 
 
 class Stateful(Protocol):
-    """What has a state as plain data: a gradient scaler, the guard of the steps, the running totals."""
+    """An object with a state as plain data: a gradient scaler, the guard, the running totals."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
-class Position:
-    """How far a `fit` has come; `state_dict` is what a `fit` in another process starts from.
+class LoopState:
+    """Progress of a `fit`; a `fit` in another process resumes from its `state_dict`.
 
     Attributes:
-        epoch, step: finished epochs, and finished optimizer steps of the one after them.
+        epoch, step: finished epochs, and finished optimizer steps of the next epoch.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Position:
     def steps(
         self, loader: Any, groups: Callable[[Start | None], Iterator[Item]], totals: Stateful
     ) -> Iterator[tuple[int, Item]]:
-        """The epoch's groups of batches from `step` on, numbered; `totals` go on from what they were.
+        """The epoch's groups of batches from `step` on, numbered; saved `totals` are loaded.
 
-        Order and augmentation, also in worker processes, are those of an epoch that was never interrupted.
+        Order and augmentation, also in worker processes, are those of an uninterrupted epoch.
 
         Args:
-            groups: gives all of them, or those from a `Start` on.
+            groups: all groups, or those from a `Start` on.
         """
         saved, self._saved = self._saved or {}, None
         self._since = time.perf_counter() - saved.get("seconds", 0.0)
@@ -78,8 +78,8 @@ class Position:
         start = Start(self.step, lambda: set_random_state(saved["random"], self._device, loader), self._on_redraw)
         return enumerate(groups(start), self.step)
 
-    def resting(self, loader: Iterable[Item], on_rest: Callable[[Position], None]) -> Iterator[Item]:
-        """The batches of a loader to validate on, with a rest after each; saved is what was before the first."""
+    def resting(self, loader: Iterable[Item], on_rest: Callable[[LoopState], None]) -> Iterator[Item]:
+        """The batches of a validation loader, with `on_rest` after each; the state stays that of before the first."""
         self._random = random_state(self._device, self._loader)
         for batch in loader:
             yield batch
@@ -91,11 +91,11 @@ class Position:
 
     @property
     def seconds(self) -> float:
-        """Since the epoch began, in all the processes that have worked on it."""
+        """Seconds since the epoch began, including those of the processes before an interruption."""
         return time.perf_counter() - self._since
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors; waits for the device."""
+        """Plain values and tensors. This is a sync point."""
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -108,7 +108,7 @@ class Position:
 
 
 def random_state(device: torch.device, loader: Any = None) -> dict[str, Any]:
-    """The generators of Python, numpy and torch (of the CPU, the device and the loader), as tensors and plain values.
+    """States of the generators of Python, numpy and torch (CPU, device and loader), as tensors and plain values.
 
     >>> before = random_state(torch.device("cpu"))
     >>> drawn = random.random(), float(np.random.rand()), float(torch.rand(()))
@@ -129,7 +129,7 @@ def random_state(device: torch.device, loader: Any = None) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device, loader: Any = None) -> None:
-    """Put back what `random_state` gave; generators that the state does not have stay as they are."""
+    """Restore the result of `random_state`; generators that are not in it are unchanged."""
     if "python" in state:
         version, numbers, gauss = state["python"]
         random.setstate((version, tuple(numbers.tolist()), gauss))
@@ -147,7 +147,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device, loader: Any
 
 
 def _order(loader: Any) -> dict[str, Tensor]:
-    """What a loader's order comes from: its own generators, or torch's."""
+    """States of the generators that a loader's order comes from: its own and torch's."""
     own = {name: generator.get_state() for name, generator in generators(loader).items()}
     return {"torch": torch.get_rng_state(), **own}
 
