@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from forks import Forks
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -43,15 +44,24 @@ def configure(*overrides: str) -> DictConfig:
     return cfg
 
 
+_forks = Forks()
+
+
 def train(
-    folder: Path, *arguments: str, python: Sequence[str] = (), **environment: str
+    folder: Path, *arguments: str, python: Sequence[str] = (), fresh: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python train.py <arguments>` in the folder, without what our environment says of MLflow and launchers."""
+    """Run `python train.py <arguments>` in the folder, without what our environment says of MLflow and launchers.
+
+    A fork of a process that has made the imports, unless it is to be `fresh` or has options of Python.
+    """
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "HYDRA_", "SLURM_", "RAY_"))}
+    ours |= {"OMP_NUM_THREADS": "1", **environment}
+    if not (fresh or python) and hasattr(os, "fork"):
+        return _forks.run(folder, arguments, ours)
     return subprocess.run(
         [sys.executable, *python, str(ROOT / "train.py"), *arguments],
         cwd=folder,
-        env={**ours, "OMP_NUM_THREADS": "1", **environment},
+        env=ours,
         capture_output=True,
         text=True,
         timeout=300,

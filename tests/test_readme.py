@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -41,14 +42,7 @@ def test_the_criterion_of_your_own_prunes(tmp_path: Path) -> None:
         f"hydra.searchpath=[file://{tmp_path}] pruner=movement pruner.target_sparsity=0.75 model.width=4 tracking=none "
         f"trainer.dense_epochs=1 trainer.prune_epochs=2 trainer.latency_repeats=0 hydra.run.dir={tmp_path}/out"
     )
-    run = subprocess.run(
-        [sys.executable, ROOT / "train.py", *overrides.split()],
-        env={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
+    run = train(tmp_path, *overrides.split(), PYTHONPATH=str(tmp_path))
     assert run.returncode == 0, run.stderr
     assert "75.0 %" in run.stdout
 

@@ -1,7 +1,7 @@
-"""Every kind of file that gsprune reads, spoiled a thousand times: it loads, or one sentence says why not.
+"""Every kind of file that gsprune reads, spoiled again and again: it loads, or one sentence says why not.
 
-Never a crash, a hang, a huge allocation, a process that is started, or a file opened elsewhere. Of the kinds that are
-slow to read `pytest -m long` tries so many; `python benchmarks/faults_files.py` tries others and counts them.
+Never a crash, a hang, a huge allocation, a process that is started, or a file opened elsewhere. `pytest -m long` spoils
+each a thousand times; `python benchmarks/faults_files.py` tries others and counts them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LEFT_OUT = (
     "unsent.jsonl",
 )  # what is bad, in silence
 EXAMPLES = [
-    *(pytest.param(kind, 250 if kind in SLOW else 1000, marks=pytest.mark.slow) for kind in KINDS),
-    *(pytest.param(kind, 1000, marks=pytest.mark.long) for kind in SLOW),
+    *(pytest.param(kind, 60 if kind in SLOW else 200, marks=pytest.mark.slow) for kind in KINDS),
+    *(pytest.param(kind, 1000, marks=pytest.mark.long) for kind in KINDS),
 ]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited the way Linux does")
 

@@ -774,19 +774,20 @@ def test_mlflow_gets_each_metric_and_picture_of_a_step_once(tmp_path):
 # --- whole processes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_killed_at_20_random_moments_a_run_ends_with_the_same_bits():
+@pytest.mark.parametrize("kills", [pytest.param(8, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)])
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(kills):
     """Also inside the write of a checkpoint; what is compared, and how, is in kills.py."""
     seed = int.from_bytes(os.urandom(4), "little")
-    print(f"python tests/kills.py --count 20 --seed {seed}")  # shown when it fails
+    print(f"python tests/kills.py --count {kills} --seed {seed}")  # shown when it fails
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "kills.py"), "--count", "20", "--seed", str(seed)]
+    command = [sys.executable, str(ROOT / "tests" / "kills.py"), "--count", str(kills), "--seed", str(seed)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     tried = json.loads(done.stdout.splitlines()[-1])
-    assert (tried["kills"], tried["differences"]) == (20, [])
-    assert tried["inside_write"] > 0
-    assert tried["continued"] > 0
+    assert (tried["kills"], tried["differences"]) == (kills, [])
+    if kills == 20:  # a few may all fall elsewhere
+        assert tried["inside_write"] > 0
+        assert tried["continued"] > 0
 
 
 def started(folder, *arguments):

@@ -21,7 +21,7 @@ TINY = (
 
 @pytest.mark.slow
 def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_it(tmp_path):
-    done = train(tmp_path, "pruner=elementwise", *TINY)
+    done = train(tmp_path, "pruner=elementwise", *TINY, fresh=True)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     starts = ["dense  epoch   1/3", "prune  epoch   2/3", "prune  epoch   3/3"]

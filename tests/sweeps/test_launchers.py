@@ -20,7 +20,7 @@ TINY = (
 
 
 def sweep(folder, *arguments):
-    return train(folder, "--multirun", *TINY, *arguments)
+    return train(folder, "--multirun", *TINY, *arguments, fresh=True)
 
 
 def check_jobs(folder, count):

@@ -638,7 +638,7 @@ def torchrun(folder, *arguments):
 
 
 @pytest.mark.slow
-def test_torchrun_works_in_a_fixed_directory_and_says_that_it_needs_one(tmp_path):
+def test_torchrun_works_in_a_fixed_directory(tmp_path):
     done = torchrun(tmp_path, "hydra.run.dir=out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("prune  epoch   3/3") == 1
@@ -647,12 +647,17 @@ def test_torchrun_works_in_a_fixed_directory_and_says_that_it_needs_one(tmp_path
     again = torchrun(tmp_path, "hydra.run.dir=out")
     assert (again.returncode, again.stdout.count("epoch")) == (0, 0)
     assert again.stdout.count("not run again") == 1
-    refused = torchrun(tmp_path)
-    assert refused.returncode == 1
-    assert (
-        "torchrun starts every process at another moment, so they need a directory without the time in its name: "
-        "hydra.run.dir=<directory>"
-    ) in refused.stderr
+
+
+def test_torchrun_needs_a_directory_without_the_time_in_its_name_and_runs_no_sweep(tmp_path, monkeypatch):
+    from gsprune.app import processes
+    from gsprune.sweeps.record import Sweep
+
+    monkeypatch.setattr(processes, "_run_dir", lambda: "outputs/${now:%H-%M-%S}")
+    with refused("torchrun", "hydra.run.dir=<directory>"):
+        processes.for_torchrun(configure(), None)
+    with refused("torchrun", "--multirun trainer.devices"):
+        processes.for_torchrun(configure(), Sweep(tmp_path))
 
 
 def test_machines_are_no_matter_for_a_sweep(tmp_path, monkeypatch):
