@@ -337,7 +337,7 @@ def test_a_dense_network_that_somebody_removes_meanwhile_is_written_again(tmp_pa
 def test_a_run_of_another_configuration_is_not_lost_by_mistake(crashed, at_step):
     message = (
         f"{crashed} holds an unfinished run of another configuration (optimizer.lr 0.05 to 0.5, seed 0 to 1): give the "
-        f"same one to go on with it, trainer.resume=never to write over it, or another hydra.run.dir"
+        f"same one to resume it, trainer.resume=never to write over it, or another hydra.run.dir"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         go(crashed, "seed=1", "optimizer.lr=0.5", "trainer.progress=lines")
