@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gsprune import NoPruning, Pruner
+from gsprune import Pruner
 from gsprune.criteria import Abs, Elementwise, Magnitude, Random, Weighted
 from gsprune.schedules import OneShot
 from gsprune.training.optimization import make_optimizer, warmup_cosine
@@ -120,14 +120,14 @@ class Job:
         optimizer = make_optimizer(
             lambda p, **kw: sgd(p, **{"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, **kw}), model
         )
-        pruner: Any = NoPruning(model)
+        pruner: Any = Pruner(model, rules=[])
         if settings is not None:
             scored, example = settings.pop("scored", False), next(iter(self.test))[0][:1]
             pruner = Pruner(
                 model, optimizer=optimizer, example_input=example, steps_per_epoch=steps, epochs=epochs, **settings
             )
             if scored:
-                horizon = pruner.criterion.horizon
+                horizon = pruner.horizon
                 self.trainer.score(model, self.train, optimizer=optimizer, pruner=pruner, steps=horizon)
             self.seed_second_phase()
         schedule = warmup_cosine(optimizer, total_steps=epochs * steps)

@@ -143,7 +143,7 @@ def update(repeats: int, device: torch.device) -> dict[str, float]:
     scores = torch.cat([target.score.flatten() for target in pruner.targets])
     epochs = iter(range(EPOCHS, 2 * EPOCHS))
     schedule = Linear(target_sparsity=0.9, end_epoch=2 * EPOCHS, update_frequency=1)
-    pruner.schedules = [schedule] * len(pruner.targets)
+    pruner.parts[0].schedules = [schedule] * len(pruner.targets)
 
     def one_update() -> None:
         before = pruner.updates
@@ -200,10 +200,11 @@ def memory(device: torch.device) -> dict[str, float]:
     gradients(model, batch)
     pruner = make_pruner(model, Elementwise(), batch)
     weights = sum(target.total for target in pruner.targets)
-    held = pruner._all.score.nbytes + pruner._all.keep.nbytes
+    [part] = pruner.parts
+    held = part.all.score.nbytes + part.all.keep.nbytes
     return {
         "memory/bytes_a_weight": held / weights,
-        "memory/scratch_bytes": float(pruner._all.scratch.nbytes),
+        "memory/scratch_bytes": float(part.all.scratch.nbytes),
         "memory/largest_weight_bytes": float(max(4 * target.total for target in pruner.targets)),
     }
 

@@ -33,7 +33,7 @@ RUNS: dict[str, list[str]] = {
     "abs": ["pruner=abs", "model=vit_tiny", "optimizer=adamw"],
     "weighted": ["pruner=weighted"],
     "units_and_weights": ["pruner=units_and_weights"],
-    "budget": ["pruner=weighted", "pruner.target.macs=0.5"],
+    "budget": ["pruner=weighted", "pruner.budget.macs=0.5"],
     "each_update": ["pruner=weighted", "pruner.shrink=each_update"],
 }
 # Of one run or machine: how long it took, where it lies, what its code and settings hash to.

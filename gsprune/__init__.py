@@ -30,16 +30,17 @@ if TYPE_CHECKING:
     from gsprune.formats.masks import load_masks, save_masks
     from gsprune.formats.network import load_pruned, save_pruned
     from gsprune.integrations.inc import load_inc_config
-    from gsprune.pruner.pruner import NoPruning, Pruner
-    from gsprune.pruner.pruners import Pruners
+    from gsprune.pruner.pruner import Pruner
+    from gsprune.pruner.rule import Rule
     from gsprune.sweeps.callback import start_run
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "NoPruning": "gsprune.pruner.pruner",
+    "NoPruning": "gsprune.pruner.former",
+    "Pruners": "gsprune.pruner.former",
     "Pruner": "gsprune.pruner.pruner",
-    "Pruners": "gsprune.pruner.pruners",
+    "Rule": "gsprune.pruner.rule",
     "check_masks": "gsprune.collectives",
     "find_structures": "gsprune.discovery.find",
     "load_inc_config": "gsprune.integrations.inc",
@@ -51,9 +52,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "NoPruning",
     "Pruner",
-    "Pruners",
+    "Rule",
     "__version__",
     "check_masks",
     "find_structures",

@@ -60,7 +60,7 @@ MOVED = {
     "planner": "forecast.predict app.forecast_tables forecast.plan",
     "position": "training.loop_state",
     "proof": "surgery.proof surgery.readings",
-    "pruners": "pruner.pruners",
+    "pruners": "pruner.former",
     "redact": "text.redact settings.recorded",
     "report": "sweeps.report text.redact",
     "results": "sweeps.results text.names files.layout",
@@ -95,7 +95,7 @@ RENAMED = {
 PACKAGES = {
     "criteria": "criteria.gates",
     "files": "files.disk",
-    "pruner": "pruner.pruner",
+    "pruner": "pruner.pruner pruner.part pruner.rule pruner.former",
     "structures": "discovery.find structures.structure structures.example structures.twin structures.running",
     "tracking": "tracking.mlflow tracking.tracker tracking.store settings.addresses",
 }

@@ -305,7 +305,7 @@ def _fill_gradients(model: nn.Module, seed: int = 0) -> None:
 def _step(pruner: Pruner) -> None:
     """One step, and for a criterion that looks at masks only when they are due, an update."""
     pruner.on_before_optimizer_step()
-    if not pruner.criterion.cumulative:
+    if pruner.horizon == 0:
         pruner.on_step_begin(0)
 
 

@@ -362,7 +362,7 @@ pruning:
 
 
 def _read_inc(folder: Path) -> None:
-    for pruner in load_inc_config(folder / "inc.yaml").pruners:
+    for pruner in load_inc_config(folder / "inc.yaml").rules:
         targets = [pruner["_target_"], pruner["criterion"]["_target_"], pruner["schedule"]["_target_"]]
         assert all(target.startswith("gsprune.") for target in targets)
 

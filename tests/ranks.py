@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from gsprune import Pruner, collectives
 from gsprune.collectives import agreed, broadcast, check_masks, gathered, rank
 from gsprune.criteria import Criterion, Elementwise, Magnitude, Random, Weighted
-from gsprune.pruner.pruner import NoPruning
 from gsprune.schedules import Linear, OneShot
 from gsprune.training import data_parallel
 from gsprune.training.data_parallel import local_batches
@@ -160,7 +159,7 @@ def timed() -> dict[str, Any]:
         example = torch.zeros(1, 6, dtype=torch.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that so few units cannot be met by such a clock
-            return trained(Weighted(), example_input=example, target={"latency": 0.6}, target_sparsity=None)
+            return trained(Weighted(), example_input=example, budget={"latency": 0.6}, target_sparsity=None)
     finally:
         costs.latency_ms = plain
 
@@ -221,7 +220,7 @@ def buffers() -> dict[str, Any]:
     trainer = Trainer(device="cpu")
     data = loader(36)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pruner = NoPruning(model)
+    pruner = Pruner(model, rules=[])
     schedule = constant(optimizer, total_steps=4)
     trainer.fit(model, data, None, optimizer=optimizer, lr_schedule=schedule, pruner=pruner, epochs=1)
     return {"mean": model.norm.running_mean, "drawn": torch.cat(model.seen)}
@@ -411,7 +410,7 @@ def not_finite() -> list[int]:
         if bad and rank() == 1:
             model.a.weight.grad.to_local()[0, 0] = torch.inf
         pruner.on_before_optimizer_step()
-        counted.append(int(pruner.state_dict()["scored"]))
+        counted.append(int(pruner.state_dict()["rules"][0]["scored"]))
     return counted
 
 

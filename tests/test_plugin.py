@@ -154,10 +154,11 @@ def test_importing_is_light(module: str, tmp_path: Path) -> None:
 def test_public_names_arrive_on_first_use() -> None:
     import gsprune
     from gsprune.discovery.find import find_structures
-    from gsprune.pruner.pruner import NoPruning, Pruner
+    from gsprune.pruner.pruner import Pruner
+    from gsprune.pruner.rule import Rule
 
     assert gsprune.Pruner is Pruner
-    assert gsprune.NoPruning is NoPruning
+    assert gsprune.Rule is Rule
     assert gsprune.find_structures is find_structures
     assert callable(gsprune.load_pruned)
     assert {*gsprune.__all__} <= {*dir(gsprune)}

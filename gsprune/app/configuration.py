@@ -162,9 +162,11 @@ def wanted_sparsity(pruner: DictConfig) -> float | None:
 
 def budget_of(pruner: DictConfig) -> dict[str, float]:
     """The budget in a pruner's configuration: {"macs": 0.5}, or empty."""
-    return {str(kind): share for kind, share in (pruner.get("target") or {}).items() if share is not None}
+    given = [*(pruner.get("budget") or {}).items(), *(pruner.get("target") or {}).items()]
+    return {str(kind): share for kind, share in given if share is not None}
 
 
 def is_timed(pruner: DictConfig) -> bool:
-    """Whether a pruner, or one of several, has a budget of milliseconds (for `trainer.latency_batch` samples)."""
-    return any("latency" in budget_of(part) for part in (pruner, *(pruner.get("pruners") or ())))
+    """Whether a pruner, or one of its rules, has a budget of milliseconds (for `trainer.latency_batch` samples)."""
+    rules = pruner.get("rules") or pruner.get("pruners") or ()
+    return any("latency" in budget_of(rule) for rule in (pruner, *rules))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gsprune.cost.budgets import KINDS
-from gsprune.forecast.plan import Cost, Entry, PruningPlan, PruningPlans
+from gsprune.forecast.plan import Cost, Entry, PruningPlan, RulePlan
 from gsprune.text.display import percent
 from gsprune.text.names import alike, folded, told
 
@@ -21,14 +21,14 @@ ROWS = 24  # of a table; the middle of a longer one is left out
 POINTS = 9  # of the schedule
 
 
-def print_plan(plan: PruningPlan | PruningPlans) -> None:
+def print_plan(plan: PruningPlan) -> None:
     """Print the plan on the screen."""
     from rich.console import Console
 
     Console(file=sys.stdout, highlight=False, markup=False).print(render(plan))
 
 
-def render(plan: PruningPlan | PruningPlans) -> RenderableType:
+def render(plan: PruningPlan) -> RenderableType:
     """The plan for a rich console of 80 columns or more.
 
     Entries alike but for a number in their name share a row, as "blocks.{0-11}.attn", and a table of more than 24 rows
@@ -38,18 +38,19 @@ def render(plan: PruningPlan | PruningPlans) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    parts = plan.parts if isinstance(plan, PruningPlans) else (plan,)
     shown: list[RenderableType] = []
-    for number, part in enumerate(parts, 1):
-        if len(parts) > 1:
-            shown.append(Text(f"Pruner {number} of {len(parts)}", style="bold"))
-        shown += [*_sections(part), Text()]
-    if isinstance(plan, PruningPlans):
+    for number, rule in enumerate(plan.rules, 1):
+        if len(plan.rules) > 1:
+            shown.append(Text(f"Rule {number} of {len(plan.rules)}", style="bold"))
+        shown += [*_sections(rule), Text()]
+    if len(plan.rules) != 1:
         shown += [Text(_together(plan)), Text()]
     return Group(*shown, Text("Nothing was trained, the model is as it was."))
 
 
-def _together(plan: PruningPlans) -> str:
+def _together(plan: PruningPlan) -> str:
+    if not plan.rules:
+        return f"Nothing is pruned: {_short(plan.dense.params)} parameters, {_short(plan.dense.macs)} MACs stay."
     if plan.pruned is None:
         return "All together: the scores decide what is left."
     params, macs = (_change(getattr(plan.dense, what), plan.pruned, what, digits=3) for what in ("params", "macs"))
@@ -57,8 +58,8 @@ def _together(plan: PruningPlans) -> str:
     return f"All together: {params} parameters ({fewer[0]}), {macs} MACs ({fewer[1]})."
 
 
-def _sections(plan: PruningPlan) -> list[RenderableType]:
-    """The plan of one pruner, an empty line between its parts."""
+def _sections(plan: RulePlan) -> list[RenderableType]:
+    """The plan of one rule, an empty line between its parts."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -79,10 +80,7 @@ def _sections(plan: PruningPlan) -> list[RenderableType]:
     return [*sections[0], *(part for section in sections[1:] for part in (Text(), *section))]
 
 
-def _headline(plan: PruningPlan) -> Iterable[str]:
-    if plan.criterion is None:
-        yield f"Nothing is pruned: {_short(plan.dense.params)} parameters, {_short(plan.dense.macs)} MACs stay."
-        return
+def _headline(plan: RulePlan) -> Iterable[str]:
     things = "structures" if plan.structured else "tensors"
     how = "removes units" if plan.structured else "zeroes weights" + _how(plan)
     for kind, share in plan.budget.items():
@@ -99,7 +97,7 @@ def _headline(plan: PruningPlan) -> Iterable[str]:
     )
 
 
-def _savings(plan: PruningPlan) -> str:
+def _savings(plan: RulePlan) -> str:
     after = plan.pruned or plan.even
     assert after is not None
     params, macs = (_change(getattr(plan.dense, what), after, what, digits=3) for what in ("params", "macs"))
@@ -108,12 +106,12 @@ def _savings(plan: PruningPlan) -> str:
     return f"{params} parameters ({fewer}), {macs} MACs ({faster}){certain}"
 
 
-def _how(plan: PruningPlan) -> str:
+def _how(plan: RulePlan) -> str:
     blocks = "" if plan.pattern == "1x1" else f" by the pattern {plan.pattern}"
     return blocks + (" in every output channel" if plan.per_channel else "")
 
 
-def _unit_table(plan: PruningPlan) -> Table:
+def _unit_table(plan: RulePlan) -> Table:
     table = _table("structure (+ layers)", "units that stay", "parameters", "MACs")
     rows = [
         (folded([entry.name for entry in group]) + _coupled(group[0]), _staying(group), *_costs(group))
@@ -128,7 +126,7 @@ def _unit_table(plan: PruningPlan) -> Table:
     return table
 
 
-def _weight_table(plan: PruningPlan) -> Table:
+def _weight_table(plan: RulePlan) -> Table:
     is_exact = all(entry.kept is not None for entry in plan.entries)
     table = _table("tensor", "weights", *(("kept", "share") if is_exact else ("at least", "at most")), "MACs")
     rows = []
@@ -146,7 +144,7 @@ def _weight_table(plan: PruningPlan) -> Table:
     return table
 
 
-def _schedule_table(plan: PruningPlan) -> Table:
+def _schedule_table(plan: RulePlan) -> Table:
     points, gone = plan.schedule, [f"{KINDS[kind]} gone" for kind in plan.budget]
     last = len(points) - 1
     places = sorted({round(i * last / (POINTS - 1)) for i in range(POINTS)}) if last >= POINTS else range(last + 1)

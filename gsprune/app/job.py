@@ -31,8 +31,7 @@ from gsprune.app.stages.setup import check_pruning, check_seed, load_weights, se
 from gsprune.app.stages.training import Training
 from gsprune.files.disk import write_json
 from gsprune.forecast import predict
-from gsprune.forecast.plan import PruningPlan, PruningPlans
-from gsprune.pruner.pruners import Pruners
+from gsprune.forecast.plan import PruningPlan
 from gsprune.settings.hydra_files import clean_files
 from gsprune.settings.identity import scores_path
 from gsprune.sweeps.record import Sweep, current_sweep
@@ -71,7 +70,7 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
         return _start(cfg, folder, sweep) if found is None else found
 
 
-def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> PruningPlan | PruningPlans:
+def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> PruningPlan:
     """Print what the pruner of this job would do, and write it to `plan.json`; nothing is trained or tracked.
 
     Raises:
@@ -83,8 +82,7 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> Pruning
     with explain_out_of_memory(job.cfg, job.result):
         setup = set_up(job)
         pruner = setup.build_pruning()[-1]
-        make = predict.plan_several if isinstance(pruner, Pruners) else predict.plan
-        planned = make(setup.model, pruner, setup.example)
+        planned = predict.plan(setup.model, pruner, setup.example)
     forecast_tables.print_plan(planned)
     job.writer.write("plan.json", lambda: write_json(folder / "plan.json", planned.to_json()))
     return planned

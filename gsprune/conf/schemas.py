@@ -73,11 +73,28 @@ def _dataclass(name: str, fields: dict[str, tuple[Any, Any]]) -> type:
 _DEFERRED: dict[str, tuple[Any, Any]] = {"_partial_": (bool, True), "_convert_": (str, "all")}
 _BASE = {"_target_": (str, MISSING)}
 
-PrunerConfig = schema("gsprune.Pruner", overrides=_DEFERRED)
-_PARTS: dict[str, tuple[Any, Any]] = {**_DEFERRED, "pruners": (list[PrunerConfig], MISSING)}  # type: ignore[valid-type]
+PrunerConfig = schema("gsprune.Pruner", "gsprune.Rule", without={"rules"}, overrides=_DEFERRED)
+RuleConfig = schema("gsprune.Rule")
+RulesConfig = schema(
+    "gsprune.Pruner",
+    name="Rules",
+    without={"criterion", "target", "rules"},
+    overrides={**_DEFERRED, "rules": (list[RuleConfig], MISSING)},  # type: ignore[valid-type]
+)
+PrunersConfig = schema(  # the former form of `RulesConfig`, for one release
+    "gsprune.Pruner",
+    name="Pruners",
+    without={"criterion", "target", "rules", "shrink"},
+    overrides={
+        "_target_": (str, "gsprune.Pruners"),
+        **_DEFERRED,
+        "pruners": (list[PrunerConfig], MISSING),  # type: ignore[valid-type]
+    },
+)
 SCHEMAS = {
     "gsprune_pruner": PrunerConfig,
-    "gsprune_pruners": schema("gsprune.Pruners", overrides=_PARTS),
+    "gsprune_rules": RulesConfig,
+    "gsprune_pruners": PrunersConfig,
     "gsprune_one_shot": schema("gsprune.schedules.OneShot", overrides=_BASE),
     "gsprune_ramp": schema("gsprune.schedules.Ramp", overrides=_BASE),
     "gsprune_elementwise": schema("gsprune.criteria.Elementwise"),

@@ -28,32 +28,32 @@ GUARD = 0.03  # share of the dense cost above the budget that stays until the cl
 Keeps = Sequence[Tensor]  # bool (units,) of each structure
 
 
-def read_target(target: Mapping[CostKind, float | None] | None) -> tuple[str, float] | None:
-    """The kind and the share of the one budget that `target` names; None if it names none.
+def read_budget(budget: Mapping[CostKind, float | None] | None) -> tuple[str, float] | None:
+    """The kind and the share of the one budget that `budget` names; None if it names none.
 
-    >>> read_target({"macs": 0.5, "latency": None}), read_target({"macs": None})
+    >>> read_budget({"macs": 0.5, "latency": None}), read_budget({"macs": None})
     (('macs', 0.5), None)
     """
-    if target is None:
+    if budget is None:
         return None
-    if not isinstance(target, Mapping):
-        raise ValueError(f"target is {target!r}: it must map macs, params or latency to a share, as in {{macs: 0.5}}")
-    for kind in target:
+    if not isinstance(budget, Mapping):
+        raise ValueError(f"budget is {budget!r}: it must map macs, params or latency to a share, as in {{macs: 0.5}}")
+    for kind in budget:
         if kind not in KINDS:
             near = difflib.get_close_matches(str(kind), KINDS, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"target names {kind!r}, which is no budget: {hint}There are {', '.join(KINDS)}")
-    given = {kind: share for kind, share in target.items() if share is not None}
+            raise ValueError(f"budget names {kind!r}, which is no cost: {hint}There are {', '.join(KINDS)}")
+    given = {kind: share for kind, share in budget.items() if share is not None}
     if not given:
         return None
     if len(given) > 1:
         raise ValueError(
-            f"target sets {' and '.join(given)}: one network is cut by one budget, so set only one of them"
+            f"budget sets {' and '.join(given)}: one network is cut by one budget, so set only one of them"
         )
     ((kind, share),) = given.items()
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
         raise ValueError(
-            f"target.{kind} is {share!r}: it is the share of the dense network's {KINDS[kind]} that may stay, "
+            f"budget.{kind} is {share!r}: it is the share of the dense network's {KINDS[kind]} that may stay, "
             f"above 0 and below 1"
         )
     return str(kind), float(share)
@@ -275,7 +275,7 @@ class Budget:
             floor = min(floor, self._cost.truth(keeps))
         if floor > most:
             raise ValueError(
-                f"target asks for {self}, but {_percent(floor)} stay with everything gone that can be removed "
+                f"budget asks for {self}, but {_percent(floor)} stay with everything gone that can be removed "
                 f"(min_kept={self.min_kept} in each of {len(self.structures)} structures): ask for a larger share"
             )
 

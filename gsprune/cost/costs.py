@@ -123,7 +123,7 @@ class _Macs(Cost):
             if s.kind == "heads" and s.name in found
         }
         if not self._total:
-            raise ValueError("target.macs needs a model with MACs to count, and this one has none: set target.params")
+            raise ValueError("budget.macs needs a model with MACs to count, and this one has none: set budget.params")
 
     def _parts(self, keeps: Keeps) -> float:
         plan = plan_cut(self._structures, keeps)

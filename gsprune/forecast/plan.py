@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Cost", "Entry", "PruningPlan", "PruningPlans"]
+__all__ = ["Cost", "Entry", "PruningPlan", "RulePlan"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class PruningPlan:
-    """What a pruner would leave at its schedule's end; numbers only, nothing refers to the model.
+class RulePlan:
+    """What one rule would leave at its schedule's end, as if it were alone.
 
-    criterion     its class; None: nothing is pruned
+    criterion     its class
     structured    units are removed, or single weights are zeroed
     scope         "local": counts are exact; "global": one ranking over all entries, of which only bounds are known
-    pattern, per_channel, min_kept   the pruner's settings
+    pattern, per_channel, min_kept   the rule's settings
     entries       structures or tensors, in the model's order
     total         units or weights of all entries
     kept          how many of them stay (exact in both scopes, save where `min_kept` outweighs an N:M pattern: at least;
@@ -65,10 +65,10 @@ class PruningPlan:
     schedule      (epoch of the pruning phase, sparsity over all entries; under a budget the share of the cost gone)
     notes         whole sentences for the user
     budget        what share of which cost may stay, as {"macs": 0.5}; empty where a share or a count of units is wanted
-    coverage      share of the model's matrix weights that is targeted, as `Pruner.coverage`
+    coverage      share of the model's matrix weights that is targeted, by this rule
     """
 
-    criterion: str | None
+    criterion: str
     structured: bool
     scope: str
     pattern: str
@@ -102,18 +102,20 @@ class PruningPlan:
 
 
 @dataclass(frozen=True)
-class PruningPlans:
-    """What several pruners of one run would leave.
+class PruningPlan:
+    """What a pruner would leave in the end; numbers only, nothing refers to the model.
 
-    parts           the plan of each, as if it were alone
+    rules           the plan of each, as if it were alone
     dense, pruned   cost of the whole model now, and when all units are cut out; `pruned` is None where scores decide it
     """
 
-    parts: tuple[PruningPlan, ...]
+    rules: tuple[RulePlan, ...]
     dense: Cost
     pruned: Cost | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
+        """Plain dicts, lists, strings and numbers: those of the only rule, or `rules`, `dense` and `pruned`."""
+        if len(self.rules) == 1:
+            return self.rules[0].to_json()
         pruned = None if self.pruned is None else asdict(self.pruned)
-        return {"parts": [part.to_json() for part in self.parts], "dense": asdict(self.dense), "pruned": pruned}
+        return {"rules": [rule.to_json() for rule in self.rules], "dense": asdict(self.dense), "pruned": pruned}

@@ -1,6 +1,7 @@
 """What a pruner would do, without training: what there is, what would stay, what it would cost, what is left whole.
 
-`plan` counts, `render` shows. All measuring happens on one deep copy; neither the model nor the pruner is changed.
+`plan` counts, `gsprune.app.forecast_tables` shows. All measuring happens on deep copies: neither the model nor the
+pruner is changed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import nn
 
 from gsprune.cost.budgets import Budget
 from gsprune.cost.counting import LAYERS, count_macs_by_module, count_parameters
-from gsprune.forecast.plan import Cost, Entry, PruningPlan, PruningPlans
-from gsprune.pruner.pruner import NoPruning, Pruner
-from gsprune.pruner.pruners import Pruners
+from gsprune.forecast.plan import Cost, Entry, PruningPlan, RulePlan
+from gsprune.pruner.part import Part
+from gsprune.pruner.pruner import Pruner
 from gsprune.pruner.targets import Target
 from gsprune.pruner.units import UnitTarget
 from gsprune.pruner.weights import WeightTarget
@@ -26,7 +27,7 @@ from gsprune.schedules import Schedule
 from gsprune.structures.twin import copy_of
 from gsprune.text.display import percent
 
-__all__ = ["collapsed", "foreseen", "plan", "plan_several"]
+__all__ = ["collapsed", "foreseen", "plan"]
 
 FEW = {"channels": 4, "neurons": 4, "heads": 2}  # fewer units than this are about to collapse
 FEW_SHARE = 20  # as is less than one in so many, of units and of weights
@@ -34,8 +35,8 @@ FEW_SHARE = 20  # as is less than one in so many, of units and of weights
 NAMED_HERE = "include, exclude, keep or kinds leaves it out"
 
 
-def plan(model: nn.Module, pruner: Pruner | NoPruning, example_input: Any) -> PruningPlan:
-    """What `pruner` would leave of `model` at its schedule's end; nothing is trained and nothing changes.
+def plan(model: nn.Module, pruner: Pruner, example_input: Any) -> PruningPlan:
+    """What `pruner` would leave of `model` at its schedules' end; nothing is trained and nothing changes.
 
     Under local scope the counts are exact. Under global scope the scores share them out, so there are bounds for each
     entry; the total is exact. A smaller network is measured by shrinking a copy to its first units: all units of a
@@ -45,14 +46,15 @@ def plan(model: nn.Module, pruner: Pruner | NoPruning, example_input: Any) -> Pr
     less than one weight for each output of a layer, which leaves some outputs with none.
 
     Raises:
-        ValueError: the pruner is of another model, or has shrunk it; its schedule has no end; the network that
+        ValueError: the pruner is of another model, or has shrunk it; a schedule has no end; the network that
             would be left does not run.
 
     >>> from gsprune.criteria import Magnitude
     >>> from gsprune.schedules import OneShot
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> pruner = Pruner(model, Magnitude(), scope="local", target_sparsity=0.75, schedule=OneShot())
-    >>> [(entry.name, entry.total, entry.kept) for entry in plan(model, pruner, torch.ones(1, 8)).entries]
+    >>> [rule] = plan(model, pruner, torch.ones(1, 8)).rules
+    >>> [(entry.name, entry.total, entry.kept) for entry in rule.entries]
     [('0.weight', 128, 32), ('2.weight', 32, 8)]
     """
     if pruner.model is not model:
@@ -61,41 +63,29 @@ def plan(model: nn.Module, pruner: Pruner | NoPruning, example_input: Any) -> Pr
         raise ValueError("this pruner has shrunk its model already: plan before training")
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices):  # a forward pass may draw random numbers
-        twin = copy_of(model)
-        if isinstance(pruner, NoPruning):
-            return _no_plan(twin, example_input)
-        return (
-            _plan_units(twin, pruner, example_input)
-            if pruner.structured
-            else _plan_weights(twin, pruner, example_input)
+        rules = tuple(
+            (_plan_units if part.units else _plan_weights)(copy_of(model), part, example_input) for part in pruner.parts
         )
-
-
-def plan_several(model: nn.Module, pruner: Pruners, example_input: Any) -> PruningPlans:
-    """The same for several pruners: each one's plan, and what all of them leave together.
-
-    Raises:
-        ValueError: as of `plan`.
-    """
-    parts = tuple(plan(model, part, example_input) for part in pruner.parts)
-    units = [part for part in parts if part.structured]
-    twin = copy_of(model)
-    dense = parts[0].dense
-    if any(part.pruned is None for part in units):
-        return PruningPlans(parts, dense, None)
-    _shrink_to(twin, pruner.unit_targets, [entry.least for part in units for entry in part.entries])
-    return PruningPlans(parts, dense, _cost(twin, [], example_input)[0])
+        units = [rule for rule in rules if rule.structured]
+        if len(rules) == 1:
+            return PruningPlan(rules, rules[0].dense, rules[0].pruned)
+        twin = copy_of(model)
+        dense, _ = _cost(twin, [], example_input)
+        if not units or any(rule.pruned is None for rule in units):
+            return PruningPlan(rules, dense, None if units else dense)
+        _shrink_to(twin, pruner.unit_targets, [entry.least for rule in units for entry in rule.entries])
+        return PruningPlan(rules, dense, _cost(twin, [], example_input)[0])
 
 
 # ---- units
 
 
-def _plan_units(twin: nn.Module, pruner: Pruner, example_input: Any) -> PruningPlan:
-    targets = [target for target in pruner.targets if isinstance(target, UnitTarget)]
-    skipped = _skipped_units(pruner, targets)
-    bounds, kept = _bounds(pruner)
-    is_exact = pruner.budget is None and all(least == most for least, most in bounds)
-    counts = [least for least, _ in bounds] if is_exact else _even(pruner, targets, kept)
+def _plan_units(twin: nn.Module, part: Part, example_input: Any) -> RulePlan:
+    targets = part.unit_targets
+    skipped = _skipped_units(twin, part, targets)
+    bounds, kept = _bounds(part)
+    is_exact = part.budget is None and all(least == most for least, most in bounds)
+    counts = [least for least, _ in bounds] if is_exact else _even(part, targets, kept)
     dense, dense_layers = _cost(twin, targets, example_input)
     _shrink_to(twin, targets, counts)
     try:
@@ -108,8 +98,8 @@ def _plan_units(twin: nn.Module, pruner: Pruner, example_input: Any) -> PruningP
         Entry(target.name, target.structure.kind, target.structure.modules(), target.total, *bound, before, cost)
         for target, bound, before, cost in zip(targets, bounds, dense_layers, after, strict=True)
     )
-    return PruningPlan(
-        **_settings(pruner, entries, kept),
+    return RulePlan(
+        **_settings(part, entries, kept),
         skipped=skipped,
         dense=dense,
         pruned=smaller if is_exact else None,
@@ -128,22 +118,22 @@ def _shrink_to(twin: nn.Module, targets: Sequence[UnitTarget], counts: Sequence[
     apply_cut(twin, plan_cut([target.structure for target in targets], keeps))
 
 
-def _even(pruner: Pruner, targets: Sequence[UnitTarget], kept: int) -> list[int]:
+def _even(part: Part, targets: Sequence[UnitTarget], kept: int) -> list[int]:
     """The same share of every structure."""
-    if pruner.budget is not None:
-        return [int(keep.sum()) for keep in pruner.budget.even()]
+    if part.budget is not None:
+        return [int(keep.sum()) for keep in part.budget.even()]
     share = kept / sum(target.total for target in targets)
     return [max(1, target.total - pruned_count(1 - share, target.total)) for target in targets]
 
 
-def _skipped_units(pruner: Pruner, targets: Sequence[UnitTarget]) -> dict[str, str]:
+def _skipped_units(model: nn.Module, part: Part, targets: Sequence[UnitTarget]) -> dict[str, str]:
     """Every layer whose rows are not up for pruning, in the model's order."""
     chosen = {name for target in targets for name in target.structure.modules()}
-    layers = [name for name, module in pruner.model.named_modules() if isinstance(module, LAYERS)]
-    by_name = {name: NAMED_HERE for structure in pruner.left_out for name in structure.modules() if name not in chosen}
-    reasons = {**pruner.skipped, **by_name}
+    layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    by_name = {name: NAMED_HERE for structure in part.left_out for name in structure.modules() if name not in chosen}
+    reasons = {**part.skipped, **by_name}
     tied = "it is coupled to a layer that is left whole, or not traced"
-    order = {name: place for place, (name, _) in enumerate(pruner.model.named_modules())}
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     found = {name: reasons.get(name, tied) for name in layers if name not in chosen} | reasons
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 
@@ -151,17 +141,17 @@ def _skipped_units(pruner: Pruner, targets: Sequence[UnitTarget]) -> dict[str, s
 # ---- single weights
 
 
-def _plan_weights(twin: nn.Module, pruner: Pruner, example_input: Any) -> PruningPlan:
-    targets = [target for target in pruner.targets if isinstance(target, WeightTarget)]
-    bounds, kept = _bounds(pruner)
+def _plan_weights(twin: nn.Module, part: Part, example_input: Any) -> RulePlan:
+    targets = part.weight_targets
+    bounds, kept = _bounds(part)
     dense, layers = _cost(twin, targets, example_input)
     entries = tuple(
         Entry(target.name, "weights", (_module(target.name),), target.total, *bound, cost, cost)
         for target, bound, cost in zip(targets, bounds, layers, strict=True)
     )
-    return PruningPlan(
-        **_settings(pruner, entries, kept),
-        skipped=_skipped_weights(pruner),
+    return RulePlan(
+        **_settings(part, entries, kept),
+        skipped=_skipped_weights(twin, part),
         dense=dense,
         pruned=dense,
         even=None,
@@ -180,29 +170,29 @@ def _macs_left(dense: Cost, entries: Sequence[Entry]) -> int | None:
     return left
 
 
-def _skipped_weights(pruner: Pruner) -> dict[str, str]:
+def _skipped_weights(model: nn.Module, part: Part) -> dict[str, str]:
     """Every matrix or kernel that is no target; biases, norms and other vectors are never pruned."""
-    names = {target.name for target in pruner.targets}
-    matrices = [name for name, tensor in pruner.model.named_parameters(remove_duplicate=False) if tensor.dim() > 1]
+    names = {target.name for target in part.targets}
+    matrices = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.dim() > 1]
     named = "include or exclude leaves it out"
-    return {name: pruner.skipped.get(name, named) for name in matrices if name not in names}
+    return {name: part.skipped.get(name, named) for name in matrices if name not in names}
 
 
 # ---- counting
 
 
-def _bounds(pruner: Pruner) -> tuple[list[tuple[int, int]], int]:
+def _bounds(part: Part) -> tuple[list[tuple[int, int]], int]:
     """(least, most) units or weights that stay of every target in the end, and how many of all.
 
     These are `selection.select`'s counts, which depend on the scores only in how one ranking shares them out.
     """
-    if pruner.budget is not None:
-        return pruner.budget.bounds(), sum(int(keep.sum()) for keep in pruner.budget.even())
-    shares = [schedule.final for schedule in pruner.schedules]
-    if pruner.scope == "local":
-        counts = [_local(t, share, pruner.min_kept) for t, share in zip(pruner.targets, shares, strict=True)]
+    if part.budget is not None:
+        return part.budget.bounds(), sum(int(keep.sum()) for keep in part.budget.even())
+    shares = [schedule.final for schedule in part.schedules]
+    if part.rule.ranking == "local":
+        counts = [_local(t, share, part.rule.min_kept) for t, share in zip(part.targets, shares, strict=True)]
         return [(count, count) for count in counts], sum(counts)
-    return _global(pruner.targets, shares[0], pruner.min_kept)
+    return _global(part.targets, shares[0], part.rule.min_kept)
 
 
 def _local(target: Target, share: float, min_kept: int) -> int:
@@ -257,43 +247,23 @@ def _layer_cost(target: Target, modules: Mapping[str, nn.Module], macs: Mapping[
 # ---- the rest of the plan
 
 
-def _no_plan(twin: nn.Module, example_input: Any) -> PruningPlan:
-    cost, _ = _cost(twin, [], example_input)
-    return PruningPlan(
-        criterion=None,
-        structured=False,
-        scope="local",
-        pattern="1x1",
-        per_channel=False,
-        min_kept=0,
-        entries=(),
-        total=0,
-        kept=0,
-        dense=cost,
-        pruned=cost,
-        even=None,
-        params_left=cost.params,
-        macs_left=cost.macs,
-    )
-
-
-def _settings(pruner: Pruner, entries: Sequence[Entry], kept: int) -> dict[str, Any]:
-    first = pruner.targets[0]
+def _settings(part: Part, entries: Sequence[Entry], kept: int) -> dict[str, Any]:
+    first = part.targets[0]
     return {
-        "criterion": type(pruner.criterion).__name__,
-        "structured": pruner.structured,
-        "scope": pruner.scope,
+        "criterion": part.criterion_name,
+        "structured": part.units,
+        "scope": part.rule.ranking,
         "pattern": _notation(first.pattern) if isinstance(first, WeightTarget) else "1x1",
         "per_channel": isinstance(first, WeightTarget) and first.per_channel,
-        "min_kept": pruner.min_kept,
+        "min_kept": part.rule.min_kept,
         "entries": tuple(entries),
         "total": sum(entry.total for entry in entries),
         "kept": kept,
-        "collapsing": foreseen(pruner),
-        "coverage": pruner.coverage,
-        "schedule": tuple(_points(pruner)),
-        "notes": tuple(_budget_notes(pruner.budget) if pruner.budget else _notes(pruner, entries, kept)),
-        "budget": {pruner.budget.kind: pruner.budget.share} if pruner.budget else {},
+        "collapsing": _foreseen(part),
+        "coverage": part.coverage,
+        "schedule": tuple(_points(part)),
+        "notes": tuple(_budget_notes(part.budget) if part.budget else _notes(part, entries, kept)),
+        "budget": {part.budget.kind: part.budget.share} if part.budget else {},
     }
 
 
@@ -307,7 +277,7 @@ def _notation(pattern: Pattern) -> str:
     return f"{pattern.n}:{pattern.m}" if isinstance(pattern, Block) else type(pattern).__name__
 
 
-def foreseen(pruner: Pruner | Pruners | NoPruning) -> dict[str, str]:
+def foreseen(pruner: Pruner) -> dict[str, str]:
     """What will be about to collapse at the schedule's end -> what is left of it; nothing is measured.
 
     >>> from gsprune.criteria import Magnitude
@@ -315,16 +285,16 @@ def foreseen(pruner: Pruner | Pruners | NoPruning) -> dict[str, str]:
     >>> foreseen(pruner)
     {'weight': '4 of 400 weights are left'}
     """
-    if isinstance(pruner, Pruners):
-        return {name: text for part in pruner.parts for name, text in foreseen(part).items()}
-    if isinstance(pruner, NoPruning):
-        return {}
-    if pruner.budget is not None:  # as if every structure gave the same share: its bounds say next to nothing
-        counts = [int(keep.sum()) for keep in pruner.budget.even()]
-        return _few(pruner.targets, counts, ["about "] * len(counts))
-    bounds, _ = _bounds(pruner)
+    return {name: text for part in pruner.parts for name, text in _foreseen(part).items()}
+
+
+def _foreseen(part: Part) -> dict[str, str]:
+    if part.budget is not None:  # as if every structure gave the same share: its bounds say next to nothing
+        counts = [int(keep.sum()) for keep in part.budget.even()]
+        return _few(part.targets, counts, ["about "] * len(counts))
+    bounds, _ = _bounds(part)
     exact = ["" if least == most else "at most " for least, most in bounds]
-    return _few(pruner.targets, [most for _, most in bounds], exact)
+    return _few(part.targets, [most for _, most in bounds], exact)
 
 
 def collapsed(targets: Sequence[Target]) -> dict[str, str]:
@@ -346,9 +316,9 @@ def _few(targets: Sequence[Target], counts: Sequence[int], about: Sequence[str])
     return found
 
 
-def _points(pruner: Pruner) -> Iterable[tuple[float, float]]:
+def _points(part: Part) -> Iterable[tuple[float, float]]:
     """Whole epochs, and the schedule's own start and end, until the last sparsity is reached."""
-    schedules, totals = pruner.schedules, [target.total for target in pruner.targets]
+    schedules, totals = part.schedules, [target.total for target in part.targets]
     marks = {float(mark) for schedule in schedules for mark in _marks(schedule)}
     epochs = sorted({*map(float, range(math.ceil(max(marks)) + 2)), *marks})
     for epoch in epochs:
@@ -371,23 +341,23 @@ def _budget_notes(budget: Budget) -> Iterable[str]:
     )
 
 
-def _notes(pruner: Pruner, entries: Sequence[Entry], kept: int) -> Iterable[str]:
-    total, things = sum(entry.total for entry in entries), "structures" if pruner.structured else "tensors"
-    asked = sum(pruned_count(s.final, t.total) for s, t in zip(pruner.schedules, pruner.targets, strict=True))
+def _notes(part: Part, entries: Sequence[Entry], kept: int) -> Iterable[str]:
+    total, things = sum(entry.total for entry in entries), "structures" if part.units else "tensors"
+    asked = sum(pruned_count(s.final, t.total) for s, t in zip(part.schedules, part.targets, strict=True))
     if total - kept < asked - max(1.0, 0.01 * asked):  # the warning that the pruner would give in the end
         yield (
-            f"{1 - kept / total:.1%} instead of {pruner.target_sparsity or 0:.1%} will be reached: "
-            f"min_kept={pruner.min_kept} in each of {len(entries)} {things} allows no more.".replace("%", " %")
+            f"{1 - kept / total:.1%} instead of {part.target_sparsity or 0:.1%} will be reached: "
+            f"min_kept={part.rule.min_kept} in each of {len(entries)} {things} allows no more.".replace("%", " %")
         )
     if any(entry.kept is None for entry in entries):
-        units = "units" if pruner.structured else "weights"
+        units = "units" if part.units else "weights"
         yield (
             f"The {things} are ranked together: the scores will say where the {kept:,} {units} that stay are, so there "
             f"are only bounds for each. scope=local gives each its own share."
         )
-    if not pruner.structured and pruner.coverage < 1:
-        yield (f"The tensors hold {percent(pruner.coverage)} of the model's matrix weights: sparsity is that of them.")
-    if not pruner.structured and kept < total:
+    if not part.units and part.coverage < 1:
+        yield (f"The tensors hold {percent(part.coverage)} of the model's matrix weights: sparsity is that of them.")
+    if not part.units and kept < total:
         yield "Pruned weights are zeros in tensors of the old size: only removing units makes the model smaller."
 
 

@@ -28,10 +28,10 @@ import difflib
 import os
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ from gsprune.text.display import one_line
 if TYPE_CHECKING:
     from torch import nn
 
-    from gsprune.pruner.pruners import Pruners
+    from gsprune.pruner.pruner import Pruner
 
 __all__ = ["IncConfig", "load_inc_config"]
 
@@ -131,33 +131,39 @@ class IncConfig:
     """What a file of the ancestor says, in our words.
 
     Attributes:
-        pruners: one plain dict for each pruner, as `pruner=...` composes it: `hydra.utils.instantiate` takes it.
+        rules: one plain dict for each `gsprune.Rule`: `hydra.utils.instantiate` takes it.
         notes: a sentence for everything in the file that has no meaning here, or another one.
     """
 
-    pruners: tuple[dict[str, Any], ...]
+    rules: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
-    def build(self, model: nn.Module, **arguments: Any) -> Pruners:
-        """The pruners themselves, as one.
+    @property
+    def pruners(self) -> tuple[dict[str, Any], ...]:
+        """The former name of `rules`, for one release."""
+        warnings.warn("IncConfig.pruners is called rules now", FutureWarning, stacklevel=2)
+        return self.rules
+
+    def build(self, model: nn.Module, **arguments: Any) -> Pruner:
+        """The pruner of these rules.
 
         Args:
-            model: what they prune.
-            arguments: the other arguments of `gsprune.Pruners` that no file knows: example_input, steps_per_epoch, ...
+            model: what is pruned.
+            arguments: the other arguments of `gsprune.Pruner` that no file knows: example_input, steps_per_epoch, ...
 
         Raises:
-            ValueError: the model has no such names or units, or two pruners of the file prune the same.
+            ValueError: the model has no such names or units, or two rules prune the same.
         """
-        from gsprune.pruner.pruners import Pruners
+        from gsprune.pruner.pruner import Pruner
 
-        return Pruners(model, [_made(config) for config in self.pruners], **arguments)
+        return Pruner(model, rules=[_made(config) for config in self.rules], **arguments)
 
     def to_yaml(self) -> str:
         """A file for `conf/pruner/`, with the notes as comments: `python train.py pruner=<its name>` takes it."""
         import yaml
 
         notes = "".join(f"# {one_line(note)}\n" for note in self.notes)  # a second line would be no comment
-        content = {"defaults": ["/gsprune_pruners@_here_", "_self_"], "pruners": [*self.pruners]}
+        content = {"defaults": ["/gsprune_rules@_here_", "_self_"], "rules": [*self.rules]}
         return f"{notes}{yaml.safe_dump(content, sort_keys=False)}"
 
 
@@ -188,8 +194,8 @@ def load_inc_config(path: str | os.PathLike[str]) -> IncConfig:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder, "head_conf.yaml")
         ...     _ = file.write_text(text)
-        ...     [pruner] = load_inc_config(file).pruners
-        >>> pruner["criterion"]["_target_"], pruner["keep"], pruner["include"]
+        ...     [rule] = load_inc_config(file).rules
+        >>> rule["criterion"]["_target_"], rule["keep"], rule["include"]
         ('gsprune.criteria.Abs', {'heads': 8}, ['layer.*.attention.query'])
     """
     try:
@@ -517,9 +523,7 @@ def _unit_pruner(entry: _Units, names: Sequence[str], notes: list[str]) -> dict[
 def _node(criterion: str, score: Fields, schedule: Fields, include: Sequence[str]) -> dict[str, Any]:
     """What every pruner of the ancestor's has: each tensor or layer reaches the sparsity by itself."""
     return {
-        "_target_": "gsprune.Pruner",
-        "_partial_": True,
-        "_convert_": "all",
+        "_target_": "gsprune.Rule",
         "criterion": {"_target_": f"gsprune.criteria.{criterion}", **score},
         "schedule": dict(schedule),
         "scope": "local",
@@ -528,14 +532,13 @@ def _node(criterion: str, score: Fields, schedule: Fields, include: Sequence[str
 
 
 def _made(node: Mapping[str, Any]) -> Any:
-    """The pruner (as a partial), criterion or schedule that `_node` describes; Hydra would read what the file says."""
+    """The rule, criterion or schedule that `_node` describes; Hydra would read what the file says."""
     module, _, name = node["_target_"].rpartition(".")
-    fields = {key: value for key, value in node.items() if key not in ("_target_", "_partial_", "_convert_")}
+    fields = {key: value for key, value in node.items() if key != "_target_"}
     for key in ("criterion", "schedule"):
         if key in fields:
             fields[key] = _made(fields[key])
-    found = getattr(import_module(module), name)
-    return partial(found, **fields) if "_partial_" in node else found(**fields)
+    return getattr(import_module(module), name)(**fields)
 
 
 def _inherited(where: str, field: str, own: Fields, common: Fields, notes: list[str]) -> Any:

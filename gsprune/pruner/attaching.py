@@ -1,4 +1,4 @@
-"""How an optimizer's own step calls a pruner's hooks, for loops that do not: `attach`, train as ever, `finish`."""
+"""An optimizer's own step calls the pruner's hooks, for training loops that do not: `attach`, train, `finish`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import functools
 import sys
 import warnings
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -21,56 +20,27 @@ __all__ = ["Attachable"]
 _PRUNERS: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Attachable]] = weakref.WeakKeyDictionary()  # by optimizer
 
 
-class Attachable(ABC):
-    """How an optimizer's own step calls the hooks, for loops that do not."""
+class Attachable:
+    """The part of `Pruner` that lets an optimizer's own step call the hooks, for training loops that do not."""
 
     model: nn.Module
+    parts: list[Any]
     steps_per_epoch: int | None
     epoch: int
     step: int
+    on_train_begin: Callable[[], None]
+    on_step_begin: Callable[[int], None]
+    on_step_end: Callable[[], None]
+    on_train_end: Callable[[], None]
+    restore_masks: Callable[[], None]
+    trained: Callable[[], dict[str, Tensor]]
+    _score: Callable[..., None]
+    _mask_gradients: Callable[[], None]
     _handles: list[Any]  # each with a `remove`
     _optimizer: Optimizers | None
     _stepped: set[int]  # the optimizers that have made this training step
     _loaded: bool  # whether something was loaded into the model since the last step
     _early: set[int]  # those whose next step was scored before: in the first of SAM's two steps
-
-    @abstractmethod
-    def on_train_begin(self) -> None:
-        """Before the first epoch. Masks of a loaded state are applied."""
-
-    @abstractmethod
-    def on_step_begin(self, step: int) -> None:
-        """Before the forward pass of the epoch's optimizer step `step`: a due mask update happens here."""
-
-    @abstractmethod
-    def on_step_end(self) -> None:
-        """After the optimizer step: what is pruned is zero again."""
-
-    @abstractmethod
-    def on_train_end(self) -> None:
-        """After the last epoch: the final mask, if training ended before the schedule did; units are cut out, once."""
-
-    @abstractmethod
-    def trained(self) -> Mapping[str, Tensor]:
-        """What is pruned or cut and can be trained, by name."""
-
-    @abstractmethod
-    def restore_masks(self) -> None:
-        """Zero what is pruned in the tensors that the model has now, whatever was loaded into it or put in place."""
-
-    @abstractmethod
-    def _score(
-        self,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        *,
-        held: Collection[int] | None = None,
-    ) -> None:
-        """Add this step's changes to the scores, of what these tensors (by id; None: all) are part of."""
-
-    @abstractmethod
-    def _mask_gradients(self) -> None:
-        """Zero the gradients of what is pruned."""
 
     # ---- what calls the hooks
 
@@ -90,26 +60,27 @@ class Attachable(ABC):
         return bool(self._handles)
 
     def attach(self, *optimizers: Optimizer) -> None:
-        """Let the optimizers' own steps call the hooks: `attach`, train as ever, then `finish`.
+        """Let the optimizers' own steps call the hooks: `attach`, train, then `finish`.
 
-        Give all optimizers that train what is pruned (none: those the pruner was made with). Wrappers are looked
-        through: accelerate's, SAM, Lookahead, anything that keeps an optimizer in an attribute.
+        Give all optimizers that train what is pruned; the default is those that the pruner was made with. Wrappers
+        (accelerate's, SAM, Lookahead, anything that keeps an optimizer in an attribute) are resolved.
 
-        When a step counts: once all of the optimizers have stepped, or when one of them steps again before the others
-        did (as where a discriminator is trained five times and then its generator). Each gradient is scored once a
-        step, right before the first optimizer that holds a tensor of what is read changes a weight. Gradients are seen
-        as the optimizer sees them, so after clipping. With `optimizer.step(closure)` they are those after the closure's
-        first backward pass, where the weights still are what they were before the step. SAM's are those of its first
-        step. A step that a gradient scaler skips adds nothing, also where a fused optimizer unscales and skips by
-        itself.
+        A training step ends once all optimizers have stepped, or when one of them steps again before the others did
+        (a discriminator that is trained five times for each step of its generator). Each gradient is scored once a
+        step, before the first optimizer that holds a tensor of what is read changes a weight. Gradients are those that
+        the optimizer sees, so after clipping. With `optimizer.step(closure)` they are those of the closure's first
+        backward pass, before any weight changes; with SAM, those of its first step. A step that a gradient scaler skips
+        adds nothing, also if a fused optimizer unscales and skips by itself.
 
-        What is loaded into the model with `load_state_dict` is masked at once, other changes after the next step. Where
-        that put other tensors in place of those that the optimizers hold (`assign=True`), the next step is refused.
+        Weights that `model.load_state_dict` loads are masked at once, other changes after the next step. If that
+        replaces tensors that the optimizers hold (`assign=True`), the next step is an error.
 
         Raises:
             ValueError: the optimizers do not hold all that is pruned and not frozen; an optimizer has no hooks; the
-                pruner does not know `steps_per_epoch`, which turns steps into progress, or is attached.
+                pruner has no `steps_per_epoch`, which turns steps into progress; the pruner is attached already.
         """
+        if not self.parts:
+            return  # nothing is pruned
         if self._handles:
             raise ValueError("the pruner is attached already: finish() it before attaching it again")
         if self.steps_per_epoch is None:
@@ -134,15 +105,15 @@ class Attachable(ABC):
         self._hook()
 
     def detach(self) -> None:
-        """Take the hooks off the optimizers; masks and model stay as they are."""
+        """Remove the hooks from the optimizers; masks and model stay as they are."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def finish(self) -> nn.Module:
-        """The end of training for an attached pruner: the final mask, the smaller model; hooks are removed.
+        """End the training of an attached pruner: removes the hooks, sets the final mask, cuts out pruned units.
 
-        What is pruned is zero afterwards, whatever was loaded into the model before (the best epoch's weights, say).
+        Masks are applied to the weights that the model has now, also if others (of the best epoch) were loaded.
 
         Returns:
             The model given to the constructor, pruned.

@@ -1,18 +1,75 @@
-"""Which single weights of a model are targets, by name and by layout."""
+"""Which units or single weights of a model are targets, by kind, by name and by layout."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from gsprune.pruner.units import UnitTarget, UnitTargets
 from gsprune.pruner.weights import WeightTarget, WeightTargets
 from gsprune.ranking.patterns import Pattern, Tile
 from gsprune.ranking.selection import PRUNED
 from gsprune.structures.matrices import Matrix, find_matrices, is_sharded
 from gsprune.text.names import choose
+
+if TYPE_CHECKING:
+    from gsprune.structures.structure import Structure
+
+
+def unit_targets(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    kinds: Sequence[str] | None,
+    counts: Mapping[str, int],
+) -> tuple[UnitTargets, Mapping[str, str], list[Structure]]:
+    """A target for every structure of the kinds and names; what cannot be pruned -> why; what was not chosen.
+
+    Args:
+        counts: units to keep of a kind; these are the kinds then.
+
+    Raises:
+        ValueError: the model has no such units, or is one that units cannot be cut out of.
+    """
+    from gsprune.discovery.find import find_structures  # heavy: imports torch-pruning
+
+    _refuse_parameters(model)
+    if example_input is None:
+        raise ValueError("pruning units needs example_input, a batch to trace the model with")
+    offered = find_structures(model, example_input, include=include, exclude=exclude)
+    found, skipped, name = offered.structures, offered.skipped, type(model).__name__
+    if not found and not skipped:
+        raise ValueError(f"{name} has no linear or convolution layers whose units could be pruned")
+    if not found and not offered.left_out:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
+        raise ValueError(f"no units of {name} can be pruned ({reasons})")
+    here = {structure.kind for structure in found}
+    for setting, named in (("keep", counts), ("kinds", kinds or ())):
+        for kind in named:
+            if kind not in here:
+                have = ", ".join(sorted(here)) or "no units"
+                raise ValueError(f"{setting} names {kind!r}, but the model has {have}")
+    wanted = counts or kinds or here
+    chosen = [structure for structure in found if structure.kind in wanted]
+    left_out = [*offered.left_out, *(structure for structure in found if structure.kind not in wanted)]
+    return UnitTargets([UnitTarget(structure, model) for structure in chosen]), skipped, left_out
+
+
+def _refuse_parameters(model: nn.Module) -> None:
+    for name, tensor in model.named_parameters():
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{name} is cut over several processes, and units can only be cut out of a whole model: prune single "
+                f"weights, or prune units before fully_shard"
+            )
+        if tensor.is_complex():
+            raise ValueError(f"{name} is complex, and units are found and cut in networks of real weights alone")
 
 
 def weight_targets(

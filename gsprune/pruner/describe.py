@@ -1,52 +1,46 @@
-"""What a pruner is and where it stands, in a few lines: its `repr`, and HTML for notebooks. Standard library alone."""
+"""What a pruner is and where it stands, in a few lines: its `repr`, and HTML for notebooks."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any
 
-__all__ = ["amount", "as_html", "describe"]
+from gsprune.pruner.targets import Share, sum_of
 
-
-class Described(Protocol):
-    """What is asked of a pruner."""
-
-    epoch: int
-    step: int
-    updates: int
-    skipped: Mapping[str, str]
-
-    @property
-    def finished(self) -> bool: ...
-    @property
-    def attached(self) -> bool: ...
-    @property
-    def optimizers(self) -> Sequence[object]: ...
+__all__ = ["as_html", "describe"]
 
 
-def amount(pruned: int, total: int, what: str) -> str:
-    """
-    >>> amount(66, 96, "units")
-    '66 of 96 units (68.8 %)'
-    """
-    return f"{pruned:,} of {total:,}{f' {what}' if what else ''} ({pruned / total:.1%})".replace("%", " %")
-
-
-def describe(pruner: Described, title: str, amounts: Sequence[str], wanted: str | None) -> str:
-    """Lines: what of what by what; how much is pruned; where the run stands; what is left out."""
+def describe(pruner: Any) -> str:
+    """Lines about a `Pruner`: what of what by what; how much is pruned; where the run stands; what is left out."""
+    parts = pruner.parts
+    if not parts:
+        return "Pruner without a rule: nothing is pruned"
     names = " and ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in pruner.optimizers))
     at = f"at epoch {pruner.epoch}" + (f", step {pruner.step}" if pruner.step else "")
     updates = f"{pruner.updates} mask update{'' if pruner.updates == 1 else 's'}"
     where = f"{at}, {updates}" + (f", attached to {names}" if pruner.attached else "")
     state = "the mask is final" if pruner.finished else "the mask is not final"
-    goal = f", as wanted: {wanted}" if wanted and pruner.finished else f", wanted: {wanted}" if wanted else ""
-    first, *others = amounts
+    one = len(parts) == 1
+    wanted = parts[0].wanted if one else f"{pruner.target_sparsity:.1%}" if pruner.target_sparsity is not None else ""
+    goal = f", {'as wanted' if pruner.finished else 'wanted'}: {wanted}".replace("%", " %") if wanted else ""
+    sides = [[part.share for part in parts if part.units is units] for units in (True, False)]
+    first, *others = [_amount(sum_of(side), named=not one) for side in sides if side]
+    title = f"Pruner of {parts[0] if one else f'{len(parts)} rules, by {pruner.criterion_name}'}"
     lines = [title, f"pruned: {first}{goal}; {state}", *others, where]
     if pruner.skipped:
         name = next(iter(pruner.skipped))
         lines.append(f"left out: {len(pruner.skipped)}, such as {name!r} (see .skipped)")
     return "\n  ".join(lines)
+
+
+def _amount(share: Share, *, named: bool) -> str:
+    """
+    >>> _amount(Share(66, 96, "heads"), named=True)
+    '66 of 96 heads (68.8 %)'
+    """
+    return f"{share.pruned:,} of {share.total:,}{f' {share.of}' if named else ''} ({float(share):.1%})".replace(
+        "%", " %"
+    )
 
 
 def as_html(text: str) -> str:

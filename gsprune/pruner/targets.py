@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -184,8 +184,6 @@ class Targets(ABC):
         targets: the single ones, in the model's order.
         score, keep: all scores (float32) and all masks (bool), one after the other.
     """
-
-    kind: ClassVar[str]
 
     def __init__(self, targets: Sequence[Target], total: int, device: torch.device) -> None:
         self.targets = targets

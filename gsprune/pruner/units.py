@@ -127,7 +127,6 @@ class UnitTarget(Target):
 class UnitTargets(Targets):
     """All units of all structures. A structure's mask zeroes the columns that read its pruned units."""
 
-    kind = "units"
     targets: Sequence[UnitTarget]
 
     def __init__(self, targets: Sequence[UnitTarget]) -> None:

@@ -125,7 +125,6 @@ class WeightTarget(Target):
 class WeightTargets(Targets):
     """All single weights, worked through in blocks of memory that fit the cache, whatever tensor they belong to."""
 
-    kind = "weights"
     targets: Sequence[WeightTarget]
 
     def __init__(self, targets: Sequence[WeightTarget]) -> None:

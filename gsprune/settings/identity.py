@@ -53,8 +53,8 @@ NOT_DENSE = (
     "trainer.latency_seconds",
 )
 # What has no part in scoring the dense network: when and how many to prune.
-NOT_SCORES = ("target_sparsity", "target", "schedule", "scope", "min_kept", "scores", "shrink")
-CONTROL = "gsprune.NoPruning"  # which nothing of its settings changes
+NOT_SCORES = ("target_sparsity", "budget", "target", "schedule", "scope", "min_kept", "scores", "shrink")
+CONTROL = "gsprune.pruner.pruner.no_pruning"  # which nothing of its settings changes
 FILES = ("model.weights", "pruner.scores")
 SCORES = "checkpoint/scores.safetensors"  # in the output directory of a job: what its pruner began with
 

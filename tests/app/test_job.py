@@ -99,7 +99,7 @@ def test_a_job_that_shrinks_at_each_update_leaves_the_same(weighted, tmp_path):
 
 
 def test_a_job_with_two_pruners_leaves_a_smaller_model_with_masks_that_fit(tmp_path):
-    result = finished(tmp_path, "pruner=units_and_weights", "pruner.pruners.1.target_sparsity=0.95")
+    result = finished(tmp_path, "pruner=units_and_weights", "pruner.rules.1.target_sparsity=0.95")
     model = load_pruned(tmp_path, fresh_model())
     assert result["sparsity"] == pytest.approx(0.95, abs=1e-3)
     assert result["target_sparsity"] is None
@@ -117,7 +117,7 @@ SHARES = {
     "weights": ("weights", "pruner=elementwise", "pruner.target_sparsity=0.95"),
     "units": ("channels", "pruner=weighted", "pruner.target_sparsity=0.3"),
     "units cut at each update": ("channels", "pruner=abs", "pruner.shrink=each_update"),
-    "a budget": ("channels", "pruner=weighted", "pruner.target.macs=0.6", "model.width=8"),
+    "a budget": ("channels", "pruner=weighted", "pruner.budget.macs=0.6", "model.width=8"),
     "units, and weights of what is left": ("weights", "pruner=units_and_weights"),
     "nothing": (None, "pruner=none"),
 }
@@ -325,7 +325,7 @@ def test_the_baseline_is_measured_between_the_phases_and_the_pruner_sees_only_th
     fit, evaluate = Trainer.fit, Trainer.evaluate
 
     def recorded_fit(self, *args, pruner, epochs, optimizer, **kwargs):
-        events.append((type(pruner).__name__, epochs, optimizer.param_groups[0]["initial_lr"]))
+        events.append((pruner.criterion_name, epochs, optimizer.param_groups[0]["initial_lr"]))
         fit(self, *args, pruner=pruner, epochs=epochs, optimizer=optimizer, **kwargs)
 
     def recorded_evaluate(self, model, loader):
@@ -335,7 +335,7 @@ def test_the_baseline_is_measured_between_the_phases_and_the_pruner_sees_only_th
     monkeypatch.setattr(Trainer, "fit", recorded_fit)
     monkeypatch.setattr(Trainer, "evaluate", recorded_evaluate)
     finished(tmp_path, "pruner=abs", "trainer.prune_lr=0.01", "optimizer.lr=0.2")
-    assert events == [("NoPruning", 1, 0.2), "test", "val", ("Pruner", 2, 0.01), "test", "val"]
+    assert events == [("none", 1, 0.2), "test", "val", ("Abs", 2, 0.01), "test", "val"]
 
 
 # --- tracking ----------------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ LEARNS = ("dataset.batch_size=32", "trainer.dense_epochs=3", "trainer.prune_epoc
     [
         (("pruner=elementwise", "pruner.target_sparsity=0.998"), "", "weights"),
         (("pruner=weighted", "pruner.target_sparsity=0.99"), "", "channels"),
-        (("pruner=weighted", "pruner.target={macs: 0.08}", "pruner.target_sparsity=null"), "about ", "channels"),
+        (("pruner=weighted", "pruner.budget={macs: 0.08}", "pruner.target_sparsity=null"), "about ", "channels"),
     ],
     ids=["weights", "units", "a budget"],
 )
@@ -568,11 +568,11 @@ def test_a_plan_is_printed_and_nothing_is_trained(tmp_path, monkeypatch, capsys)
     assert "Weighted removes units" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
     assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(json.dumps(planned.to_json()))
-    assert (planned.kept, planned.total) == (10, 20)
+    assert (planned.rules[0].kept, planned.rules[0].total) == (10, 20)
 
 
 def test_the_plan_of_two_pruners_is_printed(tmp_path, capsys):
     planned = job_module.show_plan(configure("pruner=units_and_weights"), output_dir=tmp_path)
-    assert "Pruner 2 of 2" in capsys.readouterr().out
-    assert json.loads((tmp_path / "plan.json").read_text())["parts"][0]["criterion"] == "Weighted"
-    assert len(planned.parts) == 2
+    assert "Rule 2 of 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())["rules"][0]["criterion"] == "Weighted"
+    assert len(planned.rules) == 2

@@ -239,7 +239,7 @@ def test_the_defaults(compose_config: Compose) -> None:
         ("weighted", "gsprune.Pruner", "Weighted", 0.5, 0.95),
         ("magnitude", "gsprune.Pruner", "Magnitude", 0.9, None),
         ("random", "gsprune.Pruner", "Random", 0.9, None),
-        ("none", "gsprune.NoPruning", "Weighted", 0.0, 0.95),
+        ("none", "gsprune.pruner.pruner.no_pruning", "Weighted", 0.0, 0.95),
     ],
 )
 def test_defaults_of_each_pruner(
@@ -266,27 +266,38 @@ def test_criterion_and_schedule_are_built(option: str, schedule: str, compose_co
 
 
 @pytest.mark.parametrize("option", SEVERAL)
-def test_a_list_of_pruners_is_built(option: str, compose_config: Compose) -> None:
-    """Entries are changed by their number, checked like a pruner of its own, and share a schedule."""
-    changed = ("pruner.pruners.0.target_sparsity=0.25", "pruner.pruners.1.scope=local", "pruner/schedule=cosine")
+def test_a_list_of_rules_is_built(option: str, compose_config: Compose) -> None:
+    """Entries are changed by their number, checked like a pruner of one rule, and share a schedule."""
+    changed = ("pruner.rules.0.target_sparsity=0.25", "pruner.rules.1.scope=local", "pruner/schedule=cosine")
     partial = instantiate(compose_config(f"pruner={option}", *changed).pruner)
-    first, second = partial.keywords["pruners"]
-    assert partial.func is gsprune.Pruners
-    assert (first.func, second.func) == (gsprune.Pruner, gsprune.Pruner)
-    assert (first.keywords["target_sparsity"], second.keywords["scope"]) == (0.25, "local")
+    first, second = partial.keywords["rules"]
+    assert partial.func is gsprune.Pruner
+    assert (type(first), type(second)) == (gsprune.Rule, gsprune.Rule)
+    assert (first.target_sparsity, second.scope) == (0.25, "local")
     assert type(partial.keywords["schedule"]).__name__ == "Cosine"
-    assert (first.keywords["schedule"], second.keywords["schedule"]) == (None, None)
-    assert type(first.keywords["kinds"] if option == "heads_and_neurons" else first.keywords["include"]) is list
+    assert (first.schedule, second.schedule) == (None, None)
+    assert type(first.kinds if option == "heads_and_neurons" else first.include) is list
 
 
-def test_a_list_of_pruners_is_written_in_full_elsewhere(compose_config: Compose) -> None:
+def test_a_list_of_rules_is_written_in_full_elsewhere(compose_config: Compose) -> None:
     entry = "{criterion:{_target_:gsprune.criteria.Abs},keep:{heads:8},schedule:{_target_:gsprune.schedules.OneShot}}"
-    (part,) = instantiate(compose_config("pruner=heads_and_neurons", f"pruner.pruners=[{entry}]").pruner).keywords[
-        "pruners"
-    ]
-    assert part.func is gsprune.Pruner
-    assert (type(part.keywords["criterion"]), type(part.keywords["schedule"])) == (Abs, OneShot)
-    assert part.keywords["keep"] == {"channels": None, "neurons": None, "heads": 8}
+    partial = instantiate(compose_config("pruner=heads_and_neurons", f"pruner.rules=[{entry}]").pruner)
+    [rule] = partial.keywords["rules"]
+    assert (type(rule.criterion), type(rule.schedule)) == (Abs, OneShot)
+    assert rule.counts == {"heads": 8}
+
+
+def test_files_and_settings_of_before_work_with_a_warning(compose_config: Compose) -> None:
+    """`pruners` in a file that `gsprune convert` wrote, and `target` instead of `budget`."""
+    entry = {"criterion": {"_target_": "gsprune.criteria.Magnitude"}, "target_sparsity": 0.5, "scope": "local"}
+    node = OmegaConf.merge(OmegaConf.structured(schemas.PrunersConfig), {"pruners": [entry]})
+    with pytest.warns(FutureWarning, match="rules="):
+        pruner = instantiate(node)(nn.Linear(2, 2), epochs=3)
+    assert [(rule.target_sparsity, rule.scope) for rule in pruner.rules] == [(0.5, "local")]
+    made = instantiate(compose_config("pruner=weighted", "pruner.target.params=0.9").pruner)
+    with pytest.warns(FutureWarning, match=r"pruner\.budget"):
+        pruner = made(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), example_input=torch.ones(1, 8))
+    assert pruner.budget.share == 0.9
 
 
 def test_every_pruner_has_the_same_keys(compose_config: Compose) -> None:
@@ -319,8 +330,8 @@ def test_counts_to_keep(override: str, keep: dict[str, int | None] | None, compo
     [
         ("pruner.sparsityy=0.9", "Key 'sparsityy' not in 'PrunerConfig'"),
         ("pruner.keep.head=8", "Key 'head' not in 'KeepConfig'"),
-        ("pruner.target.maccs=0.5", "Key 'maccs' not in 'TargetConfig'"),
-        ("pruner.target.macs=half", "Value 'half' of type 'str' could not be converted to Float"),
+        ("pruner.budget.maccs=0.5", "Key 'maccs' not in 'BudgetConfig'"),
+        ("pruner.budget.macs=half", "Value 'half' of type 'str' could not be converted to Float"),
         ("pruner.criterion.decayy=0.9", "Key 'decayy' not in 'GateConfig'"),
         ("pruner.schedule.end=3", "Key 'end' not in 'RampConfig'"),
         ("trainer.epochs=3", "Key 'epochs' not in 'TrainerConfig'"),

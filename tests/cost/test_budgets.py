@@ -20,15 +20,16 @@ from facts import refused, warned
 from jobs import configure
 from torch import Tensor, nn
 
-from gsprune import NoPruning, Pruner
+from gsprune import Pruner
 from gsprune.app import configuration, job
 from gsprune.app.configuration import run_name
 from gsprune.cost import budgets, costs
-from gsprune.cost.budgets import Budget, read_target
+from gsprune.cost.budgets import Budget, read_budget
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import Elementwise, Magnitude, Weighted
 from gsprune.discovery.find import find_structures
 from gsprune.forecast import predict
+from gsprune.pruner.pruner import no_pruning
 from gsprune.schedules import Cubic, OneShot
 from gsprune.structures.structure import Structure
 from gsprune.surgery.apply import apply_cut
@@ -227,8 +228,8 @@ def test_a_run_ends_within_two_per_cent_of_its_budget(kind: str, share: float, s
     model = Net(32)
     dense, count = copy.deepcopy(model), counted(kind, nets.images(1))
     settings: dict[str, Any] = {"schedule": Cubic(end_epoch=2), "steps_per_epoch": 4, "example_input": nets.images(1)}
-    pruner = Pruner(model, Weighted(), target={kind: share}, shrink=shrink, **settings)
-    assert (pruner.scope, pruner.target_sparsity) == ("global", None)
+    pruner = Pruner(model, Weighted(), budget={kind: share}, shrink=shrink, **settings)
+    assert (pruner.parts[0].rule.ranking, pruner.target_sparsity) == ("global", None)
     train(model, pruner)
     assert pruner.updates > 3
     assert count(model) / count(dense) == pytest.approx(share, rel=0.02)
@@ -240,7 +241,7 @@ def test_each_update_removes_the_schedules_share_of_the_cost() -> None:
     dense = copy.deepcopy(model)
     schedule = Cubic(end_epoch=2, update_frequency=0.5)
     pruner = Pruner(
-        model, Magnitude(), structured=True, target={"macs": 0.4}, schedule=schedule, steps_per_epoch=2, example_input=x
+        model, Magnitude(), structured=True, budget={"macs": 0.4}, schedule=schedule, steps_per_epoch=2, example_input=x
     )
     reached = []
     for epoch, step in itertools.product(range(3), range(2)):
@@ -258,7 +259,7 @@ def test_each_update_removes_the_schedules_share_of_the_cost() -> None:
 def test_units_too_coarse_for_the_budget_are_warned_about() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 8)), torch.ones(1, 8)
-    pruner = Pruner(model, Magnitude(), structured=True, target={"macs": 0.5}, schedule=OneShot(), example_input=x)
+    pruner = Pruner(model, Magnitude(), structured=True, budget={"macs": 0.5}, schedule=OneShot(), example_input=x)
     pruner.on_step_begin(0)
     with warned("66.7 %", "MACs", "50 %", "min_kept=1"):
         pruner.on_train_end()
@@ -316,7 +317,7 @@ def test_a_latency_budget_is_met_in_multiples_of_eight(
     model, x = Net(128), nets.images(1)
     dense = copy.deepcopy(model)
     pruner = Pruner(
-        model, Weighted(), target={"latency": share}, schedule=Cubic(end_epoch=2), steps_per_epoch=2, example_input=x
+        model, Weighted(), budget={"latency": share}, schedule=Cubic(end_epoch=2), steps_per_epoch=2, example_input=x
     )
     train(model, pruner, steps=2)
     kept = [int(mask.sum()) for mask in pruner.masks().values()]
@@ -387,7 +388,7 @@ def test_a_resumed_run_goes_on_with_the_first_ones_measurements(monkeypatch: pyt
     def pruner() -> Pruner:
         torch.manual_seed(0)
         settings: dict[str, Any] = {"schedule": Cubic(end_epoch=4, update_frequency=1), "example_input": x}
-        return Pruner(Net(64), Magnitude(), structured=True, target={"latency": 0.8}, **settings)
+        return Pruner(Net(64), Magnitude(), structured=True, budget={"latency": 0.8}, **settings)
 
     def step(pruner: Pruner, epoch: int) -> dict[str, Tensor]:
         pruner.on_epoch_begin(epoch)
@@ -398,22 +399,23 @@ def test_a_resumed_run_goes_on_with_the_first_ones_measurements(monkeypatch: pyt
     step(first, 1)
     state = copy.deepcopy(first.state_dict())
     second = pruner()
-    assert second.state_dict()["budget"] != state["budget"]
+    assert second.state_dict()["rules"][0]["budget"] != state["rules"][0]["budget"]
     second.load_state_dict(state)
-    assert second.state_dict()["budget"] == state["budget"]
+    assert second.state_dict()["rules"][0]["budget"] == state["rules"][0]["budget"]
     monkeypatch.setattr(costs, "latency_ms", clock())  # both look at the same clock from here on
     for epoch in (2, 3, 4):
         ours, theirs = step(first, epoch), step(second, epoch)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert first.state_dict()["budget"] == second.state_dict()["budget"]
+    assert first.state_dict()["rules"][0]["budget"] == second.state_dict()["rules"][0]["budget"]
+    rule = {key: value for key, value in state["rules"][0].items() if key != "budget"}
     with refused("state", "'budget'"):
-        pruner().load_state_dict({key: value for key, value in state.items() if key != "budget"})
+        pruner().load_state_dict({**state, "rules": [rule]})
 
 
 def test_a_counted_budget_adds_nothing_to_the_state() -> None:
     settings: dict[str, Any] = {"schedule": OneShot(), "example_input": nets.images(1)}
-    pruner = Pruner(Net(16), Magnitude(), structured=True, target={"macs": 0.5}, **settings)
-    assert "budget" not in pruner.state_dict()
+    pruner = Pruner(Net(16), Magnitude(), structured=True, budget={"macs": 0.5}, **settings)
+    assert "budget" not in pruner.state_dict()["rules"][0]
 
 
 def test_the_real_clock_cuts_in_multiples_of_eight() -> None:
@@ -443,8 +445,8 @@ def test_a_plan_says_the_budget_its_even_share_and_bounds_that_hold() -> None:
     torch.manual_seed(0)
     model, x = Net(32), nets.images(1)
     settings: dict[str, Any] = {"schedule": OneShot(), "example_input": x}
-    pruner = Pruner(model, Magnitude(), structured=True, target={"macs": 0.5}, **settings)
-    planned = predict.plan(model, pruner, x)
+    pruner = Pruner(model, Magnitude(), structured=True, budget={"macs": 0.5}, **settings)
+    [planned] = predict.plan(model, pruner, x).rules
     assert planned.budget == planned.to_json()["budget"] == {"macs": 0.5}
     assert (planned.pruned, planned.params_left, planned.macs_left) == (None, None, None)
     assert planned.even is not None
@@ -467,7 +469,7 @@ def test_a_plan_says_the_budget_its_even_share_and_bounds_that_hold() -> None:
 
 
 def test_a_job_with_a_budget_says_it_and_meets_it(tmp_path: Path) -> None:
-    cfg = configure("pruner=weighted", "pruner.target.macs=0.5", "model.width=16", "trainer.latency_repeats=0")
+    cfg = configure("pruner=weighted", "pruner.budget.macs=0.5", "model.width=16", "trainer.latency_repeats=0")
     result = job.run(cfg, output_dir=tmp_path)
     assert (result["budget"], result["target_sparsity"], result["shrunk"]) == ({"macs": 0.5}, None, True)
     assert result["macs"] / result["macs_dense"] == pytest.approx(0.5, rel=0.02)
@@ -477,7 +479,7 @@ def test_a_jobs_name_says_the_budget_instead_of_the_sparsity(monkeypatch: pytest
     choices = {"pruner": "weighted", "model": "convnet", "dataset": "digits"}
     hydra = SimpleNamespace(runtime=SimpleNamespace(choices=choices))
     monkeypatch.setattr(configuration, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
-    named = [run_name(configure("pruner=weighted", *more)) for more in ((), ("pruner.target.latency=0.6",))]
+    named = [run_name(configure("pruner=weighted", *more)) for more in ((), ("pruner.budget.latency=0.6",))]
     assert named == ["weighted 0.5, seed 0, convnet, digits", "weighted latency 0.6, seed 0, convnet, digits"]
 
 
@@ -499,7 +501,7 @@ def test_milliseconds_are_those_of_the_batch_that_the_result_measures(
         return clock()(models, example, **settings)
 
     monkeypatch.setattr(costs, "latency_ms", latency_ms)
-    overrides = ("pruner.target.latency=0.8", "trainer.latency_batch=3", "model.width=16")
+    overrides = ("pruner.budget.latency=0.8", "trainer.latency_batch=3", "model.width=16")
     job.show_plan(configure("pruner=weighted", *overrides), output_dir=tmp_path)
     assert set(seen) == {0, 3}
 
@@ -508,41 +510,41 @@ def test_milliseconds_are_those_of_the_batch_that_the_result_measures(
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "two kinds": (
-        {"target": {"macs": 0.5, "params": 0.3}},
-        "target sets macs and params: one network is cut by one budget, so set only one of them",
+        {"budget": {"macs": 0.5, "params": 0.3}},
+        "budget sets macs and params: one network is cut by one budget, so set only one of them",
     ),
     "no share": (
-        {"target": {"macs": 1.0}},
-        "target.macs is 1.0: it is the share of the dense network's MACs that may stay, above 0 and below 1",
+        {"budget": {"macs": 1.0}},
+        "budget.macs is 1.0: it is the share of the dense network's MACs that may stay, above 0 and below 1",
     ),
     "below": (
-        {"target": {"latency": 0}},
-        "target.latency is 0: it is the share of the dense network's milliseconds that may stay, above 0 and below 1",
+        {"budget": {"latency": 0}},
+        "budget.latency is 0: it is the share of the dense network's milliseconds that may stay, above 0 and below 1",
     ),
     "text": (
-        {"target": {"params": "half"}},
-        "target.params is 'half': it is the share of the dense network's parameters that may stay, above 0 and below 1",
+        {"budget": {"params": "half"}},
+        "budget.params is 'half': it is the share of the dense network's parameters that may stay, above 0 and below 1",
     ),
     "unknown": (
-        {"target": {"mcas": 0.5}},
-        "target names 'mcas', which is no budget: did you mean macs? There are macs, params, latency",
+        {"budget": {"mcas": 0.5}},
+        "budget names 'mcas', which is no cost: did you mean macs? There are macs, params, latency",
     ),
-    "a number": ({"target": 0.5}, "target is 0.5: it must map macs, params or latency to a share, as in {macs: 0.5}"),
+    "a number": ({"budget": 0.5}, "budget is 0.5: it must map macs, params or latency to a share, as in {macs: 0.5}"),
     "single weights": (
-        {"target": {"macs": 0.5}, "criterion": Elementwise()},
-        "target={macs: 0.5} needs units, but Elementwise zeroes single weights here: set target_sparsity instead",
+        {"budget": {"macs": 0.5}, "criterion": Elementwise()},
+        "budget={macs: 0.5} needs units, but Elementwise zeroes single weights here: set target_sparsity instead",
     ),
     "keep": (
-        {"target": {"macs": 0.5}, "keep": {"channels": 4, "heads": None}},
-        "target={macs: 0.5} and keep={'channels': 4} both say how much stays: set only one of them",
+        {"budget": {"macs": 0.5}, "keep": {"channels": 4, "heads": None}},
+        "budget={macs: 0.5} and keep={'channels': 4} both say how much stays: set only one of them",
     ),
     "local": (
-        {"target": {"params": 0.25}, "scope": "local"},
-        "target={params: 0.25} cuts one ranking over all structures: set scope to global, or leave it open",
+        {"budget": {"params": 0.25}, "scope": "local"},
+        "budget={params: 0.25} cuts one ranking over all structures: set scope to global, or leave it open",
     ),
     "too little": (
-        {"target": {"params": 0.1}, "min_kept": 12},
-        "target asks for 10 % of the parameters, but 63.7 % stay with everything gone that can be removed "
+        {"budget": {"params": 0.1}, "min_kept": 12},
+        "budget asks for 10 % of the parameters, but 63.7 % stay with everything gone that can be removed "
         "(min_kept=12 in each of 3 structures): ask for a larger share",
     ),
 }
@@ -557,11 +559,11 @@ def test_a_mistake_is_one_sentence(case: str) -> None:
 
 
 def test_no_budget_is_none_and_the_control_takes_any() -> None:
-    assert read_target(None) is None
-    assert read_target({"macs": None, "params": None, "latency": None}) is None
+    assert read_budget(None) is None
+    assert read_budget({"macs": None, "params": None, "latency": None}) is None
     settings: dict[str, Any] = {"target_sparsity": 0.5, "schedule": OneShot(), "example_input": nets.images(1)}
-    pruner = Pruner(Net(16), Weighted(), target={"macs": None}, **settings)
-    assert (pruner.budget, pruner.scope, pruner.target_sparsity) == (None, "local", 0.5)
+    pruner = Pruner(Net(16), Weighted(), budget={"macs": None}, **settings)
+    assert (pruner.budget, pruner.parts[0].rule.ranking, pruner.target_sparsity) == (None, "local", 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert NoPruning(Net(16), target={"macs": 0.5}).budget is None
+        assert no_pruning(Net(16), budget={"macs": 0.5}).budget is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from functools import partial
 
 import nets
 import pytest
@@ -14,12 +13,12 @@ from facts import refused
 from rich.console import Console
 from torch import nn
 
-from gsprune import NoPruning, Pruner, Pruners
+from gsprune import Pruner, Rule
 from gsprune.app.forecast_tables import print_plan, render
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import Abs, Elementwise, Magnitude, Weighted
-from gsprune.forecast.plan import Cost
-from gsprune.forecast.predict import plan, plan_several
+from gsprune.forecast import predict
+from gsprune.forecast.plan import Cost, PruningPlan, RulePlan
 from gsprune.schedules import Cubic, OneShot
 from gsprune.zoo.models import convnet, resnet50, vit_tiny
 
@@ -41,10 +40,18 @@ def make(model, criterion, example=DIGIT, **settings):
     return Pruner(model, criterion, **{"example_input": example, "schedule": OneShot(), **settings})
 
 
+def plan(model, pruner, example) -> RulePlan:
+    """Of a pruner of one rule."""
+    planned = predict.plan(model, pruner, example)
+    [rule] = planned.rules
+    assert (planned.dense, planned.pruned, planned.to_json()) == (rule.dense, rule.pruned, rule.to_json())
+    return rule
+
+
 def run(pruner):
     """Prune for good, by random scores."""
     generator = torch.Generator().manual_seed(9)
-    if pruner.criterion.cumulative:
+    if pruner.horizon != 0:
         pruner.load_scores({n: torch.rand(m.shape, generator=generator) for n, m in pruner.masks().items()})
     pruner.on_step_begin(0)
     assert pruner.finished
@@ -53,6 +60,8 @@ def run(pruner):
 
 def text(planned, width=80):
     """As printed, on one line."""
+    if isinstance(planned, RulePlan):
+        planned = PruningPlan((planned,), planned.dense, planned.pruned)
     console = Console(width=width, highlight=False, color_system=None)
     with console.capture() as capture:
         console.print(render(planned))
@@ -198,8 +207,8 @@ def test_layers_are_counted_once_for_each_call_and_a_transposed_one_by_its_input
 
 def test_nothing_is_planned_without_a_pruner():
     model = conv_model()
-    planned = plan(model, NoPruning(model), DIGIT)
-    assert (planned.criterion, planned.entries, planned.sparsity) == (None, (), 0.0)
+    planned = predict.plan(model, Pruner(model, rules=[]), DIGIT)
+    assert planned.rules == ()
     assert planned.dense == planned.pruned == Cost(count_parameters(model), count_macs(model, DIGIT))
     assert text(planned) == (
         "Nothing is pruned: 93.5k parameters, 1.49M MACs stay. Nothing was trained, the model is as it was. "
@@ -223,7 +232,7 @@ def test_model_pruner_and_random_numbers_are_left_as_they_were(criterion):
     assert torch.equal(torch.get_rng_state(), random)
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
     assert all(p.grad is None for p in parameters)
-    after = pruner.state_dict()
+    [before], [after] = before["rules"], pruner.state_dict()["rules"]
     for part in ("scores", "masks"):
         assert all(torch.equal(before[part][name], after[part][name]) for name in before[part])
     assert (after["applied"], after["updates"], pruner.plan) == (before["applied"], 0, None)
@@ -379,7 +388,7 @@ def test_a_deep_network_is_read_at_a_glance():
     for width in (80, 160):
         console = Console(width=width, highlight=False, color_system=None)
         with console.capture() as capture:
-            console.print(render(planned))
+            console.print(render(PruningPlan((planned,), planned.dense, planned.pruned)))
         lines = capture.get().splitlines()
         assert len(lines) < 32
         assert max(len(line.rstrip()) for line in lines) <= 80
@@ -399,7 +408,7 @@ def test_the_middle_of_a_long_table_is_left_out():
 
 def test_print_plan_prints_without_colour_or_a_terminal(capsys):
     model = mlp()
-    print_plan(plan(model, make(model, Elementwise(), target_sparsity=0.5), torch.ones(1, 8)))
+    print_plan(predict.plan(model, make(model, Elementwise(), target_sparsity=0.5), torch.ones(1, 8)))
     printed = capsys.readouterr().out
     assert printed.startswith("Elementwise zeroes weights: 224 of 448 in 3 tensors stay (50.0 %).\n")
     assert "\x1b" not in printed
@@ -447,30 +456,28 @@ def test_a_schedule_without_an_end_is_refused_as_in_training():
         plan(model, make(model, Elementwise(), target_sparsity=0.5, schedule=Cubic()), torch.ones(1, 8))
 
 
-# ---- several pruners
+# ---- several rules
 
 
-def test_the_plan_of_several_pruners_is_what_they_leave_together() -> None:
+def test_the_plan_of_several_rules_is_what_they_leave_together() -> None:
     model = nets.settle(vit_tiny(image_size=8, in_channels=1, num_classes=10))
-    parts = [
-        partial(Pruner, criterion=Abs(), kinds=["heads"], target_sparsity=0.5),
-        partial(Pruner, criterion=Magnitude(), structured=True, kinds=["neurons"], target_sparsity=0.25),
-        partial(Pruner, criterion=Elementwise(), target_sparsity=0.9),
+    rules = [
+        Rule(Abs(), kinds=["heads"], target_sparsity=0.5),
+        Rule(Magnitude(), structured=True, kinds=["neurons"], target_sparsity=0.25),
+        Rule(Elementwise(), target_sparsity=0.9),
     ]
-    pruner = Pruners(model, parts, schedule=OneShot(), example_input=DIGIT)
-    planned = plan_several(model, pruner, DIGIT)
-    assert [part.criterion for part in planned.parts] == ["Abs", "Magnitude", "Elementwise"]
+    pruner = Pruner(model, rules=rules, schedule=OneShot(), example_input=DIGIT)
+    planned = predict.plan(model, pruner, DIGIT)
+    assert [rule.criterion for rule in planned.rules] == ["Abs", "Magnitude", "Elementwise"]
     assert planned.dense == Cost(count_parameters(model), count_macs(model, DIGIT))
     generator = torch.Generator().manual_seed(9)
-    for part in pruner.parts:
-        if part.horizon != 0:
-            part.load_scores({n: torch.rand(m.shape, generator=generator) for n, m in part.masks().items()})
+    pruner.load_scores({n: torch.rand(m.shape, generator=generator) for n, m in pruner.masks().items()})
     pruner.on_step_begin(0)
     pruner.on_train_end()
     assert planned.pruned == Cost(count_parameters(model), count_macs(model, DIGIT))
     shown = text(planned)
-    assert "Pruner 1 of 3 Abs removes units" in shown
-    assert "Pruner 3 of 3 Elementwise zeroes weights" in shown
+    assert "Rule 1 of 3 Abs removes units" in shown
+    assert "Rule 3 of 3 Elementwise zeroes weights" in shown
     assert "All together: " in shown
     assert shown.count("Nothing was trained, the model is as it was.") == 1
     assert json.loads(json.dumps(planned.to_json()))["pruned"]["params"] == count_parameters(model)
@@ -478,8 +485,8 @@ def test_the_plan_of_several_pruners_is_what_they_leave_together() -> None:
 
 def test_scores_that_decide_leave_the_sum_open() -> None:
     model = conv_model()
-    part = partial(Pruner, criterion=Abs(), scope="global", target_sparsity=0.5)
-    planned = plan_several(model, Pruners(model, [part], schedule=OneShot(), example_input=DIGIT), DIGIT)
+    rules = [Rule(Abs(), scope="global", target_sparsity=0.5), Rule(Elementwise(), target_sparsity=0.9)]
+    planned = predict.plan(model, Pruner(model, rules=rules, schedule=OneShot(), example_input=DIGIT), DIGIT)
     assert planned.pruned is None
     assert planned.to_json()["pruned"] is None
     assert "All together: the scores decide what is left." in text(planned)

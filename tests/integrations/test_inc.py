@@ -54,9 +54,7 @@ def sensitive(names: list[str], parameters: dict[str, Any], **fields: Any) -> di
 
 def node(criterion: dict[str, Any], schedule: dict[str, Any], include: list[str], **rest: Any) -> dict[str, Any]:
     return {
-        "_target_": "gsprune.Pruner",
-        "_partial_": True,
-        "_convert_": "all",
+        "_target_": "gsprune.Rule",
         "criterion": criterion,
         "schedule": schedule,
         "scope": "local",
@@ -92,7 +90,7 @@ MAGNITUDE = {"_target_": "gsprune.criteria.Magnitude"}
 def test_heads_and_neurons() -> None:
     found = load_inc_config(INC / "heads_and_neurons.yaml")
     projections = [f"layer.*.attention.{name}" for name in ("query", "key", "value")]
-    assert found.pruners == (
+    assert found.rules == (
         node(gate("Abs"), at_once(1.0), projections, keep={"heads": 2}, structured=True),
         node(gate("Weighted"), at_once(1.0), ["layer.*.inner"], keep={"neurons": 4}, structured=True),
     )
@@ -115,7 +113,7 @@ def test_weights() -> None:
     found = load_inc_config(INC / "weights.yaml")
     first = {"target_sparsity": 0.8, "pattern": "1x1", "per_channel": False, "structured": False}
     second = {"target_sparsity": 0.5, "pattern": "1x2", "per_channel": True, "structured": False}
-    assert found.pruners == (
+    assert found.rules == (
         node(ELEMENTWISE, linear(0.1, 1.0, 4.0, 2.0), ["0.weight"], **first),
         node(MAGNITUDE, linear(0.0, 2.0, 3.0, 1.0), ["2.weight"], **second),
     )
@@ -129,7 +127,7 @@ def test_weights() -> None:
 def test_defaults_are_the_ancestors() -> None:
     found = load_inc_config(INC / "few_fields.yaml")
     rest = {"target_sparsity": 0.97, "pattern": "1x1", "per_channel": False, "structured": False}
-    assert found.pruners == (node(MAGNITUDE, linear(0.0, 0.0, 4.0, 1.0), ["*"], **rest),)
+    assert found.rules == (node(MAGNITUDE, linear(0.0, 0.0, 4.0, 1.0), ["*"], **rest),)
     assert found.notes == (
         "pruner 1 (line 6): target_sparsity is 0.97, the ancestor's default, as the file has none",
         "pruner 1 (line 6): end_epoch is 4, the ancestor's default, as the file has none",
@@ -140,7 +138,7 @@ def test_defaults_are_the_ancestors() -> None:
 def test_fields_without_meaning() -> None:
     found = load_inc_config(INC / "without_meaning.yaml")
     rest: dict[str, Any] = {"target_sparsity": 0.9, "per_channel": False, "structured": False}
-    assert found.pruners == (
+    assert found.rules == (
         node(ELEMENTWISE, linear(0.0, 0.0, 5.0, 0.5), ["encoder.*.fc[[]1].weight"], pattern="2x2", **rest),
         node(MAGNITUDE, linear(0.0, 2.0, 5.0, 1.0), ["fc.weight"], pattern="1x1", **rest),
         node(gate("Weighted"), at_once(3.0), ["encoder.attn.v", "encoder.attn.k"], keep={"heads": 5}, structured=True),
@@ -186,13 +184,13 @@ def test_fields_without_meaning() -> None:
 def test_results_fit_the_schemas(name: str) -> None:
     """They are what `pruner=...` composes: no key and no type but those Hydra accepts there."""
     parts = {"OneShot": "one_shot", "Linear": "ramp", "Elementwise": "elementwise", "Magnitude": "magnitude"}
-    for config in load_inc_config(INC / f"{name}.yaml").pruners:
-        merged = OmegaConf.merge(OmegaConf.structured(schemas.PrunerConfig), config)
+    for config in load_inc_config(INC / f"{name}.yaml").rules:
+        merged = OmegaConf.merge(OmegaConf.structured(schemas.RuleConfig), config)
         assert OmegaConf.to_container(merged.include) == config["include"]
         for part in ("criterion", "schedule"):
             target = config[part]["_target_"].rpartition(".")[2]
             schema = schemas.SCHEMAS[f"gsprune_{parts.get(target, 'gate')}"]
-            open_ = {"target_sparsity": None} if part == "schedule" else {}  # the pruner has it
+            open_ = {"target_sparsity": None} if part == "schedule" else {}  # the rule has it
             assert dict(OmegaConf.merge(OmegaConf.structured(schema), config[part])) == {**open_, **config[part]}
 
 
@@ -207,7 +205,7 @@ def test_recorded_weight_pruners(case: str, file: Path) -> None:
         with pytest.raises(ValueError, match=r"pruner 1 \(line 1\): target_sparsity is 1.0: it must be in \[0, 1\)$"):
             written(file, pruner)
         return
-    [found] = written(file, pruner).pruners
+    [found] = written(file, pruner).rules
     schedule = linear(
         conf.get("initial_sparsity", 0.0), conf["start_epoch"], conf["end_epoch"], conf.get("update_frequency", 1)
     )
@@ -229,7 +227,7 @@ def test_recorded_unit_pruners(case: str, file: Path) -> None:
         with pytest.raises(ValueError, match=r"neurons are removed one by one here, set stride to 1 and target to 32$"):
             written(file, *pruners)
         return
-    kept = [(found["criterion"], found["keep"], found["include"]) for found in written(file, *pruners).pruners]
+    kept = [(found["criterion"], found["keep"], found["include"]) for found in written(file, *pruners).rules]
     bert = "bert.encoder.layer.*."
     heads = [f"{bert}attention.self.{name}" for name in ("query", "key", "value")]
     targets = {pruner["parameters"]["importance_metric"]: pruner["parameters"]["target"] for pruner in pruners}
@@ -344,10 +342,10 @@ def test_a_file_becomes_a_choice_of_the_group(capsys: pytest.CaptureFixture[str]
     assert main([str(INC / "heads_and_neurons.yaml")]) == 0
     text, config = capsys.readouterr().out, load_inc_config(INC / "heads_and_neurons.yaml")
     found = yaml.safe_load(text)
-    assert found["defaults"] == ["/gsprune_pruners@_here_", "_self_"]
-    assert found["pruners"] == [*config.pruners]
+    assert found["defaults"] == ["/gsprune_rules@_here_", "_self_"]
+    assert found["rules"] == [*config.rules]
     assert [line[2:] for line in text.splitlines() if line.startswith("#")] == [*config.notes]
-    assert set(found["pruners"][0]) <= {field.name for field in dataclasses.fields(schemas.PrunerConfig)}
+    assert set(found["rules"][0]) <= {field.name for field in dataclasses.fields(schemas.RuleConfig)}
 
 
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -563,7 +561,7 @@ def test_loader_is_its_own(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"the tag !Other in line 1 is refused: only !Pruner is read$"):
         load_inc_config(file)
     assert "!Pruner" not in yaml.SafeLoader.yaml_constructors
-    assert len(load_inc_config(INC / "weights.yaml").pruners) == 2
+    assert len(load_inc_config(INC / "weights.yaml").rules) == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -617,4 +615,4 @@ def test_a_note_stays_one_comment(file: Path) -> None:
     )
     text = load_inc_config(file).to_yaml()
     assert "evil" in text
-    assert set(yaml.safe_load(text)) == {"defaults", "pruners"}
+    assert set(yaml.safe_load(text)) == {"defaults", "rules"}

@@ -8,7 +8,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gsprune import NoPruning, Pruner, Pruners
+from gsprune import Pruner, Rule
 from gsprune.criteria import Abs, Elementwise, Magnitude, Weighted
 from gsprune.schedules import Cubic, OneShot
 
@@ -144,7 +144,7 @@ def test_a_step_is_over_when_one_of_two_optimizers_steps_again() -> None:
     assert steps == [0, 1, 2, 2, 3]
     for name in "ab":
         torch.testing.assert_close(pruner.scores()[f"{name}.weight"], expected[name])
-    assert pruner.state_dict()["scored"] == 3
+    assert pruner.state_dict()["rules"][0]["scored"] == 3
 
 
 @pytest.mark.parametrize("make", [weights, units])
@@ -202,7 +202,7 @@ def test_what_is_frozen_in_another_optimizers_step_is_scored_in_its_own(criterio
             expected = expected + read(*((p * p.grad).detach() for p in model[at].parameters()))
         optimizers[at].step()
     torch.testing.assert_close(next(iter(pruner.scores().values())), expected)
-    assert pruner.state_dict()["scored"] == 2
+    assert pruner.state_dict()["rules"][0]["scored"] == 2
 
 
 # ---- an optimizer around another
@@ -252,7 +252,7 @@ def test_sam_is_scored_where_the_weights_are(by_closure: bool) -> None:
         loss(model).backward()
         optimizer.second_step()
     torch.testing.assert_close(pruner.scores()["0.weight"], expected)
-    assert (pruner.step, pruner.state_dict()["scored"]) == (1, 1)
+    assert (pruner.step, pruner.state_dict()["rules"][0]["scored"]) == (1, 1)
     pruner.detach()
     assert "first_step" not in vars(optimizer)
 
@@ -323,7 +323,7 @@ def test_a_closure_is_scored_by_its_own_gradients(kind: Any, keyword: bool) -> N
         assert isinstance(optimizer.step(closure=closure) if keyword else optimizer.step(closure), Tensor)
         expected += seen[0]
     torch.testing.assert_close(pruner.scores()["0.weight"], expected)
-    assert pruner.state_dict()["scored"] == 2
+    assert pruner.state_dict()["rules"][0]["scored"] == 2
 
 
 def test_lbfgs_searches_among_masked_networks() -> None:
@@ -378,13 +378,9 @@ def test_an_average_is_as_sparse_as_its_model(parts: str) -> None:
     model = mlp()
     average = copy.deepcopy(model)
     settings = {"steps_per_epoch": STEPS, "copies": [average]}
-    one_shot = {"target_sparsity": 0.5, "schedule": OneShot(start_epoch=1)}
-    of_units = partial(Pruner, criterion=Abs(), **one_shot)
-    of_weights = partial(Pruner, criterion=Elementwise(), **(one_shot | {"target_sparsity": 0.8}))
-    if parts == "both":
-        pruner: Any = Pruners(model, [of_units, of_weights], example_input=X[:2], **settings)
-    else:
-        pruner = (of_units if parts == "units" else of_weights)(model, example_input=X[:2], **settings)
+    rules = {"units": Rule(Abs(), target_sparsity=0.5), "weights": Rule(Elementwise(), target_sparsity=0.8)}
+    chosen = [*rules.values()] if parts == "both" else [rules[parts]]
+    pruner = Pruner(model, rules=chosen, schedule=OneShot(start_epoch=1), example_input=X[:2], **settings)
     optimizer = sgd(model)
     pruner.attach(optimizer)
     for step in range(3 * STEPS):
@@ -562,20 +558,20 @@ def test_a_copied_model_is_nobodys_to_prune() -> None:
 # ---- skipped steps
 
 
-def several(model: nn.Module, **settings: Any) -> Pruners:
-    return Pruners(model, [partial(Pruner, criterion=Elementwise(), target_sparsity=0.5, schedule=NEVER)], **settings)
+RULE = Rule(Elementwise(), target_sparsity=0.5)
+RULES: dict[str, list[Rule]] = {
+    "none": [],
+    "one": [RULE],
+    "several": [replace(RULE, include=["0"]), replace(RULE, exclude=["0"])],
+}
 
 
-def single(model: nn.Module, **settings: Any) -> Pruner:
-    return Pruner(model, Elementwise(), target_sparsity=0.5, schedule=NEVER, **settings)
-
-
-@pytest.mark.parametrize("make", [single, several, NoPruning], ids=["single", "several", "none"])
+@pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("attach", [False, True])
-def test_a_step_that_is_skipped_is_not_scored(make: Any, attach: bool) -> None:
+def test_a_step_that_is_skipped_is_not_scored(rules: str, attach: bool) -> None:
     model = mlp()
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
-    pruner = make(model, optimizer=optimizer, steps_per_epoch=STEPS)
+    pruner = Pruner(model, rules=RULES[rules], schedule=NEVER, optimizer=optimizer, steps_per_epoch=STEPS)
     if attach:
         pruner.attach(optimizer)
     found = []
@@ -587,11 +583,10 @@ def test_a_step_that_is_skipped_is_not_scored(make: Any, attach: bool) -> None:
         optimizer.step()
         optimizer.zero_grad()
         found.append(pruner.scores())
-    if make is NoPruning:
-        assert found == [{}, {}, {}]
-    else:
-        assert torch.equal(found[0]["0.weight"], found[1]["0.weight"])
-        assert float(found[2]["0.weight"].sum()) > float(found[1]["0.weight"].sum()) > 0
+    assert [*found[0]] == (["0.weight", "2.weight"] if rules != "none" else [])
+    for name in found[0]:
+        assert torch.equal(found[0][name], found[1][name])
+        assert float(found[2][name].sum()) > float(found[1][name].sum()) > 0
 
 
 # ---- a sparse model that is tuned
@@ -637,10 +632,6 @@ def test_masks_of_units_are_cut_out_in_the_end() -> None:
         ({"0.weight": torch.zeros(8, 6, dtype=torch.bool)}, r"the mask of 0\.weight keeps nothing"),
         ({"0.weight": torch.ones(8, 6, dtype=torch.bool, device="meta")}, r"the mask of 0\.weight has no values"),
         ({"0": torch.ones(8, dtype=torch.bool)}, "a mask of '0', which is no tensor of the model: give example_input"),
-        (
-            {"0": torch.ones(8, dtype=torch.bool), "2.weight": torch.ones(3, 8, dtype=torch.bool)},
-            "a mask of '0', .* give those of single weights alone",
-        ),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(masks: dict[str, Tensor], message: str) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gsprune import NoPruning, Pruner
+from gsprune import Pruner
 from gsprune.criteria import Abs, Criterion, Elementwise, Magnitude, Random, Weighted
 from gsprune.formats.scores import load_scores, save_scores
+from gsprune.pruner.pruner import no_pruning
 from gsprune.schedules import Cubic, Linear, OneShot
 
 STEPS = 4  # optimizer steps in an epoch of these tests
@@ -71,7 +72,7 @@ def fill_gradients(model: nn.Module, seed: int = 0) -> None:
 
 
 def scores(pruner: Pruner) -> dict[str, Tensor]:
-    return pruner.state_dict()["scores"]
+    return pruner.state_dict()["rules"][0]["scores"]
 
 
 # ---- scores
@@ -106,7 +107,7 @@ def test_a_batch_with_a_bad_gradient_adds_nothing(criterion: Criterion, bad: flo
     model[2].weight.grad[1, 3] = bad
     pruner.on_before_optimizer_step()
     assert all(torch.equal(before[name], after) for name, after in scores(pruner).items())
-    assert pruner.state_dict()["scored"] == 1
+    assert pruner.state_dict()["rules"][0]["scored"] == 1
 
 
 def test_a_step_the_gradient_scaler_skips_adds_nothing() -> None:
@@ -122,7 +123,7 @@ def test_a_step_the_gradient_scaler_skips_adds_nothing() -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        counted.append(pruner.state_dict()["scored"])
+        counted.append(pruner.state_dict()["rules"][0]["scored"])
     assert counted == [0, 1]
 
 
@@ -369,7 +370,7 @@ def test_units_are_cut_out_once_and_the_optimizer_follows() -> None:
     assert (model[0].out_features, model[2].in_features) == (4, 4)
     torch.testing.assert_close(model(x), masked)
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
-    train(NoPruning(model), model, optimizer, 1)
+    train(Pruner(model, rules=[]), model, optimizer, 1)
 
 
 def test_training_that_ends_early_gets_its_final_mask_and_says_so() -> None:
@@ -459,7 +460,7 @@ def test_a_fused_optimizer_under_a_gradient_scaler_scores_like_any_other(fused: 
         scaler.update()
         optimizer.zero_grad()
     torch.testing.assert_close(scores(pruner)["0.weight"], expected)
-    assert pruner.state_dict()["scored"] == 2
+    assert pruner.state_dict()["rules"][0]["scored"] == 2
 
 
 def test_attaching_twice_is_refused() -> None:
@@ -636,7 +637,7 @@ def test_a_loaded_state_replaces_the_scores_it_was_built_with() -> None:
     earlier = build(model=model, schedule=OneShot(start_epoch=1))
     resumed = build(schedule=OneShot(start_epoch=1), scores={"0.weight": ramp(8, 6), "2.weight": ramp(3, 8)})
     resumed.load_state_dict(earlier.state_dict())
-    assert resumed.state_dict()["scored"] == 0
+    assert resumed.state_dict()["rules"][0]["scored"] == 0
     resumed.on_epoch_begin(1)
     resumed.on_step_begin(0)
     assert resumed.updates == 0  # as that one it has seen no batch
@@ -697,7 +698,7 @@ def test_scores_of_something_else_are_refused_and_change_nothing(given: dict[str
             refused()
         assert str(error.value) == f"the scores do not fit: {sentence}"
     assert all(torch.equal(score, before[name]) for name, score in pruner.scores().items())
-    assert pruner.state_dict()["scored"] == 3
+    assert pruner.state_dict()["rules"][0]["scored"] == 3
 
 
 def test_scores_of_a_file_are_refused_by_its_name(tmp_path: Path) -> None:
@@ -1042,12 +1043,12 @@ def test_a_state_of_other_targets_is_refused() -> None:
     with pytest.raises(ValueError, match=r"do not have the same targets: 2\.weight is in one only"):
         build().load_state_dict(state)
     state = build().state_dict()
-    state["scores"]["2.weight"] = torch.zeros(3, 7)
+    state["rules"][0]["scores"]["2.weight"] = torch.zeros(3, 7)
     pruner = build()
     with pytest.raises(ValueError, match=r"2\.weight has shape 3 x 8, the saved state 3 x 7"):
         pruner.load_state_dict(state)
     assert float(pruner.targets[0].score.abs().max()) == 0.0  # nothing was taken over
-    with pytest.raises(ValueError, match="this is not a pruner's state: it has no 'applied'"):
+    with pytest.raises(ValueError, match="this is not a pruner's state: it has no 'cut'"):
         pruner.load_state_dict({})
 
 
@@ -1059,8 +1060,8 @@ def test_a_state_of_other_targets_is_refused() -> None:
             "the schedule ends at epoch 3 of 3: the last of the pruning gets no training after it",
         ),
         (lambda: build(target_sparsity=0.0), "target_sparsity=0 has no effect: nothing will be pruned"),
-        (lambda: NoPruning(mlp(), target_sparsity=0.5), "target_sparsity=0.5 has no effect: nothing is pruned here"),
-        (lambda: NoPruning(mlp(), scores="nowhere"), "scores have no effect: nothing is pruned here"),
+        (lambda: no_pruning(mlp(), target_sparsity=0.5), "target_sparsity=0.5 has no effect: nothing is pruned here"),
+        (lambda: no_pruning(mlp(), scores="nowhere"), "scores have no effect: nothing is pruned here"),
         (
             lambda: build(Magnitude(), scores="nowhere"),
             "scores have no effect: Magnitude computes its own when a mask is due",
@@ -1083,7 +1084,7 @@ def test_sensible_settings_do_not_warn() -> None:
 
 def test_no_pruning_leaves_everything_alone() -> None:
     model, control = mlp(), mlp()
-    train(NoPruning(model), model, sgd(model), 2)
+    train(Pruner(model, rules=[]), model, sgd(model), 2)
     optimizer = sgd(control)
     for epoch in range(2):
         for x, y in batches(STEPS, seed=epoch):
@@ -1195,8 +1196,8 @@ def test_an_update_that_prunes_nothing_more_is_none() -> None:
             r"0\.weight has no shape yet",
         ),
         (
-            lambda: build(Abs(), target={"macs": 0.5}, target_sparsity=0.9, example_input=INPUT),
-            r"target=\{macs: 0\.5\} and target_sparsity=0\.9 both say",
+            lambda: build(Abs(), budget={"macs": 0.5}, target_sparsity=0.9, example_input=INPUT),
+            r"budget=\{macs: 0\.5\} and target_sparsity=0\.9 both say",
         ),
         (
             lambda: build(Abs(), keep={"neurons": 4}, target_sparsity=0.9, example_input=INPUT),

@@ -38,7 +38,7 @@ class InSweep:
         fit, score = Trainer.fit, Trainer.score
 
         def counted_fit(trainer, *args, **kwargs):
-            self.trained.append(type(kwargs["pruner"]).__name__)
+            self.trained.append(kwargs["pruner"].criterion_name)
             return fit(trainer, *args, **kwargs)
 
         def counted_score(trainer, *args, **kwargs):
@@ -81,7 +81,7 @@ def test_results_are_the_same_with_and_without_the_cache(sweep):
     jobs = [("pruner=elementwise",), ("pruner=weighted",), ("pruner=elementwise", "pruner.target_sparsity=0.5")]
     for number, overrides in enumerate(jobs):
         sweep.run(str(number), *overrides, "trainer.dense_scores=true")
-    assert sweep.trained == ["NoPruning", "Pruner", "Pruner", "Pruner"]
+    assert sweep.trained == ["none", "Elementwise", "Weighted", "Elementwise"]
     assert sweep.scored == 2  # once for each criterion
     alone = InSweepWithout(sweep)
     for number, overrides in enumerate(jobs):
@@ -144,11 +144,11 @@ def test_a_damaged_entry_is_made_again(sweep, caplog):
     (folder,) = (sweep.sweep.directory / "dense_cache").iterdir()
     (folder / "dense.safetensors").write_bytes((folder / "dense.safetensors").read_bytes()[:-9])
     sweep.run("1", "pruner=none", "trainer.prune_epochs=1")
-    assert sweep.trained.count("NoPruning") == 4  # two dense phases and two plain second ones
+    assert sweep.trained.count("none") == 4  # two dense phases and two plain second ones
     assert f"the dense network in {folder} is trained again, that is now " in caplog.text
     (folder / "dense.json").write_text('{"key": 3')
     sweep.run("2", "pruner=none", "trainer.prune_epochs=3")
-    assert sweep.trained.count("NoPruning") == 6
+    assert sweep.trained.count("none") == 6
     assert sorted(path.name for path in folder.parent.iterdir())[1:] == [
         f"damaged-2-{folder.name}",
         f"damaged-{folder.name}",

@@ -122,7 +122,7 @@ def test_points_are_means_over_seeds_with_deltas_by_job() -> None:
 
 
 def test_jobs_of_one_budget_stand_together_whatever_sparsity_it_led_to() -> None:
-    axis, results = "pruner.target.macs", [("0", "0.5", 0.31), ("1", "0.5", 0.44), ("0", "0.3", 0.6)]
+    axis, results = "pruner.budget.macs", [("0", "0.5", 0.31), ("1", "0.5", 0.44), ("0", "0.3", 0.6)]
     jobs = [
         job(str(i), f"seed={seed}", f"{axis}={share}", accuracy=0.9, sparsity=reached, budget={"macs": float(share)})
         for i, (seed, share, reached) in enumerate(results)

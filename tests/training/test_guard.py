@@ -144,7 +144,7 @@ def test_the_pruner_takes_no_score_from_a_step_that_is_bad_elsewhere() -> None:
         fit(model, data, pruner=pruner)
     with pytest.warns(UserWarning, match="training ended"):
         fit(plain, [data[0], data[2]], pruner=pruner)
-    assert [one.state_dict()["scored"] for one in made] == [2, 2]
+    assert [one.state_dict()["rules"][0]["scored"] for one in made] == [2, 2]
     assert_equal_states(made[0].scores(), made[1].scores())
 
 

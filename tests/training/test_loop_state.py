@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from gsprune import NoPruning
+from gsprune import Pruner
 from gsprune.training.loading import from_start
 from gsprune.training.loop_state import LoopState, random_state, set_random_state
 from gsprune.training.optimization import warmup_cosine
@@ -90,7 +90,7 @@ class Training:
             DataLoader(Noisy(), batch_size=11),
             optimizer=self.optimizer,
             lr_schedule=self.schedule,
-            pruner=NoPruning(self.model),
+            pruner=Pruner(self.model, rules=[]),
             epochs=2,
             on_epoch=on_epoch,
             on_rest=on_rest,

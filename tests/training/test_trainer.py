@@ -337,7 +337,7 @@ def test_a_scale_too_large_for_fp16_shrinks_during_the_pass(monkeypatch):
     pruner = Pruner(model, Elementwise(), target_sparsity=0.5, epochs=3)
     optimizer = torch.optim.SGD(model.parameters())
     assert CPU(precision="fp16").score(model, batches(4, 4, 4), optimizer=optimizer, pruner=pruner) == 3
-    assert pruner.state_dict()["scored"] == 2
+    assert pruner.state_dict()["rules"][0]["scored"] == 2
     assert 0 < float(pruner.scores()["0.weight"].max()) < 10
 
 

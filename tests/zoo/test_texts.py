@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from gsprune import Pruner
 from gsprune.app import job
 from gsprune.cost.counting import count_macs
 from gsprune.training.trainer import Trainer
@@ -364,7 +365,7 @@ def test_the_trainer_takes_the_batches_as_they_are(tokenizer: Path, tmp_path: Pa
         loaders.val,
         optimizer=optimizer,
         lr_schedule=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
-        pruner=job.NoPruning(model),
+        pruner=Pruner(model, rules=[]),
         epochs=6,
         on_epoch=lambda _, values: rows.append(values),
     )

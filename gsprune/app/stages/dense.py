@@ -15,7 +15,7 @@ from gsprune.app.stages.record import save_model
 from gsprune.app.stages.setup import load_tensors, load_weights
 from gsprune.app.stages.training import Training
 from gsprune.formats.tensors import state_tensors
-from gsprune.pruner.pruner import NoPruning
+from gsprune.pruner.pruner import Pruner
 from gsprune.settings.identity import dense_key
 from gsprune.structures.twin import copy_of
 from gsprune.sweeps.dense_cache import DenseCache, DenseRecord
@@ -29,7 +29,7 @@ def train_dense(training: Training) -> Dense:
     stage = _DenseStage(training)
     dense = stage.restore() if training.checkpoints.resumes("prune") else stage.load_or_train()
     training.checkpoints.dense = dense
-    pruner = NoPruning(training.setup.model)
+    pruner = Pruner(training.setup.model, rules=[])
     training.job.save_model = lambda: save_model(training.job, training.setup.model, pruner)
     return dense
 
@@ -101,7 +101,7 @@ class _DenseStage:
         setup.seed(0)  # whatever the check of the pruning phase has drawn
         epochs = setup.trainer.dense_epochs
         self._training.run(
-            Phase("dense", epochs, 0, *setup.build_optimizer(epochs=epochs), pruner=NoPruning(setup.model))
+            Phase("dense", epochs, 0, *setup.build_optimizer(epochs=epochs), pruner=Pruner(setup.model, rules=[]))
         )
         with job.watch.part("measure"):
             baseline = setup.trainer.evaluate(setup.model, setup.data.test)

@@ -21,7 +21,7 @@ def measure(job: Context, setup: Setup, history: History, dense: Dense, pruner: 
         test, val = (setup.trainer.evaluate(setup.model, split) for split in (setup.data.test, setup.data.val))
         if not job.first:
             return
-        budget = getattr(pruner, "budget", None)
+        budget = pruner.budget
         job.result |= {
             "accuracy": test["accuracy"],
             "loss": test["loss"],

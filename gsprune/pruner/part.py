@@ -1,0 +1,492 @@
+"""`Part`: one rule on one model: its targets, their running scores, and the masks computed from them.
+
+A part has no epochs, no steps and no other parts: `Pruner` calls it when something is due.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gsprune.cost.budgets import Budget
+from gsprune.pruner.choose import unit_targets, weight_targets
+from gsprune.pruner.rule import Rule
+from gsprune.pruner.targets import Share, Target, Targets, Verdict, sum_of
+from gsprune.pruner.units import UnitTarget
+from gsprune.pruner.weights import WeightTarget
+from gsprune.ranking.patterns import parse_pattern
+from gsprune.ranking.selection import pruned_count
+from gsprune.schedules import Cubic, OneShot, Ramp, Schedule
+from gsprune.structures.matrices import coverage, warn_of_little
+
+if TYPE_CHECKING:
+    from gsprune.structures.structure import Structure
+
+_STATE = ("criterion", "scores", "masks", "applied", "scored", "unseen", "looked", "updates")
+
+
+class Part:
+    """A rule applied to a model.
+
+    Attributes:
+        rule: the settings.
+        all, targets: what is pruned, together and one by one.
+        schedules: of each target.
+        skipped: structures or tensors that cannot be pruned -> why.
+        left_out: structures that could be, but for include, exclude, kinds and keep.
+        coverage: share of the model's matrix weights that is targeted.
+        budget: how a budget is met, if the rule has one.
+        updates: mask updates that pruned something.
+    """
+
+    def __init__(self, rule: Rule, model: nn.Module, *, example_input: Any, epochs: float | None) -> None:
+        self.rule, self.criterion = rule, rule.criterion
+        schedule = _resolved(rule, epochs)
+        self.all: Targets
+        self.skipped: Mapping[str, str] = {}
+        self.left_out: Sequence[Structure] = ()
+        if rule.units:
+            self.all, self.skipped, self.left_out = unit_targets(
+                model, example_input, include=rule.include, exclude=rule.exclude, kinds=rule.kinds, counts=rule.counts
+            )
+        else:
+            pattern = parse_pattern(rule.pattern)
+            self.all, self.skipped = weight_targets(
+                model, pattern, include=rule.include, exclude=rule.exclude, per_channel=rule.per_channel
+            )
+        self.targets: Sequence[Target] = self.all.targets
+        self._check_trainable()
+        tensors = targeted(model, self.targets)
+        self.coverage = coverage(model, tensors)
+        if not rule.units:
+            warn_of_little(model, self.skipped, tensors, self.coverage, stacklevel=3)
+        self.schedules = [_schedule_for(target, schedule, rule.counts) for target in self.targets]
+        self.updates = 0
+        self._applied = [0.0] * len(self.targets)  # sparsity each target's mask was last made for
+        self._scored = torch.zeros((), dtype=torch.int64, device=self.all.score.device)  # batches that counted
+        self._unseen = {t.name for t in self.targets} if self.criterion.cumulative else set()  # without a gradient
+        self._reads: dict[str, list[str]] = {}  # target -> tensors that the criterion reads of it
+        self._looked = 0  # steps in which gradients were looked for since the pruner was made
+        self._in_step: set[str] = set()  # targets that one of several optimizers has scored in this step
+        self._counted: Tensor | None = None  # whether one of them counted
+        self._flat: set[str] = set()  # targets that were warned about
+        self.budget: Budget | None = None
+        if rule.goal is not None:
+            structures = [target.structure for target in self.unit_targets]
+            self.budget = Budget(*rule.goal, model, structures, example_input, min_kept=rule.min_kept)
+
+    # ---- what there is to see
+
+    @property
+    def units(self) -> bool:
+        """Whether units are pruned, and not single weights."""
+        return self.rule.units
+
+    @property
+    def unit_targets(self) -> list[UnitTarget]:
+        """The targets that are structures."""
+        return [target for target in self.targets if isinstance(target, UnitTarget)]
+
+    @property
+    def weight_targets(self) -> list[WeightTarget]:
+        """The targets that are tensors."""
+        return [target for target in self.targets if isinstance(target, WeightTarget)]
+
+    @property
+    def share(self) -> Share:
+        """How many weights or units are pruned, of how many targeted."""
+        return sum_of(target.share for target in self.targets)
+
+    @property
+    def target_sparsity(self) -> float | None:
+        """The share the schedule ends with, over all targets; None under a budget, where the scores decide."""
+        if self.budget is not None:
+            return None
+        wanted = (s.final * t.total for s, t in zip(self.schedules, self.targets, strict=True))
+        return round(sum(wanted) / sum(target.total for target in self.targets), 12)  # 0.7, not 0.7000000000000001
+
+    @property
+    def criterion_name(self) -> str:
+        """The class of the criterion."""
+        return type(self.criterion).__name__
+
+    @property
+    def finished(self) -> bool:
+        """Whether the mask is final."""
+        return all(now >= s.final for now, s in zip(self._applied, self.schedules, strict=True))
+
+    @property
+    def wanted(self) -> str:
+        """The share to be reached, for `repr`."""
+        if self.budget is not None:
+            return f"{1 - self.budget.share:.1%} of {self.budget.kind} less"
+        return f"{self.target_sparsity:.1%}"
+
+    def __str__(self) -> str:
+        """
+        >>> from gsprune.criteria import Magnitude
+        >>> str(Part(Rule(Magnitude(), target_sparsity=0.5), nn.Linear(2, 2), example_input=None, epochs=None))
+        '4 weights in 1 tensor, by Magnitude(decay=1.0), global'
+        """
+        kinds = " and ".join(dict.fromkeys(target.of for target in self.targets))
+        homes = ("structure" if self.units else "tensor") + ("" if len(self.targets) == 1 else "s")
+        total = sum(target.total for target in self.targets)
+        return f"{total:,} {kinds} in {len(self.targets)} {homes}, by {self.criterion}, {self.rule.ranking}"
+
+    # ---- scores
+
+    def begin_step(self) -> None:
+        """Begin a training step, in which each target is scored once."""
+        self._in_step.clear()
+        self._counted = None
+
+    def score(self, grad_scale: Tensor | None, found_inf: Tensor | None, *, held: Collection[int] | None) -> None:
+        """Add this step's changes to the running scores, of what these tensors (by id; None: all) are part of."""
+        if not self.criterion.cumulative or (self.finished and self.updates):
+            return  # with a target of 0 there is no update, but scores there are: another pruner may start from them
+        if not self._choose_due(held):
+            return
+        with torch.no_grad():
+            finite = self.all.probe(self.criterion)
+            if found_inf is not None:
+                finite = finite & (found_inf.reshape(()) == 0)
+            self._note_present(first=held is None or self._counted is None)
+            self.all.accumulate_(self.criterion, Verdict(finite, self.criterion.decay, grad_scale))
+            if any(self.all.present):
+                self._count(finite, once=held is not None)
+
+    def scores(self) -> dict[str, Tensor]:
+        """The running scores; what is pruned has 0."""
+        return {t.name: t.outside(t.score.masked_fill(~t.keep, 0.0)) for t in self.targets}
+
+    def take_scores(self, scores: Mapping[str, Tensor]) -> None:
+        """Replace the running scores by checked ones; zeros everywhere count as no scores."""
+        with torch.no_grad():
+            for target in self.targets:
+                target.score.copy_(target.here(scores[target.name]))
+            self._scored.fill_(int(self.all.any_score()))
+            self.all.settle_()
+        if int(self._scored):
+            self._unseen.clear()
+
+    def _note_present(self, *, first: bool) -> None:
+        """Note which targets have had a gradient by now: the host knows that without waiting.
+
+        Raises:
+            ValueError: in the first step: something was frozen since the pruner was made.
+        """
+        self._looked += first  # of several optimizers the first one counts the step
+        if self._looked == 1 and first:
+            self._check_trainable()
+        if self._unseen:
+            self._unseen -= {t.name for t, here in zip(self.targets, self.all.present, strict=True) if here}
+
+    def _check_trainable(self) -> None:
+        """ValueError for a target that never gets a gradient."""
+        names = self.all.frozen(self.criterion) if self.criterion.cumulative else []
+        if names:
+            raise ValueError(
+                f"{_first_of(names)} never gets a gradient (requires_grad is False), and {self.criterion_name} "
+                f"scores by gradients: exclude it, or take a criterion without, such as Magnitude"
+            )
+
+    def _choose_due(self, held: Collection[int] | None) -> bool:
+        """Whether there is something to score: what the optimizer holds that steps, and was not scored in this step."""
+        for target in self.targets:
+            target.due = held is None or (target.name not in self._in_step and self._is_read_of(target, held))
+        due = [target.name for target in self.targets if target.due]
+        self._in_step.update(due)
+        return bool(due)
+
+    def _is_read_of(self, target: Target, held: Collection[int]) -> bool:
+        """Whether the criterion reads a gradient of one of these tensors for the target."""
+        if target.name not in self._reads:
+            self._reads[target.name] = [*target.scored(self.criterion)]
+        own = target.own()
+        return any(id(own[name]) in held for name in self._reads[target.name])
+
+    def _count(self, finite: Tensor, *, once: bool) -> None:
+        """Count the batch, or with `once` the step that several optimizers make."""
+        before = self._counted if once else None
+        self._scored += finite if before is None else finite & ~before
+        self._counted = finite if before is None else finite | before
+
+    # ---- masks
+
+    def due(self, progress: float | None) -> list[float] | None:
+        """The sparsity of each target at this progress (None: the last), if a mask update is due."""
+        wanted = [s.final if progress is None else s(progress) for s in self.schedules]
+        return wanted if any(now > before for now, before in zip(wanted, self._applied, strict=True)) else None
+
+    def update(
+        self, wanted: Sequence[float], *, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module], patience: int
+    ) -> bool:
+        """A mask update, the only place that waits for the device: whether something more was pruned.
+
+        Args:
+            patience: steps in which a target may have had no gradient yet; the update stays due until then.
+
+        Raises:
+            ValueError: a target still had no gradient; scores are not finite, or say nothing.
+        """
+        if self._waits_for_gradients(patience) or (self.criterion.cumulative and not int(self._scored)):
+            return False
+        with torch.no_grad():
+            if not self.criterion.cumulative:
+                self.all.compute_(self.criterion)
+            groups = [_checked(target) for target in self.targets]
+            self._check_flat(groups)
+            before = [target.pruned for target in self.targets]
+            for target, keep in zip(self.targets, self._select(groups, wanted), strict=True):
+                target.set_keep(keep)
+            self.all.settle_()
+            self.all.mask_state_(optimizers)
+        for copy in copies:
+            self.mask(copy)
+        self._applied = list(wanted)
+        if before == [target.pruned for target in self.targets]:
+            return False  # a share that has not grown by a whole group
+        self.updates += 1
+        self.apply()
+        return True
+
+    def apply(self) -> None:
+        """Zero what is pruned."""
+        with torch.no_grad():
+            self.all.apply_()
+
+    def mask(self, network: nn.Module) -> None:
+        """Zero in a network of the same architecture what is pruned in the model."""
+        for target in self.targets:
+            target.mask(network)
+
+    def restore(self, model: nn.Module, *, copies: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
+        """Use the tensors that the model has now; zero what is pruned in them, the copies and optimizer states."""
+        for target in self.targets:
+            target.find(model)
+        for network in (model, *copies):
+            self.mask(network)
+        with torch.no_grad():
+            self.all.mask_state_(optimizers)
+
+    def drop(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+        """Count single weights as pruned that units of another rule take along.
+
+        Args:
+            kept: tensor name -> dimension -> positions that stay, as of a `CutPlan`.
+        """
+        with torch.no_grad():
+            for target in self.weight_targets:
+                if target.name in kept:
+                    target.drop(kept[target.name])
+            self.all.settle_()
+            self.all.apply_()
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks, in the shapes of the dense network."""
+        return {target.name: target.outside(target.keep.clone()) for target in self.targets}
+
+    def take_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Take over masks, as final."""
+        for target in self.targets:
+            keep = masks[target.name]
+            target.check(keep, keep)
+            target.load(torch.zeros_like(target.outside(target.score)), keep)
+        self.schedules = [OneShot(target_sparsity=target.pruned / target.total) for target in self.targets]
+        self._applied = [schedule.final for schedule in self.schedules]
+        self.updates = 1
+        with torch.no_grad():
+            self.all.settle_()
+
+    def check_reached(self) -> None:
+        """Warn where `min_kept` (or a pattern) kept more than the target allows, or a budget is missed."""
+        if self.budget is not None:
+            if missed := self.budget.missed([target.keep.cpu() for target in self.targets]):
+                warnings.warn(missed, stacklevel=4)
+            return
+        asked = sum(pruned_count(s.final, t.total) for s, t in zip(self.schedules, self.targets, strict=True))
+        reached, slack = sum(target.pruned for target in self.targets), max(1.0, 0.01 * asked)
+        if reached < asked - slack:
+            warnings.warn(
+                f"the sparsity reached is {float(self.share):.3f} instead of {self.target_sparsity:.3f}: "
+                f"min_kept={self.rule.min_kept} in each of {len(self.targets)} tensors or structures allows no more",
+                stacklevel=4,
+            )
+
+    def _waits_for_gradients(self, patience: int) -> bool:
+        """Whether an update has to wait for a first gradient: scores that are all 0 would prune by index."""
+        if not self._unseen or not self._looked:
+            return False
+        if self._looked < patience:
+            return True
+        names = [target.name for target in self.targets if target.name in self._unseen]
+        raise ValueError(
+            f"{_first_of(names)} had no gradient in {self._looked} steps, and a mask is due that would prune it by "
+            f"index: exclude what the loss does not use"
+        )
+
+    def _check_flat(self, groups: Sequence[Tensor]) -> None:
+        """Warn of targets whose scores are all equal; ValueError if that is so in every target."""
+        flat: dict[str, float] = {}
+        for target, group in zip(self.targets, groups, strict=True):
+            low, high = target.range(group)
+            if low == high and target.total - target.pruned > group.shape[0]:
+                flat[target.name] = high
+        if not flat:
+            return
+        name, value = next(iter(flat.items()))
+        what = f"{value:g}" if len(set(flat.values())) == 1 else "one number in each"
+        why = "the loss does not depend on it, or its gradients are too small for their type"
+        why = why if self.criterion.cumulative else "its weights are all equal"
+        told_apart = self.rule.ranking == "global" and len(set(flat.values())) > 1  # one tensor from another
+        groups_of = zip(self.targets, groups, strict=True)
+        if not told_apart and len(flat) == sum(t.total - t.pruned > len(g) for t, g in groups_of):
+            raise ValueError(
+                f"the scores say nothing of what to prune, in {name} and everywhere they are all equal ({what}): {why}"
+            )
+        if fresh := [name for name in flat if name not in self._flat]:
+            self._flat.update(fresh)
+            more = f" and of {len(fresh) - 1} more" if len(fresh) > 1 else ""
+            warnings.warn(
+                f"the scores of {fresh[0]}{more} are all equal ({flat[fresh[0]]:g}), so that what goes there goes by "
+                f"index: {why}",
+                stacklevel=6,
+            )
+
+    def _select(self, groups: Sequence[Tensor], wanted: Sequence[float]) -> list[Tensor]:
+        if self.rule.ranking == "global":
+            ranked = [_normalized(group) if self.criterion.normalize else group for group in groups]
+            if self.budget is not None:
+                return self.budget.cut([group.reshape(-1) for group in ranked], 1 - wanted[0])
+            return self._ranked([group.reshape(1, -1) for group in ranked], wanted[0], self.targets)
+        return [
+            self._ranked([group], share, [target])[0]
+            for group, share, target in zip(groups, wanted, self.targets, strict=True)
+        ]
+
+    def _ranked(self, groups: Sequence[Tensor], share: float, targets: Sequence[Target]) -> list[Tensor]:
+        return self.all.select(groups, share, targets, min_kept=self.rule.min_kept)
+
+    # ---- a resumed run
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores, masks and counts."""
+        measured = self.budget.state_dict() if self.budget is not None else {}
+        return {
+            "criterion": self.criterion_name,
+            "scores": {target.name: target.outside(target.score.clone()) for target in self.targets},
+            "masks": self.masks(),
+            "applied": list(self._applied),
+            "scored": int(self._scored),
+            "unseen": sorted(self._unseen),
+            "looked": self._looked,
+            "updates": self.updates,
+            **({"budget": measured} if measured else {}),
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """ValueError that names the first thing in which a saved state is not of this rule and these targets."""
+        measured = ("budget",) if self.budget is not None and self.budget.state_dict() else ()
+        missing = sorted({*_STATE, *measured} - set(state))
+        if missing:
+            raise ValueError(f"this is not a pruner's state: it has no {missing[0]!r}")
+        check_counts(state, "scored", "looked", "updates")
+        if state["criterion"] != self.criterion_name:
+            raise ValueError(
+                f"the saved scores are of {state['criterion']}, and this rule's are of {self.criterion_name}"
+            )
+        scores, masks = state["scores"], state["masks"]
+        names = {target.name for target in self.targets}
+        odd = sorted((set(scores) ^ names) | (set(masks) ^ names))
+        if odd or len(state["applied"]) != len(names):
+            name = odd[0] if odd else "one of them"
+            raise ValueError(f"the saved state and this pruner do not have the same targets: {name} is in one only")
+        for target in self.targets:
+            target.check(scores[target.name], masks[target.name])
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state that was checked."""
+        for target in self.targets:
+            target.load(state["scores"][target.name], state["masks"][target.name])
+        if self.budget is not None and "budget" in state:
+            self.budget.load_state_dict(state["budget"])
+        self._applied = list(state["applied"])
+        self._scored.fill_(state["scored"])
+        self._unseen, self._looked = set(state["unseen"]), state["looked"]
+        self.updates = state["updates"]
+
+
+def targeted(model: nn.Module, targets: Sequence[Target]) -> list[Tensor]:
+    """What loses entries: the targets' weights, or what their units are cut out of."""
+    units = [target.structure for target in targets if isinstance(target, UnitTarget)]
+    cut = {member.tensor for structure in units for member in (*structure.producers, *structure.consumers)}
+    weights = [target.weight for target in targets if isinstance(target, WeightTarget)]
+    return [*weights, *(model.get_parameter(name) for name in cut)]
+
+
+def check_counts(state: Mapping[str, Any], *names: str) -> None:
+    """ValueError where one of these is no count."""
+    for name in names:
+        if not (type(state[name]) is int and 0 <= state[name] < 2**63):
+            raise ValueError(f"this is not a pruner's state: its {name!r} is no count")
+
+
+def _resolved(rule: Rule, epochs: float | None) -> Schedule:
+    """The rule's schedule with its target and end filled in."""
+    schedule = rule.schedule or Cubic()
+    final = rule.share if rule.share is not None else parse_pattern(rule.pattern).final_sparsity
+    if final is not None:
+        schedule = schedule.retargeted(final)
+    if not rule.counts and schedule.final == 0:
+        warnings.warn("target_sparsity=0 has no effect: nothing will be pruned", stacklevel=4)
+    if epochs is None:
+        return schedule
+    schedule = schedule.resolved(epochs)
+    end = schedule.end_epoch if isinstance(schedule, Ramp) else schedule.start_epoch
+    if end is not None and end >= epochs > 0:
+        warnings.warn(
+            f"the schedule ends at epoch {end:g} of {epochs:g}: the last of the pruning gets no training after it",
+            stacklevel=4,
+        )
+    return schedule
+
+
+def _schedule_for(target: Target, schedule: Schedule, counts: Mapping[str, int]) -> Schedule:
+    """The schedule of one target: the common one, or the way to its own kept count."""
+    if not counts:
+        return schedule
+    kept = counts[target.of]
+    if not 1 <= kept <= target.total:
+        raise ValueError(
+            f"keep asks for {kept} {target.of} in {target.name}, which has {target.total}: "
+            f"it must be 1 to {target.total}"
+        )
+    return schedule.retargeted(1 - kept / target.total)
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """
+    >>> _first_of(["a"]), _first_of(["a", "b", "c"])
+    ('a', 'a (and 2 more)')
+    """
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+def _checked(target: Target) -> Tensor:
+    """The target's group scores, or an error if the running score holds an inf or a NaN."""
+    groups = target.groups()
+    if not math.isfinite(best := target.best(groups)):  # -inf is what is pruned already
+        raise ValueError(f"the score of {target.name} is not finite ({best}): its gradients or weights grew too large")
+    return groups
+
+
+def _normalized(group: Tensor) -> Tensor:
+    """Scores divided by the L2 norm of those that are not pruned."""
+    norm = group.masked_fill(group.isneginf(), 0).norm()
+    return group / norm if norm > 0 else group

@@ -1,0 +1,103 @@
+"""What the rules of a pruner settle between them.
+
+No two rules prune the same target; the units of all rules are cut out together; weights of removed units count as
+pruned single weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from gsprune.pruner.part import Part
+from gsprune.pruner.targets import Share
+from gsprune.pruner.weights import WeightTarget
+from gsprune.ranking.patterns import Tile
+
+if TYPE_CHECKING:
+    from gsprune.surgery.cut_plan import CutPlan
+    from gsprune.surgery.shrink import Shrinker
+
+
+def check_together(parts: Sequence[Part], shrink: str) -> None:
+    """ValueError where two rules prune the same, or where one masks what another cuts away and that cannot be."""
+    if parts and not _structures(parts) and shrink == "each_update":
+        raise ValueError("shrink=each_update has no effect on single weights, which are masked: leave it at at_end")
+    owners: dict[str, int] = {}
+    cut = set(_cut_tensors(parts))
+    for number, part in enumerate(parts):
+        for target in part.targets:
+            first = owners.setdefault(target.name, number)
+            if first != number:
+                raise ValueError(
+                    f"rules[{first}] and rules[{number}] both prune {target.name}: "
+                    f"give them kinds, include or exclude that do not meet"
+                )
+            if isinstance(target, WeightTarget) and target.name in cut:
+                _check_on_top(number, target, shrink)
+
+
+def _check_on_top(number: int, target: WeightTarget, shrink: str) -> None:
+    if target.pattern != Tile(1, 1) or target.per_channel:
+        raise ValueError(
+            f"rules[{number}] prunes {target.name} by a pattern or per channel, and another cuts units out of it: "
+            f"what is left would not line up; take pattern 1x1, or exclude it"
+        )
+    if shrink == "each_update":
+        raise ValueError(
+            f"rules[{number}] masks {target.name}, which shrink=each_update keeps cutting: set shrink=at_end, or "
+            f"exclude it"
+        )
+
+
+def make_shrinker(
+    model: nn.Module, parts: Sequence[Part], *, example_input: Any, copies: Sequence[nn.Module]
+) -> Shrinker | None:
+    """One for the units of all rules, whose structures may lie in the same tensors; None without units."""
+    structures = _structures(parts)
+    if not structures:
+        return None
+    from gsprune.surgery.proof import draw
+    from gsprune.surgery.shrink import Shrinker, check_shrink  # heavy: imports torch-pruning
+
+    if sum(part.units for part in parts) > 1:  # the structures of each rule were proved without the others
+        keeps = [draw(structure, 3) for structure in structures]
+        check_shrink(model, structures, keeps, example_input=example_input)
+    return Shrinker(model, structures, example_input=example_input, copies=copies)
+
+
+def next_cut(parts: Sequence[Part]) -> CutPlan:
+    """What a cut would leave of the dense model now."""
+    from gsprune.surgery.cut_plan import plan_cut  # heavy: imports torch-pruning
+
+    return plan_cut(_structures(parts), [target.keep for part in parts for target in part.unit_targets])
+
+
+def dense_sizes(model: nn.Module, parts: Sequence[Part]) -> dict[str, int]:
+    """Entries of every matrix or kernel that loses units or weights, by its name."""
+    weights = [target.name for part in parts for target in part.weight_targets]
+    tensors = {name: model.get_parameter(name) for name in [*_cut_tensors(parts), *weights]}
+    return {name: tensor.numel() for name, tensor in tensors.items() if tensor.dim() > 1}
+
+
+def mixed_share(parts: Sequence[Part], sizes: Mapping[str, int]) -> Share:
+    """Weights that are zero or cut out, of all in the tensors that lose any."""
+    gone = {target.name: target.pruned for part in parts for target in part.weight_targets}
+    plan = next_cut(parts)
+    for name, cuts in plan.kept.items():
+        if name in sizes and name not in gone:
+            left = sizes[name]
+            for dim, kept in cuts.items():
+                left = left // plan.sizes[name][dim] * len(kept)
+            gone[name] = sizes[name] - left
+    return Share(sum(gone.values()), sum(sizes.values()), "weights")
+
+
+def _structures(parts: Sequence[Part]) -> list[Any]:
+    return [target.structure for part in parts for target in part.unit_targets]
+
+
+def _cut_tensors(parts: Sequence[Part]) -> list[str]:
+    return [m.tensor for s in _structures(parts) for m in (*s.producers, *s.consumers)]
