@@ -1,6 +1,6 @@
 """Make the pictures of MLflow's page that the README shows, in a real browser.
 
-    pip install -e . 'selenium>=4.20,<5'
+    pip install -e '.[app]' 'selenium>=4.20,<5'
     python docs/make_screenshots.py                                           # makes a sweep of its own first: minutes
     python docs/make_screenshots.py --tracking-uri sqlite:///mlflow.db --output /tmp    # the newest sweep of a database
     python docs/make_screenshots.py --tracking-uri http://127.0.0.1:5000                # or of a server that runs

@@ -566,6 +566,7 @@ def check_sentence(text: str) -> None:
 
 _LIBRARIES = (
     *(sys.prefix, os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix), str(Path(gsprune.__file__).parent)),
+    *(path for path in sys.path if path.endswith("site-packages")),  # of another environment that this one shares
 )
 _SEEN: list[str] = []
 _HOME: list[Path] = []

@@ -366,7 +366,7 @@ def _settle(config: DictConfig, directory: Path) -> None:
 
     Hydra composes each job's anew, from the overrides, and a worker's working directory may be another.
     """
-    with read_write(config), open_dict(config):
+    with read_write(config.hydra), open_dict(config.hydra):  # Hydra 1.4 closes this node itself
         config.hydra.sweep.dir = str(directory)
         quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")

@@ -174,7 +174,8 @@ def test_every_sweep_has_a_parent_run_and_a_report(compose_config: Compose) -> N
 
 def test_no_preset_is_without_a_test() -> None:
     assert options("hydra/launcher") == ["ray_cluster", "slurm"]
-    assert options("hydra/sweeper") == ["pareto", "pareto_macs"]
+    assert options("hydra/sweeper") == ["optuna", "pareto", "pareto_macs"]
+    assert options("hydra/sweeper/sampler") == ["cmaes", "gp", "nsgaii", "qmc", "random", "tpe"]
 
 
 def test_the_slurm_preset_is_what_sbatch_gets(compose_config: Compose) -> None:
@@ -212,7 +213,6 @@ def test_the_ray_preset_joins_a_cluster(compose_config: Compose, monkeypatch: py
 def test_a_search_has_one_direction_for_each_number(
     preset: str, objective: str, directions: list[str], pruners: str, sampler: str, compose_config: Compose
 ) -> None:
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     found = with_hydra(f"hydra/sweeper={preset}", f"hydra/sweeper/sampler={sampler}").hydra.sweeper
     assert (found.params.objective, found.params.pruner) == (objective, pruners)
     assert list(found.direction) == directions

@@ -21,9 +21,10 @@ TINY = ["tracking=none", "model.width=4", "dataset.batch_size=256", "trainer.dev
 def swept() -> Iterator[object]:
     """`swept("seed=0,1")` is what a callback is given at the start of that sweep."""
 
-    def config(*overrides: str, sweeper: str = "basic") -> DictConfig:
-        made = compose("config", overrides=[f"hydra/sweeper={sweeper}"], return_hydra_config=True)
-        with read_write(made), open_dict(made):
+    def config(*overrides: str, sweeper: str = "basic", launcher: str = "basic") -> DictConfig:
+        groups = [f"hydra/sweeper={sweeper}", f"hydra/launcher={launcher}"]
+        made = compose("config", overrides=groups, return_hydra_config=True)
+        with read_write(made.hydra), open_dict(made.hydra):
             made.hydra.mode = "MULTIRUN"
             made.hydra.overrides.task = [*overrides, *TINY]
         return made
@@ -64,10 +65,10 @@ def test_a_job_that_cannot_run_is_known_before(overrides: list[str], refused: di
 
 def test_jobs_that_run_elsewhere_are_checked_without_device_and_data(swept) -> None:
     data = ("dataset=imagefolder", "dataset.path=/only/there", "dataset.num_classes=10")
-    config = swept(*data, "pruner.min_kept=0,1")
-    config.hydra.overrides.task.append("trainer.device=cuda:77")
-    assert set(check_jobs(config, rehearse).refused) == {0, 1}  # here there is no such device
-    config.hydra.launcher = {"_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"}
+    jobs = (*data, "pruner.min_kept=0,1", "trainer.device=cuda:77")
+    assert set(check_jobs(swept(*jobs), rehearse).refused) == {0, 1}  # here there is no such device
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    config = swept(*jobs, launcher="submitit_slurm")
     assert check_jobs(config, rehearse).refused == {}
     config.hydra.overrides.task.append("trainer.precision=fp8")
     assert set(check_jobs(config, rehearse).refused) == {0, 1}
