@@ -58,10 +58,11 @@ def of(text: str) -> object:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("x=choice(a,1,null)", optuna.distributions.CategoricalDistribution(["a", 1, None])),
+        ("x=a,1,null", optuna.distributions.CategoricalDistribution(["a", 1, None])),
         ("x=abs,weighted", optuna.distributions.CategoricalDistribution(["abs", "weighted"])),
         ("x=interval(0.5,1)", optuna.distributions.FloatDistribution(0.5, 1)),
-        ("x=interval(1,8)", optuna.distributions.IntDistribution(1, 8)),
+        ("x=interval(1,8)", optuna.distributions.FloatDistribution(1, 8)),
+        ("x=int(interval(1,8))", optuna.distributions.IntDistribution(1, 8)),
         ("x=tag(log,interval(0.001,1.0))", optuna.distributions.FloatDistribution(0.001, 1, log=True)),
         ("x=range(2,9,3)", optuna.distributions.IntDistribution(2, 8, step=3)),
         ("x=range(9,2,-3)", optuna.distributions.IntDistribution(3, 9, step=3)),
