@@ -145,7 +145,7 @@ def check_masks(masks: Mapping[str, Tensor]) -> None:
     others = [number for number, one in enumerate(found) if one != found[0]]
     if others:
         raise ValueError(
-            f"the masks are no longer the same in all {world_size()} processes: process "
+            f"the masks differ between the {world_size()} processes: process "
             f"{', '.join(map(str, others))} has others than process 0, so training was stopped"
         )
 

@@ -52,7 +52,7 @@ MOVED = {
     "locks": "files.locks",
     "matrices": "structures.matrices",
     "memory": "app.memory",
-    "metrics": "cost.counting structures.running",
+    "metrics": "cost.counting structures.running app.stopwatch app.stages.measuring",
     "models": "zoo.models",
     "names": "text.names",
     "optimizers": "surgery.optimizers",

@@ -5,10 +5,7 @@ No model is changed; training modes are restored.
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,20 +28,6 @@ def count_parameters(model: nn.Module) -> int:
     8
     """
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def is_guessing(accuracy: float, *, samples: int, classes: int) -> bool:
-    """Whether an accuracy is no better than guessing: at most two standard errors above 1 / classes.
-
-    Of n samples and c classes that is 1/c + 2 * sqrt(1/c * (1 - 1/c) / n).
-
-    >>> [is_guessing(a, samples=100, classes=10) for a in (0.1, 0.16, 0.17)], is_guessing(0.5, samples=0, classes=1)
-    ([True, True, False], False)
-    """
-    if samples < 1 or classes < 2:
-        return False
-    chance = 1 / classes
-    return accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / samples) + 1e-12
 
 
 def file_bytes(model: nn.Module) -> int:
@@ -104,42 +87,3 @@ def _extra_formulas() -> dict[Any, Any]:
     names = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
     known = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
     return dict.fromkeys(known, sdpa_flop)
-
-
-class Stopwatch:
-    """Seconds of wall-clock time by part; a part inside another takes its time out of the outer one.
-
-    >>> watch = Stopwatch("start", "train")
-    >>> with watch.part("train"):
-    ...     pass
-    >>> list(watch.read()), watch.read()["start"] > 0
-    (['start', 'train'], True)
-    """
-
-    def __init__(self, first: str, *others: str) -> None:
-        """The watch runs from now on, for `first` while nothing else is open."""
-        self._seconds = dict.fromkeys((first, *others), 0.0)
-        self._open, self._since = first, time.perf_counter()
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        outer = self._switch(name)
-        try:
-            yield
-        finally:
-            self._switch(outer)
-
-    def add(self, seconds: Mapping[str, float]) -> None:
-        """What an earlier process has spent on these parts."""
-        for name, more in seconds.items():
-            self._seconds[name] += more
-
-    def read(self) -> dict[str, float]:
-        self._switch(self._open)
-        return dict(self._seconds)
-
-    def _switch(self, name: str) -> str:
-        before, now = self._open, time.perf_counter()
-        self._seconds[before] += now - self._since
-        self._open, self._since = name, now
-        return before

@@ -7,9 +7,7 @@ Modes and random numbers are left as they were.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import math
 import platform
 import statistics
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsprune.files.disk import number, read_object, spared, write_json
+from gsprune.files.disk import number, read_object, sha256, sha256_of_json, spared, write_json
 from gsprune.structures.example import call, tensors_in
 from gsprune.structures.running import device_of, evaluating, to_device_of
 
@@ -229,7 +227,9 @@ def architecture(model: nn.Module) -> str:
         for name, module in model.named_modules()
     ]
     code = {_class(kind): _code(kind) for kind in {type(module) for module in model.modules()}}
-    return _sha256([modules, sorted(code.items()), _shapes(model), [_strides(tensor) for _, tensor in _named(model)]])
+    return sha256_of_json(
+        [modules, sorted(code.items()), _shapes(model), [_strides(tensor) for _, tensor in _named(model)]]
+    )
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -264,7 +264,7 @@ def _code(kind: type) -> str | None:
     if kind.__module__.partition(".")[0] == "torch":
         return None
     try:
-        return hashlib.sha256(Path(inspect.getsourcefile(kind) or "").read_bytes()).hexdigest()
+        return sha256(inspect.getsourcefile(kind) or "")
     except (OSError, TypeError):
         return None
 
@@ -282,7 +282,7 @@ def _key(dense: nn.Module, pruned: nn.Module, example_input: Any, repeats: int, 
         "cudnn": [torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32],
         "settings": [repeats, max_seconds],
     }
-    return _sha256([architecture(dense), architecture(pruned), inputs, surroundings])
+    return sha256_of_json([architecture(dense), architecture(pruned), inputs, surroundings])
 
 
 def _read(path: Path, key: str) -> Latency | None:
@@ -299,7 +299,3 @@ def _read(path: Path, key: str) -> Latency | None:
         return None
     ms, dense_ms, speedup, low, high = figures
     return Latency(ms, dense_ms, speedup, low, high) if all(0 < figure < math.inf for figure in figures) else None
-
-
-def _sha256(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

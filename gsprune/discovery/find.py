@@ -131,6 +131,6 @@ def _prove(twin: nn.Module, args: Example, structures: list[Structure]) -> tuple
 
 
 _HIDDEN = (
-    "the example shows nothing of it: what its readers compute stays the same whatever it holds, so nothing can be "
-    "proven; give an example_input that reaches it"
+    "the example input does not reach it: the layers that read it compute the same whatever it holds, so nothing can "
+    "be proven; give an example_input that reaches it"
 )

@@ -189,7 +189,7 @@ def plain_structure(group: Group) -> Structure:
     producers = group.producers()
     gates = _gates(group)
     if not gates:
-        raise Unprunable("its BatchNorm has no weight and bias to see its gate in")
+        raise Unprunable("its BatchNorm has no weight and bias, whose gradients its score is read from")
     return Structure(
         name=group.name(producers[0]),
         kind="channels" if isinstance(producers[0].node.module, CONV) else "neurons",
@@ -202,8 +202,12 @@ def plain_structure(group: Group) -> Structure:
     )
 
 
-def members_of(group: Group, items: Iterable[Item], *, dim: int = 0) -> tuple[Member, ...]:
-    """Rows (dim 0) of every per-unit tensor of the items' modules, or columns (dim 1) of their weights."""
+def members_of(group: Group, items: Iterable[Item], *, dim: int = 0, units: int | None = None) -> tuple[Member, ...]:
+    """Rows (dim 0) of every per-unit tensor of the items' modules, or columns (dim 1) of their weights.
+
+    Args:
+        units: fewer than the group has, of consecutive ones each: heads instead of rows.
+    """
     members = []
     for item in items:
         tensors = dict(item.node.module.named_parameters(recurse=False))
@@ -211,7 +215,8 @@ def members_of(group: Group, items: Iterable[Item], *, dim: int = 0) -> tuple[Me
         for leaf, tensor in tensors.items():
             if tensor.dim() > dim and (dim == 0 or leaf == "weight"):
                 size = tensor.shape[dim]
-                members.append(Member(joined(group.name(item), leaf), dim, _index(group, item, size), size))
+                index = _index(group, item, size).reshape(units or group.units, -1)
+                members.append(Member(joined(group.name(item), leaf), dim, index, size))
     return tuple(members)
 
 

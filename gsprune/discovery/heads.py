@@ -27,17 +27,16 @@ def heads_of(group: Group) -> Structure:
     name = common_module([group.name(i) for i in producers])
     heads = _head_count(group, name)
     head_dim = group.units // heads
-    structure = Structure(
+    return Structure(
         name=name or group.name(producers[0]),
         kind="heads",
         units=heads,
-        producers=members_of(group, producers),
-        consumers=members_of(group, group.consumers(), dim=1),
-        norms=members_of(group, group.norms()),
-        gates=members_of(group, [_value(group)]),
+        producers=members_of(group, producers, units=heads),
+        consumers=members_of(group, group.consumers(), dim=1, units=heads),
+        norms=members_of(group, group.norms(), units=heads),
+        gates=members_of(group, [_value(group)], units=heads),
         attributes=_attributes(group.trace.model, name, heads=heads, head_dim=head_dim),
     )
-    return merge_units(structure)
 
 
 def _head_count(group: Group, name: str) -> int:
@@ -178,18 +177,3 @@ def _value_inputs(node: Any) -> list[Any]:
     if "ScaledDotProduct" in op_name(node):
         return list(node.inputs[2:3])
     return [] if "Softmax" in op_name(node) else list(node.inputs)
-
-
-def merge_units(structure: Structure) -> Structure:
-    """From one unit a row to one unit a head: (heads * head_dim, width) -> (heads, head_dim * width)."""
-
-    def merge(members: tuple[Member, ...]) -> tuple[Member, ...]:
-        return tuple(replace(m, index=m.index.reshape(structure.units, -1)) for m in members)
-
-    return replace(
-        structure,
-        producers=merge(structure.producers),
-        consumers=merge(structure.consumers),
-        norms=merge(structure.norms),
-        gates=merge(structure.gates),
-    )

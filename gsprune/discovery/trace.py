@@ -7,7 +7,7 @@ to it, and so is a layer that mixes units or whose weight is laid out in another
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,8 @@ CONV1D = "a Conv1D of transformers (as in GPT-2), whose units are not found: use
 
 @dataclass(frozen=True, eq=False)
 class Trace:
+    """A network's dependency graph, and what its nodes do not tell."""
+
     model: nn.Module
     graph: Any
     names: Mapping[nn.Module, str]
@@ -46,6 +48,15 @@ class _Opaque(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *inputs: Tensor) -> Tensor:
         return value.clone()
+
+
+def _why_opaque(name: str, module: nn.Module, attentions: Collection[str]) -> str | None:
+    """Why a group ends at this module, which the graph cannot follow."""
+    if name in attentions:
+        return f"it passes the attention {name!r}, whose outer width stays"
+    if is_conv1d(module):
+        return f"it passes {name!r}, {CONV1D}"
+    return "it passes an RMSNorm, which mixes units" if type(module).__name__.endswith("RMSNorm") else None
 
 
 @contextmanager
@@ -73,6 +84,11 @@ def _opaque(module: nn.Module, reason: str) -> Iterator[None]:
 
 
 def trace_graph(observed: Observation, args: Example) -> Trace:
+    """The dependency graph of the network that was observed, by one more forward pass.
+
+    Raises:
+        ValueError: torch-pruning cannot trace it.
+    """
     model, names = observed.model, observed.names
     inputs: list[Any] = []
     outputs: list[Any] = []
@@ -94,16 +110,14 @@ def trace_graph(observed: Observation, args: Example) -> Trace:
     attentions: dict[str, AttentionCall | None] = {
         name: None for module, name in names.items() if isinstance(module, nn.MultiheadAttention)
     }
-    attentions |= {_home_of(a): a for a in observed.attentions if not a.is_plain and a.consumer and a.producers}
+    for found in observed.attentions:
+        if not found.is_plain and found.consumer and found.producers:
+            attentions[common_module([*found.producers, found.consumer])] = found
     graph = tp.DependencyGraph()
     with ExitStack() as stack:
         for module, name in names.items():
-            if name in attentions:
-                stack.enter_context(_opaque(module, f"it passes the attention {name!r}, whose outer width stays"))
-            elif is_conv1d(module):
-                stack.enter_context(_opaque(module, f"it passes {name!r}, {CONV1D}"))
-            elif type(module).__name__.endswith("RMSNorm"):
-                stack.enter_context(_opaque(module, "it passes an RMSNorm, which mixes units"))
+            if (reason := _why_opaque(name, module, attentions)) is not None:
+                stack.enter_context(_opaque(module, reason))
         broken: dict[Any, str] = {}
         try:
             with _each_mapping_alone(broken):
@@ -142,10 +156,6 @@ def _each_mapping_alone(broken: dict[Any, str]) -> Iterator[None]:
             stack.callback(setattr, index_mapping, name, function)
             setattr(index_mapping, name, guarded(function))
         yield
-
-
-def _home_of(attention: AttentionCall) -> str:
-    return common_module([*attention.producers, attention.consumer or ""])
 
 
 # ---- one dependency group -> one structure, or the reason why not

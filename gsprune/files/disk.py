@@ -264,6 +264,15 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_json(data: Any) -> str:
+    """Of data as JSON with sorted keys, as hexadecimal digits.
+
+    >>> sha256_of_json({"a": 1, "b": 2}) == sha256_of_json({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
     """Around the reading of an untrusted file: the message of a ValueError is cut to one short line.

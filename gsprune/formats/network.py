@@ -7,8 +7,6 @@ and every fault is a ValueError of one sentence.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,12 +16,13 @@ from typing import Any
 import safetensors
 from torch import Tensor, nn
 
-from gsprune.files.disk import plain, read_json, refusing, sha256, write_json
+from gsprune.files.disk import plain, read_json, refusing, sha256, sha256_of_json, write_json
 from gsprune.formats.tensors import VERSION, Header, read_header, save_tensors, state_tensors
 from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
 from gsprune.structures.twin import refuse_wrapped
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import CutPlan
+from gsprune.text.names import joined
 
 MODEL_FORMAT = "gsprune-pruned-model"
 WEIGHTS = "model.safetensors"
@@ -156,7 +155,7 @@ def _check_settings(model: nn.Module, plan: CutPlan, saved: Mapping[str, Any]) -
     for name in [*here, *saved]:
         mine, other = here.get(name, {}), saved.get(name)
         for key in {**mine, **(other if isinstance(other, dict) else {})}:
-            path = f"{name}.{key}" if name else key
+            path = joined(name, key)
             value = plan.attributes.get(path, mine.get(key))
             if not isinstance(other, dict) or value != other.get(key):
                 given = str(other.get(key) if isinstance(other, dict) else None)[:80]
@@ -195,7 +194,7 @@ def _fingerprint(record: Mapping[str, Any]) -> str:
     """Ties the two files together: written into both, so that an edit or a mix of two runs shows."""
     keys = ("format", "version", "plan", "shapes", "settings", "ties", "versions")
     kept = {key: record[key] for key in keys if key in record}  # older files have no versions
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(kept)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

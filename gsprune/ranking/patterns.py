@@ -55,7 +55,7 @@ class Tile(Pattern):
     cols: int = 1
 
     def check(self, name: str, shape: Sequence[int]) -> None:
-        o, k = shape[0], _inputs(shape)
+        o, k = shape[0], torch.Size(shape[1:]).numel()
         if o % self.rows or k % self.cols:
             raise ValueError(
                 f"pattern {self.rows}x{self.cols} does not divide {name}, seen as {o} x {k}: "
@@ -135,7 +135,3 @@ def parse_pattern(pattern: str | Pattern) -> Pattern:
         )
     first, kind, second = int(found[1]), found[2], int(found[3])
     return Tile(first, second) if kind == "x" else Block(first, second)
-
-
-def _inputs(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape[1:]).numel())

@@ -8,8 +8,6 @@ to stay as they are.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gsprune import __version__
-from gsprune.files.disk import sha256
+from gsprune.files.disk import sha256, sha256_of_json
 from gsprune.settings.recorded import hashable
 from gsprune.settings.sources import code, versions
 
@@ -68,7 +66,7 @@ def config_hash(cfg: DictConfig) -> str:
     config = hashable(plain_config(cfg), cfg)
     if (config.get("pruner") or {}).get("_target_") == CONTROL:
         config["pruner"] = {"_target_": CONTROL}  # a sweep of sparsities trains one control a seed
-    return _sha256([_without(_with_contents(config), NOT_HASHED), _code(config)])
+    return sha256_of_json([_without(_with_contents(config), NOT_HASHED), _code(config)])
 
 
 def dense_key(cfg: DictConfig, **surroundings: str) -> str:
@@ -77,7 +75,7 @@ def dense_key(cfg: DictConfig, **surroundings: str) -> str:
     It is equal for jobs that differ in their pruner or in the length of the second phase alone.
     """
     config = _without(_with_contents(hashable(plain_config(cfg), cfg)), (*NOT_HASHED, *NOT_DENSE))
-    return _sha256([config, _code(config), package_versions(config), surroundings])
+    return sha256_of_json([config, _code(config), package_versions(config), surroundings])
 
 
 def settings(cfg: DictConfig) -> dict[str, str]:
@@ -133,7 +131,7 @@ def package_versions(config: Mapping[str, Any] | DictConfig) -> dict[str, str]:
 def scores_key(cfg: DictConfig) -> str:
     """sha256 of what a criterion's scores on a given dense network depend on: the pruner, but not when and how much."""
     pruner = _without(hashable(plain_config(cfg), cfg)["pruner"], NOT_SCORES)
-    return _sha256([pruner, _code(pruner)])
+    return sha256_of_json([pruner, _code(pruner)])
 
 
 def scores_path(given: str) -> Path:
@@ -201,7 +199,3 @@ def _targets(node: Any) -> Iterator[str]:
         yield node["_target_"]
         if node["_target_"].startswith("hydra.utils.get_") and isinstance(node.get("path"), str):
             yield node["path"]
-
-
-def _sha256(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

@@ -35,7 +35,8 @@ def apply_cut(
     for name, cuts in plan.kept.items():
         _check_tensor(name, getattr(*homes[name]), plan.sizes[name], cuts)
     for name in plan.attributes:
-        _check_attribute(model, name)
+        if type(getattr(*home_of(model, name))) is not int:
+            raise ValueError(f"the cut plan sets {name!r}, which is not an integer")
     _check_shared(model, homes)
     modules = {id(module): module for module, _ in homes.values()}.values()
     resizes = [(module, _resizer(module)) for module in modules]
@@ -78,12 +79,6 @@ def _check_tensor(name: str, tensor: Any, sizes: Mapping[int, int], cuts: Cuts) 
             raise ValueError(f"the cut plan expects {name!r} to have {expected}, its shape is {tuple(tensor.shape)}")
     if getattr(tensor, "_backward_hooks", None) or getattr(tensor, "_post_accumulate_grad_hooks", None):
         raise ValueError(f"{name!r} has gradient hooks, remove them before shrinking")
-
-
-def _check_attribute(model: nn.Module, name: str) -> None:
-    value = getattr(*home_of(model, name))
-    if type(value) is not int:
-        raise ValueError(f"the cut plan sets {name!r}, which is not an integer")
 
 
 def _check_shared(model: nn.Module, homes: Mapping[str, tuple[nn.Module, str]]) -> None:

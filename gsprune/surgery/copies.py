@@ -20,11 +20,11 @@ def check_copies(model: nn.Module, copies: Iterable[nn.Module]) -> None:
 def _check_copy(model: nn.Module, copy: nn.Module) -> None:
     own = {id(parameter) for parameter in model.parameters()}
     if any(id(parameter) in own for parameter in copy.parameters()):
-        raise ValueError("a copy to be cut along shares parameters with the model: it must be a network of its own")
+        raise ValueError("a copy that is cut with the model shares parameters with it: it must be a network of its own")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     others = {name: tensor.shape for name, tensor in copy.state_dict().items()}
     for name in [*shapes, *others]:
         if shapes.get(name) != others.get(name):
             raise ValueError(
-                f"{name!r} is not the same in the model and in a copy to be cut along: of an AveragedModel give .module"
+                f"{name!r} differs between the model and a copy that is cut with it: of an AveragedModel give .module"
             )

@@ -142,7 +142,7 @@ def plan_cut(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> CutPla
     """The plan that removes every unit u of `structures[i]` with `keeps[i][u]` False.
 
     A dimension that several structures cut (a concatenation) keeps what all of them keep.
-    Raises ValueError when a keep is not a bool vector of its structure's units, or keeps nothing.
+    Raises ValueError when a mask is not a bool vector of its structure's units, or keeps nothing.
     """
     alive: dict[tuple[str, int], Tensor] = {}
     attributes: dict[str, int] = {}
@@ -163,11 +163,11 @@ def plan_cut(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> CutPla
 
 def checked(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> list[Tensor]:
     if len(structures) != len(keeps):
-        raise ValueError(f"{len(keeps)} keep vectors were given for {len(structures)} structures")
+        raise ValueError(f"{len(keeps)} masks were given for {len(structures)} structures")
     for structure, keep in zip(structures, keeps, strict=True):
         if keep.dtype != torch.bool or keep.shape != (structure.units,):
             given = f"{keep.dtype} {tuple(keep.shape)}"
-            raise ValueError(f"the keep of {structure.name!r} must be bool ({structure.units},), not {given}")
+            raise ValueError(f"the mask of {structure.name!r} must be bool ({structure.units},), not {given}")
         if not keep.any():
-            raise ValueError(f"the keep of {structure.name!r} removes all {structure.units} units")
+            raise ValueError(f"the mask of {structure.name!r} removes all {structure.units} units")
     return [keep.detach().cpu() for keep in keeps]

@@ -94,7 +94,7 @@ class NarrowAttention(nn.MultiheadAttention):
                 if len(attn_mask) != n * heads:
                     given = f"{len(attn_mask)} for a batch of {n}"
                     raise ValueError(
-                        f"attn_mask has to hold {heads} masks a sample, one a head that is left, not {given}"
+                        f"attn_mask must hold {heads} masks a sample, one for each head that is left, not {given}"
                     )
                 attn_mask = attn_mask.reshape(n, heads, *attn_mask.shape[1:])
             masks.append(_additive(attn_mask, q_nhtd.dtype))

@@ -94,8 +94,8 @@ def check_follows(optimizers: Iterable[Any]) -> None:
     for optimizer in optimizers:
         if why := _why_not(optimizer):
             raise ValueError(
-                f'shrink="each_update" cuts the optimizer\'s state along, but {type(optimizer).__name__} {why}: take '
-                f'shrink="at_end", or another optimizer'
+                f'shrink="each_update" cuts the optimizer\'s state too, but {type(optimizer).__name__} {why}: use '
+                f'shrink="at_end" or another optimizer'
             )
 
 
@@ -104,7 +104,7 @@ def check_state(optimizers: Iterable[Any], parameters: Iterable[Tensor]) -> None
     cut = {id(parameter) for parameter in parameters}
     for optimizer in optimizers:
         if any(number in cut for number in held([optimizer])) and (fault := _unknown(optimizer)):
-            raise ValueError(f'{fault}, which cannot be cut along with it: take shrink="at_end"')
+            raise ValueError(f'{fault}, which cannot be cut with it: use shrink="at_end"')
 
 
 def move_state(
@@ -129,8 +129,8 @@ def move_state(
                     state[new] = {key: _cut_state(str(key), value, old, cuts) for key, value in mine.items()}
         if fault is not None:
             warnings.warn(
-                f"{type(optimizer).__name__} does not follow the smaller model, it has forgotten the state of what was "
-                f"cut: to go on training, make a new optimizer",
+                f"{type(optimizer).__name__} cannot follow the smaller model and has dropped the state of the tensors "
+                f"that were cut: make a new optimizer to continue training",
                 stacklevel=2,
             )
 

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from gsprune.extras import need
-from gsprune.text.display import logger, one_line
+from gsprune.text.display import first_line, logger, one_line
 
 log = logger(__name__)
 Batch = tuple[Tensor, Tensor]
@@ -367,7 +367,7 @@ def _download(name: str, root: Path, *, train: bool) -> Batch:
     try:
         source = getattr(datasets, name)(str(root), train=train, download=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(
             f"{name} is not in {root.resolve()} and could not be downloaded ({reason}): connect once, or copy the "
             "files there"

@@ -334,10 +334,12 @@ def test_an_elementwise_pruned_model_comes_back_equal(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_fresh_process_reads_the_same_outputs(saved: Path) -> None:
     code = (
-        "import gsprune, sys, torch; sys.path.insert(0, sys.argv[1]); from test_formats import Net, pictures\n"
+        "import gsprune, sys, torch; sys.path[:0] = sys.argv[1], sys.argv[3]; from test_formats import Net, pictures\n"
         "torch.save(gsprune.load_pruned(sys.argv[2], Net())(pictures()).detach(), sys.argv[2] + '/outputs.pt')"
     )
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(saved)], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(saved), str(Path(__file__).parents[1])], check=True
+    )
     model, _ = shrunk_net()
     assert torch.equal(torch.load(saved / "outputs.pt", weights_only=True), model(pictures()))
 

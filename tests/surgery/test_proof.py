@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +56,30 @@ def test_every_unit_is_gone_in_one_of_the_rounds() -> None:
     for structure in structures:
         assert torch.equal(first.keep(structure), ~second.keep(structure))
         assert 1 <= int(first.keep(structure).sum()) < structure.units
+
+
+class Positive(Mixed):
+    """Runs on positive numbers only."""
+
+    def __init__(self, *, raises: bool) -> None:
+        super().__init__(leaks=False)
+        self.raises = raises
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.raises and (x <= 0).any():
+            raise ValueError("not positive")
+        return super().forward(x) / (x > 0)
+
+
+@pytest.mark.parametrize("raises", [True, False], ids=["raises", "infinite"])
+def test_without_noise_every_unit_is_gone_in_one_of_two_rounds_on_the_example(raises: bool) -> None:
+    model, x = Positive(raises=raises).double(), torch.tensor([[1e-3, 4.0, 0.5, 0.1]] * 8, dtype=torch.float64)
+    structures = find_structures(Mixed(leaks=False), x.float()).structures
+    masked = Masked(model, x, structures, readings(model, x))
+    assert [round_.args is x for round_ in masked.rounds] == [True, True]
+    first, second = (round_.keep(structures[0]) for round_ in masked.rounds)
+    assert torch.equal(first, ~second)
+    assert masked.leak(structures) is None
 
 
 def test_innocent_suspects_are_taken_back() -> None:

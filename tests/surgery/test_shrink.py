@@ -324,7 +324,7 @@ def test_keeps_that_do_not_fit() -> None:
     model, x = build("mlp")
     structures, keeps = _halved(model, x)
     cases = [
-        (keeps[:1], ["1 keep", "2 structures"]),
+        (keeps[:1], ["1 masks", "2 structures"]),
         ([keeps[0].int(), keeps[1]], ["'0'", "bool (8,)", "torch.int32 (8,)"]),
         ([keeps[0], keeps[0]], ["'2'", "bool (5,)", "torch.bool (8,)"]),
         ([keeps[0], keeps[1] & False], ["'2'", "all 5 units"]),

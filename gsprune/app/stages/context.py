@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from gsprune import collectives
 from gsprune.app.configuration import NUMBERS, hydra_choices, run_name
 from gsprune.app.console import Progress
-from gsprune.cost.counting import Stopwatch
+from gsprune.app.stopwatch import Stopwatch
 from gsprune.files.disk import spared, write_json
 from gsprune.settings.recorded import hide
 from gsprune.sweeps.record import Sweep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from typing import Any
 
@@ -53,8 +54,22 @@ def measure(job: Context, setup: Setup, history: History, dense: Dense, pruner: 
 def _at_chance(setup: Setup, accuracy: float, *, dense: float) -> dict[str, Any] | None:
     """What to say where the final network does not beat guessing on the validation split; None where it does."""
     samples = len(getattr(setup.data.val, "dataset", ()))
-    lost, never = (counting.is_guessing(value, samples=samples, classes=setup.classes) for value in (accuracy, dense))
+    lost, never = (is_guessing(value, samples=samples, classes=setup.classes) for value in (accuracy, dense))
     return {"accuracy": accuracy, "classes": setup.classes, "dense": never} if lost else None
+
+
+def is_guessing(accuracy: float, *, samples: int, classes: int) -> bool:
+    """Whether an accuracy is no better than guessing: at most two standard errors above 1 / classes.
+
+    Of n samples and c classes that is 1/c + 2 * sqrt(1/c * (1 - 1/c) / n).
+
+    >>> [is_guessing(a, samples=100, classes=10) for a in (0.1, 0.16, 0.17)], is_guessing(0.5, samples=0, classes=1)
+    ([True, True, False], False)
+    """
+    if samples < 1 or classes < 2:
+        return False
+    chance = 1 / classes
+    return accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / samples) + 1e-12
 
 
 def _latency(job: Context, setup: Setup, dense: nn.Module) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jobs import configure
 
 from gsprune.app.configuration import NUMBERS
 from gsprune.app.stages.context import PARTS, Context, Writer, load_or_compute
-from gsprune.cost.counting import Stopwatch
+from gsprune.app.stopwatch import Stopwatch
 
 
 class Disk:
