@@ -1,7 +1,7 @@
 """Train a network, prune it, measure both. `python train.py --help` lists the groups.
 
-Hydra's entry point and nothing more: it composes, runs one job, returns what a sweeper optimises. torch is imported
-when a job runs, so that `--help` and shell completion are quick.
+Hydra's entry point: it composes, runs one job and returns what a sweeper optimises. torch is imported when a job runs,
+so that `--help` and shell completion are quick.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONF = Path(__file__).parent / "conf"
 
 @hydra.main(config_path="conf", config_name="config", **main_arguments(CONF))
 def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
-    """One job; returns what a sweeper optimises. With `plan=true` what it would prune is printed, and no more."""
+    """Run one job; returns what a sweeper optimises. With `plan=true` it only prints what it would prune."""
     from gsprune.app.configuration import check_plan, objective
     from gsprune.app.console import warn_on_one_line
     from gsprune.app.job import run, show_plan
@@ -68,6 +68,6 @@ if __name__ == "__main__":
     except MissingExtraError as error:
         sys.exit(str(error))
     sys.excepthook = show
-    hide()  # what the environment holds; what the configuration does, is hidden when there is one
+    hide()  # secrets of the environment; a job hides those of its configuration
     sys.stderr = cast(TextIO, Cleaned(sys.stderr))
     main()

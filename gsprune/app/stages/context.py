@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,9 +109,6 @@ class Context:
         """Give a file to the tracker, unless an earlier version of it is on disk."""
         if name not in self.writer.unwritten:
             self.tracker.log_artifact(self.folder / name, folder=folder)
-
-    def relative(self, path: Path) -> str:
-        return os.path.relpath(path, self.folder)
 
 
 def load_or_compute(

@@ -5,6 +5,7 @@ It is skipped where the network is on disk: beside a checkpoint of the pruning p
 
 from __future__ import annotations
 
+import os
 import time
 
 from torch import __version__ as torch_version
@@ -112,7 +113,7 @@ class _DenseStage:
 
     def _store(self, cache: DenseCache, record: DenseRecord) -> None:
         tensors = state_tensors(self._setup.model)[0]
-        self._job.writer.write(self._job.relative(cache.folder), lambda: cache.store(tensors, record))
+        self._job.writer.write(os.path.relpath(cache.folder, self._job.folder), lambda: cache.store(tensors, record))
 
     def _record_source(self, record: DenseRecord, *, key: str, source: str, seconds: float) -> None:
         """Who has trained the network, in the result and the tracker."""

@@ -5,6 +5,7 @@ Scoring is skipped where a file of scores is given or in the sweep's dense cache
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from gsprune.app.stages.checkpoint import Dense, Phase
@@ -70,7 +71,7 @@ def _score_dense(training: Training, phase: Phase, cache: DenseCache | None, ste
     def store(_: bool) -> None:
         if cache is not None:
             path = cache.scores(key)
-            job.writer.write(job.relative(path), lambda: _save_in_cache(cache, key, pruner, steps))
+            job.writer.write(os.path.relpath(path, job.folder), lambda: _save_in_cache(cache, key, pruner, steps))
 
     load_or_compute(load, compute, store, lock=cache.held(key) if cache else None)
 

@@ -102,7 +102,7 @@ def write_files(job: Context, model: nn.Module, history: History, pruner: Any, *
         return
     with job.watch.part("files"):
         try:
-            _save_model_somehow(job, model, pruner)
+            _save_model_making_room(job, model, pruner)
         except OSError as error:
             job.writer.unwritten.append(WEIGHTS)
             more = resume_hint(job.cfg, job.folder, job.sweep)
@@ -119,8 +119,8 @@ def save_model(job: Context, model: nn.Module, pruner: Any) -> None:
     job.writer.write("masks.safetensors", lambda: save_masks(job.folder / "masks.safetensors", pruner.masks()))
 
 
-def _save_model_somehow(job: Context, model: nn.Module, pruner: Any) -> None:
-    """On a full disk the older checkpoint makes room; the newest stays, to go on from."""
+def _save_model_making_room(job: Context, model: nn.Module, pruner: Any) -> None:
+    """On a full disk the older checkpoint makes room; the newest one stays, to resume from."""
     try:
         save_model(job, model, pruner)
     except OSError as error:

@@ -81,21 +81,14 @@ class Setup:
         optimizer = complete("optimizer", make_optimizer, factory, self.model, lr=lr, fused=self.trainer.fused)
         return optimizer, complete("lr_schedule", build(self.cfg.lr_schedule), optimizer, total_steps=steps)
 
-    def build_pruner(self, optimizer: Optimizer) -> Any:
-        return complete(
-            "pruner",
-            build(self.cfg.pruner),
-            self.model,
-            optimizer=optimizer,
-            example_input=self.latency_example if is_timed(self.cfg.pruner) else self.example,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=self.trainer.prune_epochs,
-        )
-
     def build_pruning(self) -> tuple[Optimizer, LRSchedule, Any]:
         """Optimizer, learning-rate schedule and pruner of the pruning phase."""
-        optimizer, lr_schedule = self.build_optimizer(epochs=self.trainer.prune_epochs, lr=self.trainer.prune_lr)
-        return optimizer, lr_schedule, self.build_pruner(optimizer)
+        epochs = self.trainer.prune_epochs
+        optimizer, lr_schedule = self.build_optimizer(epochs=epochs, lr=self.trainer.prune_lr)
+        example = self.latency_example if is_timed(self.cfg.pruner) else self.example
+        settings = {"example_input": example, "steps_per_epoch": self.steps_per_epoch, "epochs": epochs}
+        pruner = complete("pruner", build(self.cfg.pruner), self.model, optimizer=optimizer, **settings)
+        return optimizer, lr_schedule, pruner
 
 
 def set_up(job: Context) -> Setup:
