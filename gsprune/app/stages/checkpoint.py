@@ -32,7 +32,7 @@ from gsprune.training.loop_state import LoopState
 
 log = logger(__name__)
 DENSE = Path("checkpoint", "dense.safetensors")  # the dense network, which checkpoints of the pruning phase need
-RETRIED = "checkpoints hold it meanwhile, so that the run can go on from them, and each tries to write it again"
+RETRIED = "until then checkpoints hold it, and each tries to write it again"
 # Keys and types of a checkpoint.
 STATE: Mapping[str, Any] = {
     **dict.fromkeys(("config_hash", "phase"), str),
@@ -191,7 +191,7 @@ class JobCheckpoints:
         if not self._job.first:
             return
         job, model, dense = self._job, self._setup.model, self.dense
-        if dense and not (job.folder / DENSE).is_file():  # whoever has removed it
+        if dense and not (job.folder / DENSE).is_file():  # somebody has removed it
             dense.save(job)
         self._retry_files()
         state = {
@@ -219,7 +219,7 @@ class JobCheckpoints:
         try:
             job.writer.write("checkpoint", write, self._without_checkpoint())
         except ValueError as error:
-            log.warning("no checkpoint was written, the run goes on: %s", error)
+            log.warning("no checkpoint was written, the run continues: %s", error)
 
     def _retry_files(self) -> None:
         for name in self._job.writer.retry():
@@ -230,9 +230,9 @@ class JobCheckpoints:
     def _without_checkpoint(self) -> str:
         with contextlib.suppress(OSError):
             before = self.folder.paths()
-            then = f"go on from {before[-1].name}" if before else "start anew"
-            return f"the next one is tried in its turn, and if the run ends before that it will {then}"
-        return "the next one is tried in its turn"
+            then = f"resume from {before[-1].name}" if before else "start anew"
+            return f"the next one is tried when it is due; if the run ends before that, it will {then}"
+        return "the next one is tried when it is due"
 
     def _job_state(self) -> dict[str, Any]:
         result = self._job.result

@@ -120,7 +120,7 @@ def load_or_compute(
 ) -> tuple[Output, bool]:
     """The output of a stage, and whether it was on disk already; otherwise it is computed and stored.
 
-    `lock` is held meanwhile, so that of several jobs that want the same output one computes it.
+    Under `lock` one of several jobs that want the same output computes it, and the others read it.
 
     >>> load_or_compute(lambda: None, lambda: 3)
     (3, False)
