@@ -318,7 +318,7 @@ def test_a_dense_network_that_found_no_room_costs_nothing(tmp_path, whole, at_st
     assert told.startswith(
         "checkpoint/dense.safetensors could not be written, the run goes on without it: No space left"
     )
-    assert "checkpoints hold it meanwhile, so that the run can go on from them" in told
+    assert "checkpoints hold it" in told
     assert Checkpoints(dense.parent).newest().state["dense_model"] is None or lasts == 99
     at_step.do(0, crash)
     go(tmp_path)
