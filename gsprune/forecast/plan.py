@@ -1,4 +1,4 @@
-"""What a pruner would do, as data."""
+"""A forecast as data: what a pruner would leave."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class RulePlan:
-    """What one rule would leave at its schedule's end, as if it were alone.
+    """What one rule would leave at the end of its schedule, without the other rules.
 
     criterion     its class
     structured    units are removed, or single weights are zeroed

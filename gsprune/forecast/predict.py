@@ -1,4 +1,4 @@
-"""What a pruner would do, without training: what there is, what would stay, what it would cost, what is left whole.
+"""Forecasts: what a pruner would leave of a model, and what that would cost, without training.
 
 `plan` counts, `gsprune.app.forecast_tables` shows. All measuring happens on deep copies: neither the model nor the
 pruner is changed.
@@ -36,14 +36,13 @@ NAMED_HERE = "include, exclude, keep or kinds leaves it out"
 
 
 def plan(model: nn.Module, pruner: Pruner, example_input: Any) -> PruningPlan:
-    """What `pruner` would leave of `model` at its schedules' end; nothing is trained and nothing changes.
+    """What `pruner` would leave of `model` at the end of its schedules; model and pruner stay as they are.
 
-    Under local scope the counts are exact. Under global scope the scores share them out, so there are bounds for each
-    entry; the total is exact. A smaller network is measured by shrinking a copy to its first units: all units of a
-    structure cost the same.
+    Counts are exact under local scope. Under global scope the scores distribute them: the total is exact, and each
+    entry has bounds. The cost is that of a copy cut to its first units: all units of a structure cost the same.
 
-    About to collapse: fewer than 4 channels or neurons, a single head, fewer than 5 % of the units or weights, or
-    less than one weight for each output of a layer, which leaves some outputs with none.
+    An entry is about to collapse with fewer than 4 channels or neurons, a single head, fewer than 5 % of its units or
+    weights, or fewer weights than outputs.
 
     Raises:
         ValueError: the pruner is of another model, or has shrunk it; a schedule has no end; the network that
@@ -278,7 +277,7 @@ def _notation(pattern: Pattern) -> str:
 
 
 def foreseen(pruner: Pruner) -> dict[str, str]:
-    """What will be about to collapse at the schedule's end -> what is left of it; nothing is measured.
+    """Entries that will be about to collapse at the end of the schedules -> what is left of them; measures nothing.
 
     >>> from gsprune.criteria import Magnitude
     >>> pruner = Pruner(nn.Linear(100, 4), Magnitude(), target_sparsity=0.99)
@@ -298,7 +297,7 @@ def _foreseen(part: Part) -> dict[str, str]:
 
 
 def collapsed(targets: Sequence[Target]) -> dict[str, str]:
-    """The same of the masks as they are."""
+    """The same for the current masks."""
     return _few(targets, [target.total - target.pruned for target in targets], [""] * len(targets))
 
 

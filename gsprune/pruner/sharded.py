@@ -1,7 +1,7 @@
 """Weights that are cut over several processes by `torch.distributed.fsdp.fully_shard`, pruned one by one.
 
-Each process scores and masks its own rows; what is ranked is everything. The masks are exactly those of the same
-network in one piece, ties included, and no process ever holds all scores.
+Each process scores and masks its own rows; the ranking is over all rows. The masks equal those of the same network in
+one process, ties included, and no process holds all scores.
 
 Legend: a part is one tensor's scores in this process, (1, n_i), its rows in order; n_i may be 0. Rows are dealt out in
 runs, in the order of the processes, so an index in the whole tensor grows with the process and with the index here.

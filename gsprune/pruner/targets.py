@@ -1,8 +1,8 @@
-"""What is being pruned, behind one interface.
+"""The interface of what is pruned.
 
-A `Target` is one tensor or one structure, with its score and its mask: what selection looks at. `Targets` are all of
-them together, side by side in one flat score and one flat mask: what a training step works through. Neither knows of
-schedules or of when a mask is due. Legend: r x n = selection groups as `selection.select` ranks them.
+A `Target` is one tensor or one structure with its score and its mask, as selection sees it. `Targets` are all targets
+of a rule in one flat score and one flat mask, as a training step sees them. Neither has a schedule. Legend: r x n =
+selection groups as `selection.select` ranks them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _MAGNITUDE_BITS = 0x7FFFFFFF  # all of a float32 but its sign
 
 
 class Verdict:
-    """Whether this step's gradients count, kept on the device: nothing waits for it.
+    """Whether this step's gradients count, as a tensor on the device: the host does not wait for it.
 
-    A batch that does not count adds nothing and lets nothing decay: magnitudes are masked to 0 bit by bit (0 * inf
-    would be NaN), and the factor of the running score is 1.
+    A batch that does not count adds nothing, and no score decays: the bits of magnitudes are masked to 0 (0 * inf is
+    NaN), and the factor of the running score is 1.
     """
 
     def __init__(self, finite: Tensor, decay: float, grad_scale: Tensor | None = None) -> None:
@@ -122,7 +122,7 @@ class Target(ABC):
 
     @abstractmethod
     def find(self, model: nn.Module) -> None:
-        """Go on with the tensors that the model has now (`load_state_dict(assign=True)` puts others in their place)."""
+        """Use the tensors that the model has now (`load_state_dict(assign=True)` replaces them)."""
 
     @abstractmethod
     def mask(self, network: nn.Module) -> None:
@@ -231,8 +231,7 @@ class Targets(ABC):
     def probe(self, criterion: Criterion) -> Tensor:
         """A 0-dim bool on the device: whether what this step would add is finite.
 
-        A target without a gradient (None) has taken no part in this step: nothing is added, and its score stays as it
-        is. `present` says which ones have one.
+        A target whose gradient is None keeps its score in this step. `present` says which targets have a gradient.
         """
 
     @abstractmethod
