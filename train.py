@@ -55,9 +55,8 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
 def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Hydra 1.4 hands a job's error to `sys.excepthook`: a mistake of the user's is a sentence there too."""
     if issubclass(kind, CompactHydraException) and os.environ.get("HYDRA_FULL_ERROR") != "1":
-        print(
-            f"{error}\n\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.", file=sys.stderr
-        )
+        hint = "Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
+        print(f"{error}\n\n{hint}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -357,7 +357,7 @@ def test_a_path_that_cannot_be_written_shows_before_the_work(
 @pytest.mark.parametrize("name", ["onnx", "onnxruntime", "onnxscript"])
 def test_without_the_extra(name: str, tmp_path: Path, onnx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with refused("to_onnx", name, "gsprune[onnx]"):
+    with refused(name, "gsprune[onnx]"):
         to_onnx(nn.Linear(4, 2), torch.ones(1, 4), tmp_path / "net.onnx")
 
 

@@ -307,7 +307,7 @@ def test_loaders_shuffle_for_training_and_need_no_workers(tokenizer: Path, tmp_p
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    message = "tokenizers and language models need transformers: pip install 'gsprune[hf]'"
+    message = "transformers is not installed: pip install 'gsprune[hf]'"
     assert sentence(lambda: text_classification(reviews(tmp_path / "a.csv"), tokenizer="any")) == message
     options: dict[str, Any] = {"num_classes": 2, "tokenizer": "any", "max_length": 8}
     assert sentence(lambda: hf_sequence_classification("any", **options)) == message
