@@ -1,1 +1,1 @@
-"""The training loop: optimizers, learning-rate schedules, guard, loop state, checkpoints, data parallelism."""
+"""The training loop: optimizers, learning-rate schedules, guard, loop state, checkpoints, several processes."""

@@ -1,7 +1,7 @@
-"""Start processes that train one network together, on one machine or on several, and end them together.
+"""Start processes that train one network together, on one machine or several, and end them together.
 
-`launch` starts them with torch's launcher; `taking_part` joins processes that torchrun has started. `collectives.py`
-has what they tell each other.
+`launch` starts them with torch's launcher; `taking_part` joins processes that torchrun started. For what they send each
+other see `gsprune.collectives`.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from gsprune.training.signals import SIGNALS, Interrupted
 __all__ = ["ProcessFailed", "Processes", "launch", "taking_part", "under_torchrun", "undisturbed"]
 
 Result = TypeVar("Result")
-BEGUN = "begun"  # a file: the processes have found each other and work
+BEGUN = "begun"  # a file: the processes are connected and work
 LINGER = 5.0  # seconds
-STOPPED = tuple(128 + number for number in SIGNALS)  # exit codes of processes that a signal has asked to end
+STOPPED = tuple(128 + number for number in SIGNALS)  # exit codes of processes that a signal stopped
 
 
 class ProcessFailed(RuntimeError):
-    """One of several processes failed, not by a user's mistake; the others were ended."""
+    """One of several processes failed, for another reason than a mistake of the user; the others were stopped."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes, and how they find each other.
+    """The number of processes, and how they connect.
 
     Attributes:
         devices: processes on this machine (node).
         nodes: machines; the same command is started on each.
-        rendezvous: "host:port" of one of them, which listens there. Needed for more than one node.
-        timeout_minutes: how long a process waits for the others before it gives up.
-        name: of the job; only processes with the same one join.
+        rendezvous: "host:port" of one machine, which listens there. Required for more than one node.
+        timeout_minutes: how long a process waits for the others before it fails.
+        name: name of the job; only processes with the same name connect.
     """
 
     devices: int
@@ -64,7 +64,7 @@ class Processes:
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun has started this process as one of several, which have not joined yet."""
+    """Whether torchrun started this process as one of several that are not connected yet."""
     named = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     return named and int(os.environ["WORLD_SIZE"]) > 1 and world_size() == 1
 
@@ -74,8 +74,7 @@ def taking_part(device: str, *, timeout_minutes: float) -> Iterator[None]:
     """Join the processes that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, ...), as torchrun sets it.
 
     Args:
-        device: "cuda", where the process takes GPU number LOCAL_RANK, and what lies on it is sent by NCCL; gloo sends
-            everything else.
+        device: with "cuda" the process uses GPU number LOCAL_RANK. NCCL sends tensors on a GPU, gloo all others.
     """
     local, beside = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda":
@@ -85,24 +84,24 @@ def taking_part(device: str, *, timeout_minutes: float) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     yield
-    dist.destroy_process_group()  # not after an error: what the others still wait for would have to end first
+    dist.destroy_process_group()  # not after an error: it would wait for collectives that the others still run
 
 
 def launch(processes: Processes, device: str, work: Callable[..., Result], *arguments: Any) -> Result:
-    """Call `work(*arguments)` in each of several new processes that can reach each other, and wait for them.
+    """Call `work(*arguments)` in each of several new, connected processes, and wait for them.
 
-    When one of them fails, the others are ended and its error is raised here, on every machine: a ValueError as it is,
-    any other as a `ProcessFailed` that carries the process's own traceback. A signal that ends them ends this one.
+    If one fails, the others are stopped, and its error is raised here, on every machine: a ValueError unchanged, any
+    other as a `ProcessFailed` with the traceback of that process. A signal that stops them stops this process.
 
     Args:
         device: as for `taking_part`.
-        work: a function of a module, which is imported anew in each process; what it is given and returns is pickled.
+        work: a function of a module, which each process imports; arguments and result are pickled.
 
     Returns:
-        What `work` returned in the lowest-numbered process of this machine.
+        The result of `work` in the process of this machine with the lowest rank.
 
     Raises:
-        ValueError: also when the machines do not find each other.
+        ValueError: `work` raised one, or the machines did not connect.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -138,7 +137,7 @@ def launch(processes: Processes, device: str, work: Callable[..., Result], *argu
         except RendezvousError as error:
             if Path(folder, BEGUN).exists():
                 raise ProcessFailed(
-                    f"the machine at trainer.rendezvous={processes.rendezvous} is gone, and the run with it"
+                    f"the machine at trainer.rendezvous={processes.rendezvous} no longer answers, which ended the run"
                 ) from None
             raise ValueError(_not_met(processes, late=isinstance(error, RendezvousTimeoutError))) from None
         except SignalException as error:
@@ -149,7 +148,7 @@ def launch(processes: Processes, device: str, work: Callable[..., Result], *argu
 def _member(
     folder: str, device: str, timeout_minutes: float, work: Callable[..., Result], arguments: Sequence[Any]
 ) -> Result:
-    """One of the processes. An error is left in a file: what comes through the launcher is a traceback as text."""
+    """One of the processes. An error is written to a file, because the launcher passes on only text of a traceback."""
     signal.signal(signal.SIGTERM, _end)
     Path(folder, BEGUN).touch()
     try:
@@ -161,23 +160,23 @@ def _member(
             "rank": number,
             "time": time.time(),
             "mistake": mistake,
-            "follows": isinstance(error, RuntimeError),  # often from another process's end
+            "follows": isinstance(error, RuntimeError),  # often because another process ended
             "text": redact.told(str(error)) if mistake else f"process {number} failed: {redact.last_line(error)}",
             "traceback": redact.told(traceback.format_exc()),
         }
         Path(folder, f"error-{number}.json").write_text(json.dumps(told))
         if told["follows"]:
-            time.sleep(2.0)  # the launcher has to see that one first
+            time.sleep(2.0)  # the launcher must see the other failure first
         raise
 
 
 def _end(number: int, _: object) -> None:
-    """The launcher ends the others when one has failed: they close what they have open."""
+    """After a failure the launcher stops the other processes: they exit through their `finally` blocks."""
     raise SystemExit(128 + number)
 
 
 def undisturbed() -> None:
-    """Ignore signals from now on: this process is ending already."""
+    """Ignore signals from now on, because this process already ends."""
     if world_size() > 1 and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -186,19 +185,19 @@ def undisturbed() -> None:
 def _check_rendezvous(processes: Processes) -> None:
     """Raise a ValueError if another program listens at the address.
 
-    torch waits for its answer for ever, so a process that can be ended asks for it.
+    torch would wait for its answer without limit, so the check runs in a process that can be stopped.
     """
     try:
         socket.create_connection(_address(processes), timeout=LINGER).close()
     except (OSError, OverflowError):
-        return  # nobody is there yet
+        return  # nothing listens there yet
     greet = "import sys, torch.distributed as d; d.TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False)"
     try:
         command = [sys.executable, "-c", greet, *map(str, _address(processes))]
         subprocess.run(command, capture_output=True, timeout=min(30.0, 60 * processes.timeout_minutes), check=False)
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"trainer.rendezvous={processes.rendezvous} is in use by something else: choose another port"
+            f"trainer.rendezvous={processes.rendezvous} is in use by another program: choose another port"
         ) from None
 
 
@@ -211,10 +210,10 @@ def _not_met(processes: Processes, *, late: bool) -> str:
     where, minutes = f"trainer.rendezvous={processes.rendezvous}", f"{processes.timeout_minutes:g} minutes"
     if late:
         return (
-            f"not all of {processes.nodes} machines came to {where} within {minutes}: start the same command on each "
-            f"of them, or raise trainer.timeout_minutes"
+            f"not all of {processes.nodes} machines connected to {where} within {minutes}: start the same command on "
+            f"each of them, or raise trainer.timeout_minutes"
         )
-    return f"{where} was tried for {minutes}, and nobody was there: is its name right, and its port open?"
+    return f"{where} did not answer for {minutes}: check the name of the host, and that the port is open"
 
 
 def _first_told(folder: Path, error: Any) -> dict[str, Any]:
@@ -223,19 +222,19 @@ def _first_told(folder: Path, error: Any) -> dict[str, Any]:
     told: list[dict[str, Any]] = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
     if any(one["rank"] == number for one in told):
         return min(told, key=lambda one: float(one["time"]))
-    code = failure.exitcode  # it had no time to say so
+    code = failure.exitcode  # it wrote no file
     how = f"was ended by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
     return {"mistake": False, "follows": False, "text": f"process {number} {how}", "traceback": None}
 
 
 def _first_of_all(processes: Processes, told: dict[str, Any]) -> dict[str, Any]:
-    """The error of the machine that failed first: each writes its own to their common store, and waits for the others.
+    """The error of the machine that failed first: each writes its error to the common store and waits for the others.
 
-    An error that may follow from another machine's end is written last.
+    An error that may be caused by another machine is written last.
     """
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in every build
 
-    with contextlib.suppress(RuntimeError):  # nobody is there any more
+    with contextlib.suppress(RuntimeError):  # the store is gone
         met = TCPStore(*_address(processes), is_master=False, timeout=timedelta(seconds=LINGER))
         store = PrefixStore(f"gsprune {processes.name}", met)
         if told["follows"]:
@@ -243,7 +242,7 @@ def _first_of_all(processes: Processes, told: dict[str, Any]) -> dict[str, Any]:
                 store.wait(["first"], timedelta(seconds=LINGER))
         told = json.loads(store.compare_set("first", "", json.dumps(told)))
         left, end = store.add("left", 1), time.monotonic() + LINGER
-        while left < processes.nodes and time.monotonic() < end:  # the one that is asked must not go before the others
+        while left < processes.nodes and time.monotonic() < end:  # the machine with the store must exit last
             time.sleep(0.1)
             left = store.add("left", 0)
     return told
@@ -258,8 +257,8 @@ class _Traceback(Exception):
 
 @contextlib.contextmanager
 def _quiet_launcher() -> Iterator[None]:
-    """Mute the log of torch's launcher, and put back the signal handlers that it replaces."""
-    level = logging.root.manager.disable  # its loggers have levels of their own; here nobody but it has anything to log
+    """Mute the log of torch's launcher, and restore the signal handlers that it replaces."""
+    level = logging.root.manager.disable  # its loggers set their own levels; nothing else logs here
     main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
