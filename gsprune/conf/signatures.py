@@ -22,7 +22,7 @@ REQUIRED: Any = object()  # the default of a setting without one
 
 
 class Setting(NamedTuple):
-    """A parameter of a class, or a field of a dataclass: its type as `plain` has it, its default or REQUIRED."""
+    """A parameter of a class, or a field of a dataclass: its type as `config_type` has it, its default or REQUIRED."""
 
     name: str
     type: Any
@@ -40,15 +40,15 @@ def settings(target: str, *, without: Collection[str] = ()) -> list[Setting]:
     return [_setting(*part) for part in parts.values()]
 
 
-def plain(hint: Any) -> Any:
+def config_type(hint: Any) -> Any:
     """The part of a type that a configuration can hold; Any for a type that it cannot.
 
     A literal becomes its type and a sequence a list. A mapping whose keys are literals becomes a dict from each key to
     the type of its value. Members of a union that a configuration cannot hold are left out.
 
-    >>> plain(Literal["local", "global"] | None), plain(Sequence[str]), plain(str | object), plain(object)
-    (str | None, list[str], <class 'str'>, typing.Any)
-    >>> plain(Mapping[Literal["macs", "params"], float] | None)
+    >>> [config_type(hint) for hint in (Literal["local", "global"] | None, Sequence[str], str | object, object)]
+    [str | None, list[str], <class 'str'>, typing.Any]
+    >>> config_type(Mapping[Literal["macs", "params"], float] | None)
     {'macs': <class 'float'>, 'params': <class 'float'>}
     """
     origin, args = get_origin(hint), get_args(hint)
@@ -57,11 +57,11 @@ def plain(hint: Any) -> Any:
     if origin is Literal:
         return type(args[0])
     if origin is Sequence:
-        return list[plain(args[0])]  # type: ignore[misc]
+        return list[config_type(args[0])]  # type: ignore[misc]
     if origin is Mapping and get_origin(args[0]) is Literal:
-        return dict.fromkeys(get_args(args[0]), plain(args[1]))
+        return dict.fromkeys(get_args(args[0]), config_type(args[1]))
     if origin in (Union, UnionType):
-        known = [found for arg in args if arg is not NoneType and (found := plain(arg)) is not Any]
+        known = [found for arg in args if arg is not NoneType and (found := config_type(arg)) is not Any]
         if len(known) == 1:
             return known[0] | None if NoneType in args and not isinstance(known[0], dict) else known[0]
     return Any
@@ -135,7 +135,7 @@ def _parts(source: _Source, name: str) -> Iterator[tuple[_Source, str, ast.expr 
 def _setting(source: _Source, name: str, hint: ast.expr | None, default: ast.expr | None) -> Setting:
     assert hint is not None, f"{name} has no type"
     value = REQUIRED if default is None else source.value(default)
-    return Setting(name, plain(source.value(hint)), value.default if isinstance(value, Field) else value)
+    return Setting(name, config_type(source.value(hint)), value.default if isinstance(value, Field) else value)
 
 
 def _parameters(made: ast.arguments) -> Iterator[Part]:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from gsprune.conf import schemas
 from gsprune.conf.schemas import FROM_THE_LOOP
-from gsprune.conf.signatures import REQUIRED, plain, settings
+from gsprune.conf.signatures import REQUIRED, config_type, settings
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = (ROOT / "conf", ROOT / "gsprune" / "conf")
@@ -47,7 +47,7 @@ def test_the_source_says_what_the_class_says(target: str) -> None:
     parameters = [part for name, part in inspect.signature(made).parameters.items() if name not in FROM_THE_LOOP]
     hints = get_type_hints(made.__init__)
     expected = [
-        (part.name, plain(hints[part.name]), REQUIRED if part.default is part.empty else part.default)
+        (part.name, config_type(hints[part.name]), REQUIRED if part.default is part.empty else part.default)
         for part in parameters
         if part.name in hints  # others are those of `**settings`
     ]
