@@ -17,8 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from gsprune import Pruner, collectives
@@ -302,6 +300,9 @@ CRITERIA: Mapping[str, Callable[[], Criterion]] = {
 
 
 def shard(model: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh  # a second, in each of many processes
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.children():
         fully_shard(layer, mesh=mesh)

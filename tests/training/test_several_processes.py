@@ -643,6 +643,11 @@ def test_torchrun_works_in_a_fixed_directory(tmp_path):
     assert done.stdout.count("prune  epoch   3/3") == 1
     assert json.loads((tmp_path / "out" / "result.json").read_text())["status"] == "finished"
     assert "devices: 2" in (tmp_path / "out" / "config.yaml").read_text()
+
+
+@pytest.mark.long
+def test_torchrun_does_not_repeat_a_finished_run(tmp_path):
+    assert torchrun(tmp_path, "hydra.run.dir=out").returncode == 0
     again = torchrun(tmp_path, "hydra.run.dir=out")
     assert (again.returncode, again.stdout.count("epoch")) == (0, 0)
     assert again.stdout.count("not run again") == 1
