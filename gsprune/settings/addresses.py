@@ -1,4 +1,4 @@
-"""Which file a SQLite address means, and what a relative path of a command is relative to."""
+"""Tracking addresses: which are allowed, the file of a SQLite address, and the directory of relative paths."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databrick
 
 
 def command_directory() -> Path:
-    """The directory in which the command was given: Hydra may start a job in another one (`hydra.job.chdir=true`).
+    """The directory of the command; Hydra may start a job in another one (`hydra.job.chdir=true`).
 
-    The working directory where Hydra does not run, or where that directory is on another machine.
+    The working directory if Hydra does not run, or if the command's directory is on another machine.
     """
     module = sys.modules.get("hydra.core.hydra_config")
-    with contextlib.suppress(Exception):  # a configuration without that value is Hydra's own error of several kinds
+    with contextlib.suppress(Exception):  # Hydra raises several errors for a configuration without that value
         if module is not None and module.HydraConfig.initialized():
-            told = Path(module.HydraConfig.get().runtime.cwd)
-            return told if told.is_dir() else Path.cwd()
+            cwd = Path(module.HydraConfig.get().runtime.cwd)
+            return cwd if cwd.is_dir() else Path.cwd()
     return Path.cwd()
 
 
 def resolve_tracking_uri(uri: str | None) -> str:
-    """MLflow's address with an absolute path: the working directory may change under a run, its store must not.
+    """MLflow's address with an absolute path, as the working directory of a run may change.
 
     Args:
         uri: None takes `MLFLOW_TRACKING_URI`, else `mlflow.db` in `command_directory`.
@@ -53,9 +53,10 @@ def resolve_tracking_uri(uri: str | None) -> str:
 
 
 def check_address(uri: str) -> None:
-    """
+    """Check the address of a tracking server or database.
+
     Raises:
-        ValueError: it is no address of a server or database, with the nearest one.
+        ValueError: it is none; the message has the nearest one.
 
     >>> check_address("htp://foo")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -83,7 +84,7 @@ def _is_address(uri: str) -> bool:
 
 
 def _host_of(uri: str) -> str | None:
-    """None where there is none, or its port is no number."""
+    """None without a host, or with a port that is no number."""
     try:
         parts = urlsplit(uri)
         return parts.hostname if parts.port != 0 else None
@@ -93,7 +94,7 @@ def _host_of(uri: str) -> str | None:
 
 def _nearest(uri: str) -> str:
     found = re.fullmatch(r"([A-Za-z][\w+]*)(?::/*|//+)(.*)", uri)
-    if found is None or found[1].lower() == "file":  # a folder, where MLflow kept runs before it had databases
+    if found is None or found[1].lower() == "file":  # a folder: MLflow's former file store
         return f"sqlite:///{(found[2] if found else uri).rstrip('/')}/mlflow.db"
     dialect, plus, driver = found[1].lower().partition("+")
     near = next(iter(get_close_matches(dialect, SCHEMES, n=1)), "http")
@@ -105,9 +106,9 @@ def _nearest(uri: str) -> str:
 
 
 def database_file(uri: str) -> Path | None:
-    """The file behind a SQLite address, None for servers and databases elsewhere.
+    """The file of a SQLite address, None for servers and other databases.
 
-    What follows a `?` counts as options when it has the form `name=value`, else it is a part of the path.
+    Text after a `?` is options if it has the form `name=value`, else it is part of the path.
 
     >>> database_file("sqlite:////data/mlflow.db").as_posix(), database_file("http://host:5000")
     ('/data/mlflow.db', None)
@@ -121,13 +122,13 @@ def database_file(uri: str) -> Path | None:
 
 
 def database_uri(file: Path) -> str:
-    """The SQLite address of a file, whatever its folders are called.
+    """The SQLite address of a file, for any names of folders.
 
-    SQLAlchemy takes `%20` for a space and all from a `?` on for options, so both are written as codes, and the slashes
-    behind them too: MLflow makes the folders of an address as it is written.
+    SQLAlchemy reads `%20` as a space and everything from a `?` on as options, so both are percent-encoded, and the
+    slashes after them too, as MLflow creates the folders of an address as it is written.
 
     Raises:
-        ValueError: there is a `?` in it, and the SQLAlchemy that is installed knows no codes.
+        ValueError: the path has a `?`, and the installed SQLAlchemy does not decode percent-encoding.
 
     >>> database_uri(Path("/data/50 % #1/mlflow.db"))
     'sqlite:////data/50 %25 #1%2Fmlflow.db'

@@ -1,7 +1,7 @@
-"""What Hydra writes of a configuration: passwords in it are refused before, and other secrets taken out afterwards.
+"""What Hydra writes of a configuration: no password gets there, and other secrets are taken out.
 
-Hydra writes every override and value into `.hydra/` of a job and `multirun.yaml` of a sweep before any code of ours can
-say a word.
+Hydra writes every override and value into `.hydra/` of a job and `multirun.yaml` of a sweep before any code of this
+package runs in the job.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from gsprune.settings.recorded import address_with_password, hide, variables
 from gsprune.text.display import logger
 from gsprune.text.redact import cleaned, guard_logs, is_secret
 
-__all__ = ["as_given", "clean_files", "protect", "recorded_overrides", "refuse_passwords"]
+__all__ = [
+    "as_given",
+    "clean_files",
+    "protect",
+    "recorded_overrides",
+    "refuse_passwords",
+    "sweep_overrides",
+    "sweeper_params",
+]
 
 log = logger(__name__)
 _FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
@@ -34,7 +42,7 @@ _IN_MEMORY = ("BasicLauncher", "JoblibLauncher")  # launchers that put no overri
 def refuse_passwords(cfg: DictConfig) -> None:
     """
     Raises:
-        ValueError: an address in the configuration holds a password, which its files would hold too.
+        ValueError: an address in the configuration holds a password, which Hydra would write.
     """
     if (found := address_with_password(cfg)) is None:
         return
@@ -50,11 +58,12 @@ def refuse_passwords(cfg: DictConfig) -> None:
 
 
 def protect(config: DictConfig) -> None:
-    """Before Hydra writes anything of a run or a sweep (`config` has the node `hydra`): from now on no text of this
-    process holds a secret of it.
+    """Keep the secrets of a configuration (with the node `hydra`) out of every later text of this process.
+
+    Called before Hydra writes anything of a run or a sweep.
 
     Raises:
-        ValueError: it would be on record all the same.
+        ValueError: a secret would be on record in spite of that.
     """
     hide(config)
     guard_logs()
@@ -69,8 +78,7 @@ def protect(config: DictConfig) -> None:
         if secret:
             _refuse_in_path("hydra.run.dir", _resolved(hydra.run, "dir"), secret)
         return
-    params: Any = OmegaConf.to_container(hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
-    _refuse_swept([*(f"{key!s}={value!s}" for key, value in params.items()), *as_given(hydra.overrides.task)])
+    _refuse_swept(sweep_overrides(config))
     if not secret:
         return
     launcher = str(hydra.launcher.get("_target_"))
@@ -90,7 +98,8 @@ def _check_tracking(tracking: DictConfig) -> None:
 
 
 def recorded_overrides(overrides: Iterable[Any]) -> list[str]:
-    """
+    """The overrides with their secrets masked.
+
     >>> recorded_overrides(["seed=1", "+hub.token=abc", "+hub.user=${oc.env:USER}"])
     ['seed=1', '+hub.token=***', '+hub.user=${oc.env:USER}']
     """
@@ -99,13 +108,25 @@ def recorded_overrides(overrides: Iterable[Any]) -> list[str]:
 
 
 def as_given(overrides: Iterable[Any]) -> list[str]:
-    """The texts of a list, also of one in a configuration, whose iteration would resolve `${...}` in them."""
+    """The overrides as texts; iterating over a list of a configuration would resolve `${...}` in them."""
     written: Any = OmegaConf.to_container(overrides, resolve=False) if OmegaConf.is_config(overrides) else overrides
     return [str(override) for override in written]
 
 
+def sweeper_params(config: DictConfig, *, resolve: bool = False) -> dict[str, Any]:
+    """`hydra.sweeper.params`: the swept values of the configuration."""
+    found: Any = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=resolve)
+    return {str(key): value for key, value in found.items()}
+
+
+def sweep_overrides(config: DictConfig, *, resolve: bool = False) -> list[str]:
+    """What Hydra's sweeper reads: `hydra.sweeper.params`, then the overrides of the command."""
+    params = sweeper_params(config, resolve=resolve)
+    return [*(f"{key}={value}" for key, value in params.items()), *as_given(config.hydra.overrides.task)]
+
+
 def secret_keys(overrides: Iterable[Any]) -> list[str]:
-    """The keys of the overrides that hold a secret in plain words."""
+    """The keys of the overrides that hold a secret itself."""
     texts = as_given(overrides)
     return [text.partition("=")[0] for text, clean in zip(texts, cleaned(texts), strict=True) if clean != text]
 
@@ -115,7 +136,7 @@ def _refuse_swept(overrides: list[str]) -> None:
         text = str(override.input_line)
         if override.is_sweep_override() and (key := secret_keys([text])):
             raise ValueError(
-                f"{key[0]} is a secret, and what is swept goes on record: put each into an environment variable and "
+                f"{key[0]} is a secret, and swept values are on record: put each into an environment variable and "
                 f"give {key[0]}='${{oc.env:ONE}}','${{oc.env:OTHER}}'"
             )
 
@@ -137,7 +158,7 @@ def _refuse_in_path(key: str, path: str, secret: list[str], *, where: Any = None
 
 
 def _refuse_named_in_path(hydra: DictConfig) -> None:
-    """A directory whose name comes from a secret of the environment would show it to whoever lists the one above."""
+    """A directory named after a secret of the environment shows it to everybody who lists the directory above."""
     for node, key in (("run", "dir"), ("sweep", "dir"), ("sweep", "subdir")):
         text = str((OmegaConf.to_container(hydra[node], resolve=False) or {}).get(key))  # type: ignore[union-attr]
         if name := next(filter(is_secret, variables(text)), None):
@@ -145,7 +166,7 @@ def _refuse_named_in_path(hydra: DictConfig) -> None:
 
 
 def clean_files(config: DictConfig) -> None:
-    """Take secrets out of what Hydra has written of a job and of its sweep."""
+    """Take secrets out of the files that Hydra has written for a job and its sweep."""
     hide(config)
     guard_logs()
     written = OmegaConf.to_container(config, resolve=False)
@@ -167,4 +188,4 @@ def _clean(path: Path) -> None:
         if (after := cleaned(before)) != before:
             write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(after)).encode())
     except (OSError, YAMLError, OmegaConfBaseException) as error:
-        log.warning("%s holds a secret, which could not be taken out of it: %s", path, error)
+        log.warning("%s holds a secret that could not be removed: %s", path, error)

@@ -1,9 +1,8 @@
-"""What makes two jobs the same: hashes over the parts of a configuration that a result depends on.
+"""Hashes over the parts of a configuration that a result depends on: equal hashes mean equal jobs.
 
-Each hash leaves out what it names and takes everything else, so a setting that is new counts until someone says that it
-does not. Part of it are the content of the files that `model.weights` and `pruner.scores` name, and the code of every
-`_target_` that is not this package's or one that it requires: see `sources`. The data under a data set's path are taken
-to stay as they are.
+Each hash leaves out the listed settings and takes everything else, so a new setting counts until it is listed. A hash
+covers the content of the files in `model.weights` and `pruner.scores`, and the code of every `_target_` outside this
+package and its requirements (see `sources`). The data under a data set's path are assumed to be constant.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 from gsprune import __version__
 from gsprune.files.disk import sha256, sha256_of_json
 from gsprune.settings.recorded import hashable
-from gsprune.settings.sources import code, versions
+from gsprune.settings.sources import code, targets, versions
 
 __all__ = ["config_hash", "dense_key", "differences", "package_versions", "plain_config", "scores_key", "settings"]
 
-# What changes no number of a result.
+# Settings that change no number of a result.
 NOT_HASHED = (
     "hydra",
     "plan",
@@ -40,7 +39,7 @@ NOT_HASHED = (
     "trainer.max_bad_steps",
     "dataset.root",
 )
-# What has no part in training the dense network: the whole second phase, and what is only measured.
+# Settings that do not change the dense network: those of the second phase and of measurements.
 NOT_DENSE = (
     "pruner",
     "trainer.prune_epochs",
@@ -50,18 +49,17 @@ NOT_DENSE = (
     "trainer.latency_batch",
     "trainer.latency_seconds",
 )
-# What has no part in scoring the dense network: when and how many to prune.
+# Settings that do not change the scores on the dense network: when and how much to prune.
 NOT_SCORES = ("target_sparsity", "budget", "target", "schedule", "scope", "min_kept", "scores", "shrink")
-CONTROL = "gsprune.pruner.pruner.no_pruning"  # which nothing of its settings changes
+CONTROL = "gsprune.pruner.pruner.no_pruning"  # its settings change nothing
 FILES = ("model.weights", "pruner.scores")
-SCORES = "checkpoint/scores.safetensors"  # in the output directory of a job: what its pruner began with
+SCORES = "checkpoint/scores.safetensors"  # in the output directory of a job
 
 
 def config_hash(cfg: DictConfig) -> str:
-    """sha256 of everything in the configuration that determines the result: the seed too, but no output path and
-    nothing of tracking, and no password.
+    """sha256 of everything that determines the result, the seed too, but not paths of output, tracking and secrets.
 
-    Two jobs with the same hash give the same result on the same kind of machine with the same versions of packages.
+    Two jobs with the same hash give the same result on the same kind of machine with the same package versions.
     """
     config = hashable(plain_config(cfg), cfg)
     if (config.get("pruner") or {}).get("_target_") == CONTROL:
@@ -70,29 +68,30 @@ def config_hash(cfg: DictConfig) -> str:
 
 
 def dense_key(cfg: DictConfig, **surroundings: str) -> str:
-    """sha256 of what the network of between the two phases depends on; `surroundings` are versions and devices.
+    """sha256 of what the dense network depends on; `surroundings` are versions and devices.
 
-    It is equal for jobs that differ in their pruner or in the length of the second phase alone.
+    It is equal for jobs that differ only in their pruner or in the length of the second phase.
     """
     config = _without(_with_contents(hashable(plain_config(cfg), cfg)), (*NOT_HASHED, *NOT_DENSE))
     return sha256_of_json([config, _code(config), package_versions(config), surroundings])
 
 
 def settings(cfg: DictConfig) -> dict[str, str]:
-    """What `config_hash` is of, by key, as it is written: references stay references, and where they lead is not told.
+    """The settings under `config_hash`, by key, as they are written: references stay references.
 
     >>> settings(OmegaConf.create({"seed": 0, "dataset": {"size": 4, "seed": "${seed}"}, "plan": True}))
     {'seed': '0', 'dataset.size': '4', 'dataset.seed': '${seed}'}
     """
     written: Any = OmegaConf.to_container(cfg)
     resolved = _with_contents(plain_config(cfg))
-    contents = {f"content of {path}": str(_at(resolved, path))[:12] for path in FILES if _at(resolved, path)}
+    found = {path: inside.get(key) for path in FILES for inside, key in [_inside(resolved, path)]}
+    contents = {f"content of {path}": str(value)[:12] for path, value in found.items() if value}
     codes = {f"code of {target}": mark[:12] for target, mark in _code(written).items()}
     return {**dict(_flat(_without(written, NOT_HASHED))), **contents, **codes}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, most: int = 8) -> str:
-    """What of two records is not the same: the key, the old value, the new one.
+    """The differences of two records: key, old value, new value.
 
     >>> differences({"threads": 1, "torch": "2.5"}, {"threads": 2, "torch": "2.5", "gsprune": "0.2"})
     'threads 1 to 2, gsprune nothing to 0.2'
@@ -113,29 +112,30 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, "null" if value is None else str(value)
 
 
-def _at(config: Mapping[str, Any], path: str) -> Any:
+def _inside(config: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The mapping that holds a dotted path of at most two parts, and the key in it."""
     group, _, key = path.rpartition(".")
-    inside = config.get(group)
-    return inside.get(key) if isinstance(inside, dict) else None
+    inside = config.get(group) if group else config
+    return (inside if isinstance(inside, dict) else {}), key  # `sweep=1` is wrong, but hashing is not the place to fail
 
 
 def package_versions(config: Mapping[str, Any] | DictConfig) -> dict[str, str]:
-    """Of this package, torch, numpy, and whatever else is installed that the configuration's `_target_`s rest on.
+    """Versions of this package, torch, numpy, and the installed packages that the configuration's `_target_`s need.
 
-    They are no part of `config_hash`: a run may go on with another version, which it then says.
+    They are no part of `config_hash`: a run may continue with other versions, and says so.
     """
     plain = plain_config(config) if isinstance(config, DictConfig) else config
-    return {"torch": version("torch"), "numpy": version("numpy"), **versions(_targets(plain)), "gsprune": __version__}
+    return {"torch": version("torch"), "numpy": version("numpy"), **versions(targets(plain)), "gsprune": __version__}
 
 
 def scores_key(cfg: DictConfig) -> str:
-    """sha256 of what a criterion's scores on a given dense network depend on: the pruner, but not when and how much."""
+    """sha256 of what the scores on a given dense network depend on: the pruner, but not when and how much it prunes."""
     pruner = _without(hashable(plain_config(cfg), cfg)["pruner"], NOT_SCORES)
     return sha256_of_json([pruner, _code(pruner)])
 
 
 def scores_path(given: str) -> Path:
-    """The file that `pruner.scores` means: itself, or in the output directory of a run the scores it began with."""
+    """The file that `pruner.scores` means: a file itself, or the first scores of the run with that output directory."""
     path = Path(given)
     return path / SCORES if path.is_dir() else path
 
@@ -144,58 +144,36 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     """The configuration resolved, as plain dicts and lists.
 
     Raises:
-        ValueError: a value is missing (`???`), or refers to one that is not there.
+        ValueError: a value is missing (`???`), or refers to a missing one.
     """
-    missing = list(_missing(OmegaConf.to_container(cfg)))
-    if missing:
+    if missing := [path for path, text in _flat(OmegaConf.to_container(cfg)) if text == "???"]:
         raise ValueError(f"{', '.join(missing)} must be given: {missing[0]}=...")
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        told = " ".join(str(error.msg or error).split("\n")[0].split())
-        raise ValueError(f"{error.full_key or 'the configuration'} cannot be resolved: {told}") from error
+        reason = " ".join(str(error.msg or error).split("\n")[0].split())
+        raise ValueError(f"{error.full_key or 'the configuration'} cannot be resolved: {reason}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
-def _missing(values: Any, path: str = "") -> Iterator[str]:
-    """Where the configuration has `???`; what only refers to such a place is not named."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _missing(value, f"{path}.{key}" if path else str(key))
-    elif values == "???":
-        yield path
-
-
 def _without(config: dict[str, Any], paths: tuple[str, ...]) -> dict[str, Any]:
     for path in paths:
-        group, _, key = path.rpartition(".")
-        inside = config.get(group) if group else config
-        if isinstance(inside, dict):  # `sweep=1` is nonsense, but no reason to fail
-            inside.pop(key, None)
+        inside, key = _inside(config, path)
+        inside.pop(key, None)
     return config
 
 
 def _with_contents(config: dict[str, Any]) -> dict[str, Any]:
+    """With the sha256 of files in place of their paths."""
     for path in FILES:
-        group, _, key = path.rpartition(".")
-        given = (config.get(group) or {}).get(key)
-        file = scores_path(str(given)) if given else None
-        if file is not None and file.is_file():
-            config[group][key] = sha256(file)
+        inside, key = _inside(config, path)
+        if inside.get(key) and (file := scores_path(str(inside[key]))).is_file():
+            inside[key] = sha256(file)
     return config
 
 
 def _code(config: Any) -> dict[str, str]:
-    """Of each `_target_` that has code of its own, the mark of that."""
-    marks = {target: code(target) for target in _targets(config)}
+    """`_target_` -> mark of its code, for those outside this package and its requirements."""
+    marks = {target: code(target) for target in targets(config)}
     return {target: mark for target, mark in marks.items() if mark is not None}
-
-
-def _targets(node: Any) -> Iterator[str]:
-    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from _targets(value)
-    if isinstance(node, dict) and isinstance(node.get("_target_"), str):
-        yield node["_target_"]
-        if node["_target_"].startswith("hydra.utils.get_") and isinstance(node.get("path"), str):
-            yield node["path"]

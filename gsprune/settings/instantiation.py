@@ -1,8 +1,7 @@
-"""The one place that makes objects out of a configuration: that of this run, and of nothing else.
+"""The one place that makes objects from a configuration: from the composed configuration of this run, and no other.
 
-`make` gets a node of the composed configuration. Values that come from elsewhere (results, records, checkpoints) are
-arguments: they reach the object as they are, and neither a `_target_` nor a `${...}` in them is looked at.
-From Hydra 1.4 on a list says which targets may be called.
+Values from elsewhere (results, records, checkpoints) are arguments of `make`: they reach the object unchanged, and a
+`_target_` or `${...}` in them has no effect. From Hydra 1.4 on a list says which targets may be called.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,8 @@ import hydra
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from gsprune.settings.sources import targets
 
 __all__ = ["main_arguments", "make"]
 
@@ -27,17 +27,16 @@ _TARGET = r"(?:_target_|class)[ \t]*[:=][ \t]*[\"']?([A-Za-z_][\w.]*)"
 
 
 def make(node: DictConfig, **arguments: Any) -> Any:
-    """Hydra's `instantiate` on a node of the composed configuration; `arguments` are passed on untouched."""
+    """Hydra's `instantiate` on a node of the composed configuration; `arguments` reach the object unchanged."""
     made = instantiate(node, _convert_="all", **_allowed(node), **({"_partial_": True} if arguments else {}))
     return made(**arguments) if arguments else made
 
 
 def main_arguments(conf: Path) -> dict[str, Any]:
-    """What `hydra.main` takes beside the place of the configuration.
+    """Arguments of `hydra.main` beside the place of the configuration.
 
-    From Hydra 1.4 on that is the list of targets, since Hydra makes callbacks and sets up logging before there is a
-    configuration: this package's, and those that the files in `conf` and the command line name. Before it is
-    `version_base`, which Hydra 1.4 warns of.
+    From Hydra 1.4 on the allowed targets, as Hydra makes callbacks and sets up logging before it composes: those of
+    this package, of the files in `conf` and of the command line. Before it `version_base`, of which Hydra 1.4 warns.
     """
     name = next((name.strip("_") for name in _NAMES if name.strip("_") in inspect.signature(hydra.main).parameters), "")
     if not name:
@@ -48,32 +47,25 @@ def main_arguments(conf: Path) -> dict[str, Any]:
 
 
 def _allowed(node: DictConfig) -> dict[str, list[str]]:
-    """The list of targets for `instantiate`, where it takes one: what the configuration names, and ours."""
+    """The allowed targets for `instantiate`, if it takes them: this package's, and those in the configuration."""
     name = next((name for name in _NAMES if name in inspect.signature(instantiate).parameters), None)
     if name is None:
         return {}
-    own = {target for part in (node._get_root(), node) for target in _targets(_plain(part))}
+    own = {target for part in (node._get_root(), node) for target in targets(_plain(part))}
     return {name: [*ALLOWED, *sorted(own | {_identity(target) for target in own})]}
 
 
 def _plain(config: Any) -> Any:
     try:
         return OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException:  # a value elsewhere that cannot be resolved is not for us to tell
+    except OmegaConfBaseException:  # a value elsewhere that cannot be resolved does not matter here
         return OmegaConf.to_container(config, resolve=False)
 
 
-def _targets(node: Any) -> Iterator[str]:
-    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from _targets(value)
-    if isinstance(node, dict) and isinstance(node.get("_target_"), str) and re.fullmatch(r"[\w.]+", node["_target_"]):
-        yield node["_target_"]
-
-
 def _identity(target: str) -> str:
-    """Where the object really is defined: `package.Net` may come from `package.net`."""
+    """The name where the object is defined: `package.Net` may come from `package.net`."""
     try:
         found = get_object(target)
         return f"{found.__module__}.{found.__qualname__}"
-    except Exception:  # instantiate says so in its own words
+    except Exception:  # instantiate reports it
         return target

@@ -1,22 +1,23 @@
-"""What of a configuration may be written down or hashed: no password, nothing that only the environment knows."""
+"""The part of a configuration that may be recorded or hashed: no secret, and no value of the environment."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gsprune.text import redact
+from gsprune.text.nested import leaves, mapped
 from gsprune.text.redact import (
     MASK,
     by_shape,
     cleaned,
+    gives_access,
     is_certain,
     is_open,
     is_secret,
-    opens_a_door,
     password_of,
 )
 
@@ -25,23 +26,21 @@ if TYPE_CHECKING:
 
 __all__ = ["address_with_password", "hashable", "hide", "recorded", "variables"]
 
-# --- configurations ----------------------------------------------------------------------------------------
-
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*(\$\{[^{}]*\}|[^,{}\s]+)")
 _REFERENCE = re.compile(r"\$\{(\.*[\w\-]+(?:\.[\w\-]+)*)\}")
 
 
 def recorded(cfg: DictConfig) -> dict[str, Any]:
-    """A configuration as it goes on record: what it takes from elsewhere (`${oc.env:...}` and every other resolver)
-    stays as it was written, its references to itself are followed as far as that, and secrets are masked.
+    """A configuration as it goes on record.
+
+    References to itself are resolved, `${oc.env:...}` and every other resolver stay as written, secrets are masked.
 
     >>> from omegaconf import OmegaConf
     >>> recorded(OmegaConf.create({"a": {"n": 3, "token": "abc"}, "b": "${a.n}", "c": "${oc.env:HOME}", "d": "${c}"}))
     {'a': {'n': 3, 'token': '***'}, 'b': 3, 'c': '${oc.env:HOME}', 'd': '${oc.env:HOME}'}
     """
-    found = _followed(_written(cfg), (), _written(cfg), depth=0)
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in cleaned(found).items()}
+    written = _written(cfg)
+    return {str(key): value for key, value in cleaned(_resolved(written, (), written, depth=0)).items()}
 
 
 def _written(cfg: Any) -> Any:
@@ -50,21 +49,21 @@ def _written(cfg: Any) -> Any:
     return OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg
 
 
-def _followed(node: Any, path: tuple[Any, ...], root: Any, *, depth: int) -> Any:
-    if isinstance(node, dict):
-        return {key: _followed(value, (*path, key), root, depth=depth) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_followed(value, (*path, index), root, depth=depth) for index, value in enumerate(node)]
-    if not isinstance(node, str) or "${" not in node or depth > 20:
-        return node
-    if whole := _REFERENCE.fullmatch(node):
-        return _target(whole[1], path, root, depth, otherwise=node)
+def _resolved(node: Any, path: tuple[Any, ...], root: Any, *, depth: int) -> Any:
+    """A part of the configuration with its references to the rest resolved, at most 20 of them one after another."""
 
-    def inside(found: re.Match[str]) -> str:
+    def resolved(leaf: Any, path: tuple[Any, ...]) -> Any:
+        if not isinstance(leaf, str) or "${" not in leaf or depth > 20:
+            return leaf
+        if whole := _REFERENCE.fullmatch(leaf):
+            return _target(whole[1], path, root, depth, otherwise=leaf)
+        return _REFERENCE.sub(lambda found: inside(found, path), leaf)
+
+    def inside(found: re.Match[str], path: tuple[Any, ...]) -> str:
         value = _target(found[1], path, root, depth, otherwise=found[0])
         return found[0] if isinstance(value, (dict, list)) or value is None else str(value)
 
-    return _REFERENCE.sub(inside, node)
+    return mapped(node, resolved, path)
 
 
 def _target(reference: str, path: tuple[Any, ...], root: Any, depth: int, *, otherwise: str) -> Any:
@@ -78,28 +77,22 @@ def _target(reference: str, path: tuple[Any, ...], root: Any, depth: int, *, oth
             node = node[int(part)] if isinstance(node, list) else node[part]
         except (KeyError, IndexError, ValueError, TypeError):
             return otherwise
-    return _followed(node, tuple(parts), root, depth=depth + 1)
-
-
-def _leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    pairs = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, (list, tuple)) else None
-    if pairs is None:
-        yield path, node
-        return
-    for key, value in pairs:
-        yield from _leaves(value, (*path, str(key)))
+    return _resolved(node, tuple(parts), root, depth=depth + 1)
 
 
 def hide(cfg: DictConfig | None = None) -> None:
-    """Remember what texts of this process may not hold: values with a name like a secret's in the configuration and in
-    the environment, passwords in its addresses, and for `told` what else it takes from the environment."""
+    """Remember the secrets that no text of this process may hold.
+
+    These are values with a secret's name in the configuration and the environment, passwords in addresses, and for
+    `told` the other values that the configuration takes from the environment.
+    """
     for name, value in os.environ.items():
         if is_secret(name) and is_certain(name) and not os.path.exists(value):
             redact.hidden.add(value, MASK, least=8)
-    for path, value in _leaves(_written(cfg)) if cfg is not None else ():
+    for path, value in leaves(_written(cfg)) if cfg is not None else ():
         text = str(value)
         if any(map(is_secret, path)):
-            found = _resolved(cfg, path) if "${" in text else value
+            found = _value(cfg, path) if "${" in text else value
             if found is not None and not isinstance(found, bool) and not is_open(str(found)):
                 redact.hidden.add(str(found), MASK, least=4)
         for name in variables(text, path, cfg):
@@ -109,7 +102,7 @@ def hide(cfg: DictConfig | None = None) -> None:
 
 
 def variables(text: str, path: tuple[str, ...] = (), cfg: Any = None) -> Iterator[str]:
-    """The environment's variables that a value takes, also where it refers to their names."""
+    """The environment variables that a value reads, also if it refers to their names."""
     for name in _ENVIRONMENT.findall(text):
         if whole := _REFERENCE.fullmatch(name):
             name = str(_target(whole[1], path, _written(cfg), depth=0, otherwise=name))
@@ -126,7 +119,8 @@ def _hide_variable(name: str) -> None:
         redact.hidden.add(password, MASK, least=4)
 
 
-def _resolved(cfg: Any, path: Sequence[str]) -> Any:
+def _value(cfg: Any, path: Sequence[str]) -> Any:
+    """The resolved value at a path; None if there is none."""
     from omegaconf.errors import OmegaConfBaseException
 
     try:
@@ -138,11 +132,11 @@ def _resolved(cfg: Any, path: Sequence[str]) -> Any:
 
 
 def address_with_password(cfg: DictConfig) -> tuple[str, str] | None:
-    """The first key with an address that holds a password (or, of a web server, a user), and the address without it."""
-    for path, value in _leaves(_written(cfg)):
-        if path[:2] == ("hydra", "overrides") or path[-1:] == ("override_dirname",):  # which repeat what others have
+    """The first key whose address holds a password (or, for a web server, a user), and the address without it."""
+    for path, value in leaves(_written(cfg)):
+        if path[:2] == ("hydra", "overrides") or path[-1:] == ("override_dirname",):  # copies of other values
             continue
-        if isinstance(value, str) and opens_a_door(value):
+        if isinstance(value, str) and gives_access(value):
             return ".".join(path), by_shape(value)
     return None
 
@@ -150,36 +144,24 @@ def address_with_password(cfg: DictConfig) -> tuple[str, str] | None:
 def hashable(resolved: Any, cfg: DictConfig) -> Any:
     """A resolved configuration, to be hashed.
 
-    The hash is on record beside all else that goes into it, so a short secret in it could be guessed. One that only
-    opens a door is left out (with another one it is the same job); a `key`, which may be a name of something in the
-    data, costs whoever guesses a slow hash for each try. All else counts as it is resolved.
+    The hash is on record beside everything else that goes into it, so a short secret in it could be guessed. A secret
+    that only gives access is left out: another one makes the same job. A `key`, which may name something in the data,
+    goes through a slow hash. Everything else counts as it is.
     """
-    written = dict(_leaves(_written(cfg)))
+    written = dict(leaves(_written(cfg)))
     certain: dict[str, str] = {}
 
-    def visit(node: Any, path: tuple[str, ...]) -> Any:
-        if isinstance(node, Mapping):
-            return {key: visit(value, (*path, str(key))) for key, value in node.items()}
-        if isinstance(node, (list, tuple)):
-            return [visit(value, (*path, str(index))) for index, value in enumerate(node)]
+    def safe(leaf: Any, path: tuple[Any, ...]) -> Any:
+        path = tuple(map(str, path))
         taken = variables(str(written.get(path, "")), path, cfg)
         names = [name for name in (*path, *taken) if is_secret(name)]
-        if not names or node is None or isinstance(node, bool) or not str(node):
-            return by_shape(node) if isinstance(node, str) else node
-        if not any(is_certain(name, node) for name in names):
-            return hashlib.scrypt(str(node).encode(), salt=b"gsprune", n=2**14, r=8, p=1).hex()
-        certain[str(node)] = MASK
+        if not names or leaf is None or isinstance(leaf, bool) or not str(leaf):
+            return by_shape(leaf) if isinstance(leaf, str) else leaf
+        if not any(is_certain(name, leaf) for name in names):
+            return hashlib.scrypt(str(leaf).encode(), salt=b"gsprune", n=2**14, r=8, p=1).hex()
+        certain[str(leaf)] = MASK
         return MASK
 
-    return _without(visit(resolved, ()), [value for value in certain if len(value) >= 4])
-
-
-def _without(node: Any, values: Sequence[str]) -> Any:
-    """The same without texts that hold one of the values: a reference has brought them there."""
-    if not values:
-        return node
-    if isinstance(node, Mapping):
-        return {key: _without(value, values) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_without(value, values) for value in node]
-    return MASK if isinstance(node, str) and any(value in node for value in values) else node
+    found = mapped(resolved, safe)
+    copied = [value for value in certain if len(value) >= 4]  # a reference may have copied them to other places
+    return mapped(found, lambda x, _: MASK if isinstance(x, str) and any(value in x for value in copied) else x)

@@ -1,7 +1,7 @@
-"""The code that a dotted name stands for: the source of the user's own modules, the versions of what is installed.
+"""The code behind a dotted name: the source of the user's own modules, the versions of installed packages.
 
-A class is followed to the module that defines it, and from there to every module of the user's own that its source
-imports, wherever in it. What a process has imported besides has no say, so that the same code has the same mark in
+A class leads to the module that defines it, and from there to every module of the user's own that its source imports,
+anywhere in it. Modules that the process has imported besides do not count, so that equal code has an equal mark in
 every process.
 """
 
@@ -20,9 +20,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["code", "versions"]
+__all__ = ["code", "targets", "versions"]
 
 OURS = ("gsprune", "hydra_plugins")
 INSTALLED = ("site-packages", "dist-packages")
@@ -42,10 +42,24 @@ class _Module(NamedTuple):
         return not known and not any(folder in INSTALLED for part in parts for folder in Path(part).parts)
 
 
-def code(target: str) -> str | None:
-    """sha256 of the source behind a name such as `package.module.Class`; None where its version says it all.
+def targets(node: Any) -> Iterator[str]:
+    """The dotted names in a plain configuration: each `_target_`, and the `path` of Hydra's `get_class` and the like.
 
-    Of a package that is installed, and that gsprune does not itself require, it is that of its list of files.
+    >>> list(targets({"a": [{"_target_": "torch.optim.SGD"}], "_target_": "hydra.utils.get_class", "path": "app.Net"}))
+    ['torch.optim.SGD', 'hydra.utils.get_class', 'app.Net']
+    """
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from targets(value)
+    if isinstance(node, dict) and isinstance(name := node.get("_target_"), str) and re.fullmatch(r"[\w.]+", name):
+        yield name
+        if name.startswith("hydra.utils.get_") and isinstance(node.get("path"), str):
+            yield node["path"]
+
+
+def code(target: str) -> str | None:
+    """sha256 of the source behind a name such as `package.module.Class`; None if the version of gsprune fixes it.
+
+    For an installed package that gsprune does not require, it is the sha256 of the package's list of files.
     """
     files, _ = _source(target)
     if files:
@@ -57,7 +71,7 @@ def code(target: str) -> str | None:
 
 
 def versions(targets: Iterable[str]) -> dict[str, str]:
-    """Of the installed packages that these names stand for, or that the user's own code behind them imports."""
+    """Package -> version, of the installed packages that these names, or the user's own code behind them, import."""
     found = {}
     for target in targets:
         for top in {target.partition(".")[0], *_source(target)[1]} - {*OURS, *sys.stdlib_module_names}:
@@ -67,7 +81,7 @@ def versions(targets: Iterable[str]) -> dict[str, str]:
 
 
 def _source(target: str) -> tuple[dict[str, bytes], set[str]]:
-    """The user's own modules behind a name, with their source, and the top names of the others that these import."""
+    """The user's own modules behind a name, with their source, and the top names of other modules that they import."""
     waiting, files, others = _roots(target), dict[str, bytes](), set[str]()
     seen = set(waiting)
     while waiting:
@@ -85,7 +99,7 @@ def _source(target: str) -> tuple[dict[str, bytes], set[str]]:
 
 
 def _read(module: _Module, files: dict[str, bytes]) -> Iterable[str]:
-    """Note the source of a module; returns what it imports, and the packages that it lies in."""
+    """Add the source of a module to `files`; returns what the module imports, and its parent packages."""
     parents = [module.name[: dot.start()] for dot in re.finditer(r"[.]", module.name)]
     if module.file is None or not module.file.is_file():
         return parents
@@ -99,18 +113,18 @@ def _read(module: _Module, files: dict[str, bytes]) -> Iterable[str]:
 
 
 def _roots(target: str) -> list[str]:
-    """Every module that the name may lead through, and the one that defines what it leads to."""
+    """Every module that the name may lead through, and the module that defines its object."""
     parts = target.split(".")
     names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     top = _find(parts[0])
     if top is not None and top.is_own:
-        with contextlib.suppress(Exception):  # whoever builds it will say what is wrong
+        with contextlib.suppress(Exception):  # building the object reports it
             names.append(inspect.unwrap(pydoc.locate(target)).__module__)  # type: ignore[arg-type]
     return names
 
 
 def _find(name: str) -> _Module | None:
-    """Where a module is; nothing is imported."""
+    """Where a module is, without importing it."""
     top, *rest = name.split(".")
     module = _top(top)
     for part in rest:
@@ -124,7 +138,7 @@ def _find(name: str) -> _Module | None:
 def _top(name: str) -> _Module | None:
     try:
         spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # a module that was made by hand, or `__main__`
+    except (ImportError, ValueError):  # a module made at run time, or `__main__`
         file = getattr(sys.modules.get(name), "__file__", None)
         return _Module(name, Path(file), ()) if file else None
     return _Module(name, *_places(spec)) if spec else None
@@ -184,7 +198,7 @@ def _required() -> frozenset[str]:
 
 @functools.cache
 def _listed(top: str) -> str | None:
-    """Of an installed package its list of files, which has the hash of each."""
+    """sha256 of an installed package's list of files, which holds the hash of each file."""
     if top in OURS or top in sys.stdlib_module_names:
         return None
     names = [name for name in _distributions(top) if _plain(name) not in _required()]

@@ -1,1 +1,1 @@
-"""Texts: names and their patterns, what a stranger's text may look like when it is shown, what no record may hold."""
+"""Texts: names and their patterns, untrusted text made safe to show, secrets masked, nested data."""

@@ -1,7 +1,7 @@
-"""A stranger's text before it is shown: one function for each place that shows it.
+"""Untrusted text made safe to show: one function for each place that shows it.
 
-Names, errors and overrides come out of files that anybody may have written. None of them reaches a terminal, an error,
-a cell of a table, a picture or MLflow but through here.
+Names, errors and overrides come from files that anybody may have written. They reach a terminal, an error, a table, a
+picture or MLflow only through these functions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["cell", "code", "first_line", "html_table", "label", "logger", "one_line", "percent", "tag"]
+__all__ = ["cell", "code", "first_line", "html_table", "label", "logger", "one_line", "percent", "quoted", "tag"]
 
 if TYPE_CHECKING:
     Adapter = logging.LoggerAdapter[logging.Logger]
@@ -23,9 +23,9 @@ else:
 
 
 def one_line(text: str, length: int = 600) -> str:
-    """For a terminal, a log or an error: printable, on one line, the middle of a long text left out.
+    """For a terminal, a log or an error: printable, on one line, a long text without its middle.
 
-    Escape sequences, newlines and signs that turn the direction of writing are shown as codes.
+    Escape sequences, newlines and marks of writing direction become codes.
 
     >>> print(one_line("a\\nb \\x1b[2J \\u202e"), one_line("0123456789", 5))
     a\\nb \\x1b[2J \\u202e 01 ... 89
@@ -45,7 +45,7 @@ def first_line(error: BaseException) -> str:
 
 
 def label(text: str, length: int) -> str:
-    """For a page or a table: printable, on one line, cut at its end; what cannot be printed is a space.
+    """For a page or a table: printable, on one line, cut at its end; unprintable characters become spaces.
 
     >>> label("abs,\\n0.5 \\x1b[2J", 60), label("0123456789", 5)
     ('abs, 0.5  [2J', '0123…')
@@ -54,10 +54,19 @@ def label(text: str, length: int) -> str:
     return shown if len(shown) <= length else f"{shown[: length - 1]}…"
 
 
-def cell(value: object, length: int = 2000) -> object:
-    """For a cell of a table that a spreadsheet opens: numbers as they are, text never as something it would calculate.
+def quoted(value: object, length: int = 60) -> str:
+    """A value as an error quotes it: its `repr`, cut at its end.
 
-    Spreadsheets look behind spaces, and read signs of full width as the plain ones.
+    >>> quoted("abc"), quoted([0] * 100, 20)
+    ("'abc'", '[0, 0, 0, 0, 0, 0, …')
+    """
+    return label(repr(value), length)
+
+
+def cell(value: object, length: int = 2000) -> object:
+    """For a cell of a table: numbers as they are, text so that no spreadsheet evaluates it as a formula.
+
+    Spreadsheets skip leading spaces, and read full-width signs as the plain ones.
 
     >>> [cell(value) for value in (-0.5, "-0.5", "=1+1", "abs", " @x", "\\uff1d1", "|cmd", "-inf")]
     [-0.5, '-0.5', "'=1+1", 'abs', "' @x", "'\uff1d1", "'|cmd", '-inf']
@@ -74,7 +83,7 @@ def cell(value: object, length: int = 2000) -> object:
 
 
 def code(text: str) -> str:
-    """For a command in Markdown, which MLflow's page renders: code from its first sign to its last.
+    """For a command in Markdown, which MLflow's page renders: all of it is code.
 
     >>> print(code("python a.py"), code("a`b"))
     `python a.py` `` a`b ``
@@ -85,7 +94,7 @@ def code(text: str) -> str:
 
 
 def tag(text: str, length: int = 5000) -> str:
-    """For the value of a tag or a parameter, or the name of a run: lines stay, what would steer a terminal is a code.
+    """For a tag, a parameter or the name of a run: lines stay, control characters become codes.
 
     >>> tag("a\\nb \\x1b[2J")
     'a\\nb \\\\x1b[2J'
@@ -94,7 +103,7 @@ def tag(text: str, length: int = 5000) -> str:
 
 
 def logger(name: str) -> Adapter:
-    """`logging.getLogger(name)`, but texts, paths and errors that are filled into a message go through `one_line`."""
+    """`logging.getLogger(name)` whose messages take texts, paths and errors through `one_line`."""
     return _Logger(logging.getLogger(name), {})
 
 
@@ -107,7 +116,7 @@ class _Logger(Adapter):
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """For notebooks; every text is escaped.
+    """A table for notebooks, with every text escaped.
 
     >>> html_table(["a"], [["<b>"]])
     '<table><tr><th>a</th></tr><tr><td>&lt;b&gt;</td></tr></table>'
@@ -118,10 +127,11 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def percent(share: float) -> str:
-    """One decimal, but never "100.0 %" or "0.0 %" for what is only nearly so."""
-    text = f"{100 * share:.1f}"
-    if text == "100.0" and share < 1:
-        text = ">99.9"
-    if text == "0.0" and share > 0:
-        text = "<0.1"
-    return f"{text} %"
+    """One decimal, but "100.0 %" and "0.0 %" only for exactly that.
+
+    >>> percent(0.5), percent(0.9999), percent(0.0001), percent(1.0)
+    ('50.0 %', '>99.9 %', '<0.1 %', '100.0 %')
+    """
+    if 0.9995 <= share < 1:
+        return ">99.9 %"
+    return "<0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"

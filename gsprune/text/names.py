@@ -1,4 +1,4 @@
-"""Names: `*` patterns to include and to exclude, and many of them in few words."""
+"""Names: patterns that include and exclude them, many names in few words, natural order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-__all__ = ["check_patterns", "choose", "joined", "natural"]
+__all__ = ["check_patterns", "choose", "did_you_mean", "joined", "natural"]
 
 _LINES = 10  # of reasons
 _NAMES = 6  # for one reason
@@ -36,12 +36,12 @@ def choose(
         names: name -> everything a pattern may match to mean it (the name itself, its module, ...).
         include: patterns with `*`, `?` and `[...]`, case matters.
         exclude: patterns that win over `include`.
-        skipped: name -> why it is not on offer; told when it is all that an `include` pattern matches.
-        by_name: those of `names` that a pattern includes only if it means them: it has no wildcard, or matches nothing
-            else (and is not "*").
+        skipped: name -> why it cannot be chosen; in the error if an `include` pattern matches nothing else.
+        by_name: those of `names` that a pattern includes only if it means them: it has no wildcard, or it matches
+            nothing else and is not "*".
 
     Raises:
-        ValueError: a pattern that matches nothing (the nearest name is told), or nothing left to prune.
+        ValueError: a pattern that matches nothing (with the nearest name), or nothing left to prune.
 
     Example:
         >>> layers = {"conv1.weight": ["conv1.weight", "conv1"], "fc.weight": ["fc.weight", "fc"]}
@@ -69,7 +69,7 @@ def choose(
 
 
 def check_patterns(include: object, exclude: object) -> None:
-    """ValueError where one of them is no list of patterns: a string would be taken letter by letter.
+    """ValueError if one of them is no list of patterns: Python would read a string letter by letter.
 
     >>> check_patterns(["*"], "fc")
     Traceback (most recent call last):
@@ -83,14 +83,14 @@ def check_patterns(include: object, exclude: object) -> None:
 
 
 def _means(pattern: str, wide: Sequence[Iterable[str]]) -> bool:
-    """Whether a pattern is about what it matches, and not about everything."""
+    """Whether a pattern means what it matches, and not everything."""
     if not re.search(r"[*?\[]", pattern):
         return True
     return bool(pattern.strip("*")) and not any(_matches(aliases, [pattern]) for aliases in wide)
 
 
 def _check_skipped(kind: str, pattern: str, names: Mapping[str, Iterable[str]], skipped: Mapping[str, str]) -> None:
-    """The error for a pattern that matches nothing on offer; to exclude what is skipped anyway is none."""
+    """The error for a pattern that matches nothing; excluding what is skipped is no error."""
     hit = next((name for name in skipped if fnmatchcase(name, pattern)), None)
     if hit is None:
         raise ValueError(
@@ -114,11 +114,21 @@ def _nearest(pattern: str, names: Mapping[str, Iterable[str]], skipped: Mapping[
     return f"; there are {', '.join(aliases[:8])}{', ...' if len(aliases) > 8 else ''}" if aliases else ""
 
 
+def did_you_mean(name: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """The nearest known name, as the end of an error message; "" if none is near.
+
+    >>> did_you_mean("trian", ["train", "val"]), did_you_mean("x", ["train"])
+    ("; did you mean 'train'?", '')
+    """
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 # ---- many names in few words
 
 
 def told(texts: Mapping[str, str]) -> list[str]:
-    """One line for each text, with the names it is about; the texts after the tenth are only counted.
+    """One line for each text, with its names; the texts after the tenth are only counted.
 
     >>> told({"a.0": "it is small", "b": "it is odd", "a.1": "it is small"})
     ['a.{0,1}: it is small', 'b: it is odd']
@@ -132,14 +142,14 @@ def told(texts: Mapping[str, str]) -> list[str]:
 
 
 def _named(names: Sequence[str]) -> str:
-    """A few names, folded, and how many more."""
+    """A few names, folded, and the number of others."""
     groups = [folded(group) for group in alike(names)]
     more = len(groups) - _NAMES
     return ", ".join(groups[:_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def alike(names: Sequence[str]) -> list[list[str]]:
-    """Names in groups that differ in one number alone.
+    """Names in groups that differ only in one number.
 
     >>> alike(["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer1.1.conv2"])
     [['conv1'], ['layer1.0.conv1', 'layer1.1.conv1'], ['layer1.0.conv2', 'layer1.1.conv2']]
@@ -188,7 +198,7 @@ def _parts(name: str) -> list[str]:
 
 
 def natural(name: str) -> tuple[tuple[bool, float, str], ...]:
-    """A sort key that counts: 2 comes before 10, and 0.03 before 0.1.
+    """A sort key with numbers by value: 2 comes before 10, and 0.03 before 0.1.
 
     >>> sorted(["10", "2", "a/10", "a/9", "1-b", "lr=0.1", "lr=0.03"], key=natural)
     ['1-b', '2', '10', 'a/9', 'a/10', 'lr=0.03', 'lr=0.1']

@@ -1,9 +1,8 @@
-"""What no file, no record, no log and no error may hold: passwords, and what the environment alone knows.
+"""Keeps secrets out of files, records, logs and errors: passwords, and values that only the environment holds.
 
-The one place that decides it. `without_passwords` cleans a text by its shape (userinfo and queries of addresses,
-`name=value` and `"name": "value"` with a name like a secret's) and of the values that `hide` was told; `cleaned` does
-so through nested data, and `recorded` writes a configuration down with `${oc.env:...}` unresolved. `write_json`, the
-tracker, log records and the terminal of `train.py` all go through here.
+`without_passwords` masks what looks like a secret in a text (userinfo and queries of addresses, `name=value` and
+`"name": "value"` with a secret's name) and the values that `settings.recorded.hide` remembers; `cleaned` does so in
+nested data. `write_json`, the tracker, log records and the terminal of `train.py` all use it.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any, TextIO
 from urllib.parse import quote, unquote
 
 from gsprune.text.display import label, tag
+from gsprune.text.nested import mapped
 
 __all__ = ["Cleaned", "clean_texts", "cleaned", "guard_logs", "is_secret", "last_line", "told", "without_passwords"]
 
@@ -35,8 +35,8 @@ _OPENS = {
     *("api", "access", "secret", "private", "auth", "account", "admin", "encryption", "signing", "ssh", "license"),
     *("hf", "hub", "bearer", "refresh", "session"),
 }
-_SIGNS = {"sig", "signature", "code"}  # that open what an address leads to, in its query
-# What such a word ends that is none: special tokens of a tokenizer, counts, and keys of data.
+_SIGNS = {"sig", "signature", "code"}  # give access in the query of an address
+# Words before `token` and `key` in names of no secret: special tokens of a tokenizer, counts, keys of data.
 _TOKENS = {
     *("pad", "eos", "bos", "unk", "sep", "cls", "mask", "class", "image", "start", "end", "max", "min", "num", "n"),
     *("dist", "distillation", "prompt", "special", "register", "sos", "blank", "patch", "per", "first", "last"),
@@ -45,7 +45,7 @@ _KEYS = {"sort", "text", "label", "image", "input", "output", "target", "primary
 
 
 def is_secret(name: str) -> bool:
-    """Whether what has this name (the last part of a dotted one counts) is a secret.
+    """Whether a value with this name (of a dotted one the last part) is a secret.
 
     >>> [is_secret(name) for name in ("model.hf_token", "apiKeys", "DB_PASSWORD", "+extra.secret", "key")]
     [True, True, True, True, True]
@@ -60,7 +60,7 @@ def is_secret(name: str) -> bool:
         return before not in _TOKENS
     if last == "key":
         return before not in _KEYS
-    if last in ("keys", "tokens"):  # several of them are counts and vocabularies elsewhere
+    if last in ("keys", "tokens"):  # others are counts and vocabularies
         return before in _OPENS
     if last == "pass":
         return before not in ("forward", "backward", "single", "first", "second", "by")
@@ -68,8 +68,10 @@ def is_secret(name: str) -> bool:
 
 
 def is_certain(name: str, value: object = "") -> bool:
-    """A `key` may be one of a table, a `pass` and a number of a `token` one of many, on which a result depends; any
-    other secret only opens a door."""
+    """Whether a secret's name is beyond doubt, so that its value only gives access and changes no result.
+
+    A `key` may be that of a table, a `pass` or a number of a `token` one of many.
+    """
     words = _words(name)
     doubtful = words[-1] in ("key", "pass") or (words[-1] == "token" and not isinstance(value, str))
     return not doubtful or (len(words) > 1 and words[-2] in _OPENS)
@@ -87,28 +89,31 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,30})://((?:(?!\w://)[^\n])+)"
 _PORT = re.compile(r"[^\s/?#@:]*:\d{1,5}(?:[/?#\s'\",;)\]}]|$)")
 _HOST = re.compile(r"(?:localhost|\[[0-9a-fA-F:.]+\]|[\w\-]*\.[\w.\-]+)(?::\d+)?/|[\w.\-]+:\d{1,5}/")
 _CONTAINERS = ("wasb", "wasbs", "abfs", "abfss")  # container@account: no user
+_IN_QUOTES = r"""(?P<quote>["'])(?P<value>(?:(?!(?P=quote))[^\\]|\\.)*)(?P=quote)"""
+_VALUE = r"""(?P<value>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|"""  # in quotes, or what follows
+# A name and its value, as overrides and addresses, as dicts of Python and JSON, as flows and lines of YAML have them.
 _PAIR = re.compile(
-    r"(?<![\w.\-/@])([+~]*[\w.\-/@]*\w)="
-    r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|\$\{(?:[^{}]|\{[^{}]*\})*\}|"""
-    r"""(?:[^\s&#,;'"()\[\]{}]|,(?=\S)(?![\w.+/@\-]*=))+)"""
+    r"(?<![\w.\-/@])(?P<name>[+~]*[\w.\-/@]*\w)="
+    + _VALUE
+    + r"""\$\{(?:[^{}]|\{[^{}]*\})*\}|(?:[^\s&#,;'"()\[\]{}]|,(?=\S)(?![\w.+/@\-]*=))+)"""
 )
-_QUOTED = re.compile(r"""(['"])([\w.\-]*\w)\1(\s*:\s*)("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')""")
-_FLOW = re.compile(r"""([{,]\s*)([\w.\-]*\w)(\s*:\s*)("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s,{}\[\]"']+)""")
+_QUOTED = re.compile(r"""(['"])(?P<name>[\w.\-]*\w)\1\s*:\s*""" + _IN_QUOTES)
+_FLOW = re.compile(r"[{,]\s*(?P<name>[\w.\-]*\w)\s*:\s*" + _VALUE + r"""[^\s,{}\[\]"']+)""")
 _GROUP = re.compile(r"""(['"]?)(?<![\w.\-/@])([+~]*[\w.\-/@]*\w)\1\s*[:=]\s*(?=[\[{(])""")
-_QUERY = re.compile(r"([?&;][\w.\-]*\w)=([^\s&#;,'\"(){}]+)")
-_LINE = re.compile(r"(?m)^([ \t]*(?:- )?)([\w.\-]*\w)([ \t]*[:=][ \t]+)(\S.*)$")
+_QUERY = re.compile(r"[?&;](?P<name>[\w.\-]*\w)=(?P<value>[^\s&#;,'\"(){}]+)")
+_LINE = re.compile(r"(?m)^[ \t]*(?:- )?(?P<name>[\w.\-]*\w)[ \t]*[:=][ \t]+(?P<value>\S.*)$")
 _SPOKEN = re.compile(r"(?i)\b([\w.\-]{0,40}(?:password|passwd|passphrase|passwort)[ \t]*[:=][ \t]+)([^\s'\"{\[($*]\S*)")
 _HEADER = re.compile(r"(?i)((?:authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)|\bbearer)\s+)[\w.\-+/=~]{4,}")
-_DEFAULT = re.compile(r"\$\{\s*oc\.env\s*:[^,{}]*,\s*(?!(?:null|None|''|\"\")\s*\})[^\s${}]")  # in plain words
+_DEFAULT = re.compile(r"\$\{\s*oc\.env\s*:[^,{}]*,\s*(?!(?:null|None|''|\"\")\s*\})[^\s${}]")  # a default value
 _INTERPOLATION = re.compile(r"\$\{(?:[^{}]|\{[^{}]*\})*\}")
-_ISSUED = re.compile(  # by those who mark what they issue
+_ISSUED = re.compile(  # tokens with the mark of their issuer
     r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|sk-)(?=[\w\-]{0,80}\d)[A-Za-z0-9_\-]{16,}"
 )
 _SPAN = 300  # characters of a password with spaces in it
 
 
 def without_passwords(text: str) -> str:
-    """A text without what it may not hold. Cleaning it again changes nothing.
+    """The text with its secrets masked. Masking it again changes nothing.
 
     >>> without_passwords("http://ann:secret@host:5000"), without_passwords("https://host/x?a=1&Token=abc")
     ('http://***@host:5000', 'https://host/x?a=1&Token=***')
@@ -122,7 +127,7 @@ def without_passwords(text: str) -> str:
 
 
 def told(text: str) -> str:
-    """`without_passwords` for what people read: a value that came out of the environment is called by its variable."""
+    """`without_passwords` for people: values from the environment are replaced by the names of their variables."""
     text = without_passwords(text)
     return mentioned.sub(text) if mentioned.pattern else text
 
@@ -138,22 +143,23 @@ def last_line(error: BaseException) -> str:
 
 
 def by_shape(text: str) -> str:
+    """The text without what looks like a secret, whatever its value."""
     if "://" in text:
         text = _ADDRESS.sub(lambda m: f"{m[1]}://{_without_userinfo(m[1], m[2])}", text)
     if "=" in text or ":" in text:
         text = _without_groups(text)
     if "=" in text:
-        text = _QUERY.sub(_without_sign, _PAIR.sub(_without_value, text))
+        text = _QUERY.sub(_masked_sign, _PAIR.sub(_masked_value, text))
     if ":" in text:
-        text = _FLOW.sub(_without_item, _QUOTED.sub(_without_quoted, text))
+        text = _FLOW.sub(_masked_value, _QUOTED.sub(_masked_value, text))
     text = _HEADER.sub(rf"\g<1>{MASK}", text)
     if ": " in text or "= " in text:
-        text = _SPOKEN.sub(rf"\g<1>{MASK}", _LINE.sub(_without_line, text))
+        text = _SPOKEN.sub(rf"\g<1>{MASK}", _LINE.sub(_masked_line, text))
     return _ISSUED.sub(MASK, text)
 
 
 def _without_groups(text: str) -> str:
-    """Without the lists and mappings that have a name like a secret's, as far as they are in brackets."""
+    """The text without bracketed lists and mappings that have a secret's name."""
     parts, done = [], 0
     for found in _GROUP.finditer(text):
         if found.start() < done or not is_secret(found[2]):
@@ -182,10 +188,10 @@ def _without_userinfo(scheme: str, rest: str) -> str:
 
 
 def _end_of_userinfo(scheme: str, rest: str) -> int | None:
-    """Where the `@` before the host is, in what follows `://`; None: there is none.
+    """The position of the `@` before the host, in the text after `://`; None without one.
 
-    That is the last one before the path, and passwords may hold what ends an authority elsewhere: where no host comes
-    after it, or no port after the colon, it is sought further on.
+    It is the last `@` before the path. As passwords may hold characters that end an authority, the search continues if
+    no host follows it, or no port follows the colon.
     """
     word = re.match(r"\S*", rest)[0]  # type: ignore[index]
     authority = re.match(r"[^/?#]*", word)[0]  # type: ignore[index]
@@ -200,41 +206,36 @@ def _end_of_userinfo(scheme: str, rest: str) -> int | None:
 
 
 def is_open(value: str) -> bool:
-    """Whether it says where a value comes from, or nothing."""
+    """Whether the value is empty or only names its source (`${oc.env:NAME}`)."""
     bare = value.strip("'\"")
     if _DEFAULT.search(bare):
         return False
-    own = _INTERPOLATION.sub("", bare)  # what it adds to an interpolation
+    own = _INTERPOLATION.sub("", bare)  # without its interpolations
     return not re.search(r"\w", own) or own.lower() in ("null", "none", "true", "false")
 
 
-def _without_sign(found: re.Match[str]) -> str:
-    return f"{found[1]}={MASK}" if _words(found[1])[-1:] and _words(found[1])[-1] in _SIGNS else found[0]
+def _mask(found: re.Match[str]) -> str:
+    """The match with its value masked."""
+    start, end = (place - found.start() for place in found.span("value"))
+    return f"{found[0][:start]}{MASK}{found[0][end:]}"
 
 
-def _without_value(found: re.Match[str]) -> str:
-    return f"{found[1]}={MASK}" if is_secret(found[1]) and not is_open(found[2]) else found[0]
+def _masked_sign(found: re.Match[str]) -> str:
+    words = _words(found["name"])
+    return _mask(found) if words and words[-1] in _SIGNS else found[0]
 
 
-def _without_quoted(found: re.Match[str]) -> str:
-    mark, name, colon, value = found.groups()
-    return (
-        f"{mark}{name}{mark}{colon}{value[0]}{MASK}{value[0]}" if is_secret(name) and not is_open(value) else found[0]
-    )
+def _masked_value(found: re.Match[str]) -> str:
+    return _mask(found) if is_secret(found["name"]) and not is_open(found["value"]) else found[0]
 
 
-def _without_item(found: re.Match[str]) -> str:
-    hides = is_secret(found[2]) and not is_open(found[4])
-    return f"{found[1]}{found[2]}{found[3]}{MASK}" if hides else found[0]
-
-
-def _without_line(found: re.Match[str]) -> str:
-    hides = is_secret(found[2]) and is_certain(found[2]) and not (is_open(found[4]) or found[4].endswith(MASK))
-    return f"{found[1]}{found[2]}{found[3]}{MASK}" if hides else found[0]
+def _masked_line(found: re.Match[str]) -> str:
+    name, value = found["name"], found["value"]
+    return _masked_value(found) if is_secret(name) and is_certain(name) and not value.endswith(MASK) else found[0]
 
 
 class _Values:
-    """Values that are replaced wherever they stand as a word of their own, as they are or encoded."""
+    """Values to replace wherever they are a word of their own, plain or encoded."""
 
     def __init__(self) -> None:
         self._by: dict[str, str] = {}
@@ -267,7 +268,7 @@ hidden, mentioned = _Values(), _Values()
 
 
 def cleaned(data: Any) -> Any:
-    """Mappings, lists and texts without what they may not hold; an override counts by its key.
+    """Nested data with their secrets masked; texts in lists may be overrides.
 
     >>> cleaned({"hub": {"token": "abc", "name": "bert"}, "overrides": ["+hub.token='a, b'", "seed=0"]})
     {'hub': {'token': '***', 'name': 'bert'}, 'overrides': ['+hub.token=***', 'seed=0']}
@@ -280,22 +281,17 @@ def cleaned(data: Any) -> Any:
 
 
 def clean_texts(data: Any) -> Any:
-    """The same for data of our own, where no name is a secret's: only its texts are cleaned."""
-    if isinstance(data, Mapping):
-        return {key: clean_texts(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [clean_texts(value) for value in data]
-    return without_passwords(data) if isinstance(data, str) else data
+    """Nested data with their texts cleaned, for data of our own, in which no key is a secret's name."""
+    return mapped(data, lambda leaf, _: without_passwords(leaf) if isinstance(leaf, str) else leaf)
 
 
-def _masked(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _masked(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_masked(item) for item in value]
-    if isinstance(value, str):
-        return without_passwords(value) if is_open(value) else MASK
-    return value if value is None or isinstance(value, bool) else MASK
+def _masked(data: Any) -> Any:
+    def masked(leaf: Any, _: object) -> Any:
+        if isinstance(leaf, str) and is_open(leaf):
+            return without_passwords(leaf)
+        return leaf if leaf is None or isinstance(leaf, bool) else MASK
+
+    return mapped(data, masked)
 
 
 def _override(text: str) -> str:
@@ -306,7 +302,7 @@ def _override(text: str) -> str:
 
 
 def password_of(text: str) -> str:
-    """The password in an address, or what stands in a user's place alone; empty when there is none."""
+    """The password in an address, or a user without a password; empty without both."""
     found = _ADDRESS.search(text)
     end = _end_of_userinfo(found[1], found[2]) if found else None
     if found is None or end is None:
@@ -315,7 +311,8 @@ def password_of(text: str) -> str:
     return password if colon else user
 
 
-def opens_a_door(text: str) -> bool:
+def gives_access(text: str) -> bool:
+    """Whether the text is an address that holds a secret (or, of a web server, a user)."""
     found = _ADDRESS.search(text)
     if found is None or by_shape(text) == text:
         return False
@@ -329,7 +326,7 @@ def opens_a_door(text: str) -> bool:
 
 
 def guard_logs() -> None:
-    """From now on every log record of this process is cleaned, whatever handlers it goes to."""
+    """From now on clean every log record of this process, for all handlers."""
     make = logging.getLogRecordFactory()
     if getattr(make, "cleans", False):
         return
@@ -344,28 +341,25 @@ def guard_logs() -> None:
 def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
     try:
         text = record.getMessage()
-    except (TypeError, ValueError):  # wrong arguments: logging says so itself
+    except (TypeError, ValueError):  # wrong arguments, which logging reports itself
         return record
     if (clean := told(text)) != text:
         record.msg, record.args = clean, None
     if record.exc_info and record.exc_info[0] is not None:
         full = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
-        if (clean := tag(told(full), length=max(len(full), 100_000))) != full:  # it may quote a stranger's file
+        if (clean := tag(told(full), length=max(len(full), 100_000))) != full:  # it may quote an untrusted file
             record.exc_info, record.exc_text = None, clean
     return record
 
 
-# What steers a terminal, but for what a progress bar needs: colours, and moving and erasing within its lines.
+# Control characters of terminals, but for those of a progress bar: colours, moving and erasing within its lines.
 _STEERS = re.compile(
     "\x1b(?!\\[[\\d;?]*[A-DKhlm])|[\x00-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
 
 
 class Cleaned:
-    """A terminal's stream on which nothing is written that it may not hold, whoever writes; else it is as before.
-
-    Tracebacks come this way too, and may quote a stranger's file.
-    """
+    """A terminal's stream that masks secrets and control characters in everything written to it, tracebacks too."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -383,13 +377,14 @@ class Cleaned:
 
 
 def say(text: str, file: Any = None) -> None:
+    """Print a line that may hold untrusted text."""
     stream = file or sys.stdout
     encoding = stream.encoding or "utf-8"
     print(shown_text(text, 1000).encode(encoding, "replace").decode(encoding), file=stream)
 
 
 def shown_text(text: str, length: int) -> str:
-    """A stranger's text on one line, printable, not longer than `length`, and without passwords in its addresses.
+    """An untrusted text on one line, printable, at most `length` characters long, its secrets masked.
 
     >>> shown_text("tracking.tracking_uri=http://ann:secret@host:5000\\n", 60)
     'tracking.tracking_uri=http://***@host:5000 '

@@ -229,7 +229,7 @@ def with_hydra(*overrides: str, multirun: bool = False) -> Any:
 
 
 REFUSED = {
-    ("+hub.token=a,b",): "hub.token is a secret, and what is swept",
+    ("+hub.token=a,b",): "hub.token is a secret, and swept values",
     ("+hub.token=abcdef", "hydra.launcher._target_=x.SlurmLauncher"): "SlurmLauncher would write",
     ("+hub.token=abcdef", "hydra.sweep.subdir=${hydra.job.override_dirname}"): "hydra.sweep.subdir would hold",
     ("tracking.tracking_uri=htp://foo",): "did you mean http://foo",
