@@ -1,7 +1,7 @@
 """Reference data: training, validation and test splits that do not overlap, and loaders for them.
 
-The splits depend on `split_seed` alone, never on the run's seed, so that every run is tested on the same samples.
-Pictures that fit in memory are fetched a whole batch at a time (one indexing operation), the others file by file.
+The splits depend on `split_seed` only, never on the run's seed, so that every run is tested on the same samples.
+Pictures in memory are fetched a whole batch at a time (one indexing operation), others file by file.
 
 Axes in names: n sample, c channel, h row, w column.
 """
@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from gsprune.extras import need
 from gsprune.text.display import first_line, logger, one_line
+from gsprune.zoo.sizes import check_at_least
 
 log = logger(__name__)
 Batch = tuple[Tensor, Tensor]
+Transforms = tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]  # for training, for validation and test
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +32,12 @@ class Splits:
     """Three data sets of (picture or text, label) with no sample in common.
 
     Args:
-        train: what the weights and the scores are computed on.
+        train: for weights and scores.
         val: for watching a run, and for choosing between runs.
-        test: for the accuracy that is reported, nothing else.
+        test: for the reported accuracy, nothing else.
         num_classes: labels are 0..num_classes-1.
         image_size, channels: pictures are (channels, image_size, image_size); None for texts.
-        labels: the names of 0, 1, ..., where the data has names.
+        labels: the names of 0, 1, ..., if the data has names.
     """
 
     train: Dataset[Any]
@@ -49,7 +51,7 @@ class Splits:
 
 @dataclass(frozen=True, eq=False)
 class Loaders:
-    """A `DataLoader` of (inputs, labels) for each split; only the one for training is shuffled."""
+    """A `DataLoader` of (inputs, labels) for each split; only the training one shuffles."""
 
     train: DataLoader[Any]
     val: DataLoader[Any]
@@ -58,21 +60,21 @@ class Loaders:
 
 
 class FetchedWhole(Dataset[Any]):
-    """A data set in memory whose `__getitems__` gives a batch as the model takes it: nothing is left to collate."""
+    """A data set in memory whose `__getitems__` returns a batch as the model takes it, without collating."""
 
     augment: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures(FetchedWhole):
-    """Pictures held in memory as they were stored, normalised when fetched.
+    """Pictures in memory in their stored type, normalised when fetched.
 
     Args:
         images: (n, c, h, w), usually uint8.
         labels: (n,), int64.
         mean, std: of each channel, in the units of `images`.
         image_size: pictures are resized to this side when fetched.
-        augment: shift by up to 4 pixels and mirror at random, in a loader for training.
+        augment: shift by up to 4 pixels and mirror at random, in a training loader.
     """
 
     images: Tensor
@@ -157,13 +159,13 @@ def cifar100(**options: Any) -> Splits:
 def random(
     *, image_size: int = 32, channels: int = 3, num_classes: int = 10, samples: int = 512, split_seed: int = 0
 ) -> Splits:
-    """Noise with random labels, for measuring speed: nothing can be learnt from it, so its accuracy means nothing.
+    """Noise with random labels, for measuring speed: accuracy on it means nothing.
 
     Args:
-        samples: pictures to train on; a quarter as many each to validate and to test.
+        samples: training pictures; the validation and the test split have a quarter as many each.
     """
-    _check_at_least(1, image_size=image_size, channels=channels, num_classes=num_classes, samples=samples)
-    log.warning("The data set `random` is noise, made for measuring speed: accuracy on it means nothing.")
+    check_at_least(1, image_size=image_size, channels=channels, num_classes=num_classes, samples=samples)
+    log.warning("The data set `random` is noise for measuring speed: accuracy on it means nothing.")
     generator = Generator().manual_seed(split_seed)
     held_out = max(1, samples // 4)
     shape = (samples + 2 * held_out, channels, image_size, image_size)
@@ -189,24 +191,23 @@ def imagefolder(
     """Your own pictures, in one folder a class.
 
     Args:
-        path: a folder with `train/` and `val/` (and `test/`), each with one folder a class; or one folder with one
-            folder a class, of which 80 % is for training and 10 % each for validation and test. Where there is no
-            `test/`, `val/` becomes the test split and a tenth of `train/` validates: what is reported on has then
-            not been looked at.
+        path: a folder with `train/` and `val/` (and `test/`), each with one folder a class; or a folder with one folder
+            a class, of which 80 % trains and 10 % each validate and test. Without a `test/`, `val/` becomes the test
+            split and a tenth of `train/` validates, so that no choice depends on the test split.
         channels: 3, or 1 for grey.
         augment: random crops and mirroring, in training only.
 
     Raises:
-        ValueError: no such folder, no pictures in it, or other classes than `num_classes` or between its folders.
+        ValueError: no such folder, no pictures in it, not `num_classes` classes, or folders with different classes.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}: pictures from a folder have 1 (grey) or 3")
-    root = Path(path).expanduser()
-    plain, augmented = (_picture_transform(image_size, channels, augment=wanted) for wanted in (False, augment))
+    root, plain = Path(path).expanduser(), _picture_transform(image_size, channels, augment=False)
+    transforms = (_picture_transform(image_size, channels, augment=augment), plain)
     if (root / "train").is_dir() and (root / "val").is_dir():
-        train, val, test = _foldered(root, plain, augmented, split_seed)
+        train, val, test = _foldered(root, transforms, split_seed)
     else:
-        train, val, test = _divided(root, plain, augmented, (0.1, 0.1), split_seed)
+        train, val, test = _divided(root, transforms, (0.1, 0.1), split_seed)
     _check_classes(str(root), len(_classes(train)), num_classes)
     return Splits(train, val, test, num_classes, image_size, channels)
 
@@ -214,7 +215,7 @@ def imagefolder(
 def split_pictures(
     pictures: Pictures, *, val: int, test: int, num_classes: int, split_seed: int, max_train: int | None = None
 ) -> Splits:
-    """Divide one set at random: `val` and `test` samples, and the rest (at most `max_train`) to train.
+    """Divide a set at random: `val` and `test` samples, and the rest (at most `max_train`) for training.
 
     >>> whole = Pictures(torch.zeros(10, 1, 2, 2), torch.arange(10), mean=(0.0,), std=(1.0,), image_size=2)
     >>> splits = split_pictures(whole, val=2, test=3, num_classes=10, split_seed=0)
@@ -240,18 +241,18 @@ def make_loader(
     """A loader of (inputs, labels) batches.
 
     Args:
-        train: shuffle (and augment) by a generator of its own, seeded with `seed`. The last batch may be short; it is
-            dropped only where it would be a single sample, which BatchNorm cannot normalise.
-        device: where batches go next. For CUDA, memory is pinned.
-        num_workers: processes that read ahead; what is in memory never needs them. They start anew each epoch, with
-            seeds drawn from the loader's generator, so that an epoch depends on that generator alone and not on how
-            many came before it.
+        train: shuffle (and augment) with the loader's own generator, seeded with `seed`. The last batch may be short;
+            it is dropped only if it would be a single sample, which BatchNorm cannot normalise.
+        device: the device of the training. For CUDA, memory is pinned.
+        num_workers: processes that read ahead; data in memory need none. They start anew in each epoch, with seeds from
+            the loader's generator, so that an epoch depends on that generator only and not on the number of epochs
+            before it.
 
     Raises:
         ValueError: `batch_size` below 1 or `num_workers` below 0.
     """
-    _check_at_least(1, batch_size=batch_size)
-    _check_at_least(0, num_workers=num_workers)
+    check_at_least(1, batch_size=batch_size)
+    check_at_least(0, num_workers=num_workers)
     generator = Generator().manual_seed(seed)
     on_cuda = _is_cuda(device)
     collate = _Collate(generator if train and dataset.augment else None) if isinstance(dataset, FetchedWhole) else None
@@ -278,7 +279,7 @@ def make_loaders(
     num_workers: int = 0,
     **options: Any,
 ) -> Loaders:
-    """The three loaders of `builder(**options)`; what the configuration group `dataset` calls.
+    """The three loaders of `builder(**options)`; the configuration group `dataset` calls it.
 
     >>> loaders = make_loaders(digits, batch_size=64)
     >>> [len(loader) for loader in (loaders.train, loaders.val, loaders.test)]
@@ -293,9 +294,10 @@ def make_loaders(
 
 
 def shift_and_mirror(images_nchw: Tensor, generator: Generator, *, pixels: int = 4) -> Tensor:
-    """Move each picture by up to `pixels` in both directions, what comes in is 0, and mirror half of them.
+    """Shift each picture by up to `pixels` in both directions, fill with 0, and mirror half of them.
 
-    One indexing operation for the whole batch. Source: He et al., 2016, section 4.2.
+    One indexing operation for the whole batch; torchvision's transforms draw once a batch, or loop over pictures.
+    Source: He et al., 2016, section 4.2.
     """
     n, c, h, w = images_nchw.shape
     padded = F.pad(images_nchw, (pixels,) * 4)
@@ -309,13 +311,13 @@ def shift_and_mirror(images_nchw: Tensor, generator: Generator, *, pixels: int =
 
 @dataclass(frozen=True, eq=False)
 class _Collate:
-    """`FetchedWhole` hands over whole batches: only augmentation is left to do, with the loader's own generator."""
+    """Takes the whole batches of `FetchedWhole`, and augments them with the loader's generator."""
 
     generator: Generator | None
 
     @property
     def whole_batches(self) -> bool:
-        """Whether random numbers are drawn for a batch as a whole, so that a part of it would draw others."""
+        """Whether the random numbers are those of a whole batch, so that a part of it would draw others."""
         return self.generator is not None
 
     def __call__(self, batch: Any) -> Any:
@@ -329,7 +331,7 @@ def _pictures(images: Tensor, labels: Tensor, *, channels: int, **settings: Any)
         if have != 1:
             raise ValueError(f"channels is {channels}, but these pictures have {have}")
         images = images.expand(-1, channels, -1, -1)  # a view: grey repeated costs no memory
-    _check_at_least(1, image_size=settings["image_size"])
+    check_at_least(1, image_size=settings["image_size"])
     return Pictures(images=images, labels=labels, **settings)
 
 
@@ -346,7 +348,7 @@ def _torchvision(
     max_train: int | None = None,
     augment: bool = False,
 ) -> Splits:
-    """A data set of torchvision that fits in memory, with 5,000 of its training samples held out to validate."""
+    """A data set of torchvision, in memory, with 5,000 of its training samples held out for validation."""
 
     def load(train: bool) -> Pictures:
         images, labels = _download(name, Path(root).expanduser(), train=train)
@@ -367,10 +369,9 @@ def _download(name: str, root: Path, *, train: bool) -> Batch:
     try:
         source = getattr(datasets, name)(str(root), train=train, download=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError
-        reason = first_line(error)
         raise ValueError(
-            f"{name} is not in {root.resolve()} and could not be downloaded ({reason}): connect once, or copy the "
-            "files there"
+            f"{name} is not in {root.resolve()} and could not be downloaded ({first_line(error)}): connect once, or "
+            "copy the files there"
         ) from error
     images = torch.as_tensor(source.data)
     images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
@@ -398,7 +399,7 @@ def _folder(path: Path, transform: Callable[[Any], Tensor]) -> Dataset[Any]:
 
 
 def _picture(path: str) -> Any:
-    """The picture in a file, in colour. Pillow refuses one that would take more than half a gigabyte."""
+    """The picture in a file, in colour. Pillow refuses pictures of more than half a gigabyte."""
     from PIL import Image
 
     load = need("torchvision.datasets.folder").default_loader
@@ -408,15 +409,14 @@ def _picture(path: str) -> Any:
         raise ValueError(f"{path} is not a picture that can be read ({one_line(str(error), 200)})") from None
 
 
-def _foldered(
-    root: Path, plain: Callable[[Any], Tensor], augmented: Callable[[Any], Tensor], split_seed: int
-) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
+def _foldered(root: Path, transforms: Transforms, split_seed: int) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
+    augmented, plain = transforms
     held_out = _folder(root / "val", plain)
     if (root / "test").is_dir():
         train, val, test = _folder(root / "train", augmented), held_out, _folder(root / "test", plain)
     else:
         log.info("%s has no test/: val/ is the test split, a tenth of train/ validates", root)
-        train, val, _ = _divided(root / "train", plain, augmented, (0.1, 0.0), split_seed)
+        train, val, _ = _divided(root / "train", transforms, (0.1, 0.0), split_seed)
         test = held_out
     for split in (val, test):
         if _classes(split) != _classes(train):
@@ -425,21 +425,14 @@ def _foldered(
 
 
 def _divided(
-    root: Path,
-    plain: Callable[[Any], Tensor],
-    augmented: Callable[[Any], Tensor],
-    shares: tuple[float, float],
-    split_seed: int,
+    root: Path, transforms: Transforms, shares: tuple[float, float], split_seed: int
 ) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
-    """One folder cut into train, val and test; the same files are listed twice, for the two transforms."""
-    for_training, for_testing = _folder(root, augmented), _folder(root, plain)
+    """One folder divided into train, val and test; its files are listed twice, for the two transforms."""
+    for_training, for_testing = (_folder(root, transform) for transform in transforms)
     total = len(for_training)  # type: ignore[arg-type]
     val, test, train = _split(total, (round(shares[0] * total), round(shares[1] * total)), split_seed)
-    return (
-        Subset(for_training, train.tolist()),
-        Subset(for_testing, val.tolist()),
-        Subset(for_testing, test.tolist()),
-    )
+    parts = ((for_training, train), (for_testing, val), (for_testing, test))
+    return tuple(Subset(folder, indices.tolist()) for folder, indices in parts)  # type: ignore[return-value]
 
 
 def _classes(dataset: Dataset[Any]) -> list[str]:
@@ -448,7 +441,7 @@ def _classes(dataset: Dataset[Any]) -> list[str]:
 
 
 def _split(total: int, held_out: tuple[int, int], split_seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of the two parts held out, and of the rest."""
+    """Positions of the two held-out parts, and of the rest."""
     first, second = held_out
     if total - first - second < 1:
         raise ValueError(f"{total} samples are too few to hold out {first + second} and still train")
@@ -467,12 +460,6 @@ def _limited(indices: Tensor, max_train: int | None) -> Tensor:
 def _check_classes(name: str, found: int, wanted: int, *, exact: bool = True) -> None:
     if (found != wanted) if exact else (found > wanted):
         raise ValueError(f"num_classes is {wanted}, but {name} has {found} classes")
-
-
-def _check_at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}: it must be {least} or more")
 
 
 def _is_cuda(device: str | torch.device) -> bool:

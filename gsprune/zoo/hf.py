@@ -1,7 +1,7 @@
-"""The library `transformers` (extra `[hf]`) at arm's length: configurations, tokenizers and networks by folder or name.
+"""Configurations, tokenizers and networks of the library `transformers` (extra `[hf]`), by folder or name.
 
-Files are data here: no code that comes with a checkpoint is run, and weights are read from safetensors alone. What the
-library raises comes out as one sentence in a ValueError.
+Files are data: no code of a checkpoint runs, and weights come from safetensors files only. Errors of the library become
+one sentence in a ValueError.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ import torch
 from torch import nn
 
 from gsprune.extras import need
-from gsprune.text.display import logger
+from gsprune.text.display import label, logger
+from gsprune.text.names import did_you_mean
 
 __all__ = ["load_config", "load_tokenizer", "make_network", "padding_id", "transformers"]
 
 log = logger(__name__)
-LONGEST = 200  # characters of a message of the library that are passed on
+LONGEST = 200  # characters of the library's messages in errors
 
 
 def transformers() -> Any:
@@ -35,7 +35,7 @@ def transformers() -> Any:
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> Any:
-    """The tokenizer in a folder, or of a name on the Hugging Face hub (from its cache where it has been before).
+    """The tokenizer in a folder, or with a name on the Hugging Face hub (or in its local cache).
 
     Raises:
         ValueError: no such folder or name, or no tokenizer in it.
@@ -44,19 +44,19 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """What short texts are filled up with: the token for it, or the one for the end where a tokenizer has none."""
+    """The token that pads short texts: the padding token, or the end token if the tokenizer has no padding."""
     for number in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if number is not None:
             return int(number)
-    raise ValueError("the tokenizer has neither a token for padding nor one for the end of a text: give it one")
+    raise ValueError("the tokenizer has neither a padding token nor an end token: give it one")
 
 
 def load_config(name: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> Any:
     """The configuration of a network, with some of its settings changed.
 
     Args:
-        name: a folder with a `config.json`, or a name on the hub; None: `settings` describe the whole network and say
-            by `model_type` of which kind it is.
+        name: a folder with a `config.json`, or a name on the hub; None: `settings` describe the whole network, its
+            kind with `model_type`.
 
     Raises:
         ValueError: no such folder or name, no `model_type`, or a setting that this kind of network does not have.
@@ -80,10 +80,11 @@ def load_config(name: str | os.PathLike[str] | None, settings: Mapping[str, Any]
 
 
 def make_network(kind: str, config: Any, *, name: str | os.PathLike[str] | None) -> nn.Module:
-    """A network in float32 with fused attention; `name` says whose weights it starts from, None: random ones.
+    """A network in float32 with fused attention.
 
     Args:
         kind: the library's class that chooses by configuration, such as "AutoModelForSequenceClassification".
+        name: a folder or a name on the hub with the weights; None: random weights.
 
     Raises:
         ValueError: no such network for this configuration, no weights, or no weights in safetensors files.
@@ -113,19 +114,19 @@ def make_network(kind: str, config: Any, *, name: str | os.PathLike[str] | None)
 def _settings_errors() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # its checks of a configuration raise classes of their own too
+    except Exception as error:  # the library raises its own classes too
         raise ValueError(f"model.config is not allowed: {_sentence(error)}") from error
 
 
 def _load(setting: str, what: str, load: Callable[..., Any], name: str | os.PathLike[str], **options: Any) -> Any:
-    """Call a `from_pretrained`; a name that looks like a path is a folder or a mistake, and is not asked of the hub."""
+    """Call a `from_pretrained`; a name that looks like a path must be a folder, and is not looked up on the hub."""
     path = Path(name).expanduser()
     if not path.is_dir() and (path.exists() or path.is_absolute() or str(name).startswith((".", "~"))):
         raise ValueError(f"{setting}={name} is not a folder")
     source = str(path) if path.is_dir() else str(name)
     try:
         return load(source, trust_remote_code=False, **options)
-    except Exception as error:  # safetensors and tokenizers raise classes of their own, and Exception itself
+    except Exception as error:  # safetensors and tokenizers raise their own classes, and Exception itself
         raise ValueError(f"{setting}={name} does not give {what}: {_sentence(error)}") from error
 
 
@@ -133,24 +134,22 @@ def _check_settings(config: Any, settings: Mapping[str, Any]) -> None:
     known = [*config.to_dict(), *config.attribute_map]
     for key in settings:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"a {config.model_type} model has no setting {key}{hint}")
+            raise ValueError(f"a {config.model_type} model has no setting {key}{did_you_mean(key, known)}")
 
 
 def _report(name: str | os.PathLike[str], network: Any, found: Mapping[str, Any]) -> None:
-    """Say what does not come from the checkpoint: a new head is as it should be, anything else is worth a warning."""
+    """Log the tensors that the checkpoint lacks: a new head is expected, other tensors are worth a warning."""
     fresh = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
     body = [key for key in fresh if key.startswith(f"{network.base_model_prefix}.")]
     if body:
-        log.warning("not in %s, so at random: %d tensors of the network, such as %s", name, len(body), body[0])
+        log.warning("%s lacks %d tensors of the network, which start at random, such as %s", name, len(body), body[0])
     if head := [key for key in fresh if key not in body]:
-        log.info("not in %s, so at random: the head's %s", name, ", ".join(head))
+        log.info("%s lacks tensors of the head, which start at random: %s", name, ", ".join(head))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The library's bars and tables would break into the display of a run."""
+    """Hide the library's bars and tables, which would disturb the display of a run."""
     settings = transformers().utils.logging
     level, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
     settings.set_verbosity_error()
@@ -164,5 +163,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return label(" ".join(str(error).split()) or type(error).__name__, LONGEST)

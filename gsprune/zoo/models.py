@@ -1,7 +1,7 @@
 """Small reference networks, and torchvision's, all built as `f(image_size=, in_channels=, num_classes=, ...)`.
 
-Those have no dropout and no downloaded weights: what is trained here is trained from scratch. For texts there is
-`hf_sequence_classification`, which takes any network of the library transformers.
+They have no dropout and no downloaded weights. For texts there is `hf_sequence_classification`, which takes any network
+of the library transformers.
 
 Axes in names: n batch, t token, d width of the token, h head, c channel.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from gsprune.extras import need
 from gsprune.zoo import hf
+from gsprune.zoo.sizes import check_at_least, check_divides
 
 SMALL = 64  # pictures up to this size get a stem that keeps their resolution
 
@@ -33,15 +35,17 @@ def lenet_300_100(*, image_size: int, in_channels: int, num_classes: int) -> nn.
     >>> [tuple(p.shape) for p in lenet_300_100(image_size=8, in_channels=1, num_classes=10).parameters()][::2]
     [(300, 64), (100, 300), (10, 100)]
     """
-    _check_sizes(image_size=image_size, in_channels=in_channels, num_classes=num_classes)
-    model = nn.Sequential()
-    model.add_module("flatten", nn.Flatten())
-    model.add_module("fc1", nn.Linear(in_channels * image_size**2, 300))
-    model.add_module("relu1", nn.ReLU())
-    model.add_module("fc2", nn.Linear(300, 100))
-    model.add_module("relu2", nn.ReLU())
-    model.add_module("fc3", nn.Linear(100, num_classes))
-    return model
+    check_at_least(1, image_size=image_size, in_channels=in_channels, num_classes=num_classes)
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(in_channels * image_size**2, 300),
+            relu1=nn.ReLU(),
+            fc2=nn.Linear(300, 100),
+            relu2=nn.ReLU(),
+            fc3=nn.Linear(100, num_classes),
+        )
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -60,7 +64,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """What `convnet` builds."""
+    """The network of `convnet`."""
 
     def __init__(self, *, in_channels: int, num_classes: int, width: int, stem_stride: int) -> None:
         super().__init__()
@@ -89,7 +93,7 @@ def convnet(*, image_size: int, in_channels: int, num_classes: int, width: int =
     >>> sum(p.numel() for p in convnet(image_size=8, in_channels=1, num_classes=10).parameters())
     93546
     """
-    _check_sizes(image_size=image_size, in_channels=in_channels, num_classes=num_classes, width=width)
+    check_at_least(1, image_size=image_size, in_channels=in_channels, num_classes=num_classes, width=width)
     stride = 1 if image_size <= SMALL else 4
     return ConvNet(in_channels=in_channels, num_classes=num_classes, width=width, stem_stride=stride)
 
@@ -97,8 +101,8 @@ def convnet(*, image_size: int, in_channels: int, num_classes: int, width: int =
 class Attention(nn.Module):
     """Self-attention with separate q, k, v and proj: (n, t, dim) -> (n, t, dim).
 
-    The number of heads is read off the projections' outputs when it runs, so removing the `head_dim` rows of a head
-    from q, k and v and its columns from proj is all it takes to remove the head.
+    The outputs of the projections give the number of heads at run time, so a head is removed by removing its
+    `head_dim` rows of q, k and v and its columns of proj.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -146,7 +150,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """What `vit_tiny` builds."""
+    """The network of `vit_tiny`."""
 
     def __init__(
         self, *, tokens: int, patch: int, in_channels: int, num_classes: int, dim: int, blocks: list[Block]
@@ -181,7 +185,7 @@ def vit_tiny(
     Source: Dosovitskiy et al., "An image is worth 16x16 words", 2021, with the mean in place of a class token.
 
     Args:
-        patch_size: side of a patch in pixels; has to divide `image_size`. None: the largest divisor of `image_size`
+        patch_size: side of a patch in pixels; must divide `image_size`. None: the largest divisor of `image_size`
             that is at most a seventh of it (at least 2, at most 16): 2 at 8x8, 4 at 28x28 and 32x32, 16 at 224x224.
         dim: width of a token, a multiple of `num_heads`.
         mlp_ratio: hidden neurons of a block's MLP, in multiples of `dim`.
@@ -194,10 +198,10 @@ def vit_tiny(
     ((2, 2), torch.Size([1, 16, 96]), 24)
     """
     patch = _patch_size(image_size) if patch_size is None else patch_size
-    _check_sizes(image_size=image_size, in_channels=in_channels, num_classes=num_classes, patch_size=patch)
-    _check_sizes(dim=dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
-    _check_divides("patch_size", patch, "image_size", image_size)
-    _check_divides("num_heads", num_heads, "dim", dim)
+    check_at_least(1, image_size=image_size, in_channels=in_channels, num_classes=num_classes, patch_size=patch)
+    check_at_least(1, dim=dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
+    check_divides("patch_size", patch, "image_size", image_size)
+    check_divides("num_heads", num_heads, "dim", dim)
     return ViT(
         tokens=(image_size // patch) ** 2,
         patch=patch,
@@ -209,20 +213,18 @@ def vit_tiny(
 
 
 def resnet18(*, image_size: int, in_channels: int, num_classes: int) -> nn.Module:
-    """torchvision's ResNet-18, untrained; see `resnet50` for what `image_size` changes."""
-    build = need("torchvision.models").resnet18
-    return _resnet(build, image_size, in_channels, num_classes)
+    """torchvision's ResNet-18, untrained; see `resnet50` for the effect of `image_size`."""
+    return _resnet("resnet18", image_size, in_channels, num_classes)
 
 
 def resnet50(*, image_size: int, in_channels: int, num_classes: int) -> nn.Module:
     """torchvision's ResNet-50, untrained.
 
-    Shapes: (n, in_channels, image_size, image_size) -> (n, num_classes). Pictures up to 64x64 get the stem that is
-    usual for them: one 3x3 convolution with stride 1 and no pooling, instead of 7x7 with stride 2 and pooling.
+    Shapes: (n, in_channels, image_size, image_size) -> (n, num_classes). Pictures up to 64x64 get the usual stem for
+    small pictures: one 3x3 convolution with stride 1 and no pooling, instead of 7x7 with stride 2 and pooling.
     Source: He et al., "Deep residual learning for image recognition", 2016, sections 4.1 and 4.2.
     """
-    build = need("torchvision.models").resnet50
-    return _resnet(build, image_size, in_channels, num_classes)
+    return _resnet("resnet50", image_size, in_channels, num_classes)
 
 
 def mobilenet_v3_small(*, image_size: int, in_channels: int, num_classes: int, norm_momentum: float = 0.1) -> nn.Module:
@@ -233,11 +235,11 @@ def mobilenet_v3_small(*, image_size: int, in_channels: int, num_classes: int, n
     Source: Howard et al., "Searching for MobileNetV3", 2019.
 
     Args:
-        norm_momentum: of BatchNorm's running averages. torchvision's 0.01 needs thousands of steps before evaluation
-            means anything; the 0.1 here is torch's own default.
+        norm_momentum: of BatchNorm's running averages. With torchvision's 0.01 evaluation means nothing before
+            thousands of steps; 0.1 is torch's default.
     """
     build = need("torchvision.models").mobilenet_v3_small
-    _check_sizes(image_size=image_size, in_channels=in_channels, num_classes=num_classes)
+    check_at_least(1, image_size=image_size, in_channels=in_channels, num_classes=num_classes)
     norm = partial(nn.BatchNorm2d, eps=0.001, momentum=norm_momentum)
     model = build(weights=None, num_classes=num_classes, dropout=0.0, norm_layer=norm)
     first = model.features[0][0]
@@ -247,9 +249,9 @@ def mobilenet_v3_small(*, image_size: int, in_channels: int, num_classes: int, n
 
 
 class LogitsOnly(nn.Module):
-    """Mixed into a network of transformers: it takes a batch of texts as the loaders give it, and returns the logits.
+    """Mixed into a network of transformers: the forward pass takes a batch of the loaders, and returns the logits.
 
-    The network stays what it was but for this: names of parameters, configuration, and what can be done with it.
+    Names of parameters, configuration and methods of the network stay.
     """
 
     def forward(
@@ -258,7 +260,7 @@ class LogitsOnly(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Shapes: (n, t) each -> (n, num_classes). Also takes them as one mapping by name."""
+        """Shapes: (n, t) each -> (n, num_classes). One mapping of them by name is allowed too."""
         if isinstance(input_ids, Mapping):
             return self(**input_ids)  # type: ignore[no-any-return]
         whole = super().forward
@@ -284,22 +286,21 @@ def hf_sequence_classification(
 ) -> nn.Module:
     """A network for texts from transformers (extra `[hf]`), such as BERT with a linear layer on top, in float32.
 
-    It is the library's own network but for its forward pass, so a pruned one can be loaded into one that was made
-    by `from_pretrained`. Shapes: `input_ids`, `attention_mask` (and `token_type_ids`), (n, t) each -> (n,
-    num_classes). Attention is torch's fused one. Weights come from safetensors files alone; a head that does not
-    fit `num_classes` starts at random.
+    Only its forward pass differs from the library's network, so a pruned one loads into one made by `from_pretrained`.
+    Shapes: `input_ids`, `attention_mask` (and `token_type_ids`), (n, t) each -> (n, num_classes). Attention is torch's
+    fused one. Weights come from safetensors files only; a head that does not fit `num_classes` starts at random.
 
     Args:
-        name: a folder, or a name on the Hugging Face hub; with `pretrained=False` also None.
-        tokenizer, max_length: of the data, to check that the network can read it.
+        name: a folder, or a name on the Hugging Face hub; None is allowed with `pretrained=False`.
+        tokenizer, max_length: of the data, to check that the network can read them.
         pretrained: start from the weights of `name`; False: from random ones.
-        config: settings of the network to change, such as {"hidden_dropout_prob": 0.0}; without a `name` they are all
-            there is, and `model_type` says of which kind the network is.
+        config: changed settings of the network, such as {"hidden_dropout_prob": 0.0}; without a `name` all settings,
+            with the kind of network as `model_type`.
 
     Raises:
-        ValueError: nothing of that name, a setting that does not exist, or texts that the network cannot read.
+        ValueError: an unknown name or setting, or texts that the network cannot read.
     """
-    _check_sizes(num_classes=num_classes)
+    check_at_least(1, num_classes=num_classes)
     if pretrained and name is None:
         raise ValueError("model.name is null: give a folder or a name on the hub, or model.pretrained=false")
     pieces = hf.load_tokenizer(tokenizer)
@@ -308,7 +309,7 @@ def hf_sequence_classification(
     if name is None and "vocab_size" not in settings:
         network_config.vocab_size = len(pieces)
     network_config.num_labels, network_config.pad_token_id = num_classes, hf.padding_id(pieces)
-    network_config.use_cache = False  # a decoder would hand out keys and values that nobody reads
+    network_config.use_cache = False  # a decoder would return keys and values that nothing reads
     for limit, needed, what in (
         ("vocab_size", len(pieces), "the tokenizer has {} tokens"),
         ("max_position_embeddings", max_length, "dataset.max_length is {}"),
@@ -320,9 +321,9 @@ def hf_sequence_classification(
     return logits_only(hf.make_network(kind, network_config, name=name if pretrained else None))
 
 
-def _resnet(build: Any, image_size: int, in_channels: int, num_classes: int) -> nn.Module:
-    _check_sizes(image_size=image_size, in_channels=in_channels, num_classes=num_classes)
-    model = build(weights=None, num_classes=num_classes)
+def _resnet(name: str, image_size: int, in_channels: int, num_classes: int) -> nn.Module:
+    check_at_least(1, image_size=image_size, in_channels=in_channels, num_classes=num_classes)
+    model: Any = need("torchvision.models").get_model(name, weights=None, num_classes=num_classes)
     if image_size <= SMALL:
         model.conv1 = _first_conv(in_channels, 64, kernel=3, stride=1)
         model.maxpool = nn.Identity()
@@ -344,15 +345,3 @@ def _conv(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Conv2d:
 def _patch_size(image_size: int) -> int:
     largest = min(max(2, image_size // 7), 16)
     return next((size for size in range(largest, 0, -1) if image_size % size == 0), 1)
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}: it must be 1 or more")
-
-
-def _check_divides(name: str, size: int, whole_name: str, whole: int) -> None:
-    if whole % size:
-        near = min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: abs(d - size))
-        raise ValueError(f"{name} {size} does not divide {whole_name} {whole}; {near} does")

@@ -1,7 +1,7 @@
-"""Text as data: files of texts and labels, read as plain data, tokenised once, padded batch by batch.
+"""Text classification data: files of texts and labels, read as plain data, tokenised once, padded in each batch.
 
-A file is CSV, TSV or JSON lines with a column of texts and one of labels. Splits do not overlap: a text that occurs
-twice is in one of them only, where they are made here.
+A file is CSV, TSV or JSON lines with a column of texts and a column of labels. Splits made here do not overlap: a
+repeated text is in one of them only.
 
 Axes in names: n sample, t token.
 """
@@ -11,9 +11,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +24,22 @@ from torch import Generator, Tensor
 
 from gsprune.files.disk import refusing
 from gsprune.text.display import logger
+from gsprune.text.names import did_you_mean
 from gsprune.zoo import hf
 from gsprune.zoo.datasets import FetchedWhole, Splits
 
 __all__ = ["Lines", "Texts", "divide", "read_lines", "text_classification"]
 
 log = logger(__name__)
-LARGEST = 2 * 1024**3  # bytes of a file that is read into memory
-LONGEST = 10_000_000  # characters of a line of JSON, which may become 20 times as many bytes in memory
-HELD_OUT = 0.1  # of the training file, for each split that has no file of its own
+LARGEST = 2 * 1024**3  # bytes of a file, which is read into memory
+LONGEST = 10_000_000  # characters of a line of JSON, which can take 20 times as many bytes in memory
+HELD_OUT = 0.1  # of the training file, for each split without a file
 TextBatch = tuple[dict[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Lines:
-    """What a file holds: a text and the name of its label each, and the line that it ends on."""
+    """The content of a file: texts, the names of their labels, and the line on which each ends."""
 
     path: str
     texts: Sequence[str]
@@ -56,12 +59,12 @@ class Texts(FetchedWhole):
     """Tokenised texts in memory, one after the other.
 
     Args:
-        ids: (all tokens,), what `bounds` cuts into texts.
-        types: (all tokens,), the `token_type_ids`; None where the tokenizer has none.
+        ids: (all tokens,).
+        types: (all tokens,), the `token_type_ids`; None if the tokenizer has none.
         bounds: (n + 1,), text i is `ids[bounds[i]:bounds[i + 1]]`.
         labels: (n,), int64.
-        padding: the ids that short texts of a batch are filled up with, of `ids` and of `types`.
-        left: fill up in front, as some decoders want it.
+        padding: the padding values of `ids` and of `types`.
+        left: pad on the left, as some decoders need it.
     """
 
     ids: Tensor
@@ -119,22 +122,22 @@ def text_classification(
     num_classes: int | None = None,
     split_seed: int = 0,
 ) -> Splits:
-    """Your own texts: files that end in .csv or .tsv (with a header), .jsonl, .ndjson or .json (one object a line).
+    """Your own texts, in .csv or .tsv files with a header, or .jsonl, .ndjson or .json files with one object a line.
 
-    The labels' names, sorted (as numbers where all of them are whole numbers), become 0, 1, ...: see `Splits.labels`.
+    The labels' names become 0, 1, ... in sorted order (of numbers, if all are whole numbers): see `Splits.labels`.
 
     Args:
-        train, val, test: without `val` and `test`, 80 % of `train` is for training and 10 % each for validation and
-            test, by `split_seed`, of each label alike. Where there is a `val` but no `test`, `val` becomes the test
-            split and a tenth of `train` validates: what is reported on has then not been looked at. Where there is a
-            `test` but no `val`, a tenth of `train` validates.
+        train, val, test: without `val` and `test`, 80 % of `train` trains and 10 % each validate and test, chosen by
+            `split_seed`, the same share of each label. With `val` and no `test`, `val` becomes the test split and a
+            tenth of `train` validates, so that no choice depends on the test split. With `test` and no `val`, a tenth
+            of `train` validates.
         tokenizer: a folder, or a name on the Hugging Face hub.
-        max_length: texts are cut off after this many tokens, those that mark begin and end included.
-        num_classes: how many labels there have to be; None: whatever there are, two at least.
+        max_length: the most tokens of a text, with the special ones; longer texts are cut.
+        num_classes: the number of labels; None: any number from two up.
 
     Raises:
-        ValueError: one sentence for a file that is missing, empty, too large or of another kind, that lacks a column
-            or has a line that cannot be read, and for labels that training does not know or that are all the same.
+        ValueError: a file is missing, empty, too large or of another kind, lacks a column or has an unreadable line; or
+            its labels are not in the training file, or are all the same.
     """
 
     def read(path: str | Path, setting: str) -> Lines:
@@ -158,8 +161,8 @@ def text_classification(
 def read_lines(path: str | Path, *, text: str, label: str, setting: str = "path") -> Lines:
     """The texts and labels of a file, as `text_classification` describes it.
 
-    CSV may quote fields and break lines inside the quotes; TSV has no quotes, as its standard says. The labels of
-    JSON may be strings, whole numbers, or true and false. Blank lines are skipped.
+    CSV fields may be in quotes, with line breaks inside; TSV has no quotes, as its standard says. The labels of JSON
+    are strings, whole numbers, or true and false. Blank lines are skipped.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -183,7 +186,7 @@ def read_lines(path: str | Path, *, text: str, label: str, setting: str = "path"
 
 
 def label_names(labels: Sequence[str]) -> tuple[str, ...]:
-    """All of them once, sorted; whole numbers by their value.
+    """The different labels, sorted; whole numbers by value.
 
     >>> label_names(["10", "9", "10"]), label_names(["pos", "neg", "10"])
     (('9', '10'), ('10', 'neg', 'pos'))
@@ -194,18 +197,18 @@ def label_names(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def divide(lines: Lines, parts: int, split_seed: int) -> list[Lines]:
-    """Hold out a tenth of the lines `parts` times; returns what is left, then the parts.
+    """Hold out a tenth of the lines `parts` times; returns the rest, then the parts.
 
-    A tenth of each label's texts, half a text rounded up, so that a label of fewer than five is in training alone.
+    Each part has a tenth of each label's texts, rounded half up: a label with fewer than five is in the rest only.
     Equal texts stay together.
     """
     generator = Generator().manual_seed(split_seed)
-    same: dict[str, list[int]] = {}  # text -> its lines
+    same: dict[str, list[int]] = defaultdict(list)  # text -> its lines
     for i, text in enumerate(lines.texts):
-        same.setdefault(text, []).append(i)
-    of_label: dict[str, list[list[int]]] = {}
+        same[text].append(i)
+    of_label: dict[str, list[list[int]]] = defaultdict(list)
     for indices in same.values():
-        of_label.setdefault(lines.labels[indices[0]], []).append(indices)
+        of_label[lines.labels[indices[0]]].append(indices)
     chosen: list[list[int]] = [[] for _ in range(parts + 1)]
     for label in sorted(of_label):
         groups = of_label[label]
@@ -223,7 +226,7 @@ def divide(lines: Lines, parts: int, split_seed: int) -> list[Lines]:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Lines to `Texts`: the tokenizer, how much of a text it reads, and the labels of the training file."""
+    """Makes `Texts` of lines, with the labels of the training file."""
 
     tokenizer: Any
     max_length: int
@@ -247,8 +250,8 @@ class _Encoder:
             raise ValueError(f"{lines.path} line {lines.numbers[lengths.index(0)]} has a text without a single token")
         types = encoded.get("token_type_ids")
         return Texts(
-            ids=_flat(encoded["input_ids"]),
-            types=None if types is None else _flat(types),
+            ids=_joined(encoded["input_ids"]),
+            types=None if types is None else _joined(types),
             bounds=torch.tensor([0, *lengths]).cumsum(0),
             labels=torch.tensor(labels),
             padding=(hf.padding_id(self.tokenizer), self.tokenizer.pad_token_type_id),
@@ -266,7 +269,7 @@ class _Encoder:
 
 
 def _three(whole: Lines, val: Lines | None, test: Lines | None, *, split_seed: int) -> tuple[Lines, Lines, Lines]:
-    """What trains, validates and tests, where some have no file of their own."""
+    """The splits, with parts of `whole` for those that have no file."""
     if val is not None and test is None:
         log.info("no dataset.test: %s is the test split, a tenth of %s validates", val.path, whole.path)
         val, test = None, val
@@ -316,14 +319,6 @@ def _delimited(path: str | Path, content: str, **dialect: Any) -> Iterator[tuple
         raise ValueError(f"{path} line {reader.line_num} cannot be read: {error}") from error
 
 
-def _csv(path: str | Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    return _delimited(path, content)
-
-
-def _tsv(path: str | Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    return _delimited(path, content, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
 def _json_lines(path: str | Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(io.StringIO(content), 1):
         if not line.strip():
@@ -339,7 +334,11 @@ def _json_lines(path: str | Path, content: str) -> Iterator[tuple[int, dict[str,
         yield number, row
 
 
-READERS = {".csv": _csv, ".tsv": _tsv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_lines}
+READERS: dict[str, Callable[[str | Path, str], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".csv": _delimited,
+    ".tsv": partial(_delimited, delimiter="\t", quoting=csv.QUOTE_NONE),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _json_lines),
+}
 
 
 def _decoded(path: str | Path, content: bytes) -> str:
@@ -357,10 +356,10 @@ def _check_columns(path: str | Path, columns: list[str], *wanted: str) -> None:
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
     listed = ", ".join(map(repr, known[:10])) + (", ..." if len(known) > 10 else "")
-    return f"; did you mean {near[0]!r}? There are {listed}" if near else f"; there are {listed}"
+    near = did_you_mean(name, known, cutoff=0.5)
+    return f"{near} There are {listed}" if near else f"; there are {listed}"
 
 
-def _flat(rows: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor([number for row in rows for number in row], dtype=torch.int32)
+def _joined(rows: Iterable[Sequence[int]]) -> Tensor:
+    return torch.tensor([*chain.from_iterable(rows)], dtype=torch.int32)

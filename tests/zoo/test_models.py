@@ -271,10 +271,8 @@ def test_what_is_not_in_the_folder_is_said(tokenizer: Path, checkpoint: Path, ca
     with caplog.at_level("INFO", logger="gsprune.zoo.hf"):
         bert(tokenizer, checkpoint, config={"num_hidden_layers": 3}, num_classes=2)
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
-    assert caplog.messages[0].startswith(
-        f"not in {checkpoint}, so at random: 16 tensors of the network, such as bert.enc"
-    )
-    assert caplog.messages[1].endswith("so at random: the head's classifier.bias, classifier.weight")
+    assert all(fact in caplog.messages[0] for fact in (str(checkpoint), "16 tensors of the network", "bert.enc"))
+    assert caplog.messages[1].endswith("classifier.bias, classifier.weight")
 
 
 def test_weights_in_a_pickle_are_not_read(tokenizer: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -310,7 +308,7 @@ def test_code_in_a_folder_is_not_run(tokenizer: Path, checkpoint: Path, tmp_path
         ({"config": {**TINY, "model_type": "bertt"}}, "model.config is not allowed: "),
         (
             {"config": {**TINY, "hidden_sizes": 3}},
-            "model.config is not allowed: a bert model has no setting hidden_sizes; did you mean hidden_size?",
+            "model.config is not allowed: a bert model has no setting hidden_sizes; did you mean 'hidden_size'?",
         ),
         ({"config": {**TINY, "num_attention_heads": 5}}, "model.config is not allowed: The hidden size (12) is not a "),
         ({"config": {**TINY, "vocab_size": 7}}, "the tokenizer has 8 tokens, but the model's vocab_size is 7"),
@@ -326,9 +324,9 @@ def test_text_model_errors(given: dict[str, Any], start: str, tokenizer: Path) -
 
 
 def test_settings_that_a_model_from_a_folder_does_not_have(tokenizer: Path, checkpoint: Path) -> None:
-    assert sentence(lambda: bert(tokenizer, checkpoint, config={"hidden_droput_prob": 0.0})) == (
-        "model.config is not allowed: a bert model has no setting hidden_droput_prob; did you mean hidden_dropout_prob?"
-    )
+    found = sentence(lambda: bert(tokenizer, checkpoint, config={"hidden_droput_prob": 0.0}))
+    assert found.startswith("model.config is not allowed: a bert model has no setting hidden_droput_prob")
+    assert found.endswith("'hidden_dropout_prob'?")
     assert sentence(lambda: bert(tokenizer, "/no/where")) == "model.name=/no/where is not a folder"
     model = bert(tokenizer, checkpoint, config={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     assert all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout) and m is not model.dropout)

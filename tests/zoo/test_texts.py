@@ -307,10 +307,12 @@ def test_loaders_shuffle_for_training_and_need_no_workers(tokenizer: Path, tmp_p
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    message = "transformers is not installed: pip install 'gsprune[hf]'"
-    assert sentence(lambda: text_classification(reviews(tmp_path / "a.csv"), tokenizer="any")) == message
     options: dict[str, Any] = {"num_classes": 2, "tokenizer": "any", "max_length": 8}
-    assert sentence(lambda: hf_sequence_classification("any", **options)) == message
+    for build in (
+        lambda: text_classification(reviews(tmp_path / "a.csv"), tokenizer="any"),
+        lambda: hf_sequence_classification("any", **options),
+    ):
+        assert all(fact in sentence(build) for fact in ("transformers", "gsprune[hf]"))
 
 
 def test_folders_without_a_tokenizer(tmp_path: Path) -> None:
@@ -337,9 +339,7 @@ def test_padding_by_the_end_token_where_there_is_no_other(tokenizer: Path) -> No
     pieces.eos_token = "[SEP]"
     assert hf.padding_id(pieces) == 3
     pieces.eos_token = None
-    assert sentence(lambda: hf.padding_id(pieces)) == (
-        "the tokenizer has neither a token for padding nor one for the end of a text: give it one"
-    )
+    assert "padding" in sentence(lambda: hf.padding_id(pieces))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
