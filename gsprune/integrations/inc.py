@@ -1,19 +1,18 @@
-"""Configuration files of Intel Neural Compressor (1.x and 2.x), where the method comes from, read as ours.
+"""Converts configuration files of Intel Neural Compressor (1.x and 2.x), "the ancestor" here, into pruners.
 
-Such a file is somebody else's: it is read with a loader that knows plain YAML and `!Pruner` and nothing else, and
-nothing in it is run or built. `gsprune convert head_conf.yaml > conf/pruner/mine.yaml` writes a choice of our group
-`pruner`.
+Such a file is untrusted: the loader knows plain YAML and `!Pruner` and nothing else, and nothing in the file is run or
+built. `gsprune convert head_conf.yaml > conf/pruner/mine.yaml` writes an option of the group `pruner`.
 
-What becomes of the fields of a `!Pruner` (notes of the result say what was left out, and why):
+The fields of a `!Pruner` become (notes of the result name those left out, and why):
 
     prune_type gradient_sensitivity     criterion Elementwise with decay 1, the ancestor's plain sum
       with importance_metric            Abs (abs_gradient) or Weighted (weighted_gradient), decay 1, whole units
     prune_type basic_magnitude          criterion Magnitude
     names                               include; of units without .weight and .bias, as modules
-    target                              keep: so many heads, neurons or channels are left in each layer
+    target                              keep: the number of heads, neurons or channels that stay in each layer
     stride, importance_inputs, names    which of the three: heads with a head mask, or with a stride in attention
                                         layers; channels in modules called conv...; neurons otherwise
-    transpose true                      no pruner of its own: who reads a unit is found in the model, and cut with it
+    transpose true                      no pruner: the consumers of a unit are found in the model, and cut with it
     initial_sparsity, target_sparsity, start_epoch, end_epoch, update_frequency
                                         target_sparsity and schedule Linear; of units OneShot, an epoch after
                                         start_epoch
@@ -24,7 +23,6 @@ What becomes of the fields of a `!Pruner` (notes of the result say what was left
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import sys
@@ -38,7 +36,8 @@ from typing import TYPE_CHECKING, Any
 
 from gsprune.files.disk import refusing
 from gsprune.schedules import Linear, OneShot
-from gsprune.text.display import one_line
+from gsprune.text.display import one_line, quoted
+from gsprune.text.names import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +50,7 @@ Fields = Mapping[str, Any]
 _MAX_BYTES = 64 * 1024  # the largest of the ancestor's own examples has 5 kB
 _PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq")
 _PRUNER_TAG = "!Pruner"
-_MOST = 1_000_000_000  # of epochs or units: nobody has so many
+_MOST = 1_000_000_000  # epochs or units: no real file has as many
 _STEPS = "schedules here count in epochs"
 _NEVER_READ = "the ancestor did not read it for this prune_type either"
 # Field -> why it has no meaning here; None: it has one.
@@ -73,7 +72,7 @@ _ROOT: dict[str, str | None] = {
     "nas": "no architecture is searched",
 }
 _PRUNING = {"approach": None, "train": "training is the training loop's"}
-# the last two are refused by name
+# The last two are refused by name.
 _APPROACH = dict.fromkeys(("weight_compression", "weight_compression_pytorch", "weight_compression_v2"))
 _SHARED: dict[str, str | None] = {  # fields of weight_compression and of a !Pruner
     **dict.fromkeys(("initial_sparsity", "target_sparsity", "start_epoch", "end_epoch", "update_frequency")),
@@ -97,7 +96,7 @@ _PARAMETERS: dict[str, str | None] = {
     **dict.fromkeys(("target", "stride", "transpose", "normalize", "importance_inputs", "importance_metric")),
     "index": "it is a layer's row in the head mask, and there is none",
 }
-_DEFAULTS: dict[str, Any] = {  # of the ancestor
+_DEFAULTS: dict[str, Any] = {  # the ancestor's
     "initial_sparsity": 0.0,
     "target_sparsity": 0.97,
     "start_epoch": 0,
@@ -128,11 +127,11 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class IncConfig:
-    """What a file of the ancestor says, in our words.
+    """A converted file of the ancestor.
 
     Attributes:
         rules: one plain dict for each `gsprune.Rule`: `hydra.utils.instantiate` takes it.
-        notes: a sentence for everything in the file that has no meaning here, or another one.
+        notes: a sentence for everything in the file that has no meaning here, or a different one.
     """
 
     rules: tuple[dict[str, Any], ...]
@@ -171,13 +170,13 @@ class IncConfig:
 def load_inc_config(path: str | os.PathLike[str]) -> IncConfig:
     """Read the `!Pruner` list of a neural-compressor 1.x or 2.x YAML file as configurations of `gsprune.Pruner`.
 
-    What the file says counts; where the ancestor did something else with it, a note tells.
+    The file counts as written; a note says where the ancestor did something else with it.
 
     Args:
         path: the file, UTF-8, of 64 KiB at most; its list is pruning.approach.weight_compression.pruners.
 
     Raises:
-        ValueError: not such a file, a tag other than `!Pruner`, an unknown field, or one that cannot be followed here.
+        ValueError: not such a file, a tag other than `!Pruner`, an unknown field, or one without a counterpart here.
 
     Example:
         >>> import tempfile
@@ -208,7 +207,7 @@ def load_inc_config(path: str | os.PathLike[str]) -> IncConfig:
 
 
 class _Tagged(dict[str, Any]):
-    """The mapping under a `!Pruner`, and the line where it begins."""
+    """The mapping under a `!Pruner`, and its first line."""
 
     line = 0
 
@@ -219,7 +218,7 @@ def _read(path: Path) -> object:
 
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")  # reading a pipe would wait for ever
+            raise ValueError("it is not a file")  # reading a pipe would never end
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
@@ -251,7 +250,7 @@ def _has_interpolation(content: object) -> bool:
 
 
 def _loader_class() -> Any:
-    """A SafeLoader for plain YAML and `!Pruner`, whatever others have registered with SafeLoader itself."""
+    """A SafeLoader for plain YAML and `!Pruner`, independent of what is registered with SafeLoader itself."""
     import yaml
 
     def mapping(loader: Any, node: Any) -> dict[str, Any]:
@@ -259,7 +258,7 @@ def _loader_class() -> Any:
         keys = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
         for key, times in keys.most_common(1):
             if times > 1:
-                raise ValueError(f"{_shown(key)} is there twice in the mapping of line {node.start_mark.line + 1}")
+                raise ValueError(f"{quoted(key)} occurs twice in the mapping of line {node.start_mark.line + 1}")
         fields: dict[str, Any] = loader.construct_mapping(node, deep=True)
         return fields
 
@@ -284,7 +283,7 @@ def _loader_class() -> Any:
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()
-            if isinstance(event, yaml.AliasEvent):  # a few of them inside one another stand for gigabytes
+            if isinstance(event, yaml.AliasEvent):  # a few nested ones stand for gigabytes
                 line = event.start_mark.line + 1
                 raise ValueError(f"the alias in line {line} is refused: write what it stands for in its place")
             if event.tag not in (None, _PRUNER_TAG):
@@ -299,7 +298,7 @@ def _loader_class() -> Any:
 
 @dataclass(frozen=True)
 class _Units:
-    """A `!Pruner` with parameters: what it wants of which units."""
+    """A `!Pruner` of whole units."""
 
     where: str
     metric: str
@@ -312,11 +311,12 @@ class _Units:
 
     @property
     def units(self) -> tuple[Any, ...]:
-        """Equal for `!Pruner`s that cut the same units; `same` besides."""
+        """Equal for `!Pruner`s that cut the same units."""
         return self.metric, self.inputs
 
     @property
     def same(self) -> tuple[Any, ...]:
+        """Equal for those that also cut them alike."""
         return *self.units, self.target, self.stride, self.start_epoch
 
 
@@ -348,21 +348,20 @@ def _within(where: str, fields: Fields, field: str) -> object:
 
 
 def _section(where: str, content: object, known: Mapping[str, str | None], notes: list[str]) -> dict[str, Any]:
-    """The fields of a mapping that say something, with a note for each that has no meaning here."""
+    """The fields of a mapping that are not null, with a note for each that has no meaning here."""
     if not isinstance(content, dict):
         what = "empty" if content is None else f"a {type(content).__name__}"
         raise ValueError(f"{where} is {what}: it must be a mapping of fields")
     for field in content:
         if field not in known:
-            near = difflib.get_close_matches(str(field), known, n=1, cutoff=0)[0]
-            raise ValueError(f"{where} has an unknown field {_shown(field)}; the nearest known is {near!r}")
+            raise ValueError(f"{where} has an unknown field {quoted(field)}{did_you_mean(field, known, cutoff=0)}")
     fields = {field: value for field, value in content.items() if value is not None}
     notes += [f"{where}: {field} has no meaning here: {why}" for field in fields if (why := known[field])]
     return fields
 
 
 def _pruner(where: str, own: Fields, common: Fields, notes: list[str]) -> dict[str, Any] | _Units:
-    prune_type = _text(where, "prune_type", _inherited(where, "prune_type", own, common, notes))
+    prune_type = _checked(where, "prune_type", _inherited(where, "prune_type", own, common, notes), _WORD)
     if why := _ELSEWHERE.get(prune_type):
         raise ValueError(f"{where}: prune_type {prune_type!r} has no counterpart here: {why}")
     criterion = _one_of(where, "prune_type", prune_type, _CRITERIA)
@@ -376,7 +375,7 @@ def _pruner(where: str, own: Fields, common: Fields, notes: list[str]) -> dict[s
 def _weights(where: str, criterion: str, own: Fields, common: Fields, notes: list[str]) -> dict[str, Any]:
     """A pruner of single weights."""
     numbers = {
-        field: _number(where, field, _inherited(where, field, own, common, notes))
+        field: float(_checked(where, field, _inherited(where, field, own, common, notes), _NUMBER))
         for field in ("initial_sparsity", "target_sparsity", "start_epoch", "end_epoch", "update_frequency")
     }
     try:
@@ -397,26 +396,27 @@ def _weights(where: str, criterion: str, own: Fields, common: Fields, notes: lis
         raise ValueError(f"{where}: names has nothing but biases, which are not pruned")
     if not names:
         notes.append(f"{where}: without names all linear and convolution weights are pruned, but not embeddings")
-    method = _text(where, "method", own.get("method", "per_tensor"))
+    method = _checked(where, "method", own.get("method", "per_tensor"), _WORD)
     per_channel = _one_of(where, "method", method, {"per_tensor": False, "per_channel": True})
     _note_stars(where, names, notes)
+    pattern = _checked(where, "pattern", _inherited(where, "pattern", own, common, notes), _PATTERN)
     gradual = {"_target_": "gsprune.schedules.Linear", **numbers}
     score = {"decay": 1.0} if criterion == "Elementwise" else {}
     return _node(criterion, score, gradual, include) | {
         "target_sparsity": target_sparsity,
-        "pattern": _pattern(where, _inherited(where, "pattern", own, common, notes)),
+        "pattern": _TILE.sub(r"\1", pattern),
         "per_channel": per_channel,
         "structured": False,
     }
 
 
 def _units(where: str, own: Fields, common: Fields, notes: list[str]) -> _Units:
-    """A `!Pruner` of whole units; `_merged` makes pruners of these."""
+    """A `!Pruner` of whole units, for `_merged`."""
     parameters = _section(f"{where}, parameters", own["parameters"], _PARAMETERS, notes)
     for field in ("target", "importance_metric", "importance_inputs"):
         if field not in parameters:
             raise ValueError(f"{where}: parameters has no {field}")
-    metric = _text(where, "importance_metric", parameters["importance_metric"])
+    metric = _checked(where, "importance_metric", parameters["importance_metric"], _WORD)
     criterion = _one_of(where, "importance_metric", metric, _METRICS)
     inputs = _names(where, "importance_inputs", parameters["importance_inputs"])
     if not (inputs == ("head_mask",) if criterion == "Abs" else inputs and "head_mask" not in inputs):
@@ -425,8 +425,8 @@ def _units(where: str, own: Fields, common: Fields, notes: list[str]) -> _Units:
     names = _names(where, "names", _inherited(where, "names", own, common, notes))
     if not names:
         raise ValueError(f"{where}: names is empty: whole units need the names of the tensors they live in")
-    transpose = _flag(where, "transpose", parameters.get("transpose", False))
-    normalize = _flag(where, "normalize", parameters.get("normalize", False))
+    transpose = _checked(where, "transpose", parameters.get("transpose", False), _FLAG)
+    normalize = _checked(where, "normalize", parameters.get("normalize", False), _FLAG)
     if not transpose:  # else it is part of another, and so are its other fields
         notes += [
             f"{where}: {field} has no meaning here: {_NOT_FOR_UNITS[field]}" for field in _NOT_FOR_UNITS if field in own
@@ -435,7 +435,7 @@ def _units(where: str, own: Fields, common: Fields, notes: list[str]) -> _Units:
             notes.append(
                 f"{where}: normalize has no effect: each layer keeps the same count, whatever its scores are divided by"
             )
-    start_epoch = _number(where, "start_epoch", _inherited(where, "start_epoch", own, common, notes))
+    start_epoch = float(_checked(where, "start_epoch", _inherited(where, "start_epoch", own, common, notes), _NUMBER))
     try:
         OneShot(start_epoch=start_epoch)
     except ValueError as error:
@@ -444,8 +444,8 @@ def _units(where: str, own: Fields, common: Fields, notes: list[str]) -> _Units:
     return _Units(
         where,
         metric,
-        target=_count(where, "target", parameters["target"]),
-        stride=None if stride is None else _count(where, "stride", stride),
+        target=_checked(where, "target", parameters["target"], _COUNT),
+        stride=None if stride is None else _checked(where, "stride", stride, _COUNT),
         transpose=transpose,
         names=names,
         inputs=inputs,
@@ -454,7 +454,7 @@ def _units(where: str, own: Fields, common: Fields, notes: list[str]) -> _Units:
 
 
 def _merged(found: Sequence[dict[str, Any] | _Units], notes: list[str]) -> Iterable[dict[str, Any]]:
-    """One pruner for what the ancestor cut tensor by tensor, each by a `!Pruner` of its own."""
+    """One pruner for the `!Pruner`s of tensors with the same units, as the ancestor cut tensor by tensor."""
     rows = [entry for entry in found if isinstance(entry, _Units) and not entry.transpose]
     done: set[tuple[Any, ...]] = set()
     for entry in found:
@@ -471,7 +471,7 @@ def _merged(found: Sequence[dict[str, Any] | _Units], notes: list[str]) -> Itera
 
 
 def _check_reader(reader: _Units, rows: Sequence[_Units], notes: list[str]) -> None:
-    """A transposed `!Pruner` names columns that read units; they go with the units, which another one has to name."""
+    """Check that another `!Pruner` names the units whose columns this transposed one names: they are cut together."""
     partners = [other for other in rows if other.units == reader.units]
     if not partners:
         raise ValueError(
@@ -547,7 +547,7 @@ def _inherited(where: str, field: str, own: Fields, common: Fields, notes: list[
         if own[field] == 0 and common.get(field):
             notes.append(
                 f"{where}: {field} is 0 here as written; the ancestor took a 0 for none, and so the "
-                f"{_shown(common[field])} of weight_compression"
+                f"{quoted(common[field])} of weight_compression"
             )
         return own[field]
     if field in common:
@@ -567,61 +567,37 @@ def _note_stars(where: str, names: Iterable[str], notes: list[str]) -> None:
 # ---- single values
 
 
-def _pattern(where: str, value: object) -> str:
-    found = re.fullmatch(r"(?:tile_pattern_)?([1-9]\d*x[1-9]\d*)", value) if isinstance(value, str) else None
-    if found is None:
-        raise ValueError(f"{where}: pattern is {_shown(value)}: it must be a tile such as 'tile_pattern_4x1'")
-    return found[1]
+# What a field must be, and whether a value is that.
+_Kind = tuple[str, Callable[[Any], bool]]
+_NAMES: _Kind = ("a list of names", lambda x: isinstance(x, list) and all(isinstance(n, str) and n for n in x))
+_NUMBER: _Kind = (f"a number, below {_MOST:,}", lambda x: type(x) in (int, float) and abs(x) < _MOST)
+_COUNT: _Kind = ("a whole number, 1 or more", lambda x: type(x) is int and 1 <= x < _MOST)
+_FLAG: _Kind = ("true or false", lambda x: isinstance(x, bool))
+_WORD: _Kind = ("a word", lambda x: isinstance(x, str))
+_TILE = re.compile(r"(?:tile_pattern_)?([1-9]\d*x[1-9]\d*)")
+_PATTERN: _Kind = ("a tile such as 'tile_pattern_4x1'", lambda x: isinstance(x, str) and _TILE.fullmatch(x) is not None)
 
 
-def _names(where: str, field: str, value: object) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise ValueError(f"{where}: {field} is {_shown(value)}: it must be a list of names")
-    return tuple(value)
-
-
-def _number(where: str, field: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MOST:
-        raise ValueError(f"{where}: {field} is {_shown(value)}: it must be a number, below {_MOST:,}")
-    return float(value)
-
-
-def _count(where: str, field: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _MOST:
-        raise ValueError(f"{where}: {field} is {_shown(value)}: it must be a whole number, 1 or more")
+def _checked(where: str, field: str, value: Any, kind: _Kind) -> Any:
+    what, fits = kind
+    if not fits(value):
+        raise ValueError(f"{where}: {field} is {quoted(value)}: it must be {what}")
     return value
 
 
-def _flag(where: str, field: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{where}: {field} is {_shown(value)}: it must be true or false")
-    return value
-
-
-def _text(where: str, field: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {field} is {_shown(value)}: it must be a word")
-    return value
+def _names(where: str, field: str, value: Any) -> tuple[str, ...]:
+    return () if value is None else tuple(_checked(where, field, value, _NAMES))
 
 
 def _one_of(where: str, field: str, value: str, allowed: Mapping[str, Any]) -> Any:
     if value not in allowed:
-        near = difflib.get_close_matches(value, allowed, n=1)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"{where}: {field} is {_shown(value)}: it must be {' or '.join(map(repr, allowed))}{hint}")
+        options = " or ".join(map(repr, allowed))
+        raise ValueError(f"{where}: {field} is {quoted(value)}: it must be {options}{did_you_mean(value, allowed)}")
     return allowed[value]
 
 
-def _shown(value: object) -> str:
-    """A value as an error quotes it: its beginning, where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`gsprune convert FILE`: print the file as a choice of the group `pruner`; 1 if it cannot be read."""
+    """`gsprune convert FILE`: print the file as an option of the group `pruner`; 1 if it cannot be read."""
     parser = argparse.ArgumentParser(prog="gsprune convert", description=main.__doc__)
     parser.add_argument("file", help="a neural-compressor 1.x or 2.x YAML file with a list of !Pruner")
     try:

@@ -364,16 +364,16 @@ ONE = "pruner 1 (line 1)"
 REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "unknown field": (
         [{"prune_typ": "basic_magnitude"}],
-        f"{ONE} has an unknown field 'prune_typ'; the nearest known is 'prune_type'",
+        f"{ONE} has an unknown field 'prune_typ'; did you mean 'prune_type'?",
     ),
     "unknown parameter": (
         [sensitive(["q.weight"], {**HEADS, "strides": 64})],
-        f"{ONE}, parameters has an unknown field 'strides'; the nearest known is 'stride'",
+        f"{ONE}, parameters has an unknown field 'strides'; did you mean 'stride'?",
     ),
     "unknown prune_type": (
         [{"prune_type": "gradient_sensitivty"}],
-        f"{ONE}: prune_type is 'gradient_sensitivty': it must be 'gradient_sensitivity' or 'basic_magnitude'; the "
-        f"nearest is 'gradient_sensitivity'",
+        f"{ONE}: prune_type is 'gradient_sensitivty': it must be 'gradient_sensitivity' or 'basic_magnitude'; did "
+        f"you mean 'gradient_sensitivity'?",
     ),
     "pattern_lock": (
         [{"prune_type": "pattern_lock"}],
@@ -391,8 +391,8 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "unknown metric": (
         [sensitive(["q.weight"], {**HEADS, "importance_metric": "abs_gradients"})],
-        f"{ONE}: importance_metric is 'abs_gradients': it must be 'abs_gradient' or 'weighted_gradient'; the nearest "
-        f"is 'abs_gradient'",
+        f"{ONE}: importance_metric is 'abs_gradients': it must be 'abs_gradient' or 'weighted_gradient'; did you "
+        f"mean 'abs_gradient'?",
     ),
     "abs without a head mask": (
         [sensitive(["fc.weight"], {**HEADS, "importance_inputs": ["fc.weight"]})],
@@ -468,7 +468,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "method": (
         [{"method": "per_layer"}],
-        f"{ONE}: method is 'per_layer': it must be 'per_tensor' or 'per_channel'; the nearest is 'per_tensor'",
+        f"{ONE}: method is 'per_layer': it must be 'per_tensor' or 'per_channel'; did you mean 'per_tensor'?",
     ),
     "pattern": (
         [{"pattern": "tile_pattern_2:4"}],
@@ -506,7 +506,7 @@ UNREADABLE: dict[str, tuple[str | bytes, str]] = {
     "too deep": ("[" * 5000, "it is nested too deep"),
     "aliases": (BOMB, "the alias in line 2 is refused: write what it stands for in its place"),
     "itself": ("a: &a [*a]\n", "the alias in line 1 is refused: write what it stands for in its place"),
-    "twice": ("pruning: 1\npruning: 2\n", "'pruning' is there twice in the mapping of line 1"),
+    "twice": ("pruning: 1\npruning: 2\n", "'pruning' occurs twice in the mapping of line 1"),
     "a function": (
         "pruning: 1\nx: !!python/object/apply:os.system ['touch pwned']\n",
         "the tag !!python/object/apply:os.system in line 2 is refused: only !Pruner is read",
@@ -525,9 +525,9 @@ UNREADABLE: dict[str, tuple[str | bytes, str]] = {
     "no tag": (LISTED.format("[!Pruner {}, {}]"), "pruner 2 is not a !Pruner"),
     "an unknown section": (
         "prunning: {}\n",
-        "the file has an unknown field 'prunning'; the nearest known is 'pruning'",
+        "the file has an unknown field 'prunning'; did you mean 'pruning'?",
     ),
-    "an unknown number": ("7: {}\n", "the file has an unknown field 7; the nearest known is 'version'"),
+    "an unknown number": ("7: {}\n", "the file has an unknown field 7; did you mean 'version'?"),
     "steps": (
         "pruning: {approach: {weight_compression_pytorch: {pruners: []}}}\n",
         "weight_compression_pytorch is not read: it counts in steps, and only weight_compression counts in epochs",
