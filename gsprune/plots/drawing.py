@@ -1,7 +1,7 @@
-"""What all pictures have in common: colours, figures without pyplot, and how names and shares are written.
+"""Shared by all pictures: colours, figures without pyplot, labels.
 
-Nothing here touches pyplot's global state: figures are objects on an Agg canvas, so they need no display and may be
-drawn in any thread.
+Nothing here uses pyplot's global state: figures are objects on an Agg canvas, so they need no display and may be drawn
+in any thread.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from gsprune.extras import need
 from gsprune.files.disk import write_atomic
+from gsprune.text.display import label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 PRUNED = (232, 236, 241)  # light
 KEPT = (16, 60, 112)  # dark: more kept is always darker, also in grey print
-INK, FAINT, SPARSITY = "#1f2430", "#6b7280", "#d9622b"
+ACCURACY, INK, FAINT, SPARSITY = "#103c70", "#1f2430", "#6b7280", "#d9622b"
 DPI = 100
 
 
@@ -43,7 +44,7 @@ def pixels_of(figure: Figure) -> np.ndarray:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file, its parts laid out so that no label is cut off."""
+    """The figure as a PNG file, laid out so that no label is cut off."""
     figure.set_layout_engine("constrained")
     buffer = io.BytesIO()
     with _boxes_for_missing_letters():
@@ -52,14 +53,14 @@ def png(figure: Figure) -> bytes:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure whose margins are set as a PNG file: a job draws several, and `savefig` would draw each twice."""
+    """Write a figure with set margins as a PNG; `savefig` would draw it twice."""
     figure.set_dpi(130)
     save_picture(path, pixels_of(figure))
 
 
 @contextmanager
 def _boxes_for_missing_letters() -> Iterator[None]:
-    """A name in a script that the font lacks is drawn as boxes, without noise."""
+    """Draw characters that the font lacks as boxes, without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         yield
@@ -93,14 +94,9 @@ def elide(name: str, length: int) -> str:
 
 
 def plain_label(text: str, length: int) -> str:
-    """A stranger's text as matplotlib can draw it: no mathematics between dollars, nothing unprintable, no end.
+    """An untrusted text as matplotlib can draw it: printable, short, without mathematics between dollars.
 
     >>> plain_label("cost $x^$\\n", 20)
     'cost \\\\$x^\\\\$ '
     """
-    printable = "".join(letter if letter.isprintable() else " " for letter in text)
-    return elide(printable, length).replace("$", r"\$")
-
-
-def hexcode(rgb: tuple[int, int, int]) -> str:
-    return "#" + "".join(f"{part:02x}" for part in rgb)
+    return elide(label(text, len(text)), length).replace("$", r"\$")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gsprune.plots.drawing import (
+    ACCURACY,
     DPI,
     FAINT,
     INK,
@@ -21,7 +22,6 @@ from gsprune.plots.drawing import (
     PRUNED,
     SPARSITY,
     elide,
-    hexcode,
     new_figure,
     pixels_of,
     quiet,
@@ -63,14 +63,15 @@ class _Panel:
 
 
 def mask_image(masks: Mapping[str, Tensor], *, share: Share | None = None) -> np.ndarray:
-    """A picture (H, W, 3; uint8) of all masks: a labelled panel each, kept dark, pruned light.
-
-    The head line says what `share` says of all of them (of a pruner: its `share`, beside its `dense_masks()`); without
-    one the entries of all masks are counted.
+    """A picture (H, W, 3; uint8) of all masks: a labelled panel for each, kept dark, pruned light.
 
     A weight's panel has one row per output and one column per input (times kernel position); a unit mask is a strip
-    with one cell per unit. What is larger than its panel is averaged, and the shade is the share kept (on a square-root
-    scale, shown in the head line: 5 % must not look like 0 %). At most 1,600 pixels wide; the first 120 masks.
+    with one cell per unit. Larger masks are averaged, and the shade is the share kept, on a square-root scale (with a
+    key in the head line), so that 5 % differs from 0 %. At most 1,600 pixels wide; the first 120 masks.
+
+    Args:
+        masks: name -> mask, such as a pruner's `dense_masks()`.
+        share: the total for the head line, such as a pruner's `share`; None: the entries of all masks.
     """
     shown = dict(list(masks.items())[:_MAX_PANELS])
     strips = all(mask.dim() <= 1 for mask in shown.values())
@@ -116,7 +117,7 @@ def _panel(name: str, mask: Tensor, box_h: int, box_w: int) -> _Panel:
 
 
 def _fit(mask_rc: Tensor, box_h: int, box_w: int) -> tuple[np.ndarray, bool]:
-    """Average what exceeds the box, enlarge what is smaller by whole factors, each axis by itself."""
+    """Average a larger mask to the box, enlarge a smaller one by whole factors, each axis by itself."""
     rows, cols = mask_rc.shape
     if rows * cols == 0:
         return np.zeros((1, 1), np.float32), False
@@ -126,7 +127,7 @@ def _fit(mask_rc: Tensor, box_h: int, box_w: int) -> tuple[np.ndarray, bool]:
     share = F.adaptive_avg_pool2d(mask_rc[None].float(), target)[0] if pooled else mask_rc.float()
     cell_h, cell_w = (min(box // size, _MAX_CELL) for box, size in zip((box_h, box_w), target, strict=True))
     pixels = share.repeat_interleave(cell_h, 0).repeat_interleave(cell_w, 1)
-    if rows == 1 and cell_w >= 4:  # hairlines let one count the units of a strip
+    if rows == 1 and cell_w >= 4:  # hairlines between the units of a strip
         pixels[:, cell_w - 1 :: cell_w] = torch.nan
     return pixels.numpy(), pooled
 
@@ -140,7 +141,7 @@ def _shade(share_hw: np.ndarray) -> np.ndarray:
 
 
 def _place(panels: Sequence[_Panel], columns: int, box_w: int) -> tuple[list[tuple[int, int]], int]:
-    """Top left corners, row by row, each row as high as its highest panel; and the height of it all."""
+    """Top left corners, row by row, each row as high as its highest panel; and the total height."""
     places: list[tuple[int, int]] = []
     top = _HEAD
     for start in range(0, len(panels), columns):
@@ -190,9 +191,9 @@ def _draw_key(canvas: np.ndarray) -> None:
 
 
 def save_layer_sparsity(path: str | os.PathLike[str], shares: Mapping[str, Share], overall: Share) -> None:
-    """Write a PNG with one horizontal bar for each tensor or structure: its share pruned, and how many of how many.
+    """Write a PNG with a horizontal bar for each tensor or structure: its share pruned, with the counts.
 
-    `shares` and `overall` are a pruner's `shares()` and `share`; the latter is the dashed line.
+    `shares` and `overall` are a pruner's `shares()` and `share`; the dashed line is `overall`.
     """
     names = list(shares)
     figure = new_figure(9, 1.5 + 0.27 * max(len(names), 1))
@@ -234,25 +235,23 @@ def save_history(
 ) -> None:
     """Write a PNG of a run: accuracy and sparsity over the epochs, and accuracy against sparsity.
 
-    `rows` are those of metrics.jsonl (`tracking.read_metrics`); used are "step", "train/accuracy", "val/accuracy" and
-    "sparsity", accuracies as fractions. What is missing is left out. `baseline` (the dense model's) is a dashed line.
-    `of` is what the sparsity counts, as "channels".
+    Args:
+        rows: those of metrics.jsonl, with "step", "train/accuracy", "val/accuracy" and "sparsity"; accuracies from 0 to
+            1. Missing values are left out.
+        baseline: accuracy of the dense network, a dashed line.
+        of: what the sparsity counts, as "channels".
     """
     rows = list(rows)
     figure = new_figure(11, 5)
     grid = figure.add_gridspec(2, 2, height_ratios=(3, 2), width_ratios=(1.1, 1), hspace=0.17, wspace=0.1)
     figure.subplots_adjust(left=0.035, right=0.985, top=0.94, bottom=0.095)
-    over_epochs, below, against = (
-        figure.add_subplot(grid[0, 0]),
-        figure.add_subplot(grid[1, 0]),
-        figure.add_subplot(grid[:, 1]),
-    )
+    over_epochs, below, against = (figure.add_subplot(grid[place]) for place in ((0, 0), (1, 0), (slice(None), 1)))
     below.sharex(over_epochs)
-    for name, colour, label in (("train/accuracy", "#94a3b8", "train"), ("val/accuracy", hexcode(KEPT), "validation")):
+    for name, colour, label in (("train/accuracy", "#94a3b8", "train"), ("val/accuracy", ACCURACY, "validation")):
         _line(over_epochs, *_series(rows, "step", name), color=colour, label=label)
     _line(below, *_series(rows, "step", "sparsity"), color=SPARSITY, label="sparsity")
     x, y = _from_first_change(*_series(rows, "sparsity", "val/accuracy"))
-    _line(against, x, y, color=hexcode(KEPT), label="validation")
+    _line(against, x, y, color=ACCURACY, label="validation")
     _mark_end(against, x, y)
     if baseline is not None:
         for axes in (over_epochs, against):
@@ -262,9 +261,9 @@ def save_history(
 
 
 def _series(rows: Sequence[Mapping[str, float]], across: str, up: str) -> tuple[list[float], list[float]]:
-    """The rows that have both values, finite; all but steps in per cent."""
+    """The rows with finite numbers of both; all but steps in per cent."""
     pairs = [(row[across], row[up]) for row in rows if across in row and up in row]
-    pairs = [pair for pair in pairs if all(math.isfinite(value) for value in pair)]
+    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
     factor = 1 if across == "step" else 100
     return [factor * x for x, _ in pairs], [100 * y for _, y in pairs]
 
@@ -275,7 +274,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], *, color: str, lab
 
 
 def _from_first_change(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    """Without the epochs of dense training, which all stand at the first sparsity; the last of them stays."""
+    """The series without the epochs of dense training, all at the first sparsity; the last of them stays."""
     begin = next((index for index in range(1, len(x)) if x[index] != x[0]), 1) - 1
     return x[begin:], y[begin:]
 

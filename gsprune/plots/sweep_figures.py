@@ -1,7 +1,4 @@
-"""Pictures of a sweep: accuracy against what was saved, and the sparsity of each layer of several runs.
-
-The numbers come ready from report.py; here they are only drawn.
-"""
+"""Draws the pictures of a sweep: accuracy against cost, and the sparsity of each layer in several runs."""
 
 from __future__ import annotations
 
@@ -32,26 +29,27 @@ STYLES = (
 OTHERS = "#b6bcc6"
 DENSE: Mapping[str, Any] = {"color": FAINT, "linestyle": (0, (5, 3)), "linewidth": 1.3}
 CONTROL: Mapping[str, Any] = {"color": INK, "linestyle": "-", "linewidth": 1.1}
-_MAX_JOINED = 12  # points of a variant that are joined by a line; more are a cloud
+_MAX_JOINED = 12  # points of a variant that a line joins; more are a cloud
 _MAX_CELLS_WITH_TEXT = 16  # columns
+_MAX_LAYERS = 60  # columns of a heatmap
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a line, all in per cent: the spread is a standard deviation, None of fewer than three runs."""
+    """A point of a line, all in per cent: the spread is a standard deviation, None for fewer than three runs."""
 
     x: float
     y: float
     spread: float | None
     front: bool
-    interval: tuple[float, float] | None = None  # of x, where that was measured by a clock
+    interval: tuple[float, float] | None = None  # of x, if it is a measured time
 
 
 @dataclass(frozen=True)
 class Line:
     """A variant. `style` is an index into STYLES, the same in every panel; None draws it grey, without a name.
 
-    Its marks are joined by a line, unless they are many or `joined` is False: a cloud of variants.
+    A line joins its marks, unless they are many or `joined` is False: a cloud of variants.
     """
 
     label: str
@@ -74,7 +72,7 @@ class Panel:
 
 
 def draw_panels(panels: Sequence[Panel]) -> bytes:
-    """A PNG: the first panel above, the others below it, one key for all of them at the foot."""
+    """A PNG: the first panel above, the others below it, one key for all at the foot."""
     named = _named(panels)
     columns = _key_columns(named)
     key_rows = math.ceil((len(named) + 3) / columns)
@@ -126,7 +124,7 @@ def _draw_panel(axes: Axes, panel: Panel, *, styles: int) -> None:
 
 
 def _shift(line: Line, styles: int) -> float:
-    """Points to the right: equal results of two variants stand side by side instead of hiding each other."""
+    """Points to the right, so that equal results of two variants are side by side and both visible."""
     style = line.style
     return 0.0 if style is None or not line.joined else min(5.0, 20 / styles) * (style - (styles - 1) / 2)
 
@@ -138,8 +136,7 @@ def _draw_line(axes: Axes, line: Line, *, shift: float) -> None:
     joined = line.joined and line.style is not None and len(marks) <= _MAX_JOINED
     if joined:
         axes.plot([mark.x for mark in marks], [mark.y for mark in marks], linewidth=1.4, alpha=0.75, zorder=2, **place)
-        _draw_spreads(axes, [mark for mark in marks if mark.spread], place)
-        _draw_intervals(axes, marks, place)
+        _draw_errors(axes, marks, place)
     edge = {"markeredgecolor": "white", "markeredgewidth": 0.8} if joined else {"alpha": 0.8}
     _dots(axes, marks, marker=marker, markersize=7.5 if joined else 5, zorder=3, **edge, **place)
     ring = {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.4}
@@ -150,17 +147,13 @@ def _dots(axes: Axes, marks: Sequence[Mark], **style: Any) -> None:
     axes.plot([mark.x for mark in marks], [mark.y for mark in marks], linestyle="none", **style)
 
 
-def _draw_intervals(axes: Axes, marks: Sequence[Mark], place: Mapping[str, Any]) -> None:
+def _draw_errors(axes: Axes, marks: Sequence[Mark], place: Mapping[str, Any]) -> None:
+    spread = [mark for mark in marks if mark.spread]
+    x, y, error = ([getattr(mark, name) for mark in spread] for name in ("x", "y", "spread"))
+    axes.errorbar(x, y, yerr=error, linestyle="none", elinewidth=1.2, capsize=3.5, zorder=2.5, **place)
     for mark in marks:
-        if mark.interval is not None:
+        if mark.interval is not None:  # not an error bar: in a file of another program x may lie outside
             axes.hlines(mark.y, *mark.interval, linewidth=1.2, zorder=2.5, **place)
-
-
-def _draw_spreads(axes: Axes, marks: Sequence[Mark], place: Mapping[str, Any]) -> None:
-    x = [mark.x for mark in marks]
-    low, high = ([mark.y + sign * (mark.spread or 0) for mark in marks] for sign in (-1, 1))
-    axes.vlines(x, low, high, linewidth=1.2, zorder=2.5, **place)
-    axes.plot(x + x, low + high, marker="_", markersize=7, linestyle="none", zorder=2.5, **place)
 
 
 def _moved(axes: Axes, points: float) -> Any:
@@ -171,7 +164,7 @@ def _moved(axes: Axes, points: float) -> Any:
 
 
 def _draw_front(axes: Axes, front: Sequence[Mark]) -> None:
-    """What can be had: steps through the points of the front, from what leaves most on."""
+    """Steps through the points of the front, from the largest network on."""
     corners = sorted({(-mark.x, mark.y) for mark in front})
     if len(corners) > 1:
         x, y = zip(*((-x, y) for x, y in corners), strict=True)
@@ -195,7 +188,7 @@ def _limits(axes: Axes, panel: Panel, marks: Sequence[Mark]) -> None:
 
 
 def _ticks(least: float, most: float) -> list[float]:
-    """Round values of a logarithmic axis in per cent, few enough to be read.
+    """At most eight round values for a logarithmic axis in per cent.
 
     >>> _ticks(0.9, 60), _ticks(0.001, 100)
     ([1.0, 2.0, 5.0, 10.0, 20.0, 50.0], [0.001, 0.01, 0.1, 1.0, 10.0, 100.0])
@@ -211,7 +204,7 @@ def _ticks(least: float, most: float) -> list[float]:
 
 
 def _range(values: Sequence[float], *, least: float, pad: float) -> tuple[float, float]:
-    """The limits of an axis, with room to see the points: at least so wide, and hardly beyond 100 %.
+    """The limits of an axis around its points: at least `least` wide, and hardly beyond 100 %.
 
     >>> _range([50.0, 100.0], least=10, pad=0.08)
     (46.0, 102.0)
@@ -259,42 +252,42 @@ def _draw_key(figure: Figure, panels: Sequence[Panel], named: Mapping[int, str],
 # --- sparsity by layer -------------------------------------------------------------------------------------
 
 
-def draw_heatmap(rows: Sequence[str], columns: Sequence[str], shares: Sequence[Sequence[float | None]]) -> bytes:
-    """A PNG: a row for each run, a column for each layer, the darker the more is pruned; None (no such layer) is empty.
+def draw_heatmap(runs: Mapping[str, Mapping[str, float]]) -> tuple[bytes, int]:
+    """A PNG of the share pruned, the more the darker, and how many layers in the middle it leaves out.
 
-    Shares are 0 to 1. They are written into the cells as per cent where there is room.
+    Cells hold the share in per cent, if there is room.
+
+    Args:
+        runs: a row for each run: its label -> layer -> share pruned, 0 to 1. A layer that a run lacks is empty.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
+    columns, rows = list(dict.fromkeys(layer for shares in runs.values() for layer in shares)), list(runs)
+    hidden = max(len(columns) - _MAX_LAYERS, 0)
+    if hidden:
+        columns = [*columns[: _MAX_LAYERS // 2], "…", *columns[-(_MAX_LAYERS // 2) :]]
     texts = len(columns) <= _MAX_CELLS_WITH_TEXT
-    longest = max((min(len(row), 48) for row in rows), default=0)
+    longest = max(min(len(row), 48) for row in rows)
     width = 0.085 * longest + 1.6 + max(len(columns) * (0.52 if texts else 0.21), 2.5)
-    figure = new_figure(width, 0.6 + 0.28 * len(rows) + 0.055 * max((min(len(c), 34) for c in columns), default=0))
+    figure = new_figure(width, 0.6 + 0.28 * len(rows) + 0.055 * max(min(len(name), 34) for name in columns))
     axes = figure.add_subplot()
     scale = LinearSegmentedColormap.from_list("pruned", ["#fff7ec", "#fdbb84", "#d7301f", "#5b0a0a"])
     colours = scale.with_extremes(bad="white")
-    cells = [[math.nan if share is None else 100 * share for share in row] for row in shares]
-    image = axes.imshow(cells, aspect="auto", cmap=colours, vmin=0, vmax=100, interpolation="nearest")
-    axes.set_xticks(range(len(columns)), [plain_label(name, 34) for name in columns])
-    axes.set_yticks(range(len(rows)), [plain_label(name, 48) for name in rows])
+    cells = [[100 * shares.get(layer, math.nan) for layer in columns] for shares in runs.values()]
+    image = axes.pcolormesh(cells, cmap=colours, vmin=0, vmax=100, edgecolors="white", linewidth=1.2)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.set_xticks([i + 0.5 for i in range(len(columns))], [plain_label(name, 34) for name in columns])
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], [plain_label(name, 48) for name in rows])
     axes.tick_params(axis="both", labelsize=8.5, colors=INK, length=0)
     for label in axes.get_xticklabels():
         label.set(rotation=50, ha="right", rotation_mode="anchor")
-    _grid_of_cells(axes, len(rows), len(columns))
     if texts:
         _write_cells(axes, cells)
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02, use_gridspec=False)
     bar.set_label("pruned (%)", fontsize=8.5, color=INK)
     bar.ax.tick_params(labelsize=8, colors=INK)
-    return png(figure)
-
-
-def _grid_of_cells(axes: Axes, rows: int, columns: int) -> None:
-    axes.spines[:].set_visible(False)
-    axes.set_xticks([column - 0.5 for column in range(1, columns)], minor=True)
-    axes.set_yticks([row - 0.5 for row in range(1, rows)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.2)
-    axes.tick_params(which="minor", length=0)
+    return png(figure), hidden
 
 
 def _write_cells(axes: Axes, cells: Sequence[Sequence[float]]) -> None:
@@ -302,11 +295,11 @@ def _write_cells(axes: Axes, cells: Sequence[Sequence[float]]) -> None:
         for column, value in enumerate(values):
             if math.isfinite(value):
                 colour = "white" if value > 55 else INK
-                axes.text(column, row, _cell(value), ha="center", va="center", fontsize=8, color=colour)
+                axes.text(column + 0.5, row + 0.5, _cell(value), ha="center", va="center", fontsize=8, color=colour)
 
 
 def _cell(value: float) -> str:
-    """Whole per cent, but never 0 or 100 for what is only nearly so.
+    """Whole per cent, but 0 and 100 only for exactly that.
 
     >>> [_cell(value) for value in (0, 0.2, 50, 99.8, 100)]
     ['0', '<1', '50', '>99', '100']

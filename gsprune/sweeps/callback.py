@@ -1,9 +1,9 @@
-"""A sweep as one story: a parent run in MLflow, a report, and jobs that are not done twice.
+"""The Hydra callback of a sweep: one parent run in MLflow, a report, and no job runs twice.
 
-`SweepCallback` runs in the process that starts the sweep; `current_sweep` is what a job asks, wherever it runs. Nothing
-is passed in memory between them: the parent writes `sweep.json` into the sweep's directory before the first job, jobs
-leave `result.json`, and the parent reads the directory. Hydra imports this file in every application that has the
-callback, so it imports hydra and nothing heavy; mlflow and the report (matplotlib) only when a sweep needs them.
+`SweepCallback` runs in the process that starts the sweep; jobs see the sweep through `record.current_sweep`. They share
+files and no memory: the parent writes `sweep.json` into the sweep's directory before the first job, jobs write
+`result.json`, and the parent reads the directory. Hydra imports this file in every application that has the callback,
+so it imports mlflow and the report (matplotlib) only when a sweep needs them.
 
 In the directory of a sweep:
 
@@ -37,8 +37,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from gsprune.extras import need
 from gsprune.files.disk import read_object, spared, write_json
-from gsprune.files.layout import SWEEP
-from gsprune.settings.hydra_files import as_given, clean_files, protect, recorded_overrides
+from gsprune.files.layout import RESULT, SWEEP, TRACKING
+from gsprune.settings.hydra_files import clean_files, protect, recorded_overrides, sweep_overrides
 from gsprune.settings.instantiation import make
 from gsprune.sweeps.check import Checked, check_jobs
 from gsprune.sweeps.record import (
@@ -57,14 +57,15 @@ if TYPE_CHECKING:
 
 __all__ = ["SweepCallback", "start_run"]
 
-MOST_TOLD = 10  # failed jobs that a command's last lines name
+MOST_FAILURES = 10  # failed jobs that the last lines of a command name
 _RUN_STATUS: Mapping[str, Status] = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 log = logger(__name__)
 
 
 def start_run(**options: Any) -> Any:
-    """`mlflow.start_run(**options)`, for jobs that do their own tracking: nested under this process's sweep, in its
-    experiment and its store. Outside of a sweep, or in one without tracking, it is MLflow's own.
+    """`mlflow.start_run(**options)` nested under this process's sweep, in its experiment and its store.
+
+    For jobs that do their own tracking. Outside of a sweep, or in one without tracking, it is MLflow's own.
 
     Example: `with gsprune.sweeps.callback.start_run(): mlflow.log_metric("accuracy", 0.9)`.
     """
@@ -80,19 +81,15 @@ def start_run(**options: Any) -> Any:
     return mlflow.start_run(**{"parent_run_id": parent, **options})
 
 
-# --- the process that starts the sweep ---------------------------------------------------------------------
-
-
 class SweepCallback(Callback):
-    """Hydra's callback `hydra/callbacks=gsprune`: one parent run a sweep, closed whatever happens, and the report.
+    """Hydra's callback `hydra/callbacks=gsprune`: one parent run for a sweep, closed in any case, and the report.
 
     Args:
-        resume: continue the newest sweep of the same command instead of starting a new directory. A sweep in a fixed
-            `hydra.sweep.dir` is continued in any case.
+        resume: continue the newest sweep of the same command. A sweep in a fixed `hydra.sweep.dir` always continues.
         report: write `report.html`, `summary.csv` and `pareto.png` at the end.
-        check: compose and check every job before the first one runs; with a mistake in one of them none runs.
-        rehearse: the name of the application's own part of that check, a function `(cfg, *, here)` that raises a
-            ValueError of one sentence; `here` is whether the jobs run on this machine.
+        check: compose and check every job before the first one runs; none runs if one has a mistake.
+        rehearse: name of the application's part of that check, a function `(cfg, *, here)` that raises a ValueError of
+            one sentence; `here` is whether the jobs run on this machine.
         tracking_uri, experiment: for applications without a `tracking` group.
 
     A fault of tracking or of the report never ends the sweep.
@@ -111,10 +108,10 @@ class SweepCallback(Callback):
         self.resume, self.report, self.check, self.rehearse = resume, report, check, rehearse
         self.tracking_uri, self.experiment = tracking_uri, experiment
         self._open: _OpenSweep | None = None
-        self._lent: list[str] = []  # environment variables that this process's job has from here
+        self._lent: list[str] = []  # environment variables set for this process's job
 
     def __getstate__(self) -> dict[str, Any]:
-        """Launchers send callbacks to their workers, where there is no sweep to close."""
+        """Without the open sweep: launchers send callbacks to their workers, which close none."""
         return {**self.__dict__, "_open": None}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -132,24 +129,20 @@ class SweepCallback(Callback):
         self._open.begin(config, identity, lambda **kwargs: self._make_tracker(config, **kwargs))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """In the worker: what this callback has put on record of an earlier try is no longer true; no secret stays in
-        what Hydra has written."""
+        """In the worker: clean Hydra's files, and remove this callback's record of an earlier try."""
         clean_files(config)
-        path = Path(config.hydra.runtime.output_dir) / "result.json"
+        path = Path(config.hydra.runtime.output_dir) / RESULT
         if config.hydra.mode == RunMode.MULTIRUN and read_object(path).get("recorded_by") == __name__:
             path.unlink()
         self._lend_environment()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """In the worker: a job that failed before it could say so itself (or that never does) is put on record.
-
-        Hydra prints the overrides and the error of a failed job.
-        """
+        """In the worker: write a `result.json` for a failed job that has none, and mask what Hydra prints of it."""
         self._return_environment()
         job_return.overrides = recorded_overrides(job_return.overrides or ())
         if job_return.status == JobStatus.FAILED:
             job_return.return_value = _without_secrets(job_return._return_value)
-        path = Path(config.hydra.runtime.output_dir) / "result.json"
+        path = Path(config.hydra.runtime.output_dir) / RESULT
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED or path.exists():
             return
         error = job_return._return_value  # `return_value` would raise it
@@ -164,7 +157,7 @@ class SweepCallback(Callback):
         atexit.unregister(self._open.close)
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Before Hydra writes anything of a single run; a mistake in a sweep's settings is a mistake there too."""
+        """Before Hydra writes anything of a single run; it refuses wrong sweep settings too."""
         _protect(config)
         self._check_settings()
 
@@ -175,19 +168,18 @@ class SweepCallback(Callback):
                 _refuse(f"{setting}={value} is not allowed: it must be true or false")
 
     def _check_jobs(self, config: DictConfig) -> Checked:
-        """End the command where a job has a mistake; all of them are told, the command's last line first."""
+        """End the command if a job has a mistake, and print each."""
         checked = check_jobs(config, get_method(self.rehearse) if self.rehearse else None)
         if checked.refused and checked.jobs is not None:
-            for number in list(checked.refused)[:MOST_TOLD]:
+            for number in list(checked.refused)[:MOST_FAILURES]:
                 overrides = " ".join(recorded_overrides(checked.jobs[number]))
                 print(one_line(f"job {number} would be: {overrides}"), file=sys.stderr)
-            told = {str(number): why for number, why in checked.refused.items()}
             print("Nothing was run: correct it, or let the others run with sweep.check=false", file=sys.stderr)
-            _refuse(failures(told, len(checked.jobs)))
+            _refuse(failures({str(number): why for number, why in checked.refused.items()}, len(checked.jobs)))
         return checked
 
     def _lend_environment(self) -> None:
-        """What a job tracks by itself, with `mlflow.start_run()` or a framework's logger, goes where its parent is."""
+        """Point a job's own tracking (`mlflow.start_run()`, a framework's logger) to the store of its parent run."""
         sweep, self._lent = current_sweep(), list[str]()
         if sweep is None or sweep.parent_run_id is None:
             return
@@ -207,7 +199,7 @@ class SweepCallback(Callback):
     def _earlier(self, config: DictConfig, identity: str) -> Path | None:
         found = find_begun(config, identity) if self.resume else None
         if self.resume and found is None:
-            log.info("no earlier sweep of this command was found: starting one")
+            log.info("no earlier sweep of this command exists: a new one starts")
         return found
 
     def _make_tracker(self, config: DictConfig, **kwargs: Any) -> Tracker:
@@ -222,7 +214,7 @@ class SweepCallback(Callback):
 
 
 class _OpenSweep:
-    """A sweep between its start and its end, in the process that started it."""
+    """A running sweep, in the process that started it."""
 
     def __init__(self, sweep: Sweep, *, report: bool, jobs: int = 0) -> None:
         self.sweep, self.report, self.jobs = sweep, report, jobs
@@ -233,9 +225,9 @@ class _OpenSweep:
         self._unwritten: list[str] = []
 
     def begin(self, config: DictConfig, identity: str, make_tracker: Callable[..., Tracker]) -> None:
-        """Put the sweep on record, then open the parent run or go on with it."""
+        """Write `sweep.json`, then open or continue the parent run."""
         before, axes = self.sweep.record, _axes(config)
-        clean_files(config)  # where an earlier sweep in this directory has left them
+        clean_files(config)  # those of an earlier sweep in this directory
         command = without_passwords(shlex.join(["python", *recorded_overrides(sys.argv)]))
         self._record = {
             "command": command,
@@ -260,7 +252,7 @@ class _OpenSweep:
         )
         values = {key: ",".join(found) for key, found in axes.items()}
         tags = {"sweep.directory": str(self.sweep.directory), "mlflow.note.content": code(command)}
-        tags |= {f"sweep.{key}": text for key, text in values.items()}  # parameters cannot change when it goes on
+        tags |= {f"sweep.{key}": text for key, text in values.items()}  # as a continued run cannot change parameters
         tracker.start(config={"command": command, "axes": values}, tags=tags)
         self._close_killed(results)
         self._record |= {
@@ -271,7 +263,7 @@ class _OpenSweep:
         self._write()
 
     def close(self, status: str) -> None:
-        """Report, close the parent run, free the directory. Calls after the first do nothing."""
+        """Write the report, close the parent run, free the directory. Later calls do nothing."""
         if self._closed or os.getpid() != self._process:
             return
         self._closed = True
@@ -315,17 +307,17 @@ class _OpenSweep:
         tracker.finish(_RUN_STATUS[str(self._record["status"])])
 
     def _description(self, results: Results) -> str:
-        """What the parent's page says of it, in its first three lines."""
+        """The first lines of the parent run's page."""
         done, failed = (len(results.with_status(name)) for name in ("finished", "failed"))
         where = "report.html is among the artifacts" if self.report else "no report was wanted"
         return f"{done} jobs finished, {failed} failed; {where}.\n\n{code(str(self._record['command']))}"
 
     def _close_killed(self, results: Results) -> None:
-        """End the MLflow runs of jobs that no process works on."""
+        """End the MLflow runs of jobs that no process runs any more."""
         assert self._tracker is not None
         alive = [job for job in results.with_status("running") if self.sweep.is_running(job)]
         dead = [job for job in results.jobs if job.status in ("running", "interrupted") and job not in alive]
-        done = results.with_status("finished")  # one that was killed in its very last call
+        done = results.with_status("finished")  # one may have been killed in its last call
         self._tracker.close_children(except_for=_runs(alive), killed=_runs(dead), finished=_runs(done))
 
     def _write(self) -> None:
@@ -334,7 +326,7 @@ class _OpenSweep:
 
 
 def failures(failed: Mapping[str, str], jobs: int) -> str:
-    """How many failed, which, and why: a line each.
+    """How many jobs failed, which, and why: a line for each.
 
     >>> print(failures({"0": "ValueError: seed=x is not allowed", "2": "RuntimeError: no"}, 3))
     2 of 3 failed: 0: seed=x is not allowed
@@ -342,8 +334,8 @@ def failures(failed: Mapping[str, str], jobs: int) -> str:
     """
     start = f"{len(failed)} of {jobs} failed: "
     lines = [one_line(f"{name}: {why.removeprefix('ValueError: ')}") for name, why in failed.items()]
-    more = [f"and {len(lines) - MOST_TOLD} more"] if len(lines) > MOST_TOLD else []
-    return start + f"\n{' ' * len(start)}".join([*lines[:MOST_TOLD], *more])
+    more = [f"and {len(lines) - MOST_FAILURES} more"] if len(lines) > MOST_FAILURES else []
+    return start + f"\n{' ' * len(start)}".join([*lines[:MOST_FAILURES], *more])
 
 
 def _refuse(message: str) -> NoReturn:
@@ -353,18 +345,15 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _runs(jobs: Iterable[JobResult]) -> list[str]:
-    return [run for run in map(_run_of, jobs) if run is not None]
-
-
-def _run_of(job: JobResult) -> str | None:
-    found = read_object(job.folder / "tracking.json").get("run_id")
-    return found if isinstance(found, str) else None
+    """The MLflow runs of the jobs."""
+    found = (read_object(job.folder / TRACKING).get("run_id") for job in jobs)
+    return [run for run in found if isinstance(run, str)]
 
 
 def _settle(config: DictConfig, directory: Path) -> None:
-    """Fix the sweep's directory, absolute, in the configuration that the launcher has and in that of every job.
+    """Make the sweep's directory absolute, in the configuration of the launcher and of every job.
 
-    Hydra composes each job's anew, from the overrides, and a worker's working directory may be another.
+    Hydra composes a job's configuration again from the overrides, and a worker may have another working directory.
     """
     with read_write(config.hydra), open_dict(config.hydra):  # Hydra 1.4 closes this node itself
         config.hydra.sweep.dir = str(directory)
@@ -373,18 +362,13 @@ def _settle(config: DictConfig, directory: Path) -> None:
     HydraConfig.instance().set_config(config)
 
 
-# --- what a sweep is called --------------------------------------------------------------------------------
-
-
 def _axes(config: DictConfig) -> dict[str, list[str]]:
-    """The swept keys and their values, as the command or `hydra.sweeper.params` gives them."""
-    params: Any = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
-    given = [*(f"{key!s}={value}" for key, value in params.items()), *as_given(config.hydra.overrides.task)]
-    lines = recorded_overrides(without_sweep_settings(given))
+    """The swept keys and their values, from the command or `hydra.sweeper.params`."""
+    lines = recorded_overrides(without_sweep_settings(sweep_overrides(config)))
     axes: dict[str, list[str]] = {}
     for override in OverridesParser.create().parse_overrides(lines):
         key = override.get_key_element().lstrip("+")
-        axes.pop(key, None)  # the command's word on a key replaces the configuration's
+        axes.pop(key, None)  # the command wins over the configuration
         if override.is_sweep_override():
             listed = override.is_discrete_sweep()
             values = override.sweep_string_iterator() if listed else [override.get_value_string()]
@@ -396,12 +380,11 @@ def _protect(config: DictConfig) -> None:
     try:
         protect(config)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(1) from None  # Hydra would turn an ordinary exception into a warning, and go on
+        _refuse(str(error))
 
 
 def _without_secrets(error: BaseException) -> BaseException:
-    """The error as it is, unless its text, or that of what has caused it, holds what no terminal may show."""
+    """The error itself, or a copy with masked text if it or its causes hold a secret."""
     full = "".join(traceback.format_exception(error))
     if (clean := told(full)) == full:
         return error

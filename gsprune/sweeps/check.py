@@ -1,6 +1,6 @@
-"""Every job of a sweep, composed and checked before the first one trains.
+"""Composes and checks every job of a sweep before the first one runs.
 
-The starting process composes each job's configuration as Hydra's own sweeper will, and hands it to a check of the
+The starting process composes each job's configuration as Hydra's own sweeper does, and passes it to a check of the
 application.
 """
 
@@ -20,10 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from gsprune.settings.hydra_files import as_given
+from gsprune.settings.hydra_files import sweep_overrides
 from gsprune.text.display import logger
 from gsprune.text.redact import told
 
@@ -37,10 +37,10 @@ log = logger(__name__)
 
 @dataclass
 class Checked:
-    """What is known of a sweep's jobs before they run.
+    """The jobs of a sweep before they run.
 
     Attributes:
-        jobs: the overrides of each; None where a search chooses them one after the other.
+        jobs: the overrides of each job; None if a search chooses them one by one.
         refused: number of a job -> why it cannot run.
     """
 
@@ -49,11 +49,10 @@ class Checked:
 
 
 def check_jobs(config: DictConfig, check: Check | None) -> Checked:
-    """Compose every job of the sweep that `config` describes, and call `check` on each; jobs that differ in a whole
-    number as their seed count as one.
+    """Compose every job of the sweep that `config` describes, and call `check` on each.
 
-    Of a search, whose jobs nobody knows, the first value of each range is tried, and what is wrong with it is logged:
-    another value may be right.
+    Jobs that differ only in a whole number as their seed count as one. The jobs of a search are not known: the first
+    value of each range is checked, and a mistake is a warning, as another value may be right.
     """
     loader = GlobalHydra.instance().config_loader()
     overrides = _overrides(config, loader)
@@ -72,7 +71,7 @@ def check_jobs(config: DictConfig, check: Check | None) -> Checked:
 
 
 def sentence(error: BaseException) -> str:
-    """What an error says, on one line, with what Hydra keeps in its cause.
+    """The message of an error and of its cause, where Hydra keeps details, on one line.
 
     >>> sentence(ValueError("seed=x is not\\nallowed"))
     'seed=x is not allowed'
@@ -83,13 +82,8 @@ def sentence(error: BaseException) -> str:
 
 
 def _overrides(config: DictConfig, loader: ConfigLoader) -> list[Override]:
-    """Those of the sweeper's own `params` and of the command, as Hydra's sweeper reads them."""
-    params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
-    assert isinstance(params, dict)
-    lines = [f"{key!s}={value}" for key, value in params.items()]
-    return OverridesParser.create(config_loader=loader).parse_overrides(
-        [*lines, *as_given(config.hydra.overrides.task)]
-    )
+    """The overrides as Hydra's sweeper parses them."""
+    return OverridesParser.create(config_loader=loader).parse_overrides(sweep_overrides(config, resolve=True))
 
 
 def _listed(config: DictConfig, overrides: list[Override]) -> list[list[str]] | None:
@@ -126,14 +120,14 @@ def _refusal(
                 check(own, here=here)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return sentence(error)
-    except Exception as error:  # not a mistake that the check knows: the job itself will say what it is
+    except Exception as error:  # unknown to the check: the job itself reports it
         log.debug("job %d could not be checked", number, exc_info=error)
     return None
 
 
 @contextmanager
 def _as_in_a_job(job: DictConfig) -> Iterator[DictConfig]:
-    """What Hydra sets up around a job, without its output directory; nothing that is said meanwhile is shown."""
+    """Set up what Hydra sets up around a job, but for the output directory; hide logs and warnings meanwhile."""
     before, disabled = HydraConfig.instance().cfg, logging.root.manager.disable
     own = copy.deepcopy(job)
     with read_write(own), open_dict(own):

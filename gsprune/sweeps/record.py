@@ -1,4 +1,4 @@
-"""What a sweep's directory says: its record, its jobs, locks; what a job asks, wherever it runs."""
+"""A sweep as every process sees it, through its directory: its record, its jobs and its locks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from gsprune.files.disk import put_aside, read_object, write_json
-from gsprune.files.layout import SWEEP
+from gsprune.files.disk import put_aside, read_object, sha256, write_json
+from gsprune.files.layout import RESULT, SWEEP
 from gsprune.files.locks import Lock, file_name
-from gsprune.settings.hydra_files import as_given, recorded_overrides
+from gsprune.settings.hydra_files import as_given, recorded_overrides, sweeper_params
 from gsprune.sweeps.results import JobResult, read_results
 from gsprune.text.redact import cleaned
 
 __all__ = ["Sweep", "current_sweep", "parent_run_id"]
-
-# --- what a job asks ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,37 +36,37 @@ class Sweep:
 
     @property
     def record(self) -> Mapping[str, Any]:
-        """What `sweep.json` holds; empty when there is none or it is damaged."""
+        """The content of `sweep.json`; empty if it is missing or damaged."""
         return read_object(self.directory / SWEEP)
 
     @property
     def parent_run_id(self) -> str | None:
-        """The MLflow run that the jobs belong under; None when the sweep is not tracked."""
+        """The MLflow run of the sweep, the parent of its jobs' runs; None if the sweep is not tracked."""
         found = self.text("parent_run_id")
         return found if found is not None and re.fullmatch("[0-9a-zA-Z]{1,64}", found) else None
 
     def text(self, key: str) -> str | None:
-        """A text of `sweep.json` that is not empty and holds no left-out password, or None."""
+        """A non-empty text of `sweep.json` without a masked password, or None."""
         found = self.record.get(key)
         return found if isinstance(found, str) and found and "***@" not in found else None
 
     def finished(self, config_hash: str) -> JobResult | None:
-        """The job with that configuration, if it has finished."""
+        """The finished job with that configuration."""
         done = read_results(self.directory).with_status("finished")
         return next((job for job in done if job.config_hash == config_hash), None)
 
     def unfinished(self, config_hash: str) -> JobResult | None:
-        """The job with that configuration that has left a checkpoint, if it has not finished."""
-        begun = [job for job in read_results(self.directory).jobs if job.status != "finished"]
-        left = [job for job in begun if any((job.folder / "checkpoint").glob("epoch_*"))]
-        return next((job for job in left if job.config_hash == config_hash), None)
+        """The unfinished job with that configuration that has a checkpoint."""
+        jobs = (job for job in read_results(self.directory).jobs if job.status != "finished")
+        same = (job for job in jobs if job.config_hash == config_hash)
+        return next((job for job in same if any((job.folder / "checkpoint").glob("epoch_*"))), None)
 
     def lock(self, name: str) -> Lock:
-        """A lock between processes for a thing of this sweep."""
+        """The lock with that name, between the processes of this sweep."""
         return Lock(self.directory / ".gsprune" / "locks" / file_name(name))
 
     def is_open(self) -> bool:
-        """Whether a process is sweeping here now, so that "running" in the record is true."""
+        """Whether a process runs this sweep now; `sweep.json` says "running" after a kill too."""
         return self.lock("sweep").is_held()
 
     def name_of(self, folder: Path) -> str:
@@ -80,12 +78,12 @@ class Sweep:
         return folder.relative_to(self.directory).as_posix()
 
     def is_running(self, job: JobResult) -> bool:
-        """Whether a process has the job's lock, so that "running" is true of it and not left by one that was killed."""
+        """Whether a process runs the job now; its status is "running" after a kill too."""
         return self.lock(f"job {job.name}").is_held()
 
     def folder_of(self, name: str, config_hash: str) -> str:
-        """The folder of the finished job with that configuration: `name`, unless it was set aside since."""
-        before = read_results(self.directory / name).jobs if (self.directory / name / "result.json").is_file() else []
+        """The folder of the finished job with that configuration: `name`, unless the job was set aside since."""
+        before = read_results(self.directory / name).jobs if (self.directory / name / RESULT).is_file() else []
         if any(job.config_hash == config_hash for job in before):
             return name
         found = self.finished(config_hash)
@@ -109,9 +107,7 @@ def current_sweep() -> Sweep | None:
 
 
 def parent_run_id() -> str | None:
-    """The MLflow run of this process's sweep, for jobs that do their own tracking.
-
-    `start_run` is the shorter way.
+    """The MLflow run of this process's sweep, for jobs that do their own tracking; see `start_run`.
 
     >>> parent_run_id() is None
     True
@@ -121,44 +117,46 @@ def parent_run_id() -> str | None:
 
 
 def set_aside(folder: Path, job: JobResult) -> Path:
-    """Move what another job has left in `folder` beside it, where it still counts; Hydra's own files stay.
+    """Move another job's results out of `folder`, into a folder beside it that is a job too; Hydra's own files stay.
 
-    A sweep that was extended numbers its jobs anew, and what was done must not be written over.
+    An extended sweep numbers its jobs anew, and must not overwrite finished ones.
     """
     known = re.fullmatch("[0-9a-f]{8,64}", job.config_hash or "")  # anything else would name another folder
-    mark = known[0] if known else hashlib.sha256((folder / "result.json").read_bytes()).hexdigest()
+    mark = known[0] if known else sha256(folder / RESULT)
     beside, count = folder.with_name(f"{folder.name}-{mark[:8]}"), 1
     while beside.exists():
-        if job.status == read_object(beside / "result.json").get("status") == "finished":
+        if job.status == read_object(beside / RESULT).get("status") == "finished":
             shutil.rmtree(beside)  # the same configuration, done twice
         else:
             count += 1
             beside = folder.with_name(f"{folder.name}-{mark[:8]}-{count}")
     beside.mkdir()
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):  # what makes it count, last
-        if path.name != ".hydra" and path.suffix != ".log":
-            os.replace(path, beside / path.name)
-    if read_object(beside / "result.json").get("config_hash") != job.config_hash:  # its own record was lost
-        write_json(beside / "result.json", dict(job.result))
+    _move_results(folder, beside)
+    if read_object(beside / RESULT).get("config_hash") != job.config_hash:  # its own record was lost
+        write_json(beside / RESULT, dict(job.result))
     return beside
 
 
 def fetch(job: JobResult, folder: Path) -> None:
-    """Move what a job has left to `folder`, where it goes on; Hydra's own files stay."""
-    for path in sorted(job.folder.iterdir(), key=lambda path: path.name == "result.json"):
-        if path.name != ".hydra" and path.suffix != ".log":
-            if (folder / path.name).is_dir():
-                put_aside(folder / path.name, "earlier")
-            os.replace(path, folder / path.name)
+    """Move a job's results to `folder`, where it continues; Hydra's own files stay."""
+    _move_results(job.folder, folder)
     with suppress(OSError):  # other jobs' folders have Hydra's files
         job.folder.rmdir()
+
+
+def _move_results(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir(), key=lambda path: path.name == RESULT):  # last: with it the folder is a job
+        if path.name != ".hydra" and path.suffix != ".log":
+            if (target / path.name).is_dir():
+                put_aside(target / path.name, "earlier")
+            os.replace(path, target / path.name)
 
 
 # --- resuming ----------------------------------------------------------------------------------------------
 
 
 def without_sweep_settings(overrides: Iterable[str]) -> list[str]:
-    """Overrides but for those that only say how to go about the sweep.
+    """The overrides without those that change how the sweep runs, and not its jobs.
 
     >>> without_sweep_settings(["pruner=abs", "sweep.resume=true", "sweep.check=false", "+sweep.lr=1"])
     ['pruner=abs', '+sweep.lr=1']
@@ -167,22 +165,20 @@ def without_sweep_settings(overrides: Iterable[str]) -> list[str]:
 
 
 def command_identity(config: DictConfig) -> str:
-    """The same for the same command: application, configuration and overrides in any order, `sweep.resume` apart."""
-    params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}))
+    """Equal for equal commands: application, configuration and overrides in any order, without `sweep.resume`."""
     what = [
         str(config.hydra.job.name),
         str(config.hydra.job.config_name),
         sorted(recorded_overrides(without_sweep_settings(config.hydra.overrides.task))),  # a hash can be guessed
-        cleaned(params),
+        cleaned(sweeper_params(config)),
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def find_begun(config: DictConfig, identity: str) -> Path | None:
-    """The newest sweep of the same command where this configuration would put one, with any time in the path."""
-    sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
-    assert isinstance(sweep, dict)
-    sweeps = [Sweep(Path(path).parent) for path in glob.glob(f"{_as_glob(str(sweep['dir']))}/{SWEEP}")]
+    """The newest sweep of the same command in a directory that this configuration can give, at any time."""
+    written: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    sweeps = [Sweep(Path(path).parent) for path in glob.glob(f"{_as_glob(str(written['dir']))}/{SWEEP}")]
     same = [sweep for sweep in sweeps if sweep.record.get("identity") == identity]
     newest = max(same, key=lambda sweep: (str(sweep.record.get("started")), str(sweep.directory)), default=None)
     return newest.directory if newest is not None else None

@@ -1,7 +1,7 @@
-"""What the jobs of a sweep left behind, read back: the folders, their `result.json` and their overrides.
+"""The results of a sweep's jobs, read from their folders: `result.json` and overrides.
 
-Files are data from strangers: a half-written one, another program's folder or a value of the wrong type is named with a
-reason and never stops the reading.
+Files are untrusted: a half-written one, another program's folder or a value of the wrong type is listed with a reason
+and never stops the reading.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
-from gsprune.files.disk import read_json
+from gsprune.files.disk import Damaged, read_json
 from gsprune.files.layout import NOT_JOBS, RESULT
+from gsprune.text.display import quoted
 from gsprune.text.names import natural
 from gsprune.text.redact import cleaned
 
@@ -27,6 +27,7 @@ __all__ = ["STATUSES", "JobResult", "Results", "read_overrides", "read_results"]
 STATUSES = ("running", "finished", "failed", "interrupted", "skipped")
 _MAX_BYTES = 16_000_000
 _MAX_DEPTH = 16
+_JSON_TYPES = {list: "list", str: "text", bool: "truth value", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class JobResult:
 
     @property
     def status(self) -> str:
-        """running (also of a job that was killed), finished, failed, interrupted (Ctrl-C) or skipped."""
+        """running (also after a kill), finished, failed, interrupted (Ctrl-C) or skipped."""
         return str(self.result["status"])
 
     @property
@@ -53,7 +54,7 @@ class JobResult:
 
     @cached_property
     def overrides(self) -> dict[str, str]:
-        """What was set on the command line, key -> value: of `result.json`, else of `.hydra/overrides.yaml`."""
+        """The overrides of the command line, key -> value: from `result.json`, else from `.hydra/overrides.yaml`."""
         listed = self.result.get("overrides")
         if isinstance(listed, list):
             return read_overrides(text for text in listed if isinstance(text, str))
@@ -61,10 +62,8 @@ class JobResult:
 
     @property
     def choices(self) -> dict[str, str]:
-        """The option of each configuration group, as far as `result.json` tells."""
-        found = self.result.get("choices")
-        pairs = found.items() if isinstance(found, dict) else ()
-        return {group: option for group, option in pairs if isinstance(option, str)}
+        """The option of each configuration group, as far as `result.json` has it."""
+        return {group: option for group, option in self._items("choices") if isinstance(option, str)}
 
     def number(self, *path: str) -> float | None:
         """A finite number of the result, or None: `number("accuracy")`, `number("timings", "train")`.
@@ -76,15 +75,17 @@ class JobResult:
         return _finite(self._find(path))
 
     def text(self, *path: str) -> str | None:
-        """A text of the result that is not empty, or None."""
+        """A non-empty text of the result, or None."""
         value = self._find(path)
         return value if isinstance(value, str) and value else None
 
     def numbers(self, *path: str) -> dict[str, float]:
-        """The finite numbers of an object of the result, such as `timings`; empty when there is no such object."""
+        """The finite numbers of an object of the result, such as `timings`; empty if there is no such object."""
+        return {name: found for name, value in self._items(*path) if (found := _finite(value)) is not None}
+
+    def _items(self, *path: str) -> Iterable[tuple[str, object]]:
         value = self._find(path)
-        pairs = value.items() if isinstance(value, dict) else ()
-        return {name: number for name, number in ((n, _finite(v)) for n, v in pairs) if number is not None}
+        return value.items() if isinstance(value, dict) else ()
 
     def _find(self, path: tuple[str, ...]) -> object:
         value: object = self.result
@@ -95,7 +96,7 @@ class JobResult:
 
 @dataclass
 class Results:
-    """The jobs of a sweep in natural order, and the folders that could not be used with the reason for each."""
+    """The jobs of a sweep in natural order; `skipped`: unusable folders and the reason for each."""
 
     directory: Path
     jobs: list[JobResult] = field(default_factory=list)
@@ -108,8 +109,8 @@ class Results:
 def read_results(directory: str | os.PathLike[str]) -> Results:
     """Read every job under `directory`, at any depth: a folder with a `result.json` or a `.hydra` is a job.
 
-    Left out in silence are hidden folders, the dense cache, MLflow's folders, and jobs of status "skipped": an
-    equal job is listed elsewhere. Symbolic links to folders are not followed.
+    Silently left out are hidden folders, the dense cache, MLflow's folders, and jobs of status "skipped", as an equal
+    job is listed elsewhere. Symbolic links to folders are not followed.
 
     Raises:
         ValueError: the directory does not exist.
@@ -129,7 +130,7 @@ def read_results(directory: str | os.PathLike[str]) -> Results:
 
 
 def read_overrides(texts: Iterable[str]) -> dict[str, str]:
-    """Hydra's overrides as key -> value, without the signs that add or remove; of equal keys the last one counts.
+    """Hydra's overrides as key -> value, without the signs that add or remove; the last of equal keys counts.
 
     >>> read_overrides(["pruner=abs", "+tracking.tags.a=1", "~dataset", "++seed=3"])
     {'pruner': 'abs', 'tracking.tags.a': '1', 'dataset': '', 'seed': '3'}
@@ -144,7 +145,7 @@ def read_overrides(texts: Iterable[str]) -> dict[str, str]:
 
 
 def _walk(results: Results, folder: Path, *, depth: int) -> bool:
-    """Read the jobs in this folder and below; False when there is none, which is said of the highest such folder."""
+    """Read the jobs in this folder and below; False without any, with a reason for the highest such folder."""
     name = _relative(folder, results.directory)
     if (folder / RESULT).exists():
         _read_job(results, folder)
@@ -177,49 +178,50 @@ def _read_job(results: Results, folder: Path) -> None:
     try:
         result = _read_result(folder / RESULT)
     except ValueError as error:
-        results.skipped[_relative(folder, results.directory)] = str(error)
+        results.skipped[_relative(folder, results.directory)] = f"its {RESULT} {error}"
         return
     if result["status"] != "skipped":
         results.jobs.append(JobResult(folder, result, results.directory))
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    """The object in the file, with a known status and an accuracy that is none or a share; else ValueError."""
+    """The object in the file.
+
+    Raises:
+        ValueError: it is no object, or its status is unknown, or its accuracy neither None nor a share.
+    """
     result = _load(path)
     if not isinstance(result, dict):
-        raise ValueError(f"its {RESULT} holds a {_kind(result)}, not an object")
+        raise ValueError(f"holds a {_JSON_TYPES.get(type(result), 'number')}, not an object")
     if result.get("status") not in STATUSES:
-        raise ValueError(f"its {RESULT} has the status {_short(result.get('status'))}, not {' or '.join(STATUSES)}")
+        raise ValueError(f"has the status {quoted(result.get('status'), 40)}, not {' or '.join(STATUSES)}")
     if not _is_share(result.get("accuracy")):
-        raise ValueError(f"its {RESULT} has the accuracy {_short(result['accuracy'])}, not a number from 0 to 1")
+        raise ValueError(f"has the accuracy {quoted(result['accuracy'], 40)}, not a number from 0 to 1")
     return result
 
 
 def _load(path: Path) -> object:
     try:
-        facts = path.stat()
-        ordinary = S_ISREG(facts.st_mode) and facts.st_size <= _MAX_BYTES
-        result = read_json(path) if ordinary else None
+        return read_json(path, most=_MAX_BYTES)
     except OSError as error:
-        raise ValueError(f"its {RESULT} cannot be read ({error.strerror})") from None
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    except Damaged:
+        raise ValueError("is not valid JSON: half written, or of another program") from None
     except ValueError:
-        raise ValueError(f"its {RESULT} is not valid JSON: half written, or of another program") from None
-    if not ordinary:
-        raise ValueError(f"its {RESULT} is not a file of at most {_MAX_BYTES:,} bytes")
-    return result
+        raise ValueError(f"is not a file of at most {_MAX_BYTES:,} bytes") from None
 
 
 def _is_share(value: object) -> bool:
-    """None, NaN and infinity are what a diverged or unfinished job has; any other must lie between 0 and 1."""
+    """Whether it is None, NaN or infinite, as in a diverged or unfinished job, or lies between 0 and 1."""
     number = _as_float(value)
     return value is None if number is None else 0 <= number <= 1 or not math.isfinite(number)
 
 
 def _hydra_overrides(folder: Path) -> list[str]:
-    """The texts in `.hydra/overrides.yaml`; none when it is not a list of texts alone.
+    """The texts in `.hydra/overrides.yaml`; none if it is not a plain list of texts.
 
-    Read piece by piece: a loader would build what is nested, for which its stack may be too small (libyaml's then
-    takes the process with it) and time and memory too (mappings that merge others).
+    This reads YAML events: a loader (PyYAML's, OmegaConf's) builds nested nodes, which can overflow libyaml's stack and
+    end the process, or take unlimited time and memory (mappings that merge others).
     """
     import yaml
 
@@ -242,7 +244,7 @@ def _finite(value: object) -> float | None:
 
 
 def _as_float(value: object) -> float | None:
-    """Numbers, and the texts that `files.plain` writes for what JSON cannot hold; everything else is None."""
+    """Numbers, and the texts that `files.disk.plain` writes for what JSON cannot hold; None for everything else."""
     if value in ("NaN", "Infinity", "-Infinity"):
         return float(str(value))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -255,18 +257,3 @@ def _as_float(value: object) -> float | None:
 
 def _relative(folder: Path, root: Path) -> str:
     return folder.name if folder == root else folder.relative_to(root).as_posix()
-
-
-def _kind(value: object) -> str:
-    kinds = {list: "list", str: "text", bool: "truth value", type(None): "null"}
-    return kinds.get(type(value), "number")
-
-
-def _short(value: object) -> str:
-    """A value as a sentence can hold it: on one line, not longer than 40 characters.
-
-    >>> _short("abc"), _short([0] * 100)
-    ("'abc'", '[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,…')
-    """
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:39]}…"

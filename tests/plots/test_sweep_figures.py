@@ -51,12 +51,15 @@ def test_nothing_to_draw_is_said_not_a_fault(count_of_panels: int) -> None:
 
 
 def test_a_heatmap_is_darker_where_more_is_pruned_and_white_where_there_is_no_layer() -> None:
-    pixels = picture(draw_heatmap(["run"], ["a", "b", "c"], [[0.0, 1.0, None]]))
+    png, hidden = draw_heatmap({"run": {"a": 0.0, "b": 1.0}, "other": {"c": 0.5}})
+    pixels = picture(png)
+    assert hidden == 0
     assert count(pixels, "#fff7ec") > 500
     assert count(pixels, "#5b0a0a") > 500
 
 
 def test_a_heatmap_of_many_layers_and_runs_stays_of_a_readable_size() -> None:
-    names = [f"encoder.layers.{index}.attention.output.dense.weight" for index in range(60)]
-    height, width, _ = picture(draw_heatmap([f"80 %, run {i}" for i in range(20)], names, [[0.5] * 60] * 20)).shape
-    assert (height < 1200, width < 2400) == (True, True)
+    layers = {f"encoder.layers.{index}.attention.output.dense.weight": 0.5 for index in range(90)}
+    png, hidden = draw_heatmap({f"80 %, run {i}": layers for i in range(20)})
+    height, width, _ = picture(png).shape
+    assert (height < 1200, width < 2400, hidden) == (True, True, 30)

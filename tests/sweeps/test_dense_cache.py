@@ -145,7 +145,7 @@ def test_a_damaged_entry_is_made_again(sweep, caplog):
     (folder / "dense.safetensors").write_bytes((folder / "dense.safetensors").read_bytes()[:-9])
     sweep.run("1", "pruner=none", "trainer.prune_epochs=1")
     assert sweep.trained.count("none") == 4  # two dense phases and two plain second ones
-    assert f"the dense network in {folder} is trained again, that is now " in caplog.text
+    assert f"{folder} is damaged, is now " in caplog.text
     (folder / "dense.json").write_text('{"key": 3')
     sweep.run("2", "pruner=none", "trainer.prune_epochs=3")
     assert sweep.trained.count("none") == 6
@@ -367,6 +367,6 @@ def test_an_entry_that_cannot_be_read_is_none(tmp_path, monkeypatch, caplog):
     (cache.folder / "dense.json").write_text("{}")
     monkeypatch.setattr("gsprune.sweeps.dense_cache.read_json", unreadable)
     assert cache.find() is None
-    assert "cannot be read, it is trained again: [Errno 5] Input/output error" in caplog.text
+    assert "cannot be read and is trained again: [Errno 5] Input/output error" in caplog.text
     cache.store({"w": torch.ones(2)}, None)  # it may be a good one
     assert [path.name for path in cache.folder.iterdir()] == ["dense.json"]

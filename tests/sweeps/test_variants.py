@@ -11,7 +11,6 @@ import pytest
 
 from gsprune.sweeps.results import JobResult
 from gsprune.sweeps.variants import (
-    Dense,
     Point,
     Stat,
     chosen_by,
@@ -52,7 +51,7 @@ def slow_front(pairs: Sequence[tuple[float, float]]) -> list[bool]:
 def test_the_front_equals_the_obvious_one(seed: int) -> None:
     draw = random.Random(seed)
     pairs = [(draw.randint(0, 6) / 10, draw.randint(0, 6) / 10) for _ in range(draw.randint(0, 25))]
-    assert pareto_front(pairs) == slow_front(pairs)
+    assert pareto_front([(x, x, y) for x, y in pairs]) == slow_front(pairs)
 
 
 def test_statistics_leave_out_what_is_missing() -> None:
@@ -104,7 +103,7 @@ def test_points_are_means_over_seeds_with_deltas_by_job() -> None:
         job("4", "pruner=random", "seed=1", accuracy=0.94),
     ]
     found = points(jobs, variants(jobs, swept(jobs)))
-    assert [(p.target, p.variant, [j.name for j in p.jobs]) for p in found] == [
+    assert [(p.target_sparsity, p.variant, [j.name for j in p.jobs]) for p in found] == [
         (0.5, "random", ["2"]),
         (0.5, "abs", ["0", "1"]),
         (0.9, "random", ["3"]),
@@ -115,10 +114,10 @@ def test_points_are_means_over_seeds_with_deltas_by_job() -> None:
     assert ours.delta == Stat(2, pytest.approx(-0.03), None)
     assert ours.sparsity == Stat(2, pytest.approx(0.51), None)
     assert (ours.best.name, ours.shrunk, ours.pruner) == ("1", False, "abs")
-    assert found[0].times_less("params", "params_dense") == 4.0
-    assert found[0].share_left("params", "params_dense") == 0.25
+    assert found[0].ratio("params_dense", "params") == 4.0
+    assert found[0].ratio("params", "params_dense") == 0.25
     assert (found[0].delta, found[0].sparsity) == (None, None)
-    assert found[2].times_less("params", "params_dense") is None  # no division by nothing
+    assert found[2].ratio("params_dense", "params") is None  # no division by nothing
 
 
 def test_jobs_of_one_budget_stand_together_whatever_sparsity_it_led_to() -> None:
@@ -128,7 +127,10 @@ def test_jobs_of_one_budget_stand_together_whatever_sparsity_it_led_to() -> None
         for i, (seed, share, reached) in enumerate(results)
     ]
     found = points(jobs, variants(jobs, swept(jobs)))
-    assert sorted((p.variant, p.target, len(p.jobs)) for p in found) == [("macs=0.3", None, 1), ("macs=0.5", None, 2)]
+    assert sorted((p.variant, p.target_sparsity, len(p.jobs)) for p in found) == [
+        ("macs=0.3", None, 1),
+        ("macs=0.5", None, 2),
+    ]
 
 
 def test_the_wanted_sparsity_is_read_off_the_overrides_or_what_was_reached() -> None:
@@ -138,7 +140,7 @@ def test_the_wanted_sparsity_is_read_off_the_overrides_or_what_was_reached() -> 
         job("2", accuracy=0.9, target_sparsity=7),
         job("3", accuracy=0.9, target_sparsity=0.7999999999999999),
     ]
-    assert [p.target for p in points(jobs, dict.fromkeys("0123", "x"))] == [0.5, 0.7, 0.8, None]
+    assert [p.target_sparsity for p in points(jobs, dict.fromkeys("0123", "x"))] == [0.5, 0.7, 0.8, None]
 
 
 def test_an_equal_job_is_counted_once() -> None:
@@ -165,16 +167,10 @@ def test_dense_networks_stand_apart_when_they_are_few_and_differ() -> None:
             (m, b, p, s) for m, b in (("big", 0.9), ("small", 0.8)) for p in "ab" for s in (0, 1)
         )
     ]
-    assert dense_levels(jobs, swept(jobs)) == [
-        Dense("dense network, small", 0.805),
-        Dense("dense network, big", 0.905),
-    ]
-    assert dense_levels(jobs[:4], swept(jobs[:4])) == [Dense("dense network", 0.905)]
-    assert dense_levels(jobs, swept(jobs), most=1) == [
-        Dense("lowest dense network", 0.805),
-        Dense("highest dense network", 0.905),
-    ]
-    assert dense_levels([job("0")], {}) == []
+    assert dense_levels(jobs, swept(jobs)) == {"dense network, small": 0.805, "dense network, big": 0.905}
+    assert dense_levels(jobs[:4], swept(jobs[:4])) == {"dense network": 0.905}
+    assert dense_levels(jobs, swept(jobs), most=1) == {"lowest dense network": 0.805, "highest dense network": 0.905}
+    assert dense_levels([job("0")], {}) == {}
 
 
 # --- what is chosen, and by what ---------------------------------------------------------------------------
@@ -199,8 +195,8 @@ def test_unlike_splits_are_not_compared() -> None:
     new = job("0", val_accuracy=0.9, accuracy=0.8, baseline_val_accuracy=0.95, baseline_accuracy=0.85)
     old = job("1", accuracy=0.7)
     assert (chosen_by([new]), chosen_by([new, old])) == ("val_accuracy", "accuracy")
-    assert dense_levels([new], {}) == [Dense("dense network", 0.95)]
-    assert dense_levels([new, old], {}) == [Dense("dense network", 0.85)]
+    assert dense_levels([new], {}) == {"dense network": 0.95}
+    assert dense_levels([new, old], {}) == {"dense network": 0.85}
     assert [p.choice.mean for p in points([new, old], {"0": "a", "1": "b"})] == [0.8, 0.7]
 
 
@@ -263,7 +259,7 @@ def test_a_control_that_was_run_for_each_sparsity_counts_once_a_seed() -> None:
         for target in (0.5, 0.9)
     ]
     assert [found.name for found in unpruned(jobs, swept(jobs))[""]] == ["00.5", "10.5"]
-    assert control_levels(jobs, swept(jobs)) == [Dense("control, pruner=none", pytest.approx(0.91))]
+    assert control_levels(jobs, swept(jobs)) == {"control, pruner=none": pytest.approx(0.91)}
 
 
 # --- unlike and equal things -------------------------------------------------------------------------------
@@ -301,7 +297,7 @@ def saved(root: Path, name: str, *overrides: str, masks: bytes | None, **result:
 
 
 def merged(jobs: Sequence[JobResult]) -> list[tuple[str, float | None, tuple[str, ...]]]:
-    return [(p.variant, p.target, p.same) for p in equal_merged(points(jobs, variants(jobs, swept(jobs))))]
+    return [(p.variant, p.target_sparsity, p.same) for p in equal_merged(points(jobs, variants(jobs, swept(jobs))))]
 
 
 @pytest.mark.parametrize(
