@@ -322,16 +322,16 @@ def test_weights_are_pruned() -> None:
     """As many in each tensor as the schedules of the file say, epoch by epoch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 4))
-    by_gradient, by_size = load_inc_config(INC / "weights.yaml").build(model).parts
+    pruner = load_inc_config(INC / "weights.yaml").build(model)
+    by_gradient, _ = pruner.parts
     assert by_gradient.criterion.decay == 1.0
     assert isinstance(by_gradient.criterion, Elementwise)
     x, reached = torch.randn(16, 10), []
     for epoch in range(6):
-        for pruner in (by_gradient, by_size):
-            pruner.on_epoch_begin(epoch)
-            pruner.on_step_begin(0)
+        pruner.on_epoch_begin(epoch)
+        pruner.on_step_begin(0)
         model(x).square().mean().backward()
-        by_gradient.on_before_optimizer_step()
+        pruner.on_before_optimizer_step()
         reached.append((int((model[0].weight == 0).sum()), int((model[2].weight == 0).sum())))
     # of 60: 0.1 at once, 0.1 + 0.7 * 2/4 one epoch later, 0.1 + 0.7 * 4/4; of 24 in tiles of two, row by row
     assert reached == [(0, 0), (6, 0), (27, 8), (27, 16), (48, 16), (48, 16)]
