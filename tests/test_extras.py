@@ -70,7 +70,8 @@ assert "torch_pruning" not in sys.modules, "it takes half of the start, and sing
 
 model = network()
 pruner = gsprune.Pruner(model, Weighted(), example_input=inputs[:1], **wanted)
-assert [(entry.name, entry.total, entry.kept) for entry in plan(model, pruner, inputs[:1]).entries] == [("0", 8, 4)]
+(rule,) = plan(model, pruner, inputs[:1]).rules
+assert [(entry.name, entry.total, entry.kept) for entry in rule.entries] == [("0", 8, 4)]
 model = train(model, pruner)
 assert [tuple(p.shape) for p in model.parameters()] == [(4, 4), (4,), (2, 4), (2,)]
 save_scores("scores.safetensors", {"0": torch.arange(8.0)}, criterion="weighted", steps=4)
