@@ -58,7 +58,7 @@ def of(text: str) -> object:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("x=a,1,null", optuna.distributions.CategoricalDistribution(["a", 1, None])),
+        ("x=a,1,null", optuna.distributions.CategoricalDistribution(["a", 1, "null"])),
         ("x=abs,weighted", optuna.distributions.CategoricalDistribution(["abs", "weighted"])),
         ("x=interval(0.5,1)", optuna.distributions.FloatDistribution(0.5, 1)),
         ("x=interval(1,8)", optuna.distributions.FloatDistribution(1, 8)),
