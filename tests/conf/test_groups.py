@@ -332,7 +332,7 @@ def test_counts_to_keep(override: str, keep: dict[str, int | None] | None, compo
         ("pruner.keep.head=8", "Key 'head' not in 'KeepConfig'"),
         ("pruner.budget.maccs=0.5", "Key 'maccs' not in 'BudgetConfig'"),
         ("pruner.budget.macs=half", "Value 'half' of type 'str' could not be converted to Float"),
-        ("pruner.criterion.decayy=0.9", "Key 'decayy' not in 'GateConfig'"),
+        ("pruner.criterion.decayy=0.9", "Key 'decayy' not in 'GateGradientConfig'"),
         ("pruner.schedule.end=3", "Key 'end' not in 'RampConfig'"),
         ("trainer.epochs=3", "Key 'epochs' not in 'TrainerConfig'"),
         ("model.widht=8", "Key 'widht' is not in struct"),
