@@ -32,8 +32,8 @@ from jobs import configure  # noqa: E402
 from servers import Proxy, Server, fill, small_disk  # noqa: E402
 
 from gsprune.app.job import run  # noqa: E402
-from gsprune.tracking import upload as sync  # noqa: E402
-from gsprune.tracking.store import Names  # noqa: E402
+from gsprune.tracking import sync  # noqa: E402
+from gsprune.tracking.mlflow_names import Names  # noqa: E402
 from gsprune.tracking.tracker import read_metrics  # noqa: E402
 
 EPOCHS = 14

@@ -16,7 +16,7 @@ from importlib import import_module
 
 COMMANDS = {
     "report": ("gsprune.sweeps.report", "write report.html, summary.csv and pareto.png of a sweep"),
-    "sync": ("gsprune.tracking.upload", "upload to MLflow what runs could not send"),
+    "sync": ("gsprune.tracking.sync", "upload to MLflow what runs could not send"),
     "convert": ("gsprune.integrations.inc", "print a file of Intel Neural Compressor as a choice of the group pruner"),
 }
 

@@ -1,4 +1,4 @@
-"""Names of modules as they were before the package had folders: `gsprune.sync` is `gsprune.tracking.upload` now.
+"""Names of modules as they were before the package had folders: `gsprune.sync` is `gsprune.tracking.sync` now.
 
 They work for one release, with a `FutureWarning` that says the new name.
 
@@ -76,7 +76,7 @@ MOVED = {
     "sweep": "sweeps.callback sweeps.record files.layout text.redact",
     "sweep_check": "sweeps.check",
     "sweep_figures": "plots.sweep_figures",
-    "sync": "tracking.upload",
+    "sync": "tracking.sync",
     "targets": "pruner.choose pruner.units pruner.weights pruner.targets",
     "texts": "zoo.texts",
     "trainer": "training.trainer training.optimization",
@@ -97,7 +97,7 @@ PACKAGES = {
     "files": "files.disk",
     "pruner": "pruner.pruner pruner.part pruner.rule pruner.former",
     "structures": "discovery.find structures.structure structures.example structures.twin structures.running",
-    "tracking": "tracking.mlflow tracking.tracker tracking.store settings.addresses",
+    "tracking": "tracking.tracker tracking.mlflow_client tracking.mlflow_names tracking.record settings.addresses",
 }
 COMMANDS = {"compat": "convert", "report": "report", "sync": "sync"}  # that were `python -m gsprune.<name>`
 

@@ -40,14 +40,14 @@ from gsprune.formats.network import _fingerprint, load_pruned, save_pruned
 from gsprune.formats.scores import load_scores, save_scores
 from gsprune.integrations.inc import load_inc_config
 from gsprune.surgery.cut_plan import CutPlan
-from gsprune.sweeps.callback import _run_of
+from gsprune.sweeps.callback import _runs
 from gsprune.sweeps.dense_cache import DenseCache, DenseRecord
 from gsprune.sweeps.record import Sweep
 from gsprune.sweeps.report import _Sweep
 from gsprune.sweeps.results import read_results
 from gsprune.text.redact import last_line
+from gsprune.tracking.record import Outbox
 from gsprune.tracking.tracker import read_metrics
-from gsprune.tracking.upload import _Picture, _Record
 from gsprune.training.checkpoints import _digest, read_state, write_state
 from gsprune.zoo.texts import text_classification
 
@@ -287,7 +287,7 @@ def _read_sweep(folder: Path) -> None:
         check_sentence(reason)
     for job in found.jobs:
         assert isinstance(job.name + job.status, str)
-        assert isinstance(_run_of(job), str | None)
+        assert all(isinstance(run, str) for run in _runs([job]))
     sweep = Sweep(folder)
     assert isinstance(sweep.parent_run_id, str | None)
     assert sweep.finished("nobody") is None
@@ -445,7 +445,7 @@ def _read_forged_state(folder: Path) -> None:
     _read_state(folder)
 
 
-def _make_unsent(folder: Path) -> None:
+def _make_outbox(folder: Path) -> None:
     write_json(folder / "tracking.json", {"tracking_uri": "x", "run_id": "a" * 32, "status": "FINISHED"})
     (folder / "figures").mkdir()
     (folder / "figures" / "a.png").write_bytes(b"no picture")
@@ -457,20 +457,20 @@ def _make_unsent(folder: Path) -> None:
         {"kind": "artifact", "path": "figures", "folder": None},
         {"kind": "image", "path": "figures/a.png", "key": "masks", "step": 1, "time_ms": 1e12},
     ]
-    (folder / "unsent.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "outbox.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*events, {"sent": [1]}]))
     _make_metrics(folder)
 
 
-def _read_unsent(folder: Path) -> None:
-    record = _Record(folder)
-    assert isinstance(record.complete, bool)
-    assert all(isinstance(value, float) for value, _ in record.metrics.values())
-    for field in ("params", "tags"):
-        assert all(isinstance(value, str) for value in record.texts(field, field).values())
-    for path, _ in record.files():
-        assert path.resolve().is_relative_to(folder.resolve())
-    for event in record.events:
-        _Picture.of(event, record)
+def _read_outbox(folder: Path) -> None:
+    outbox = Outbox(folder)
+    outbox.load()
+    assert isinstance(outbox.lacking, bool)
+    for event in outbox.pending.values():
+        assert all(isinstance(value, float) for value in event.get("values", {}).values())
+        for field in ("params", "tags"):
+            assert all(isinstance(value, str) for value in event.get(field, {}).values())
+        if "path" in event:
+            assert (folder / event["path"]).resolve().is_relative_to(folder.resolve())
 
 
 KINDS: dict[str, Kind] = {
@@ -488,7 +488,7 @@ KINDS: dict[str, Kind] = {
     "run checkpoint": Kind(f"{STEP}/state.safetensors", "safetensors", _make_state, _read_state),
     "run checkpoint, state.json": Kind(f"{STEP}/state.json", "json", _make_state, _read_state),
     "run checkpoint, forged": Kind(f"{STEP}/state.json", "json", _make_state, _read_forged_state),
-    "unsent.jsonl": Kind("unsent.jsonl", "jsonl", _make_unsent, _read_unsent),
+    "outbox.jsonl": Kind("outbox.jsonl", "jsonl", _make_outbox, _read_outbox),
     "metrics.jsonl": Kind("metrics.jsonl", "jsonl", _make_metrics, _read_metrics),
     "dense.json": Kind(f"dense_cache/{'k' * 16}/dense.json", "json", _make_dense, _read_dense),
     "the ancestor's YAML": Kind("inc.yaml", "text", lambda f: (f / "inc.yaml").write_text(INC) and None, _read_inc),

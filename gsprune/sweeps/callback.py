@@ -203,7 +203,7 @@ class SweepCallback(Callback):
         return found
 
     def _make_tracker(self, config: DictConfig, **kwargs: Any) -> Tracker:
-        from gsprune.tracking.mlflow import MLflowTracker
+        from gsprune.tracking.tracker import MLflowTracker
 
         node = config.get("tracking")
         if OmegaConf.is_config(node) and "_target_" in node:

@@ -1,49 +1,48 @@
-"""The record of a run: always on the local disk, and in MLflow too when asked for and reachable.
+"""What a job calls to record a run: always on the local disk, and in MLflow too when asked for and reachable.
 
-A fault of tracking never ends a training run and costs it seconds at most. Everything is written to the output
-directory first; after the first call to MLflow that fails or takes too long the run makes no further one, also when the
-server is back, and what was not sent is listed in `unsent.jsonl`: `gsprune sync` uploads it.
+A fault of tracking never ends a run and costs it seconds at most. Everything is written to the output directory first
+(`record.py` describes the files) and then sent from there (`drain.py`); after the first call to MLflow that fails or
+takes too long this process makes no further one, and `gsprune sync` sends the rest later. Besides the record:
 
-In the output directory:
-
-    metrics.jsonl                  one JSON object a line: {"step": 3, "time": 1753000000.0, "val/loss": 0.1, ...}
-    config.yaml                    the configuration, what it takes from the environment unresolved
-    tracking.json                  where the run was sent, under which id, and whether that stopped
-    tracking.lock                  held while the run goes on, so that nobody uploads it under its hands
+    config.yaml                    the configuration, with what it takes from the environment unresolved
+    tracking.lock                  held while the run goes on, so that nobody uploads it meanwhile
     figures/<key>/0003.png         every picture given to `log_image`
-    unsent.jsonl                   only after a fault: the calls that did not reach MLflow, in order
-    sending.jsonl                  only while a call is under way, or after a kill in it: that call
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import getpass
 import os
 import re
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from gsprune.files.disk import aside, number, plain, spared, write_atomic
+from gsprune.files.disk import aside, number, plain, read_object, spared, write_atomic, write_json
+from gsprune.files.layout import CONFIG, METRICS, OUTBOX, SENDING, TRACKING, TRACKING_LOCK, UNSENT
+from gsprune.files.locks import Lock
+from gsprune.settings.addresses import resolve_tracking_uri
 from gsprune.text.display import logger
-from gsprune.text.redact import cleaned, told
+from gsprune.text.redact import clean_texts, cleaned, told, without_passwords
+from gsprune.tracking.drain import Deadlines, Drain
+from gsprune.tracking.mlflow_client import RECORD_TAG, DeletedError, RemoteRun, brief_error, import_client
+from gsprune.tracking.mlflow_names import Names, flatten
+from gsprune.tracking.record import Log, Outbox, identifier, read_metrics, rewind
 
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Self
 
-__all__ = ["SilentTracker", "Tracker", "read_metrics"]
+__all__ = ["MLflowTracker", "SilentTracker", "Tracker", "read_metrics"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-Event = dict[str, Any]
 log = logger(__name__)
-
-
-# --- the local record --------------------------------------------------------------------------------------
 
 
 class Tracker:
@@ -66,7 +65,7 @@ class Tracker:
     def __init__(self, output_dir: str | os.PathLike[str], **_: object) -> None:
         self.output_dir = Path(output_dir).absolute()
         self.unwritten: list[str] = []  # files that a fault of the disk has kept out of the record
-        self._metrics = Log(self.output_dir / "metrics.jsonl")
+        self._metrics = Log(self.output_dir / METRICS)
         self._finished = False
 
     def start(
@@ -84,11 +83,11 @@ class Tracker:
         """
         self._locally(self.output_dir, lambda: self.output_dir.mkdir(parents=True, exist_ok=True))
         if rows is not None:
-            self._locally(self._metrics.path, lambda: _rewind(self.output_dir, rows))
-        for old in ("metrics.jsonl", "unsent.jsonl") if rows is None else ():  # of another run in the same directory
+            self._locally(self._metrics.path, lambda: rewind(self.output_dir, rows))
+        for old in (METRICS, OUTBOX, UNSENT, SENDING) if rows is None else ():  # of another run in the same directory
             path = self.output_dir / old
             self._locally(path, lambda path=path: path.unlink(missing_ok=True))  # type: ignore[misc]
-        path = self.output_dir / "config.yaml"
+        path = self.output_dir / CONFIG
         self._locally(path, lambda: _write_yaml(path, cleaned(config)))
 
     def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
@@ -132,11 +131,11 @@ class Tracker:
         else:
             self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
 
-    def _record_metrics(self, values: Mapping[str, float], step: int) -> Event:
-        now, numbers = time.time(), {name: number(value) for name, value in values.items()}
-        row = {"step": step, "time": round(now, 3), **plain(numbers)}
+    def _record_metrics(self, values: Mapping[str, float], step: int) -> dict[str, Any]:
+        numbers = {name: number(value) for name, value in values.items()}
+        row = {"step": step, "time": round(time.time(), 3), **plain(numbers)}
         self._locally(self._metrics.path, lambda: self._metrics.append(row))
-        return {"values": plain(numbers), "step": step, "time_ms": int(now * 1000)}
+        return row
 
     def _keep(self, path: str | os.PathLike[str], folder: str | None) -> Path:
         source = Path(path).absolute()
@@ -169,85 +168,226 @@ class SilentTracker(Tracker):
         return True
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, numbers only; a line torn by a crash is left out. No file: no rows."""
-    rows = []
-    lines = Path(path).read_bytes().split(b"\n") if Path(path).is_file() else []
-    for line in lines:
+class MLflowTracker(Tracker):
+    """The local record of `Tracker`, and the same in one MLflow run.
+
+    Every call to MLflow has a deadline and stands behind a circuit breaker: after the first that fails (at once: made
+    a second time) or is late, or when slow answers of a server have cost `timeout_s` in all beyond 0.2 s each (a local
+    database: half a second), one warning says so and MLflow is left alone until `gsprune sync`. A run that
+    the same process begins within ten minutes of a server's silence gives that server a second to answer. A run that
+    goes on sends first what its earlier processes could not send, for `timeout_s` at most.
+
+    Args:
+        tracking_uri: MLflow's own; None takes `MLFLOW_TRACKING_URI`, else `mlflow.db` in the directory of the command.
+        experiment: created when missing, with an absolute artifact location.
+        artifact_root: a folder or URI where a new experiment keeps its files, in a folder of its name. None:
+            `mlartifacts` beside a local database, the server's choice otherwise (so too for a relative folder).
+        run_name: shown in MLflow; None lets MLflow invent one.
+        parent_run_id: nests this run under that one (a sweep).
+        run_id: goes on with that run, which may have ended, if it is still there.
+        timeout_s: seconds a server may take for one call (files: and one more for every 10 MB). A local
+            database, which other processes may keep waiting, is given 10 at least, and 30 in all.
+
+    Raises:
+        ValueError: `timeout_s` is not above 0, or MLflow cannot track at that address.
+
+    `run_id` is None until `start` has reached MLflow.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        *,
+        tracking_uri: str | None = None,
+        experiment: str = "gsprune",
+        artifact_root: str | os.PathLike[str] | None = None,
+        run_name: str | None = None,
+        parent_run_id: str | None = None,
+        run_id: str | None = None,
+        timeout_s: float = 5.0,
+        **_: object,
+    ) -> None:
+        if not timeout_s > 0:
+            raise ValueError(f"tracking.timeout_s={timeout_s} is not allowed: it must be above 0")
+        super().__init__(output_dir)
+        self.tracking_uri, self.experiment, self.timeout_s = resolve_tracking_uri(tracking_uri), experiment, timeout_s
+        self.stopped: str | None = None  # why MLflow is no longer called
+        self._identity = {
+            "record": uuid.uuid4().hex,  # a tag of the run, which is found by it when its id was never heard
+            "run_name": run_name,
+            "parent_run_id": parent_run_id,
+            "artifact_root": None if artifact_root is None else without_passwords(os.fspath(artifact_root)),
+        }
+        self._continued, self._names = run_id, Names()
+        self._run = RemoteRun(
+            self.tracking_uri,
+            experiment=experiment,
+            artifact_root=artifact_root,
+            run_name=run_name,
+            parent_run_id=parent_run_id,
+            run_id=run_id,
+        )
+        self._outbox = Outbox(self.output_dir, write=self._locally)
+        self._deadlines = Deadlines(self.tracking_uri, timeout_s)
+        self._lock = Lock(self.output_dir / TRACKING_LOCK)
+
+    def start(
+        self,
+        *,
+        config: Mapping[str, Any],
+        tags: Mapping[str, str],
+        rows: Sequence[Mapping[str, float]] | None = None,
+    ) -> None:
+        super().start(config=config, tags=tags, rows=rows)
+        self._lock.acquire()
+        if rows is not None:
+            self._go_on()
+        self._note("RUNNING")
+        params = {self._names[key]: value for key, value in flatten(cleaned(config)).items()}
+        tags = {**_origin(), **tags, RECORD_TAG: str(self._identity["record"])}
+        began = min(self._outbox.times("start"), default=_now_ms())
+        self._add("start", params=params, tags=tags, time_ms=began)
+        self._connect()
+        self._send(seconds=self.timeout_s)
+        self._outbox.put_off()
+        self.run_id = self._run.run_id
+        if (self.output_dir / CONFIG).is_file():
+            self._log("artifact", path=self.output_dir / CONFIG, folder=None)
+        self._note("RUNNING")
+
+    def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        row = self._record_metrics(values, step)
+        named = {self._names[name]: value for name, value in row.items() if name not in ("step", "time")}
+        self._log("metrics", values=named, step=step, time_ms=round(row["time"] * 1000))
+
+    def log_artifact(self, path: str | os.PathLike[str], *, folder: str | None = None) -> None:
+        kept = self._keep(path, folder)
+        for path in sorted(kept.rglob("*")) if kept.is_dir() else [kept]:
+            place = PurePosixPath(folder or "", *(path.parent.relative_to(kept).parts if path != kept else ()))
+            if path.is_file():  # a full disk may have kept it from being written
+                self._log("artifact", path=path, folder=None if place == PurePosixPath() else str(place))
+
+    def log_image(self, array: np.ndarray, *, key: str, step: int) -> None:
+        path, now = self._save_image(array, key, step), _now_ms()
+        key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", key)
+        if path.exists():
+            self._log("image", path=path, key=key, step=step, time_ms=now)
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        self._log("tags", tags=dict(tags))
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        self._log("params", params={self._names[key]: value for key, value in params.items()})
+
+    def close_children(
+        self, *, except_for: Sequence[str], killed: Sequence[str] = (), finished: Sequence[str] = ()
+    ) -> None:
+        """Which runs are open is true of now only: this is no part of the record."""
+        runs = {"except_for": list(except_for), "killed": list(killed), "finished": list(finished)}
+        self._call(lambda: self._deadlines("children", partial(self._run.children, **runs, time_ms=_now_ms())))
+
+    def close_killed(self) -> None:
+        note = read_object(self.output_dir / TRACKING)
+        mine = {"status": "RUNNING", "run_id": self._continued, "tracking_uri": without_passwords(self.tracking_uri)}
+        if not mine.items() <= note.items() or not self._lock.acquire():
+            return
+        self._identity, self.stopped = {key: note.get(key) for key in self._identity}, note.get("stopped")
+        self._go_on()
+        self._connect()
+        self._call(lambda: self._deadlines("attach", self._run.attach))
+        self.finish("FAILED")
+
+    def finish(self, status: Status) -> None:
+        if self._finished:
+            return
+        super().finish(status)
+        self._log("finish", status=status, time_ms=_now_ms())
+        self._outbox.flush()
+        self._note(status)
+        self._lock.release()
+        self._deadlines.close()
+
+    @property
+    def unsent(self) -> bool:
+        """Whether MLflow lacks something, of this process or one before it, that `gsprune sync` can send."""
+        return self.stopped is not None or self._outbox.lacking
+
+    def _go_on(self) -> None:
+        """Take over the record of earlier processes: what MLflow may have of it is not sent twice."""
         try:
-            row = json.loads(line)
-            rows.append({name: number(value) for name, value in row.items()})
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-            continue
-    return rows
+            self._outbox.load()
+        except (OSError, ValueError) as error:
+            self._stop(error)
+        note = read_object(self.output_dir / TRACKING)
+        self._identity["record"] = self._run.record = identifier(note, "record") or self._identity["record"]
+        self._run.once = True
+
+    def _log(self, kind: str, **event: Any) -> None:
+        self._add(kind, **event)
+        self._send()
+
+    def _add(self, kind: str, **event: Any) -> None:
+        event |= {name: clean_texts(event[name]) for name in ("params", "tags") if name in event}
+        if "path" in event:  # as seen from the output directory, which may be moved before it is sent
+            inside = event["path"].is_relative_to(self.output_dir)
+            event["path"] = (event["path"].relative_to(self.output_dir) if inside else event["path"]).as_posix()
+        self._outbox.add(kind, **event)
+
+    def _connect(self) -> None:
+        self._call(lambda: import_client(self.timeout_s))  # not installed, or broken: the run needs neither
+
+    def _send(self, **limit: float) -> None:
+        self._call(lambda: Drain(self._outbox, self._run, self._deadlines).send(**limit))
+
+    def _call(self, job: Callable[[], object]) -> None:
+        """Do something that needs MLflow, unless the breaker is open; a fault opens it."""
+        if self.stopped is None:
+            try:
+                job()
+            except Exception as error:
+                self._stop(error)
+
+    def _stop(self, error: BaseException) -> None:
+        if "'active' state" in str(error):
+            try:
+                self._deadlines.at_once(self._run.explain)
+            except Exception as reason:
+                error = reason if isinstance(reason, DeletedError) else error
+        self._deadlines.close()
+        self.stopped = told(str(error)) if isinstance(error, DeletedError) else brief_error(error)
+        log.warning(
+            "tracking to MLflow at %s stopped (%s); the run goes on, and its record is in %s: "
+            "`gsprune sync` with that directory uploads it",
+            without_passwords(self.tracking_uri),
+            self.stopped,
+            self.output_dir,
+        )
+        self._note("RUNNING")
+
+    def _note(self, status: str) -> None:
+        note = {
+            "tracking_uri": without_passwords(self.tracking_uri),
+            "experiment": self.experiment,
+            "run_id": self._run.run_id or self._continued,
+            "status": status,
+            "stopped": self.stopped,
+            **self._identity,
+        }
+        path = self.output_dir / TRACKING
+        self._locally(path, lambda: write_json(path, note))
 
 
-class Log:
-    """A file of JSON lines. What could not be written (disk full) is kept, and written with the next line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._kept: list[str] = []
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        self._kept.append(json.dumps(row, allow_nan=False) + "\n")
-        self.flush()
-
-    def flush(self) -> None:
-        if self._kept:
-            _append(self.path, "".join(self._kept).encode())
-            self._kept.clear()
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
-def _append(path: Path, lines: bytes) -> None:
-    """Add lines, all or none. One that a crash left unfinished is closed first, so that it spoils only itself."""
-    with path.open("ab+", buffering=0) as file:  # opened each time: 0.1 ms, and nothing to lose in a crash
-        size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(-1, os.SEEK_END)
-            lines = lines if file.read(1) == b"\n" else b"\n" + lines
-        try:
-            while lines:
-                lines = lines[file.write(lines) :]
-        except OSError:
-            file.truncate(size)
-            raise
-
-
-def _rewind(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Make metrics.jsonl the `rows` of step 1, 2, ..., and leave out of unsent.jsonl what is after them, and an end."""
-    kept = {row["step"]: row for row in reversed(json_lines(folder / "metrics.jsonl")) if type(row.get("step")) is int}
-    lines = []
-    for step, values in enumerate(rows, 1):
-        known = {name: number(value) for name, value in values.items()}
-        old = {name: value for name, value in kept.get(step, {}).items() if name not in ("step", "time")}
-        same = step in kept and old == plain(known)  # it has the time at which it was logged
-        lines.append(kept[step] if same else {"step": step, "time": round(time.time(), 3), **plain(known)})
-    _write_lines(folder / "metrics.jsonl", lines)
-    unsent, events = folder / "unsent.jsonl", dict[str, Event]()
-    for place, event in enumerate(json_lines(unsent)):
-        if event.get("kind") == "finish":
-            continue
-        at = event.get("step") if event.get("kind") in ("metrics", "image") else None
-        if type(at) is not int:
-            events[str(place)] = event
-        elif at <= len(rows):
-            events.setdefault(f"{event['kind']} {at}", event)  # the numbers at the end have the last epoch's step
-    if unsent.exists():
-        _write_lines(unsent, events.values())
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one a line; a line torn by a crash is left out."""
-    found = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [item for item in found if isinstance(item, dict)]
-
-
-def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
+def _origin() -> dict[str, str]:
+    """What the columns "User" and "Source" of MLflow's table show."""
+    tags = {"mlflow.source.name": sys.argv[0] or "python", "mlflow.source.type": "LOCAL"}
+    try:
+        return {**tags, "mlflow.user": getpass.getuser()}
+    except (OSError, KeyError, ImportError):  # a container's user may have no name
+        return tags
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -266,8 +406,3 @@ def _write_yaml(path: Path, config: Mapping[str, Any]) -> None:
     from omegaconf import OmegaConf
 
     write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
-
-
-def brief_error(error: BaseException) -> str:
-    text = told(" ".join(f"{type(error).__name__}: {error}".split()))
-    return text if len(text) <= 400 else text[:397] + "..."

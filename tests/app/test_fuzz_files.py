@@ -19,7 +19,7 @@ LEFT_OUT = (
     "tracking.json",
     "overrides.yaml",
     "metrics.jsonl",
-    "unsent.jsonl",
+    "outbox.jsonl",
 )  # what is bad, in silence
 EXAMPLES = [
     *(pytest.param(kind, 60 if kind in SLOW else 200, marks=pytest.mark.slow) for kind in KINDS),

@@ -34,8 +34,7 @@ from gsprune.files import disk
 from gsprune.files.locks import Lock
 from gsprune.settings.identity import config_hash, dense_key
 from gsprune.sweeps.record import Sweep
-from gsprune.tracking.mlflow import MLflowTracker
-from gsprune.tracking.tracker import Tracker, read_metrics
+from gsprune.tracking.tracker import MLflowTracker, Tracker, read_metrics
 from gsprune.training.checkpoints import RECORD, TENSORS, Checkpoints
 from gsprune.training.guard import BadNumbers
 from gsprune.training.signals import Interrupted, Stop
@@ -725,11 +724,12 @@ def test_unsent_calls_of_a_killed_try_come_only_once(tmp_path):
     events = [{"kind": "start"}, *events, {"kind": "image", "step": 3}, {"kind": "artifact", "path": "a"}]
     events += [{"kind": "metrics", "step": 2, "values": {"accuracy": 1.0}}]  # as the numbers of the end come
     events += [{"kind": "finish", "status": "KILLED"}]
-    (tmp_path / "unsent.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"kind"')
+    lines = [*events, {"sent": [0, 2, 4, 5]}]
+    (tmp_path / "outbox.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind"')
     Tracker(tmp_path).start(config={}, tags={}, rows=[{"loss": 0.1}, {"loss": 0.2}])
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.1, 0.2]
-    kept = [json.loads(line) for line in (tmp_path / "unsent.jsonl").read_text().splitlines()]
-    assert kept == [events[0], events[1], events[2], events[5]]
+    kept = [json.loads(line) for line in (tmp_path / "outbox.jsonl").read_text().splitlines()]
+    assert kept == [events[0], events[1], events[2], events[5], {"sent": [0, 2, 3]}]
 
 
 @pytest.mark.slow

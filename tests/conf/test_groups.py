@@ -228,7 +228,7 @@ def test_the_defaults(compose_config: Compose) -> None:
     assert config.dataset.builder._target_ == "gsprune.zoo.datasets.digits"
     assert config.pruner.criterion._target_ == "gsprune.criteria.Weighted"
     assert config.pruner.schedule._target_ == "gsprune.schedules.Cubic"
-    assert config.tracking._target_ == "gsprune.tracking.mlflow.MLflowTracker"
+    assert config.tracking._target_ == "gsprune.tracking.tracker.MLflowTracker"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from gsprune.formats.network import load_pruned, save_pruned
 from gsprune.pruner.sharded import _in_order
 from gsprune.schedules import Linear
 from gsprune.settings.identity import config_hash
+from gsprune.tracking.record import Outbox
 from gsprune.tracking.tracker import read_metrics
 from gsprune.training import data_parallel as data_parallel_
 from gsprune.training.data_parallel import (
@@ -523,7 +524,9 @@ def test_a_first_process_that_is_killed_leaves_a_record_that_says_so_in_mlflow_t
     found = mlflow.MlflowClient(tracking_uri=store).get_run(record["run_id"])
     assert found.info.status == "FAILED"
     assert found.info.end_time > found.info.start_time
-    assert not (tmp_path / "out" / "unsent.jsonl").exists()
+    outbox = Outbox(tmp_path / "out")
+    outbox.load()
+    assert not outbox.lacking
 
 
 @pytest.mark.slow

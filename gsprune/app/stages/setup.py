@@ -33,7 +33,7 @@ from gsprune.structures.twin import copy_of
 from gsprune.text.display import logger
 from gsprune.text.names import told
 from gsprune.text.redact import last_line
-from gsprune.tracking.store import download_artifact
+from gsprune.tracking.mlflow_client import download_artifact
 from gsprune.training.guard import unbounded
 from gsprune.training.optimization import LRSchedule, make_optimizer
 from gsprune.training.trainer import Trainer, seed_everything

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -10,20 +11,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from mlflow_memory import Memory
 from servers import Proxy, Server, fill, small_disk
 
 from gsprune.files.locks import Lock
-from gsprune.tracking import mlflow as mlflow_
-from gsprune.tracking import store
-from gsprune.tracking import upload as room
-from gsprune.tracking.mlflow import MLflowTracker
-from gsprune.tracking.tracker import Tracker
-from gsprune.tracking.upload import find_records, main, sync
+from gsprune.tracking import mlflow_client
+from gsprune.tracking import sync as room
+from gsprune.tracking import tracker as tracker_
+from gsprune.tracking.sync import find_records, main, sync
+from gsprune.tracking.tracker import MLflowTracker
 
 DOWN = "http://127.0.0.1:9"  # nobody listens there
 CONFIG = {"pruner": {"target_sparsity": 0.9, "include": ["*"]}, "seed": 1, "note": "x" * 9000}
@@ -55,94 +55,7 @@ def a_run(tracker: MLflowTracker, *, status: str = "FINISHED") -> None:
 SENT = "1 run, 5 parameters, 1 tags, 9 metrics, 1 pictures, 3 files, its end (FINISHED)"
 
 
-# --- a store in memory -------------------------------------------------------------------------------------
-
-
-class Memory:
-    """Stands in for `tracking.Store` and the server behind it; dies at the call `dies_at`."""
-
-    def __init__(self) -> None:
-        self.runs: dict[str, Any] = {}
-        self.calls: list[str] = []
-        self.dies_at: int | None = None
-
-    def connect(self, uri: str, **names: Any) -> MemoryStore:
-        return MemoryStore(self, names)
-
-
-class MemoryStore:
-    def __init__(self, memory: Memory, names: dict[str, Any]) -> None:
-        self.memory, self.names, self.run_id = memory, names, None
-
-    @property
-    def run(self) -> Any:
-        return self.memory.runs[self.run_id]
-
-    def _called(self, what: str) -> None:
-        self.memory.calls.append(what)
-        if len(self.memory.calls) - 1 == self.memory.dies_at:
-            raise TimeoutError("no answer")
-
-    def attach(self, run_id: str | None, record: str | None) -> Any:
-        self._called("attach")
-        same = [key for key, run in self.memory.runs.items() if record and run.tags.get("gsprune.record") == record]
-        self.run_id = run_id if run_id in self.memory.runs else next(iter(same), None)
-        if self.run_id is None:
-            return None
-        latest = {name: None for name, _ in self.run.metrics}
-        data = SimpleNamespace(params=dict(self.run.params), tags=dict(self.run.tags), metrics=latest)
-        return SimpleNamespace(info=self.run.info, data=data)
-
-    def start(self, *, params: dict[str, str], tags: dict[str, str], time_ms: int) -> None:
-        info = SimpleNamespace(status="RUNNING", lifecycle_stage="active", start_time=time_ms, end_time=None)
-        parent = {"mlflow.parentRunId": self.names["parent_run_id"]} if self.names["parent_run_id"] else {}
-        self.run_id = f"{len(self.memory.runs):032x}"
-        self.memory.runs[self.run_id] = SimpleNamespace(
-            info=info, params={**params}, tags={**tags, **parent}, metrics=[], files=[], name=self.names["run_name"]
-        )
-        self._called("start")
-
-    def params(self, *, params: dict[str, str]) -> None:
-        assert not params.keys() & self.run.params.keys()
-        self.run.params.update(params)
-        self._called("params")
-
-    def tags(self, *, tags: dict[str, str]) -> None:
-        self.run.tags.update(tags)
-        self._called("tags")
-
-    def metrics(self, *, values: dict[str, float], step: int, time_ms: int) -> None:
-        self.run.metrics += [(name, (name, float(value), time_ms, step)) for name, value in values.items()]
-
-    def steps(self, key: str) -> set[int]:
-        self._called("steps")
-        return {entry[3] for entries in self.run.metrics for entry in [entries[1]] if entries[0] == key}
-
-    def many_metrics(self, entries: Any) -> None:
-        for index, entry in enumerate(entries):
-            self.run.metrics.append((entry[0], entry))
-            if index == 3:  # a batch may arrive in part
-                self._called("metrics")
-
-    def files(self, folder: str) -> set[str]:
-        self._called("files")
-        return {Path(name).name for name in self.run.files if Path(name).parent.name == folder}
-
-    def artifact(self, *, path: str, folder: str | None) -> None:
-        name = Path(folder or "", Path(path).name).as_posix()
-        self.run.files = sorted({*self.run.files, name})
-        self._called("artifact")
-
-    def image(self, *, path: str, key: str, step: int, time_ms: int) -> None:
-        stem = f"images/{key}+step+{step}+timestamp+{time_ms}+{len(self.run.files)}"
-        self.run.files += [f"{stem}.png"]
-        self._called("half an image")
-        self.run.files += [f"{stem}+compressed.webp"]
-        self._called("image")
-
-    def finish(self, *, status: str, time_ms: int) -> None:
-        self.run.info.status, self.run.info.end_time = status, time_ms
-        self._called("finish")
+# --- a store in memory (mlflow_memory.py) ------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -155,32 +68,45 @@ def _nobody_s_own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     made = Memory()
-    monkeypatch.setattr(room, "connect", made.connect)
+    monkeypatch.setattr("mlflow.MlflowClient", made.client)
+    for module in (room, tracker_):
+        monkeypatch.setattr(module, "import_client", lambda timeout_s: None)
     return made
+
+
+def counted(sent: room.Sent) -> dict[str, int]:
+    return {what: count for what, count in sent.counts.items() if count}
 
 
 @pytest.fixture
 def unsent(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes the record of a run that never reached its server, without MLflow."""
 
-    def refuse(timeout_s: float) -> None:
-        raise ConnectionError("refused")
-
-    monkeypatch.setattr(mlflow_, "import_client", refuse)
-
     def make(folder: Path, *, status: str = "FINISHED", **options: Any) -> Path:
-        a_run(MLflowTracker(folder, tracking_uri=DOWN, **options), status=status)
+        with monkeypatch.context() as patch:
+            patch.setattr(tracker_, "import_client", refuse)
+            a_run(MLflowTracker(folder, tracking_uri=DOWN, **options), status=status)
         return folder
 
     return make
 
 
+def refuse(timeout_s: float) -> None:
+    raise ConnectionError("refused")
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """The events of the outbox, without what was acknowledged."""
+    lines = [json.loads(line) for line in (folder / "outbox.jsonl").read_text().splitlines()]
+    return [line for line in lines if "kind" in line]
+
+
 def it_is_all_there(run: Any) -> None:
     assert run.params == {
-        "pruner.target_sparsity": "0.9", "pruner.include": '["*"]', "seed": "1", "note": "x" * 9000, "pruner": "abs",
+        "pruner.target_sparsity": "0.9", "pruner.include": '["*"]', "seed": "1", "note": "x" * 6000, "pruner": "abs",
     }  # fmt: skip
     assert {"hydra.overrides": "pruner=abs", "late": "yes"}.items() <= run.tags.items()
-    values = {(name, entry[3]): entry[1] for name, entry in run.metrics}
+    values = {(metric.key, metric.step): metric.value for metric in run.metrics}
     assert len(run.metrics) == len(values) == 9  # each (name, step) once
     assert [values["val/accuracy", step] for step in STEPS] == [0.1, 0.2, 0.3]
     assert [values["kept/layers_0_", step] for step in STEPS] == [7, 7, 7]
@@ -196,20 +122,19 @@ def test_all_of_a_run_is_sent_once_with_its_own_times(
     memory: Memory, unsent: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = unsent(tmp_path / "out", run_name="first")
-    events = [json.loads(line) for line in (folder / "unsent.jsonl").read_text().splitlines()]
     assert main([str(folder)]) == 0
     (run_id,) = memory.runs
-    run = memory.runs[run_id]
+    run, events = memory.runs[run_id], recorded(folder)
     it_is_all_there(run)
     assert run.name == "first"
     assert (run.info.start_time, run.info.end_time) == (events[0]["time_ms"], events[-1]["time_ms"])
-    recorded = {event["step"]: event["time_ms"] for event in events if event["kind"] == "metrics"}
-    assert all(abs(entry[2] - recorded[entry[3]]) <= 1 for _, entry in run.metrics)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = {row["step"]: row["time"] * 1000 for row in rows}
+    assert all(abs(metric.timestamp - times[metric.step]) <= 1 for metric in run.metrics)
     assert capsys.readouterr().out == f"{folder}: sent {SENT} to {DOWN}, run {run_id}\n"
     note = json.loads((folder / "tracking.json").read_text())
     assert (note["run_id"], note["status"], note["stopped"]) == (run_id, "FINISHED", None)
     assert json.loads((folder / "result.json").read_text())["mlflow_run_id"] == run_id
-    assert not (folder / "unsent.jsonl").exists()
     calls = len(memory.calls)
     assert main([str(folder)]) == 0
     assert len(memory.calls) == calls  # the server is not even asked
@@ -217,17 +142,20 @@ def test_all_of_a_run_is_sent_once_with_its_own_times(
     assert capsys.readouterr().out == f"Nothing to send: {DOWN} has the run in {folder}\n" * 2
 
 
-def test_cut_off_anywhere_and_made_again_it_is_still_once(memory: Memory, unsent: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arrives", [True, False])
+def test_cut_off_anywhere_and_made_again_it_is_still_once(
+    memory: Memory, unsent: Any, tmp_path: Path, arrives: bool
+) -> None:
     sync(unsent(tmp_path / "whole"))
-    calls = len(memory.calls)
+    calls, memory.arrives = len(memory.calls), arrives
     assert calls > 12
     for dies_at in range(calls):
-        memory.runs, memory.calls, memory.dies_at = {}, [], dies_at
+        memory.runs, memory.experiments, memory.calls, memory.dies_at = {}, {}, [], dies_at
         folder = unsent(tmp_path / str(dies_at))
-        before = (folder / "unsent.jsonl").read_bytes()
+        before = recorded(folder)
         with pytest.raises(ValueError, match=r"^MLflow at http://127.0.0.1:9 does not answer or refuses"):
             sync(folder)
-        assert (folder / "unsent.jsonl").read_bytes() == before
+        assert recorded(folder) == before
         memory.dies_at = None
         sync(folder)
         assert len(memory.runs) == 1
@@ -236,44 +164,87 @@ def test_cut_off_anywhere_and_made_again_it_is_still_once(memory: Memory, unsent
 
 
 def test_what_the_server_has_already_is_not_sent_again(memory: Memory, unsent: Any, tmp_path: Path) -> None:
-    """The last call before the breaker opened was late: it has arrived, and is on the list too."""
+    """What was acknowledged is not on record, and MLflow lacks the metrics of a step in the middle."""
     folder = unsent(tmp_path / "out")
     sync(folder)
     (run,) = memory.runs.values()
-    run.metrics = [entry for entry in run.metrics if entry[1][3] == 1]
-    lines = [{"kind": "metrics", "values": {"val/accuracy": 0.1}, "step": 1, "time_ms": 5}]
-    (folder / "unsent.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.metrics = [metric for metric in run.metrics if metric.step != 2]
+    lines = "".join(json.dumps(event) + "\n" for event in recorded(folder))
+    (folder / "outbox.jsonl").write_text(lines)
     sent = sync(folder)
-    assert sent.counts == {"parameters": 0, "tags": 0, "metrics": 6}  # of metrics.jsonl: 3 names at 2 steps
+    assert counted(sent) == {"metrics": 3, "files": 3}  # files are written over
+    assert sent.ended is None
     it_is_all_there(run)
 
 
-def test_the_end_of_an_earlier_try_and_its_mark_are_not_those_of_the_run(
+def test_a_run_that_goes_on_sends_what_its_earlier_process_could_not(
     memory: Memory, unsent: Any, tmp_path: Path
 ) -> None:
-    folder = unsent(tmp_path / "out", status="KILLED")  # a server that is down
-    room.connect(DOWN, run_name=None, parent_run_id=None).start(
-        params={}, tags={"gsprune.record": "of the second try"}, time_ms=10**12
+    folder = unsent(tmp_path / "out", status="KILLED")  # a server that is down, and then back
+    began, mark = recorded(folder)[0]["time_ms"], json.loads((folder / "tracking.json").read_text())["record"]
+    again = MLflowTracker(folder, tracking_uri=DOWN)
+    again.start(
+        config=CONFIG,
+        tags={},
+        rows=[{"val/accuracy": step / 10, "kept/layers[0]": 7, "loss": "nan"} for step in (1, 2)],
     )
-    (run_id,) = memory.runs
-    again = Tracker(folder)  # it is back, and gets the rest
-    again.start(config={}, tags={}, rows=[{"val/accuracy": 0.1}, {"val/accuracy": 0.2}])
+    again.log_metrics({"val/accuracy": 0.3, "kept/layers[0]": 7, "loss": float("nan")}, step=3)
     again.finish("FINISHED")
-    memory.runs[run_id].info.status = "FINISHED"
-    note = json.loads((folder / "tracking.json").read_text())
-    note |= {"status": "FINISHED", "stopped": None, "run_id": run_id, "record": "of the second try"}
-    (folder / "tracking.json").write_text(json.dumps(note))
-    assert sync(folder).ended is None
-    run = memory.runs[run_id]
-    assert (run.info.status, run.tags["gsprune.record"]) == ("FINISHED", "of the second try")
-    assert [entry[3] for name, entry in run.metrics if name == "val/accuracy"] == [1, 2]
+    assert (again.stopped, again.unsent) == (None, False)
+    (run,) = memory.runs.values()
+    it_is_all_there(run)
+    assert (run.info.start_time, run.tags["gsprune.record"]) == (began, mark)
+    assert not sync(folder)
+
+
+def test_a_run_that_goes_on_leaves_to_sync_what_would_cost_it_too_long(
+    memory: Memory, unsent: Any, tmp_path: Path
+) -> None:
+    folder = unsent(tmp_path / "out", status="KILLED")
+    again = MLflowTracker(folder, tracking_uri=DOWN, timeout_s=1e-9)
+    again._deadlines = lambda kind, job, megabytes=0.0: job()  # type: ignore[assignment]
+    again._deadlines.close = lambda: None  # type: ignore[method-assign]
+    again.start(config=CONFIG, tags={}, rows=[])
+    for step in STEPS:
+        again.log_metrics({"val/accuracy": step / 10, "kept/layers[0]": 7, "loss": float("nan")}, step=step)
+    again.finish("FINISHED")
+    (run,) = memory.runs.values()
+    assert "late" not in run.tags
+    assert again.unsent
+    assert counted(sync(folder)) == {"parameters": 1, "tags": 1, "files": 3}
+    assert run.tags["late"] == "yes"
+
+
+def test_a_run_that_was_deleted_comes_again_as_a_whole(memory: Memory, unsent: Any, tmp_path: Path) -> None:
+    folder = unsent(tmp_path / "out", status="KILLED")
+    deleted = str(sync(folder).run_id)
+    memory.runs[deleted].info.lifecycle_stage = "deleted"
+    rows = [{"val/accuracy": step / 10, "kept/layers[0]": 7, "loss": "nan"} for step in STEPS]
+    again = MLflowTracker(folder, tracking_uri=DOWN, run_id=deleted)
+    again.start(config=CONFIG, tags={}, rows=rows)
+    again.finish("FINISHED")
+    assert again.run_id not in (None, deleted)
+    it_is_all_there(memory.runs[str(again.run_id)])
+
+
+def test_the_files_of_a_folder_keep_their_places(memory: Memory, tmp_path: Path) -> None:
+    tracker = MLflowTracker(tmp_path / "out", tracking_uri=DOWN)
+    tracker.start(config={}, tags={})
+    for name in ("a.txt", "b/c.txt"):
+        (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files" / name).write_text(name)
+    tracker.log_artifact(tmp_path / "files", folder="notes")
+    tracker.log_artifact(tmp_path / "out" / "notes")
+    (run,) = memory.runs.values()
+    assert tracker.stopped is None
+    assert run.files == ["config.yaml", "files/a.txt", "files/b/c.txt", "notes/a.txt", "notes/b/c.txt"]
 
 
 def test_a_killed_run_is_ended_when_its_last_metrics_came(memory: Memory, unsent: Any, tmp_path: Path) -> None:
     folder = unsent(tmp_path / "out", status="killed")
     assert sync(folder).ended == "KILLED"
     (run,) = memory.runs.values()
-    assert run.info.end_time == max(entry[2] for _, entry in run.metrics)
+    assert run.info.end_time == max(metric.timestamp for metric in run.metrics)
     assert json.loads((folder / "tracking.json").read_text())["status"] == "KILLED"
 
 
@@ -281,45 +252,92 @@ class Killed(BaseException):
     """What stands on the disk after it is what SIGKILL leaves."""
 
 
-@pytest.mark.parametrize("arrived", [False, True])
-def test_a_call_that_a_kill_has_cut_off_is_made_again(
-    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrived: bool
-) -> None:
-    monkeypatch.setattr(mlflow_, "import_client", lambda timeout_s: None)
+@pytest.mark.parametrize("arrives", [False, True])
+def test_a_run_killed_in_any_call_is_sent_once(memory: Memory, tmp_path: Path, arrives: bool) -> None:
+    memory.arrives, memory.fault = arrives, Killed
 
     def killed_at(number: int) -> Path:
         tracker = MLflowTracker(tmp_path / str(number), tracking_uri=DOWN)
-        tracker._store = memory.connect(DOWN, parent_run_id=None, run_name=None)  # type: ignore[assignment]
-        calls = iter(range(99))
-
-        def call(job: Any, seconds: float) -> None:
-            here = next(calls)
-            if here < number or arrived:
-                job()
-            if here == number:
-                raise Killed
-
-        tracker._caller.call = call  # type: ignore[method-assign]
-        with pytest.raises(Killed):
+        tracker._deadlines = lambda kind, job, megabytes=0.0: job()  # type: ignore[assignment]
+        tracker._deadlines.close = lambda: None  # type: ignore[method-assign]
+        memory.runs.clear(), memory.experiments.clear(), memory.calls.clear()
+        memory.dies_at = number
+        with contextlib.suppress(Killed):
             a_run(tracker)
         tracker._lock.release()
         return tracker.output_dir
 
-    made = ["start", "config.yaml", "params", *["metrics"] * 3, "image", "masks/epoch_0002.safetensors", "result.json"]
-    made += ["tags", "finish"]
-    for number in range(len(made)):
-        memory.runs.clear()
-        folder, until = killed_at(number), made[: number + 1]
-        assert sync(folder).ended == (None if arrived and "finish" in until else memory.runs["0" * 32].info.status)
+    killed_at(999)
+    calls = len(memory.calls)
+    assert calls >= 15
+    for number in range(calls):
+        folder = killed_at(number)
+        memory.dies_at = None
+        logged = recorded(folder)
+        sent = sync(folder)
         (run,) = memory.runs.values()
-        assert [name for name in run.files if "images" not in name] == [name for name in until if "." in name]
-        assert len([name for name in run.files if "images" in name]) == 2 * ("image" in until)
-        assert len(run.metrics) == 3 * until.count("metrics")
-        assert len(run.params) == 4 + ("params" in until)
-        assert run.tags.get("late") == ("yes" if "tags" in until else None)
-        assert run.info.status == ("FINISHED" if "finish" in until else "KILLED")
+        status = "FINISHED" if any(event["kind"] == "finish" for event in logged) else "KILLED"
+        assert run.info.status == status
+        assert sent.ended in (status, None if status == "FINISHED" else status)
+        files = {event["path"] for event in logged if event["kind"] == "artifact"}
+        assert {name for name in run.files if "images" not in name} == files
+        assert len([name for name in run.files if "images" in name]) == 2 * any(e["kind"] == "image" for e in logged)
+        steps = [event["step"] for event in logged if event["kind"] == "metrics"]
+        assert sorted((metric.key, metric.step) for metric in run.metrics) == sorted(
+            (key, step) for step in steps for key in ("val/accuracy", "kept/layers_0_", "loss")
+        )
+        assert len(run.params) == 4 + any(event["kind"] == "params" for event in logged)
+        assert run.tags.get("late") == ("yes" if any(event["kind"] == "tags" for event in logged) else None)
         assert not sync(folder)
-        assert not (folder / "sending.jsonl").exists()
+
+
+# --- the record of an earlier version ----------------------------------------------------------------------
+
+
+def as_written_before(folder: Path, *, sending: bool) -> None:
+    """Turn a record into one with unsent.jsonl and sending.jsonl, as versions without an outbox left it."""
+    events = recorded(folder)
+    last = [events.pop()] if sending else []
+    for name, lines in (("unsent.jsonl", events), ("sending.jsonl", last)):
+        (folder / name).write_text("".join(json.dumps(event) + "\n" for event in lines))
+    (folder / "outbox.jsonl").unlink()
+
+
+@pytest.mark.parametrize("sending", [False, True])
+def test_a_record_of_an_earlier_version_is_sent(memory: Memory, unsent: Any, tmp_path: Path, sending: bool) -> None:
+    folder = unsent(tmp_path / "out")
+    as_written_before(folder, sending=sending)
+    assert str(sync(folder)) == SENT
+    it_is_all_there(next(iter(memory.runs.values())))
+    assert not sync(folder)
+    assert not any((folder / name).exists() for name in ("unsent.jsonl", "sending.jsonl"))
+
+
+def test_a_finished_record_of_an_earlier_version_is_not_asked_about(
+    memory: Memory, unsent: Any, tmp_path: Path
+) -> None:
+    folder = unsent(tmp_path / "out")
+    sync(folder)
+    (folder / "outbox.jsonl").unlink()
+    calls = len(memory.calls)
+    assert not sync(folder)
+    assert len(memory.calls) == calls
+    with pytest.raises(ValueError, match="its record does not hold its beginning"):
+        sync(folder, experiment="new")
+    assert len(memory.runs) == 1
+
+
+def test_a_run_of_an_earlier_version_that_goes_on_is_sent(memory: Memory, unsent: Any, tmp_path: Path) -> None:
+    folder = unsent(tmp_path / "out", status="KILLED")
+    as_written_before(folder, sending=True)
+    again = MLflowTracker(folder, tracking_uri=DOWN)
+    again.start(config=CONFIG, tags={}, rows=[{"val/accuracy": 0.1}, {"val/accuracy": 0.2}])
+    again.finish("FINISHED")
+    (run,) = memory.runs.values()
+    assert [(metric.key, metric.step) for metric in run.metrics] == [("val/accuracy", 1), ("val/accuracy", 2)]
+    assert run.info.status == "FINISHED"
+    assert run.tags["late"] == "yes"
+    assert (again.unsent, bool(sync(folder))) == (False, False)
 
 
 def test_a_run_that_goes_on_is_left_alone(memory: Memory, unsent: Any, tmp_path: Path, capsys: Any) -> None:
@@ -369,7 +387,7 @@ def test_a_dead_server_is_asked_once_for_many_runs_and_nothing_changes(
     assert main([str(tmp_path)]) == 1
     said = "MLflow at http://127.0.0.1:9 does not answer or refuses, and what it lacks stays on record"
     assert capsys.readouterr().err.splitlines() == [f"Error: {said} (no answer)", f"Error: {said}"]
-    assert memory.calls == ["attach"]
+    assert memory.calls == ["get_experiment_by_name"]
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -415,10 +433,8 @@ def test_the_environment_may_hold_the_password(
     note = json.loads((folder / "tracking.json").read_text())
     (folder / "tracking.json").write_text(json.dumps({**note, "tracking_uri": "http://***@host:5000"}))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:secret@host:5000")
-    asked = []
-    monkeypatch.setattr(room, "connect", lambda uri, **names: (asked.append(uri), memory.connect(uri, **names))[1])
     assert sync(folder).uri == "http://***@host:5000"
-    assert asked == ["http://ann:secret@host:5000"]
+    assert set(memory.uris) == {"http://ann:secret@host:5000"}
 
 
 def test_a_password_goes_to_no_server_that_only_a_record_names(
@@ -450,7 +466,8 @@ def test_a_run_of_another_store_is_not_made_up(memory: Memory, unsent: Any, tmp_
     sync(folder)
     (run_id,) = memory.runs
     memory.runs.clear()
-    (folder / "unsent.jsonl").write_text('{"kind": "tags", "tags": {"a": "b"}}\n')
+    with (folder / "outbox.jsonl").open("a") as file:
+        file.write('{"kind": "tags", "tags": {"a": "b"}}\n')
     with pytest.raises(ValueError, match=rf"^the run {run_id} of .* is not at {DOWN}, and its record does not hold"):
         sync(folder)
     assert memory.runs == {}
@@ -489,8 +506,11 @@ HOSTILE: list[Any] = [
 ]
 
 
-def test_records_are_data_from_strangers(memory: Memory, unsent: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["outbox.jsonl", "unsent.jsonl"])
+def test_records_are_data_from_strangers(memory: Memory, unsent: Any, tmp_path: Path, name: str) -> None:
     folder = unsent(tmp_path / "out", status="killed")
+    if name == "unsent.jsonl":
+        as_written_before(folder, sending=False)
     (tmp_path / "secret.txt").write_text("secret")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.txt").write_text("secret")
@@ -499,9 +519,8 @@ def test_records_are_data_from_strangers(memory: Memory, unsent: Any, tmp_path: 
     (folder / "circle").symlink_to(folder / "circle")
     (folder / "here").mkdir()
     (folder / "here" / "good.txt").write_text("mine")
-    (folder / "here" / "bad.txt").symlink_to(tmp_path / "secret.txt")
     os.mkfifo(folder / "pipe")
-    with (folder / "unsent.jsonl").open("ab") as file:
+    with (folder / name).open("ab") as file:
         file.write(b"\xff\xfe\n[1]\n" + b"[" * 100_000 + b"\n")
         file.write("".join(json.dumps(event) + "\n" for event in HOSTILE).encode())
     with (folder / "metrics.jsonl").open("a") as file:
@@ -510,20 +529,20 @@ def test_records_are_data_from_strangers(memory: Memory, unsent: Any, tmp_path: 
     sent = sync(folder)
     (run,) = memory.runs.values()
     assert {name for name in run.files if not name.startswith("images/")} == {
-        "config.yaml", "masks/epoch_0002.safetensors", "result.json", "here/good.txt",
+        "config.yaml", "masks/epoch_0002.safetensors", "result.json",
     }  # fmt: skip
     assert len(run.metrics) == 9
     assert len([name for name in run.files if name.startswith("images/")]) == 2
     assert run.info.status == "FAILED"
     assert set(run.params) == {"pruner.target_sparsity", "pruner.include", "seed", "note", "pruner"}
-    assert "4 lines of unsent.jsonl that cannot be read" in sent.left_out
-    assert len(sent.left_out) == 1 + 12 + 1 + 4  # lines, artifacts, one of a folder, pictures
+    assert f"4 lines of {name} that cannot be read" in sent.left_out
+    assert len(sent.left_out) == 1 + 13 + 4  # lines, artifacts, pictures
     assert not sync(folder)
 
 
 def test_files_that_are_links_out_of_the_directory_are_not_read(memory: Memory, unsent: Any, tmp_path: Path) -> None:
     folder, other = unsent(tmp_path / "out"), unsent(tmp_path / "other")
-    for name in ("unsent.jsonl", "metrics.jsonl"):
+    for name in ("outbox.jsonl", "metrics.jsonl"):
         (folder / name).unlink()
         (folder / name).symlink_to(other / name)
     with pytest.raises(ValueError, match="its record does not hold its beginning"):
@@ -614,7 +633,7 @@ def test_a_faulty_server_costs_seconds_and_gets_everything_once_when_it_is_well(
 ) -> None:
     proxy.mode, proxy.healthy_for = FAULTS[fault]
     tracker = MLflowTracker(tmp_path / "out", tracking_uri=proxy.uri, experiment=fault)
-    store.import_client(5)
+    mlflow_client.import_client(5)
     begin = time.monotonic()
     a_run(tracker)
     assert time.monotonic() - begin < 10

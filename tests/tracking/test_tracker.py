@@ -25,19 +25,21 @@ import yaml
 from PIL import Image
 
 from gsprune.settings.addresses import check_address, database_file, resolve_tracking_uri
-from gsprune.tracking import mlflow as mlflow_
-from gsprune.tracking import store as store_
+from gsprune.tracking import drain, mlflow_client, record
 from gsprune.tracking import tracker as tracker_
-from gsprune.tracking.mlflow import MLflowTracker
-from gsprune.tracking.store import Names, flatten
-from gsprune.tracking.tracker import Tracker, read_metrics
+from gsprune.tracking.mlflow_names import Names, flatten
+from gsprune.tracking.record import Outbox
+from gsprune.tracking.tracker import MLflowTracker, Tracker, read_metrics
 
 CONFIG = {"pruner": {"target_sparsity": 0.9, "keep": None, "include": ["*"]}, "seed": 1, "note": "x" * 9000}
 PICTURE = np.zeros((6, 8, 3), np.uint8)
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def unsent(folder: Path) -> list[dict[str, Any]]:
+    """The events that MLflow has not acknowledged."""
+    outbox = Outbox(folder)
+    outbox.load()
+    return list(outbox.pending.values())
 
 
 def a_run(tracker: Tracker, *, epochs: int = 3) -> None:
@@ -129,7 +131,7 @@ def test_a_disk_that_is_full_is_one_warning(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tracker_, "_append", full)
+    monkeypatch.setattr(record, "_append", full)
     tracker = Tracker(tmp_path)
     tracker.log_metrics({"a": 1}, step=0)
     tracker.log_metrics({"a": 1}, step=1)
@@ -215,7 +217,7 @@ def test_the_default_store_is_a_database_at_an_absolute_path(tmp_path: Path, mon
     ],
 )
 def test_artifact_locations_are_absolute(uri: str, root: str | None, location: str | None) -> None:
-    assert store_._artifact_location(uri, "e/x", root) == location
+    assert mlflow_client._artifact_location(uri, "e/x", root) == location
 
 
 WRONG = {
@@ -264,7 +266,7 @@ def test_an_address_of_mlflow_is_taken(uri: str) -> None:
 
 
 def tracking_threads() -> int:
-    return sum(thread.name == store_.THREAD for thread in threading.enumerate())
+    return sum(thread.name == mlflow_client.THREAD for thread in threading.enumerate())
 
 
 def test_the_thread_of_a_tracker_ends_with_it(faulty: Any, tmp_path: Path) -> None:
@@ -323,7 +325,8 @@ def test_a_run_is_in_mlflow_as_it_is_on_the_disk(tmp_path: Path, database: str) 
     assert len(list((root / "images").glob("masks+step+2+*.png"))) == 1
     note = json.loads((tmp_path / "tracking.json").read_text())
     assert (note["run_id"], note["status"], note["stopped"]) == (tracker.run_id, "FINISHED", None)
-    assert not (tmp_path / "unsent.jsonl").exists()
+    assert not tracker.unsent
+    assert unsent(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -379,12 +382,12 @@ def test_a_file_of_another_run_is_fetched_or_said_to_be_missing(tmp_path: Path, 
     (tmp_path / "run" / "s.bin").write_bytes(b"scores")
     tracker.log_artifact(tmp_path / "run" / "s.bin", folder="checkpoint")
     run_id = str(tracker.run_id)
-    path = store_.download_artifact(database, run_id, "checkpoint/s.bin", tmp_path / "here")
+    path = mlflow_client.download_artifact(database, run_id, "checkpoint/s.bin", tmp_path / "here")
     assert (path, path.read_bytes()) == (tmp_path / "here" / "s.bin", b"scores")
     with pytest.raises(ValueError, match=f"^the run {run_id} at .* has no t.bin to start from "):
-        store_.download_artifact(database, run_id, "t.bin", tmp_path / "here")
+        mlflow_client.download_artifact(database, run_id, "t.bin", tmp_path / "here")
     with pytest.raises(ValueError, match=f"^the run {'0' * 32} at .* has no s.bin to start from "):
-        store_.download_artifact(database, "0" * 32, "s.bin", tmp_path / "here")
+        mlflow_client.download_artifact(database, "0" * 32, "s.bin", tmp_path / "here")
 
 
 @pytest.mark.slow
@@ -402,7 +405,7 @@ def test_mlflow_s_own_globals_stay_as_they_were(tmp_path: Path, database: str) -
 @pytest.mark.slow
 def test_four_processes_may_create_the_database_at_once_and_say_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys; from gsprune.tracking.mlflow import MLflowTracker; t = MLflowTracker(sys.argv[1]);"
+        "import sys; from gsprune.tracking.tracker import MLflowTracker; t = MLflowTracker(sys.argv[1]);"
         "t.start(config={'a': 1}, tags={}); t.log_metrics({'m': 1}, step=0); t.finish('FINISHED');"
         "assert t.stopped is None"
     )
@@ -427,10 +430,11 @@ def test_four_processes_may_create_the_database_at_once_and_say_nothing(tmp_path
 # --- faults ------------------------------------------------------------------------------------------------
 
 
-class FakeStore:
-    """Stands in for MLflow: answers until `dies_at`, then does what `fault` does."""
+class FakeRun:
+    """Stands in for `RemoteRun`: answers until `dies_at`, then does what `fault` does."""
 
     run_id: str | None = None
+    created = False
 
     def __init__(self, dies_at: int, fault: Any) -> None:
         self.dies_at, self.fault, self.calls = dies_at, fault, []
@@ -451,12 +455,12 @@ def refuse() -> None:
 
 @pytest.fixture
 def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(mlflow_, "import_client", lambda timeout_s: None)
-    monkeypatch.setattr(mlflow_, "_silent", {})
+    monkeypatch.setattr(tracker_, "import_client", lambda timeout_s: None)
+    monkeypatch.setattr(drain, "_silent", {})
 
     def make(*, dies_at: int, fault: Any, timeout_s: float = 0.3) -> MLflowTracker:
         tracker = MLflowTracker(tmp_path, tracking_uri="http://ann:secret@host:5000", timeout_s=timeout_s)
-        tracker._store = FakeStore(dies_at, fault)
+        tracker._run = FakeRun(dies_at, fault)
         return tracker
 
     return make
@@ -473,9 +477,8 @@ def test_a_server_that_dies_is_left_alone_and_nothing_is_lost(
     a_run(tracker)
     the_local_record_is_complete(tmp_path)
     again = [] if KINDS[dies_at] in ("start", "image") else [KINDS[dies_at]]  # it failed at once
-    assert tracker._store.calls == KINDS[: dies_at + 1] + again  # the one that failed was the last
-    unsent = lines(tmp_path / "unsent.jsonl")
-    assert [event["kind"] for event in unsent] == KINDS[dies_at:]
+    assert tracker._run.calls == KINDS[: dies_at + 1] + again  # the one that failed was the last
+    assert [event["kind"] for event in unsent(tmp_path)] == KINDS[dies_at:]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     message = record.getMessage()
@@ -489,22 +492,20 @@ def test_a_server_that_dies_is_left_alone_and_nothing_is_lost(
     assert note["run_id"] == (None if dies_at == 0 else "r1")
 
 
-def test_unsent_events_hold_all_that_a_later_upload_needs(faulty: Any, tmp_path: Path) -> None:
+def test_what_is_unsent_holds_all_that_a_later_upload_needs(faulty: Any, tmp_path: Path) -> None:
     a_run(faulty(dies_at=0, fault=refuse), epochs=1)
-    start, config, metrics, image, masks, tags, finish = lines(tmp_path / "unsent.jsonl")
+    start, config, metrics, image, masks, tags, finish = unsent(tmp_path)
     assert start["params"]["pruner.target_sparsity"] == "0.9"
-    record = json.loads((tmp_path / "tracking.json").read_text())["record"]
-    assert {"hydra.overrides": "pruner=abs", "gsprune.record": record}.items() <= start["tags"].items()
+    mark = json.loads((tmp_path / "tracking.json").read_text())["record"]
+    assert {"hydra.overrides": "pruner=abs", "gsprune.record": mark}.items() <= start["tags"].items()
     assert metrics["values"] == {"val/accuracy": 0.5, "sparsity/layers_0_.weight": 0.1}
-    assert (metrics["step"], type(metrics["time_ms"])) == (0, int)
+    assert metrics["step"] == 0
+    assert abs(metrics["time_ms"] - time.time() * 1000) < 60_000
     paths = [event["path"] for event in (config, image, masks)]  # as seen from the directory, which may be moved
     assert paths == ["config.yaml", "figures/masks/0002.png", "masks/epoch_0002.safetensors"]
     assert masks["folder"] == "masks"
     assert tags["tags"] == {"late": "yes"}
     assert finish["status"] == "FINISHED"
-    store = FakeStore(99, None)
-    for event in (start, config, metrics, image, masks, tags, finish):
-        getattr(store, event.pop("kind"))(**event)  # they fit the store's methods as they are
 
 
 def test_a_call_that_never_returns_costs_its_time_limit_once(faulty: Any, tmp_path: Path) -> None:
@@ -523,10 +524,10 @@ def test_slow_answers_use_up_the_patience(faulty: Any, tmp_path: Path) -> None:
     begin = time.monotonic()
     a_run(tracker)
     assert time.monotonic() - begin < 0.45 + 0.45 + 0.3 + 0.5  # the third such call has 0.1 + 0.2 s left
-    assert tracker._store.calls == KINDS[:4]
+    assert tracker._run.calls == KINDS[:4]
     assert tracker.stopped == "TimeoutError: its slow answers have cost tracking.timeout_s=0.6 in all"
     assert tracker.unsent
-    assert [event["kind"] for event in lines(tmp_path / "unsent.jsonl")] == KINDS[3:]
+    assert [event["kind"] for event in unsent(tmp_path)] == KINDS[3:]
     the_local_record_is_complete(tmp_path)
 
 
@@ -538,13 +539,13 @@ def test_large_files_do_not_excuse_slow_answers(faulty: Any, tmp_path: Path) -> 
         file.truncate(2_000_000)
     tracker.log_artifact(tmp_path / "model.safetensors")
     assert tracker.stopped == "TimeoutError: no answer within 0.5 s"
-    assert [event["path"] for event in lines(tmp_path / "unsent.jsonl")] == ["model.safetensors"]
+    assert [event["path"] for event in unsent(tmp_path)] == ["model.safetensors"]
 
 
 def test_the_next_runs_of_a_process_wait_less_for_a_server_that_was_silent(
     faulty: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_, "_BRIEF", 0.1)
+    monkeypatch.setattr(drain, "_BRIEF", 0.1)
     forever, waited = threading.Event(), []
     answers = iter([forever.wait, forever.wait, lambda: None])
     for _ in range(2):
@@ -573,7 +574,7 @@ def test_without_mlflow_installed_the_run_goes_on(
 def test_the_users_own_mlflow_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"MLFLOW_HTTP_REQUEST_TIMEOUT": "77", "MLFLOW_LOGGING_LEVEL": "DEBUG"})
     monkeypatch.setitem(sys.modules, "mlflow", type(sys)("mlflow"))
-    store_.import_client(5.0)
+    mlflow_client.import_client(5.0)
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
 
@@ -588,7 +589,7 @@ def silent_server() -> Iterator[str]:
 def timed_run(folder: Path, uri: str) -> float:
     """Seconds that a run's tracking takes in a fresh process without the import of mlflow; its exit included."""
     code = (
-        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_mlflow as t;"
+        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_tracker as t;"
         "tracker = t.MLflowTracker(sys.argv[2], tracking_uri=sys.argv[3]); tracker._connect();"
         "begin = time.time(); t.a_run(tracker); assert tracker.stopped, 'it should have stopped'; print(begin)"
     )
@@ -617,23 +618,23 @@ def test_a_server_that_is_not_there_costs_less(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_was_killed_is_closed_by_another_and_its_call_stays_on_record(tmp_path: Path) -> None:
+def test_a_run_whose_process_was_killed_is_closed_by_another_which_makes_its_last_call(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     killed = MLflowTracker(tmp_path / "run", tracking_uri=uri)
     killed.start(config={"a": 1}, tags={})
     killed._lock.release()  # as the system does
-    under_way = {"kind": "tags", "tags": {"b": "2"}}
-    (tmp_path / "run" / "sending.jsonl").write_text(json.dumps(under_way) + "\n")
+    with (tmp_path / "run" / "outbox.jsonl").open("a") as file:
+        file.write('{"kind": "tags", "tags": {"b": "2"}}\n')
     MLflowTracker(tmp_path / "run", tracking_uri=uri, run_id="0" * 32).close_killed()  # of another run: nothing
     client = MlflowClient(tracking_uri=uri)
     assert client.get_run(killed.run_id).info.status == "RUNNING"
     MLflowTracker(tmp_path / "run", tracking_uri=uri, run_id=killed.run_id).close_killed()
     assert client.get_run(killed.run_id).info.status == "FAILED"
     assert json.loads((tmp_path / "run" / "tracking.json").read_text())["status"] == "FAILED"
-    assert json.loads((tmp_path / "run" / "unsent.jsonl").read_text()) == under_way
-    assert not (tmp_path / "run" / "sending.jsonl").exists()
+    assert client.get_run(killed.run_id).data.tags["b"] == "2"
+    assert unsent(tmp_path / "run") == []
 
 
 @pytest.mark.slow
@@ -643,20 +644,19 @@ def test_a_locked_database_costs_its_limit_and_one_line(
     first = MLflowTracker(tmp_path / "a", tracking_uri=database)
     first.start(config={}, tags={})  # which makes the database
     capfd.readouterr()
-    monkeypatch.setattr(mlflow_, "LOCKED", 2.5)
-    monkeypatch.setattr(store_, "LOCKED", 2.5)
+    monkeypatch.setattr(mlflow_client, "LOCKED", 2.5)
     with contextlib.closing(sqlite3.connect(str(database_file(database)), isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         begin, second = time.monotonic(), MLflowTracker(tmp_path / "b", tracking_uri=database, timeout_s=0.3)
         a_run(second)
-        first._limit = 2.5
+        first._deadlines.limit = 2.5
         first.log_metrics({"loss": 1.0}, step=1)
         assert time.monotonic() - begin < 2 * 2.5 + 2
         other.execute("ROLLBACK")
     for tracker in (first, second):
         assert tracker.stopped is not None
         assert "another program has locked the database" in tracker.stopped
-    assert [record.name for record in caplog.records] == ["gsprune.tracking.mlflow"] * 2
+    assert [record.name for record in caplog.records] == ["gsprune.tracking.tracker"] * 2
     assert capfd.readouterr().err == ""
     the_local_record_is_complete(tmp_path / "b")
 

@@ -1,0 +1,67 @@
+"""Names and texts that MLflow accepts."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gsprune.files.disk import plain
+from gsprune.text.display import tag
+from gsprune.text.redact import without_passwords
+
+__all__ = ["Names", "clean_name", "fit_tags", "flatten"]
+
+
+class Names:
+    """Maps each of our names to one that MLflow accepts; the same name gives the same result, no two names share one.
+
+    >>> names = Names()
+    >>> names["kept/layers[0].heads"], names["kept/layers(0).heads"], names["kept/layers[0].heads"]
+    ('kept/layers_0_.heads', 'kept/layers_0_.heads_2', 'kept/layers_0_.heads')
+    """
+
+    def __init__(self) -> None:
+        self._given: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> str:
+        if name not in self._given:
+            taken, clean, number = set(self._given.values()), clean_name(name), 2
+            choice = clean
+            while choice in taken:
+                choice, number = f"{clean}_{number}", number + 1
+            self._given[name] = choice
+        return self._given[name]
+
+
+def clean_name(name: str) -> str:
+    """Letters, digits and `_ - . / space` stay (MLflow on Windows accepts no more); at most 240 characters."""
+    clean = posixpath.normpath(re.sub(r"[^\w.\-/ ]", "_", name)).lstrip("/")
+    while clean.startswith("../"):
+        clean = clean[3:]
+    return clean[:240].rstrip("/") if clean not in ("", ".", "..") else "_"
+
+
+def fit_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {clean_name(key): tag(str(value)) for key, value in tags.items()}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested configuration as dotted names and texts; lists of plain values stay one entry.
+
+    >>> flatten({"pruner": {"keep": None, "include": ["*"]}, "stages": [{"epochs": 3}]})
+    {'pruner.keep': 'null', 'pruner.include': '["*"]', 'stages.0.epochs': '3'}
+    """
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
+            flat[name] = without_passwords(text)
+    return flat
