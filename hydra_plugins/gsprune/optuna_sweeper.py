@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class OptunaSweeper(Sweeper):
         self.sampler, self.storage, self.study_name = sampler, storage, study_name
         self.directions = [direction] if isinstance(direction, str) else [str(each) for each in direction]
         self.n_trials, self.n_jobs, self.max_failure_rate = n_trials, n_jobs, max_failure_rate
-        self.params = dict(params or {})
+        self.params: dict[Any, Any] = dict(params or {})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.hydra_context = config, hydra_context
@@ -62,7 +63,8 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        study = self._study()
+        study, launcher = self._study(), self.launcher
+        assert launcher is not None
         lines = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         parsed = OverridesParser.create().parse_overrides(lines)
         overrides = {override.get_key_element(): override for override in parsed}  # the last one counts
@@ -71,7 +73,7 @@ class OptunaSweeper(Sweeper):
         for first in range(0, self.n_trials, self.n_jobs):
             trials = [study.ask(searched) for _ in range(min(self.n_jobs, self.n_trials - first))]
             jobs = [[*(f"{key}={value}" for key, value in trial.params.items()), *fixed] for trial in trials]
-            self._tell(study, trials, self.launcher.launch(jobs, initial_job_idx=first))
+            self._tell(study, trials, launcher.launch(jobs, initial_job_idx=first))
         self._report(study)
 
     def _study(self) -> Any:
@@ -110,6 +112,7 @@ class OptunaSweeper(Sweeper):
 
     def _report(self, study: Any) -> None:
         """Log the best trials and write them into optimization_results.yaml."""
+        assert self.config is not None
         found: dict[str, Any] = {"name": "optuna"}
         best = study.best_trials
         for trial in best:
@@ -141,13 +144,13 @@ def values_of(returned: Any, count: int) -> list[float]:
 
 def distribution(override: Override) -> Any:
     """What Optuna may choose from, of an override with choice(...), interval(...), range(...) or a list."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    value = override.value()
+    kinds: Any = import_module("optuna.distributions")
+    value: Any = override.value()
     if override.is_interval_sweep():
         whole = isinstance(value.start, int) and isinstance(value.end, int)
-        return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log="log" in value.tags)
+        kind = kinds.IntDistribution if whole else kinds.FloatDistribution
+        return kind(value.start, value.end, log="log" in value.tags)
     if isinstance(value, RangeSweep) and not value.shuffle and (found := list(value.range())):
-        whole = all(isinstance(number, int) for number in found)
-        return (IntDistribution if whole else FloatDistribution)(min(found), max(found), step=abs(value.step))
-    return CategoricalDistribution(list(override.sweep_iterator(transformer=Transformer.encode)))
+        kind = kinds.IntDistribution if all(isinstance(each, int) for each in found) else kinds.FloatDistribution
+        return kind(min(found), max(found), step=abs(value.step))
+    return kinds.CategoricalDistribution(list(override.sweep_iterator(transformer=Transformer.encode)))
