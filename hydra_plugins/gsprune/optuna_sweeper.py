@@ -1,7 +1,6 @@
 """Hydra's sweeper `hydra/sweeper=optuna`: Optuna proposes the jobs of a search, a batch at a time.
 
-Hydra imports this file to list its plugins: Optuna is imported when a search begins. It is here because
-hydra-optuna-sweeper has no release for both Hydra 1.3 and an Optuna newer than 2.
+Hydra imports this file to list its plugins: Optuna is imported when a search begins.
 """
 
 from __future__ import annotations
@@ -57,14 +56,13 @@ class OptunaSweeper(Sweeper):
         self.params: dict[Any, Any] = dict(params or {})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config, self.hydra_context = config, hydra_context
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self._config = config
+        self._launcher = Plugins.instance().instantiate_launcher(
             config=config, hydra_context=hydra_context, task_function=task_function
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        study, launcher = self._study(), self.launcher
-        assert launcher is not None
+        study, launcher = self._study(), self._launcher
         lines = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         parsed = OverridesParser.create().parse_overrides(lines)
         overrides = {override.get_key_element(): override for override in parsed}  # the last one counts
@@ -112,7 +110,6 @@ class OptunaSweeper(Sweeper):
 
     def _report(self, study: Any) -> None:
         """Log the best trials and write them into optimization_results.yaml."""
-        assert self.config is not None
         found: dict[str, Any] = {"name": "optuna"}
         best = study.best_trials
         for trial in best:
@@ -121,13 +118,11 @@ class OptunaSweeper(Sweeper):
             found["solutions"] = [{"params": trial.params, "values": list(trial.values)} for trial in best]
         elif best:
             found |= {"best_params": best[0].params, "best_value": best[0].value}
-        OmegaConf.save(OmegaConf.create(found), Path(self.config.hydra.sweep.dir) / "optimization_results.yaml")
+        OmegaConf.save(OmegaConf.create(found), Path(self._config.hydra.sweep.dir) / "optimization_results.yaml")
 
 
 def values_of(returned: Any, count: int) -> list[float]:
-    """
-    Raises:
-        ValueError: a job returned something else than that many numbers.
+    """That many numbers; ValueError where the job returned something else.
 
     >>> values_of(0.5, 1), values_of((0.5, 10), 2)
     ([0.5], [0.5, 10.0])
