@@ -142,8 +142,7 @@ def distribution(override: Override) -> Any:
     kinds: Any = import_module("optuna.distributions")
     value: Any = override.value()
     if override.is_interval_sweep():
-        whole = isinstance(value.start, int) and isinstance(value.end, int)
-        kind = kinds.IntDistribution if whole else kinds.FloatDistribution
+        kind = kinds.IntDistribution if type(value.start) is type(value.end) is int else kinds.FloatDistribution
         return kind(value.start, value.end, log="log" in value.tags)
     if isinstance(value, RangeSweep) and not value.shuffle and (found := list(value.range())):
         kind = kinds.IntDistribution if all(isinstance(each, int) for each in found) else kinds.FloatDistribution
