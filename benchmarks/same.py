@@ -37,7 +37,7 @@ RUNS: dict[str, list[str]] = {
     "each_update": ["pruner=weighted", "pruner.shrink=each_update"],
 }
 # Of one run or machine: how long it took, where it lies, what its code and settings hash to.
-OWN = ("seconds", "latency", "speedup", "_hash", "mlflow", "resumed", "tracking", "time", "timings")
+OWN = ("seconds", "latency", "speedup", "_hash", "mlflow", "resumed", "tracking", "time", "timings", "overrides")
 
 
 def write(folder: Path) -> None:
