@@ -1,1 +1,1 @@
-"""Configuration every Hydra application in the environment sees (`pkg://gsprune.conf`): only the group `pruner`."""
+"""Configuration every Hydra application in the environment sees: the group `pruner`, and `hydra/callbacks=gsprune`."""

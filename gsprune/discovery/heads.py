@@ -23,7 +23,7 @@ def heads_of(group: Group) -> Structure:
     """Attention heads: consecutive rows of separate query, key and value projections."""
     producers = group.producers()
     if len(producers) < 3 or not all(isinstance(i.node.module, nn.Linear) for i in producers):
-        raise Unprunable("its softmax does not belong to an attention with separate q, k, v Linear layers")
+        raise Unprunable("it feeds a softmax that is no attention with separate query, key and value Linear layers")
     name = common_module([group.name(i) for i in producers])
     heads = _head_count(group, name)
     head_dim = group.units // heads

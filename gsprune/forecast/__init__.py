@@ -1,1 +1,1 @@
-"""What a pruner would do, without training, and how that is shown."""
+"""What a pruner would do, without training."""

@@ -111,7 +111,7 @@ def _plan_units(twin: nn.Module, part: Part, example_input: Any) -> RulePlan:
 def _shrink_to(twin: nn.Module, targets: Sequence[UnitTarget], counts: Sequence[int]) -> None:
     """Cut the twin to the first units of every structure."""
     from gsprune.surgery.apply import apply_cut
-    from gsprune.surgery.cut_plan import plan_cut  # heavy: imports torch-pruning
+    from gsprune.surgery.cut_plan import plan_cut
 
     keeps = [torch.arange(target.total) < count for target, count in zip(targets, counts, strict=True)]
     apply_cut(twin, plan_cut([target.structure for target in targets], keeps))

@@ -315,7 +315,8 @@ class Part:
         if reached < asked - slack:
             warnings.warn(
                 f"the sparsity reached is {float(self.share):.3f} instead of {self.target_sparsity:.3f}: "
-                f"min_kept={self.rule.min_kept} in each of {len(self.targets)} tensors or structures allows no more",
+                f"min_kept={self.rule.min_kept} in each of {len(self.targets)} tensors or structures, or the "
+                f"pattern, allows no more",
                 stacklevel=4,
             )
 
@@ -327,8 +328,8 @@ class Part:
             return True
         names = [target.name for target in self.targets if target.name in self._unseen]
         raise ValueError(
-            f"{_first_of(names)} had no gradient in {self._looked} steps, and a mask is due that would prune it by "
-            f"index: exclude what the loss does not use"
+            f"{_first_of(names)} had no gradient in {self._looked} steps, so its scores are all 0 and pruning it would "
+            f"be arbitrary: exclude it if the loss does not use it"
         )
 
     def _check_flat(self, groups: Sequence[Tensor]) -> None:
@@ -348,14 +349,14 @@ class Part:
         groups_of = zip(self.targets, groups, strict=True)
         if not told_apart and len(flat) == sum(t.total - t.pruned > len(g) for t, g in groups_of):
             raise ValueError(
-                f"the scores say nothing of what to prune, in {name} and everywhere they are all equal ({what}): {why}"
+                f"all scores are equal ({what}) in {name} and in every other target, which leaves no choice: {why}"
             )
         if fresh := [name for name in flat if name not in self._flat]:
             self._flat.update(fresh)
             more = f" and of {len(fresh) - 1} more" if len(fresh) > 1 else ""
             warnings.warn(
-                f"the scores of {fresh[0]}{more} are all equal ({flat[fresh[0]]:g}), so that what goes there goes by "
-                f"index: {why}",
+                f"all scores of {fresh[0]}{more} are equal ({flat[fresh[0]]:g}), so which of them are pruned is "
+                f"arbitrary: {why}",
                 stacklevel=6,
             )
 

@@ -33,7 +33,7 @@ def check_together(parts: Sequence[Part], shrink: str) -> None:
             if first != number:
                 raise ValueError(
                     f"rules[{first}] and rules[{number}] both prune {target.name}: "
-                    f"give them kinds, include or exclude that do not meet"
+                    f"set kinds, include or exclude so that one rule alone covers it"
                 )
             if isinstance(target, WeightTarget) and target.name in cut:
                 _check_on_top(number, target, shrink)
@@ -60,7 +60,7 @@ def make_shrinker(
     if not structures:
         return None
     from gsprune.surgery.proof import draw
-    from gsprune.surgery.shrink import Shrinker, check_shrink  # heavy: imports torch-pruning
+    from gsprune.surgery.shrink import Shrinker, check_shrink
 
     if sum(part.units for part in parts) > 1:  # the structures of each rule were proved without the others
         keeps = [draw(structure, 3) for structure in structures]
@@ -70,7 +70,7 @@ def make_shrinker(
 
 def next_cut(parts: Sequence[Part]) -> CutPlan:
     """What a cut would leave of the dense model now."""
-    from gsprune.surgery.cut_plan import plan_cut  # heavy: imports torch-pruning
+    from gsprune.surgery.cut_plan import plan_cut
 
     return plan_cut(_structures(parts), [target.keep for part in parts for target in part.unit_targets])
 

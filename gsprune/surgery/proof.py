@@ -186,7 +186,7 @@ def unproven(structures: Sequence[Structure], shown: set[str]) -> Iterator[Struc
 # ---- the masked network: zero columns -> the unit contributes nothing
 
 
-LEAK = "its units reach the output by a path that is not a layer's columns"
+LEAK = "zeroing the layers that read its units does not silence them: the network uses their values elsewhere too"
 
 
 class Masked:

@@ -223,7 +223,7 @@ class _Upload:
         if found is None and not any(event.get("kind") == "start" for event in at_hand):
             raise ValueError(
                 f"the run {self.run_id or 'without an id'} of {self.folder} is not at {without_passwords(self.uri)}, "
-                "and its record does not hold its beginning: it was begun in another store"
+                "and the local record has no start to make it from: give the address that it was first tracked to"
             )
         if self.moves:
             self.outbox.forget()
@@ -264,7 +264,9 @@ def _address(folder: Path, note: dict[str, Any], given: str | None) -> str:
     if noted is None or not re.match(rf"(?:{'|'.join(SCHEMES)})(?:\+\w+)?:", noted):
         raise ValueError(f"{folder / TRACKING} names no tracking server: give one with --tracking-uri")
     if "***@" in noted:
-        raise ValueError(f"{noted} needs its password, which is on no record: give it all with --tracking-uri")
+        raise ValueError(
+            f"{noted} has a password, which gsprune does not save: give the whole address with --tracking-uri"
+        )
     if noted.startswith("http") and _has_credentials():
         raise ValueError(
             f"{noted} is named by {folder / TRACKING} alone, and MLflow would send it the password that the "

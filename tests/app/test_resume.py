@@ -235,7 +235,7 @@ def test_with_both_damaged_the_run_starts_anew_and_says_so(crashed, whole, at_st
 
 def replaced(dense):
     save_file({name: tensor + 1 for name, tensor in load_file(dense).items()}, dense)
-    return "is not the dense network that it belongs to: its sha256 is another"
+    return "has changed since the checkpoint was written: its sha256 differs"
 
 
 def moved(dense):
@@ -534,7 +534,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_kept(crashed, part, key, 
     state[part][key] = value
     checkpoints.write(state, epoch=2, step=0)
     with pytest.raises(
-        ValueError, match="epoch_0002_step_000000 cannot be used now, and is kept: it is not that of a job"
+        ValueError, match="epoch_0002_step_000000 cannot be used now, and is kept: it was not written by a run"
     ):
         go(crashed)
     assert len(names(crashed)) == 2

@@ -454,11 +454,11 @@ def test_the_former_names_still_work_with_a_warning() -> None:
     [
         (
             [CHANNELS, replace(CHANNELS, include=["conv1"])],
-            "rules[0] and rules[1] both prune conv1: give them kinds, include or exclude that do not meet",
+            "rules[0] and rules[1] both prune conv1",
         ),
         (
             [WEIGHTS, replace(WEIGHTS, criterion=Magnitude(), include=["head"])],
-            "rules[0] and rules[1] both prune head.weight: give them kinds, include or exclude that do not meet",
+            "rules[0] and rules[1] both prune head.weight",
         ),
         ([CHANNELS, HEADS], "rules[1]: kinds names 'heads', but the model has channels"),
         (

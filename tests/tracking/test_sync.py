@@ -413,7 +413,7 @@ def test_mistakes_are_one_sentence(memory: Memory, unsent: Any, tmp_path: Path, 
     assert not database.parent.exists()
     note = json.loads((folder / "tracking.json").read_text())
     for uri, sentence in {
-        "http://***@host:5000": "http://***@host:5000 needs its password, which is on no record: "
+        "http://***@host:5000": "http://***@host:5000 has a password, which is not saved: "
         "give it all with --tracking-uri",
         "plugin://x": f"{folder}/tracking.json names no tracking server: give one with --tracking-uri",
     }.items():

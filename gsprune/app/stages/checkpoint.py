@@ -152,14 +152,14 @@ class JobCheckpoints:
     def _check(self, state: Mapping[str, Any]) -> None:
         """Raise a ValueError if a checkpoint, which is whole, is not one of a job or lacks its dense network."""
         if not _is_of_a_job(state):
-            raise ValueError("it is not that of a job")
+            raise ValueError("it was not written by a run of train.py: its entries differ")
         if state["phase"] == "dense" or state.get("dense_model"):
             return
         dense = self._job.folder / DENSE
         if not dense.is_file():
-            raise ValueError(f"{dense}, the dense network that it belongs to, is not there")
+            raise ValueError(f"{dense}, the dense network of the checkpoint, is not there")
         if sha256(dense) != state["dense"]:
-            raise ValueError(f"{dense} is not the dense network that it belongs to: its sha256 is another")
+            raise ValueError(f"{dense} has changed since the checkpoint was written: its sha256 differs")
 
     def restore(self, phase: Phase) -> Mapping[str, Any]:
         """Load the state into what was built anew; returns the loop state of the phase.
