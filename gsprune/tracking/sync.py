@@ -264,9 +264,7 @@ def _address(folder: Path, note: dict[str, Any], given: str | None) -> str:
     if noted is None or not re.match(rf"(?:{'|'.join(SCHEMES)})(?:\+\w+)?:", noted):
         raise ValueError(f"{folder / TRACKING} names no tracking server: give one with --tracking-uri")
     if "***@" in noted:
-        raise ValueError(
-            f"{noted} has a password, which gsprune does not save: give the whole address with --tracking-uri"
-        )
+        raise ValueError(f"{noted} has a password, which is not saved: give the whole address with --tracking-uri")
     if noted.startswith("http") and _has_credentials():
         raise ValueError(
             f"{noted} is named by {folder / TRACKING} alone, and MLflow would send it the password that the "
