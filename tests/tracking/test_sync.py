@@ -322,7 +322,7 @@ def test_a_finished_record_of_an_earlier_version_is_not_asked_about(
     calls = len(memory.calls)
     assert not sync(folder)
     assert len(memory.calls) == calls
-    with pytest.raises(ValueError, match="its record does not hold its beginning"):
+    with pytest.raises(ValueError, match="the local record has no start"):
         sync(folder, experiment="new")
     assert len(memory.runs) == 1
 
@@ -414,7 +414,7 @@ def test_mistakes_are_one_sentence(memory: Memory, unsent: Any, tmp_path: Path, 
     note = json.loads((folder / "tracking.json").read_text())
     for uri, sentence in {
         "http://***@host:5000": "http://***@host:5000 has a password, which is not saved: "
-        "give it all with --tracking-uri",
+        "give the whole address with --tracking-uri",
         "plugin://x": f"{folder}/tracking.json names no tracking server: give one with --tracking-uri",
     }.items():
         (folder / "tracking.json").write_text(json.dumps({**note, "tracking_uri": uri}))
@@ -468,7 +468,9 @@ def test_a_run_of_another_store_is_not_made_up(memory: Memory, unsent: Any, tmp_
     memory.runs.clear()
     with (folder / "outbox.jsonl").open("a") as file:
         file.write('{"kind": "tags", "tags": {"a": "b"}}\n')
-    with pytest.raises(ValueError, match=rf"^the run {run_id} of .* is not at {DOWN}, and its record does not hold"):
+    with pytest.raises(
+        ValueError, match=rf"^the run {run_id} of .* is not at {DOWN}, and the local record has no start"
+    ):
         sync(folder)
     assert memory.runs == {}
 
@@ -545,7 +547,7 @@ def test_files_that_are_links_out_of_the_directory_are_not_read(memory: Memory, 
     for name in ("outbox.jsonl", "metrics.jsonl"):
         (folder / name).unlink()
         (folder / name).symlink_to(other / name)
-    with pytest.raises(ValueError, match="its record does not hold its beginning"):
+    with pytest.raises(ValueError, match="the local record has no start"):
         sync(folder)
 
 
