@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from pkgutil import iter_modules
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -135,7 +136,8 @@ def handed_on(package: str) -> Callable[[str], Any]:
     """A package's `__getattr__`, which finds what a module of that name held."""
 
     def find(name: str) -> Any:
-        if name.startswith("__"):
+        own = {module.name for module in iter_modules(sys.modules[package].__path__)}
+        if name.startswith("__") or name in own:  # a module that is not imported yet: the import goes on to it
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         found = _find(package, PACKAGES[package.rpartition(".")[2]], name)
         warnings.warn(

@@ -42,8 +42,9 @@ from gsprune.integrations.inc import load_inc_config
 from gsprune.surgery.cut_plan import CutPlan
 from gsprune.sweeps.callback import _runs
 from gsprune.sweeps.dense_cache import DenseCache, DenseRecord
+from gsprune.sweeps.measures import panels
 from gsprune.sweeps.record import Sweep
-from gsprune.sweeps.report import _Sweep
+from gsprune.sweeps.report import _Jobs, _page, _table
 from gsprune.sweeps.results import read_results
 from gsprune.text.redact import last_line
 from gsprune.tracking.record import Outbox
@@ -292,11 +293,11 @@ def _read_sweep(folder: Path) -> None:
     assert isinstance(sweep.parent_run_id, str | None)
     assert sweep.finished("nobody") is None
     if found.jobs:
-        page = _Sweep.read(folder)
-        page.panels()
-        table = page.table().encode("utf-8", "replace")
+        jobs = _Jobs.read(folder)
+        titles = [panel.title for panel in panels(jobs.points, jobs.usable, jobs.axes)]
+        table = _table(jobs).encode("utf-8", "replace")
         if zlib.crc32(table) % 32 == 0:  # a page takes 60 ms
-            page.page(b"").encode("utf-8", "replace")
+            _page(jobs, b"", titles, jobs.notes()).encode("utf-8", "replace")
 
 
 def _make_metrics(folder: Path) -> None:

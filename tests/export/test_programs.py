@@ -168,7 +168,7 @@ def test_the_model_is_as_it_was() -> None:
             Branch(4, 2),
             torch.ones(2, 4),
             r"Branch cannot be exported: its forward takes another way depending on the values of a tensor "
-            r"\(test_export.py, line \d+\)",
+            r"\(test_programs.py, line \d+\)",
         ),
         (
             Fixed(4, 2),
