@@ -125,7 +125,7 @@ class SweepCallback(Callback):
         self._open = _OpenSweep(sweep, report=self.report, jobs=len(checked.jobs or ()))
         if not self._open.lock.acquire():
             _refuse(f"another process sweeps in {sweep.directory}: wait for it, or choose another hydra.sweep.dir")
-        atexit.register(self._open.close, "failed")  # on_multirun_end is not called when a job has failed
+        atexit.register(self._open.close, "failed")  # after an error, which Hydra has printed by then
         self._open.begin(config, identity, lambda **kwargs: self._make_tracker(config, **kwargs))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
@@ -151,7 +151,9 @@ class SweepCallback(Callback):
         write_json(path, note)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """After the last job, when all went well."""
+        """After the last job. Hydra 1.4 calls it with an error under way too, 1.3 does not: `atexit` closes then."""
+        if sys.exc_info()[0] is not None:
+            return
         assert self._open is not None
         self._open.close("finished")
         atexit.unregister(self._open.close)
