@@ -240,7 +240,7 @@ def replaced(dense):
 
 def moved(dense):
     os.rename(dense, dense.with_name("kept"))
-    return "the dense network that it belongs to, is not there"
+    return "the dense network of the checkpoint, is not there"
 
 
 @pytest.mark.parametrize("happens", [replaced, moved])

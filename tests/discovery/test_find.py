@@ -350,7 +350,7 @@ SEQUENCE = torch.randn(2, 5, 12)
         (Normed(nn.BatchNorm2d(8, affine=False)), None, "a", "BatchNorm has no weight and bias"),
         (Normed(nn.ReLU(), groups=2), None, "a", "'b' is a grouped convolution"),
         (Normed(nn.ConvTranspose2d(8, 8, 1)), None, "a", "'middle' is a transposed convolution"),
-        (Normed(Fn(lambda x: x.softmax(1))), None, "a", "softmax does not belong"),
+        (Normed(Fn(lambda x: x.softmax(1))), None, "a", "softmax that is no attention"),
         (Normed(Fn(lambda x: x / x.norm(dim=1, keepdim=True))), None, "a", "does not silence them"),
         (Normed(Fn(lambda x: x - x.mean(1, keepdim=True))), None, "a", "does not silence them"),
         (Normed(Fn(shuffle)), None, "a", "does not silence them"),
