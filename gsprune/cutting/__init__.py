@@ -1,0 +1,1 @@
+"""A trained network cut now: scored on a few batches, cut, repaired; how much may go, and how sure that is."""
