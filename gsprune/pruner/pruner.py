@@ -103,6 +103,7 @@ class Pruner(Attachable):
         parts: each rule on the model (`gsprune.pruner.part.Part`).
         structured: whether units are pruned.
         skipped: structures or tensors that cannot be pruned -> why.
+        left_out: structures that could be, but that no rule chooses (include, exclude, kinds, keep).
         coverage: share of the model's matrix weights that is targeted, in [0, 1].
         epoch, step, updates: where the run stands, and how many mask updates there were.
 
@@ -167,6 +168,9 @@ class Pruner(Attachable):
         self._weights = [part for part in self.parts if not part.units]
         self.structured = bool(self._units)
         self.skipped: Mapping[str, str] = {name: why for part in self.parts for name, why in part.skipped.items()}
+        unchosen = {structure.name: structure for part in self._units for structure in part.left_out}
+        names = {target.name for part in self._units for target in part.targets}
+        self.left_out = tuple(structure for name, structure in unchosen.items() if name not in names)
         check_together(self.parts, shrink)
         self._shrinker = make_shrinker(model, self.parts, example_input=example_input, copies=copies)
         self._sizes = dense_sizes(model, self.parts)

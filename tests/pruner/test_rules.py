@@ -95,6 +95,15 @@ def test_each_rule_prunes_what_it_would_prune_alone() -> None:
         equal({name: both.masks()[name] for name in alone.masks()}, alone.masks())
 
 
+def test_structures_that_no_rule_chooses_are_said() -> None:
+    names = {s.name: s.kind for s in several(build(nets.ViT), HEADS).left_out}
+    assert set(names.values()) == {"neurons"}
+    assert [s.kind for s in several(build(nets.ViT), NEURONS).left_out] == ["heads"] * 2
+    assert several(build(nets.ViT), HEADS, NEURONS).left_out == ()
+    without = several(build(nets.ViT), HEADS, replace(NEURONS, exclude=["blocks.0*"])).left_out
+    assert [s.name for s in without] == [name for name in names if name.startswith("blocks.0")]
+
+
 @pytest.mark.parametrize("shrink", ["at_end", "each_update"])
 def test_two_rules_of_one_kind_are_one(shrink: Any) -> None:
     """Channels by Abs in two rules or in one, with structures of both in one tensor."""
