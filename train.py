@@ -21,7 +21,7 @@ from hydra.errors import CompactHydraException
 from gsprune.extras import MissingExtraError, check_command
 from gsprune.settings.instantiation import main_arguments
 from gsprune.settings.recorded import hide
-from gsprune.text.redact import Cleaned
+from gsprune.text.redact import RedactedStream
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -68,5 +68,5 @@ if __name__ == "__main__":
         sys.exit(str(error))
     sys.excepthook = show
     hide()  # secrets of the environment; a job hides those of its configuration
-    sys.stderr = cast(TextIO, Cleaned(sys.stderr))
+    sys.stderr = cast(TextIO, RedactedStream(sys.stderr))
     main()

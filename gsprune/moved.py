@@ -84,13 +84,22 @@ MOVED = {
     "variants": "sweeps.variants",
     "views": "tracking.views",
 }
-# Names in them that are others now.
+# Names in them that are others now; two, where two modules had the name.
 RENAMED = {
+    "Cleaned": "RedactedStream",
     "Gate": "GateGradient",
     "Plan": "CutPlan",
     "apply_plan": "apply_cut",
+    "clean_files": "redact_files",
+    "clean_name": "allowed_name",
+    "clean_texts": "redacted_texts",
+    "cleaned": "redacted_data",
+    "guard_logs": "redact_logs",
+    "plain": "json_data",
     "plan_shrink": "plan_cut",
     "read_plan": "read_cut_plan",
+    "told": "redacted_message lines_by_reason",
+    "without_passwords": "redacted",
 }
 # Names of modules that are packages now.
 PACKAGES = {
@@ -153,7 +162,7 @@ def handed_on(package: str) -> Callable[[str], Any]:
 def _find(old: str, homes: str, name: str) -> Any:
     for home in homes.split():
         module = import_module(f"gsprune.{home}")
-        for candidate in (name, RENAMED.get(name, name)):
+        for candidate in (name, *RENAMED.get(name, "").split()):
             if hasattr(module, candidate):
                 return getattr(module, candidate)
     raise AttributeError(f"module {old!r} has no attribute {name!r}")

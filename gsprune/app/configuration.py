@@ -126,7 +126,7 @@ def from_command(cfg: DictConfig) -> DictConfig:
 
 
 def hydra_choices() -> dict[str, Any]:
-    """The job's `overrides`, secrets masked, and the option chosen in each group (`choices`); empty outside Hydra."""
+    """The job's `overrides`, secrets redacted, and the option chosen in each group (`choices`); empty outside Hydra."""
     if not HydraConfig.initialized():
         return {"overrides": [], "choices": {}}
     hydra = HydraConfig.get()

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from gsprune.cost.latency import NOT_HERE
 from gsprune.text.display import one_line, percent
-from gsprune.text.names import told
-from gsprune.text.redact import without_passwords
+from gsprune.text.names import lines_by_reason
+from gsprune.text.redact import redacted
 
 if TYPE_CHECKING:
     from gsprune.training.trainer import Totals
@@ -167,7 +167,7 @@ def print_summary(
     if (result["latency_note"] or "").startswith(NOT_HERE):
         print(one_line(f"Latency: {result['latency_note']}"))
     for label, texts in (("Left whole", "skipped"), ("Next to nothing is left", "collapsed")):
-        for line in told(result.get(texts) or {}):
+        for line in lines_by_reason(result.get(texts) or {}):
             print(one_line(f"{label}: {line}"))
     if (line := chance_line(result)) is not None:
         print(line)
@@ -265,5 +265,5 @@ def ui_command(tracking_uri: str) -> str:
     'http://tracking.example:5000'
     """
     if tracking_uri.startswith(("http://", "https://")):
-        return without_passwords(tracking_uri)
+        return redacted(tracking_uri)
     return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)} --host 127.0.0.1"

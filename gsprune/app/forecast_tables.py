@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gsprune.cost.budgets import KINDS
 from gsprune.forecast.plan import Cost, Entry, PruningPlan, RulePlan
 from gsprune.text.display import percent
-from gsprune.text.names import alike, folded, told
+from gsprune.text.names import alike, folded, lines_by_reason
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,9 +72,9 @@ def _sections(plan: RulePlan) -> list[RenderableType]:
     if len(plan.schedule) > 1:
         sections.append([Text("Schedule, in epochs of the pruning phase"), _schedule_table(plan)])
     if plan.collapsing:
-        sections.append([Text("About to collapse"), *indented(told(plan.collapsing))])
+        sections.append([Text("About to collapse"), *indented(lines_by_reason(plan.collapsing))])
     if plan.skipped:
-        sections.append([Text("Left whole"), *indented(told(plan.skipped))])
+        sections.append([Text("Left whole"), *indented(lines_by_reason(plan.skipped))])
     if plan.notes:
         sections.append([Text(note) for note in plan.notes])
     return [*sections[0], *(part for section in sections[1:] for part in (Text(), *section))]

@@ -32,7 +32,7 @@ from gsprune.app.stages.training import Training
 from gsprune.files.disk import write_json
 from gsprune.forecast import predict
 from gsprune.forecast.plan import PruningPlan
-from gsprune.settings.hydra_files import clean_files
+from gsprune.settings.hydra_files import redact_files
 from gsprune.settings.identity import scores_path
 from gsprune.sweeps.record import Sweep, current_sweep
 from gsprune.training import launcher
@@ -60,7 +60,7 @@ def run(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> dict[str, Any
     folder, sweep, cfg = Path(output_dir).absolute(), current_sweep(), from_command(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     if HydraConfig.initialized():
-        clean_files(HydraConfig.instance().cfg)  # type: ignore[arg-type]
+        redact_files(HydraConfig.instance().cfg)  # type: ignore[arg-type]
     cfg = for_torchrun(cfg, sweep) if launcher.under_torchrun() else cfg
     if sweep is None:
         found = finished_here(cfg, folder)

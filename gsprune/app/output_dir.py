@@ -17,7 +17,7 @@ from gsprune.settings.identity import config_hash, differences, settings
 from gsprune.sweeps.record import Sweep, fetch, set_aside
 from gsprune.sweeps.results import JobResult, read_results
 from gsprune.text.display import logger, one_line
-from gsprune.text.redact import cleaned
+from gsprune.text.redact import redacted_data
 from gsprune.training.checkpoints import MAX_RECORD, RECORD, Checkpoints
 
 SETTINGS = Path("checkpoint", "settings.json")  # of the run in the directory, to name the differences to another
@@ -120,7 +120,7 @@ def resume_hint(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> str:
 
 def readable_settings(cfg: DictConfig) -> dict[str, str]:
     """A job's settings as `SETTINGS` holds them, without secrets."""
-    record: dict[str, str] = cleaned(settings(cfg))
+    record: dict[str, str] = redacted_data(settings(cfg))
     return record
 
 

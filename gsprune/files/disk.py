@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from gsprune.text.display import logger, one_line
-from gsprune.text.redact import without_passwords
+from gsprune.text.redact import redacted
 
 __all__ = [
     "Damaged",
     "aside",
     "folder_aside",
+    "json_data",
     "number",
-    "plain",
     "put_aside",
     "read_json",
     "read_object",
@@ -147,8 +147,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike[str], obj: object) -> None:
-    """Write `obj` as indented JSON, atomically. NaN and infinities become strings, see `plain`."""
-    text = json.dumps(plain(obj), indent=2, allow_nan=False, ensure_ascii=False)
+    """Write `obj` as indented JSON, atomically. NaN and infinities become strings, see `json_data`."""
+    text = json.dumps(json_data(obj), indent=2, allow_nan=False, ensure_ascii=False)
     write_atomic(path, (text + "\n").encode())
 
 
@@ -191,36 +191,36 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def plain(obj: object) -> Any:
+def json_data(obj: object) -> Any:
     """`obj` as values that JSON can hold, without passwords. NaN and infinities become strings that `float()` reads.
 
-    >>> plain({"loss": float("nan"), "kept": (1, 2), "worst": float("-inf")})
+    >>> json_data({"loss": float("nan"), "kept": (1, 2), "worst": float("-inf")})
     {'loss': 'NaN', 'kept': [1, 2], 'worst': '-Infinity'}
     """
     if isinstance(obj, Mapping):
-        return {str(key): plain(value) for key, value in obj.items()}
+        return {str(key): json_data(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple)):
-        return [plain(value) for value in obj]
+        return [json_data(value) for value in obj]
     if isinstance(obj, float):
         return float(obj) if math.isfinite(obj) else _NON_FINITE.get(obj, "NaN")
     if isinstance(obj, str):
-        return without_passwords(obj)
+        return redacted(obj)
     if obj is None or isinstance(obj, (bool, int)):
         return obj
     if hasattr(obj, "item"):  # a number of numpy or torch
-        return plain(obj.item())
+        return json_data(obj.item())
     if isinstance(obj, os.PathLike):
-        return plain(os.fspath(obj))
+        return json_data(os.fspath(obj))
     raise TypeError(f"a {type(obj).__name__} cannot be written as JSON")
 
 
 def number(value: Any) -> float:
-    """A float from a number of Python, numpy or torch, or from a string that `plain` writes; an integer stays one.
+    """A float from a number of Python, numpy or torch, or from a string that `json_data` writes; an integer stays one.
 
     Raises:
         ValueError, TypeError, OverflowError: `value` is none of these, or an integer larger than any float.
 
-    >>> number(3), number("-Infinity"), number(plain(0.1))
+    >>> number(3), number("-Infinity"), number(json_data(0.1))
     (3, -inf, 0.1)
     """
     as_float = float(value)  # raises where an integer is larger than any float

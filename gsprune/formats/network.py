@@ -16,7 +16,7 @@ from typing import Any
 import safetensors
 from torch import Tensor, nn
 
-from gsprune.files.disk import plain, read_json, refusing, sha256, sha256_of_json, write_json
+from gsprune.files.disk import json_data, read_json, refusing, sha256, sha256_of_json, write_json
 from gsprune.formats.tensors import VERSION, Header, read_header, save_tensors, state_tensors
 from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
 from gsprune.structures.twin import refuse_wrapped
@@ -144,7 +144,7 @@ def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
         counts = {key: getattr(module, key, None) for key in (*HEAD_NAMES, *GROUP_NAMES, *SIZE_NAMES)}
         own: dict[str, Any] = {key: value for key, value in counts.items() if type(value) is int}
         if isinstance(module, nn.modules.conv._ConvNd):
-            own |= {key: plain(getattr(module, key)) for key in ("stride", "padding", "dilation", "padding_mode")}
+            own |= {key: json_data(getattr(module, key)) for key in ("stride", "padding", "dilation", "padding_mode")}
         if own:
             found[name] = own
     return found

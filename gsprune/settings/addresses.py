@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from gsprune.text.redact import without_passwords
+from gsprune.text.redact import redacted
 
 __all__ = ["SCHEMES", "check_address", "command_directory", "database_file", "database_uri", "resolve_tracking_uri"]
 
@@ -66,7 +66,7 @@ def check_address(uri: str) -> None:
     if re.match(r"(?:databricks|uc)(?::|$)", uri) or uri.partition(":")[0] in plugins or _is_address(uri):
         return
     *most, last = (f"{scheme}:///" if scheme == "sqlite" else f"{scheme}://" for scheme in SCHEMES)
-    given, near = without_passwords(uri), without_passwords(_nearest(uri))
+    given, near = redacted(uri), redacted(_nearest(uri))
     raise ValueError(
         f"the tracking address {given} is not allowed: did you mean {near}? "
         f"It must begin with {', '.join(most)} or {last}"

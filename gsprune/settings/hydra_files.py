@@ -22,13 +22,13 @@ from gsprune.files.disk import write_atomic
 from gsprune.settings.addresses import check_address
 from gsprune.settings.recorded import address_with_password, hide, variables
 from gsprune.text.display import logger
-from gsprune.text.redact import cleaned, guard_logs, is_secret
+from gsprune.text.redact import is_secret, redact_logs, redacted_data
 
 __all__ = [
     "as_given",
-    "clean_files",
     "protect",
     "recorded_overrides",
+    "redact_files",
     "refuse_passwords",
     "sweep_overrides",
     "sweeper_params",
@@ -66,7 +66,7 @@ def protect(config: DictConfig) -> None:
         ValueError: a secret would be on record in spite of that.
     """
     hide(config)
-    guard_logs()
+    redact_logs()
     if "gsprune." in str(OmegaConf.select(config, "tracking._target_")):  # another application records what it wants
         refuse_passwords(config)
         _check_tracking(config.tracking)
@@ -98,12 +98,12 @@ def _check_tracking(tracking: DictConfig) -> None:
 
 
 def recorded_overrides(overrides: Iterable[Any]) -> list[str]:
-    """The overrides with their secrets masked.
+    """The overrides with their secrets redacted.
 
     >>> recorded_overrides(["seed=1", "+hub.token=abc", "+hub.user=${oc.env:USER}"])
     ['seed=1', '+hub.token=***', '+hub.user=${oc.env:USER}']
     """
-    found: list[str] = cleaned(as_given(overrides))
+    found: list[str] = redacted_data(as_given(overrides))
     return found
 
 
@@ -128,7 +128,7 @@ def sweep_overrides(config: DictConfig, *, resolve: bool = False) -> list[str]:
 def secret_keys(overrides: Iterable[Any]) -> list[str]:
     """The keys of the overrides that hold a secret itself."""
     texts = as_given(overrides)
-    return [text.partition("=")[0] for text, clean in zip(texts, cleaned(texts), strict=True) if clean != text]
+    return [text.partition("=")[0] for text, shown in zip(texts, redacted_data(texts), strict=True) if shown != text]
 
 
 def _refuse_swept(overrides: list[str]) -> None:
@@ -150,7 +150,7 @@ def _resolved(node: Any, key: str) -> str:
 def _refuse_in_path(key: str, path: str, secret: list[str], *, where: Any = None) -> None:
     if where is not None and "override_dirname" not in str(OmegaConf.to_container(where, resolve=False)):
         return
-    if cleaned(path) != path:
+    if redacted_data(path) != path:
         raise ValueError(
             f"{key} would hold the value of {secret[0]}, which is a secret: put it into an environment variable NAME "
             f"and give {secret[0]}='${{oc.env:NAME}}'"
@@ -165,27 +165,27 @@ def _refuse_named_in_path(hydra: DictConfig) -> None:
             raise ValueError(f"hydra.{node}.{key}={text} would hold the value of {name}, which is a secret")
 
 
-def clean_files(config: DictConfig) -> None:
+def redact_files(config: DictConfig) -> None:
     """Take secrets out of the files that Hydra has written for a job and its sweep."""
     hide(config)
-    guard_logs()
+    redact_logs()
     written = OmegaConf.to_container(config, resolve=False)
-    if cleaned(written) == written:
+    if redacted_data(written) == written:
         return
     hydra = config.hydra
     paths = [Path(str(hydra.sweep.dir)) / "multirun.yaml"] if hydra.mode == RunMode.MULTIRUN else []
     if hydra.output_subdir is not None and not OmegaConf.is_missing(hydra.runtime, "output_dir"):
         paths += [Path(str(hydra.runtime.output_dir), str(hydra.output_subdir), name) for name in _FILES]
     for path in paths:
-        _clean(path)
+        _redact(path)
 
 
-def _clean(path: Path) -> None:
+def _redact(path: Path) -> None:
     if not path.is_file():
         return
     try:
         before = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        if (after := cleaned(before)) != before:
+        if (after := redacted_data(before)) != before:
             write_atomic(path, OmegaConf.to_yaml(OmegaConf.create(after)).encode())
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         log.warning("%s holds a secret that could not be removed: %s", path, error)

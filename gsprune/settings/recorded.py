@@ -13,12 +13,12 @@ from gsprune.text.nested import leaves, mapped
 from gsprune.text.redact import (
     MASK,
     by_shape,
-    cleaned,
     gives_access,
     is_certain,
     is_open,
     is_secret,
     password_of,
+    redacted_data,
 )
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ _REFERENCE = re.compile(r"\$\{(\.*[\w\-]+(?:\.[\w\-]+)*)\}")
 def recorded(cfg: DictConfig) -> dict[str, Any]:
     """A configuration as it goes on record.
 
-    References to itself are resolved, `${oc.env:...}` and every other resolver stay as written, secrets are masked.
+    References to itself are resolved, `${oc.env:...}` and every other resolver stay as written, secrets are redacted.
 
     >>> from omegaconf import OmegaConf
     >>> recorded(OmegaConf.create({"a": {"n": 3, "token": "abc"}, "b": "${a.n}", "c": "${oc.env:HOME}", "d": "${c}"}))
     {'a': {'n': 3, 'token': '***'}, 'b': 3, 'c': '${oc.env:HOME}', 'd': '${oc.env:HOME}'}
     """
     written = _written(cfg)
-    return {str(key): value for key, value in cleaned(_resolved(written, (), written, depth=0)).items()}
+    return {str(key): value for key, value in redacted_data(_resolved(written, (), written, depth=0)).items()}
 
 
 def _written(cfg: Any) -> Any:
@@ -84,7 +84,7 @@ def hide(cfg: DictConfig | None = None) -> None:
     """Remember the secrets that no text of this process may hold.
 
     These are values with a secret's name in the configuration and the environment, passwords in addresses, and for
-    `told` the other values that the configuration takes from the environment.
+    `mentioned` the other values that the configuration takes from the environment.
     """
     for name, value in os.environ.items():
         if is_secret(name) and is_certain(name) and not os.path.exists(value):

@@ -38,7 +38,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from gsprune.extras import need
 from gsprune.files.disk import read_object, spared, write_json
 from gsprune.files.layout import RESULT, SWEEP, TRACKING
-from gsprune.settings.hydra_files import clean_files, protect, recorded_overrides, sweep_overrides
+from gsprune.settings.hydra_files import protect, recorded_overrides, redact_files, sweep_overrides
 from gsprune.settings.instantiation import make
 from gsprune.sweeps.check import Checked, check_jobs
 from gsprune.sweeps.record import (
@@ -50,7 +50,7 @@ from gsprune.sweeps.record import (
 )
 from gsprune.sweeps.results import JobResult, Results, read_results
 from gsprune.text.display import code, logger, one_line
-from gsprune.text.redact import last_line, told, without_passwords
+from gsprune.text.redact import last_line, redacted, redacted_message
 
 if TYPE_CHECKING:
     from gsprune.tracking.tracker import Status, Tracker
@@ -129,8 +129,8 @@ class SweepCallback(Callback):
         self._open.begin(config, identity, lambda **kwargs: self._make_tracker(config, **kwargs))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """In the worker: clean Hydra's files, and remove this callback's record of an earlier try."""
-        clean_files(config)
+        """In the worker: redact Hydra's files, and remove this callback's record of an earlier try."""
+        redact_files(config)
         path = Path(config.hydra.runtime.output_dir) / RESULT
         if config.hydra.mode == RunMode.MULTIRUN and read_object(path).get("recorded_by") == __name__:
             path.unlink()
@@ -229,8 +229,8 @@ class _OpenSweep:
     def begin(self, config: DictConfig, identity: str, make_tracker: Callable[..., Tracker]) -> None:
         """Write `sweep.json`, then open or continue the parent run."""
         before, axes = self.sweep.record, _axes(config)
-        clean_files(config)  # those of an earlier sweep in this directory
-        command = without_passwords(shlex.join(["python", *recorded_overrides(sys.argv)]))
+        redact_files(config)  # those of an earlier sweep in this directory
+        command = redacted(shlex.join(["python", *recorded_overrides(sys.argv)]))
         self._record = {
             "command": command,
             "overrides": recorded_overrides(without_sweep_settings(config.hydra.overrides.task)),
@@ -259,7 +259,7 @@ class _OpenSweep:
         self._close_killed(results)
         self._record |= {
             "parent_run_id": tracker.run_id,
-            "tracking_uri": without_passwords(getattr(tracker, "tracking_uri", None) or "") or None,
+            "tracking_uri": redacted(getattr(tracker, "tracking_uri", None) or "") or None,
             "experiment": getattr(tracker, "experiment", None),
         }
         self._write()
@@ -386,11 +386,12 @@ def _protect(config: DictConfig) -> None:
 
 
 def _without_secrets(error: BaseException) -> BaseException:
-    """The error itself, or a copy with masked text if it or its causes hold a secret."""
+    """The error itself, or a copy with redacted text if it or its causes hold a secret."""
     full = "".join(traceback.format_exception(error))
-    if (clean := told(full)) == full:
+    if (shown := redacted_message(full)) == full:
         return error
-    return CompactHydraException(told(str(error)) if isinstance(error, CompactHydraException) else clean.rstrip())
+    own = isinstance(error, CompactHydraException)
+    return CompactHydraException(redacted_message(str(error)) if own else shown.rstrip())
 
 
 def _title(axes: Mapping[str, list[str]]) -> str:

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gsprune.settings.hydra_files import sweep_overrides
 from gsprune.text.display import logger
-from gsprune.text.redact import told
+from gsprune.text.redact import redacted_message
 
 __all__ = ["Checked", "check_jobs", "sentence"]
 
@@ -76,7 +76,7 @@ def sentence(error: BaseException) -> str:
     >>> sentence(ValueError("seed=x is not\\nallowed"))
     'seed=x is not allowed'
     """
-    texts = [" ".join(told(str(found)).split()) for found in (error, error.__cause__) if found is not None]
+    texts = [" ".join(redacted_message(str(found)).split()) for found in (error, error.__cause__) if found is not None]
     listed = list(dict.fromkeys(re.sub(r" full_key: \S+| object_type=\S+", "", text) for text in texts if text))
     return ": ".join(listed) or type(error).__name__
 

@@ -23,7 +23,7 @@ from gsprune.files.layout import RESULT, SWEEP
 from gsprune.files.locks import Lock, file_name
 from gsprune.settings.hydra_files import as_given, recorded_overrides, sweeper_params
 from gsprune.sweeps.results import JobResult, read_results
-from gsprune.text.redact import cleaned
+from gsprune.text.redact import redacted_data
 
 __all__ = ["Sweep", "current_sweep", "parent_run_id"]
 
@@ -46,7 +46,7 @@ class Sweep:
         return found if found is not None and re.fullmatch("[0-9a-zA-Z]{1,64}", found) else None
 
     def text(self, key: str) -> str | None:
-        """A non-empty text of `sweep.json` without a masked password, or None."""
+        """A non-empty text of `sweep.json` without a redacted password, or None."""
         found = self.record.get(key)
         return found if isinstance(found, str) and found and "***@" not in found else None
 
@@ -170,7 +170,7 @@ def command_identity(config: DictConfig) -> str:
         str(config.hydra.job.name),
         str(config.hydra.job.config_name),
         sorted(recorded_overrides(without_sweep_settings(config.hydra.overrides.task))),  # a hash can be guessed
-        cleaned(sweeper_params(config)),
+        redacted_data(sweeper_params(config)),
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -46,7 +46,7 @@ from gsprune.sweeps.variants import (
 )
 from gsprune.text.display import cell, percent
 from gsprune.text.names import natural
-from gsprune.text.redact import say, shown_text, without_passwords
+from gsprune.text.redact import redacted, say, shown_text
 
 __all__ = ["Report", "build_report", "main"]
 
@@ -254,7 +254,7 @@ def _cell(value: object) -> object:
     >>> _cell("=http://ann:secret@host")
     "'=http://***@host"
     """
-    return cell(without_passwords(value[:10_000]) if isinstance(value, str) else value)
+    return cell(redacted(value[:10_000]) if isinstance(value, str) else value)
 
 
 # --- report.html -------------------------------------------------------------------------------------------

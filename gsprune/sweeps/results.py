@@ -20,7 +20,7 @@ from gsprune.files.disk import Damaged, read_json
 from gsprune.files.layout import NOT_JOBS, RESULT
 from gsprune.text.display import quoted
 from gsprune.text.names import natural
-from gsprune.text.redact import cleaned
+from gsprune.text.redact import redacted_data
 
 __all__ = ["STATUSES", "JobResult", "Results", "read_overrides", "read_results"]
 
@@ -140,7 +140,7 @@ def read_overrides(texts: Iterable[str]) -> dict[str, str]:
         key, equals, value = text.partition("=")
         if equals or key.startswith("~"):
             name = key.strip().lstrip("+~")
-            found[name] = cleaned({name: value})[name]
+            found[name] = redacted_data({name: value})[name]
     return found
 
 

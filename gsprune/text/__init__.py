@@ -1,1 +1,1 @@
-"""Texts: names and their patterns, untrusted text made safe to show, secrets masked, nested data."""
+"""Texts: names and their patterns, untrusted text made safe to show, secrets redacted, nested data."""

@@ -127,10 +127,10 @@ def did_you_mean(name: object, known: Iterable[str], *, cutoff: float = 0.6) -> 
 # ---- many names in few words
 
 
-def told(texts: Mapping[str, str]) -> list[str]:
+def lines_by_reason(texts: Mapping[str, str]) -> list[str]:
     """One line for each text, with its names; the texts after the tenth are only counted.
 
-    >>> told({"a.0": "it is small", "b": "it is odd", "a.1": "it is small"})
+    >>> lines_by_reason({"a.0": "it is small", "b": "it is odd", "a.1": "it is small"})
     ['a.{0,1}: it is small', 'b: it is odd']
     """
     about: dict[str, list[str]] = {}

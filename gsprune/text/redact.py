@@ -1,8 +1,8 @@
 """Keeps secrets out of files, records, logs and errors: passwords, and values that only the environment holds.
 
-`without_passwords` masks what looks like a secret in a text (userinfo and queries of addresses, `name=value` and
-`"name": "value"` with a secret's name) and the values that `settings.recorded.hide` remembers; `cleaned` does so in
-nested data. `write_json`, the tracker, log records and the terminal of `train.py` all use it.
+`redacted` puts `***` in the place of what looks like a secret in a text (userinfo and queries of addresses,
+`name=value` and `"name": "value"` with a secret's name) and of the values that `settings.recorded.hide` remembers;
+`redacted_data` does so in nested data. `write_json`, the tracker, log records and the terminal of `train.py` use them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from urllib.parse import quote, unquote
 from gsprune.text.display import label, tag
 from gsprune.text.nested import mapped
 
-__all__ = ["Cleaned", "clean_texts", "cleaned", "guard_logs", "is_secret", "last_line", "told", "without_passwords"]
+__all__ = [
+    "RedactedStream",
+    "is_secret",
+    "last_line",
+    "redact_logs",
+    "redacted",
+    "redacted_data",
+    "redacted_message",
+    "redacted_texts",
+]
 
 MASK = "***"
 
@@ -112,23 +121,23 @@ _ISSUED = re.compile(  # tokens with the mark of their issuer
 _SPAN = 300  # characters of a password with spaces in it
 
 
-def without_passwords(text: str) -> str:
-    """The text with its secrets masked. Masking it again changes nothing.
+def redacted(text: str) -> str:
+    """The text without its secrets. Redacting it again changes nothing.
 
-    >>> without_passwords("http://ann:secret@host:5000"), without_passwords("https://host/x?a=1&Token=abc")
+    >>> redacted("http://ann:secret@host:5000"), redacted("https://host/x?a=1&Token=abc")
     ('http://***@host:5000', 'https://host/x?a=1&Token=***')
-    >>> without_passwords("http://ann:p@ss/w@rd's@host:5000/x"), without_passwords("+db.password='a b' seed=1")
+    >>> redacted("http://ann:p@ss/w@rd's@host:5000/x"), redacted("+db.password='a b' seed=1")
     ('http://***@host:5000/x', '+db.password=*** seed=1')
-    >>> without_passwords("sqlite:////home/me@work/m.db"), without_passwords("token=${oc.env:MY_TOKEN}")
+    >>> redacted("sqlite:////home/me@work/m.db"), redacted("token=${oc.env:MY_TOKEN}")
     ('sqlite:////home/me@work/m.db', 'token=${oc.env:MY_TOKEN}')
     """
     text = by_shape(text)
     return hidden.sub(text) if hidden.pattern else text
 
 
-def told(text: str) -> str:
-    """`without_passwords` for people: values from the environment are replaced by the names of their variables."""
-    text = without_passwords(text)
+def redacted_message(text: str) -> str:
+    """`redacted` for people: values from the environment are replaced by the names of their variables."""
+    text = redacted(text)
     return mentioned.sub(text) if mentioned.pattern else text
 
 
@@ -138,7 +147,7 @@ def last_line(error: BaseException) -> str:
     >>> last_line(RuntimeError("a long story\\nits end")), last_line(KeyboardInterrupt())
     ('RuntimeError: its end', 'KeyboardInterrupt')
     """
-    lines = told(str(error)).strip().splitlines()
+    lines = redacted_message(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
@@ -149,12 +158,12 @@ def by_shape(text: str) -> str:
     if "=" in text or ":" in text:
         text = _without_groups(text)
     if "=" in text:
-        text = _QUERY.sub(_masked_sign, _PAIR.sub(_masked_value, text))
+        text = _QUERY.sub(_redacted_sign, _PAIR.sub(_redacted_value, text))
     if ":" in text:
-        text = _FLOW.sub(_masked_value, _QUOTED.sub(_masked_value, text))
+        text = _FLOW.sub(_redacted_value, _QUOTED.sub(_redacted_value, text))
     text = _HEADER.sub(rf"\g<1>{MASK}", text)
     if ": " in text or "= " in text:
-        text = _SPOKEN.sub(rf"\g<1>{MASK}", _LINE.sub(_masked_line, text))
+        text = _SPOKEN.sub(rf"\g<1>{MASK}", _LINE.sub(_redacted_line, text))
     return _ISSUED.sub(MASK, text)
 
 
@@ -214,24 +223,24 @@ def is_open(value: str) -> bool:
     return not re.search(r"\w", own) or own.lower() in ("null", "none", "true", "false")
 
 
-def _mask(found: re.Match[str]) -> str:
-    """The match with its value masked."""
+def _redacted_match(found: re.Match[str]) -> str:
+    """The match without its value."""
     start, end = (place - found.start() for place in found.span("value"))
     return f"{found[0][:start]}{MASK}{found[0][end:]}"
 
 
-def _masked_sign(found: re.Match[str]) -> str:
+def _redacted_sign(found: re.Match[str]) -> str:
     words = _words(found["name"])
-    return _mask(found) if words and words[-1] in _SIGNS else found[0]
+    return _redacted_match(found) if words and words[-1] in _SIGNS else found[0]
 
 
-def _masked_value(found: re.Match[str]) -> str:
-    return _mask(found) if is_secret(found["name"]) and not is_open(found["value"]) else found[0]
+def _redacted_value(found: re.Match[str]) -> str:
+    return _redacted_match(found) if is_secret(found["name"]) and not is_open(found["value"]) else found[0]
 
 
-def _masked_line(found: re.Match[str]) -> str:
+def _redacted_line(found: re.Match[str]) -> str:
     name, value = found["name"], found["value"]
-    return _masked_value(found) if is_secret(name) and is_certain(name) and not value.endswith(MASK) else found[0]
+    return _redacted_value(found) if is_secret(name) and is_certain(name) and not value.endswith(MASK) else found[0]
 
 
 class _Values:
@@ -267,38 +276,38 @@ hidden, mentioned = _Values(), _Values()
 # --- nested data -------------------------------------------------------------------------------------------
 
 
-def cleaned(data: Any) -> Any:
-    """Nested data with their secrets masked; texts in lists may be overrides.
+def redacted_data(data: Any) -> Any:
+    """Nested data without their secrets; texts in lists may be overrides.
 
-    >>> cleaned({"hub": {"token": "abc", "name": "bert"}, "overrides": ["+hub.token='a, b'", "seed=0"]})
+    >>> redacted_data({"hub": {"token": "abc", "name": "bert"}, "overrides": ["+hub.token='a, b'", "seed=0"]})
     {'hub': {'token': '***', 'name': 'bert'}, 'overrides': ['+hub.token=***', 'seed=0']}
     """
     if isinstance(data, Mapping):
-        return {key: _masked(value) if is_secret(str(key)) else cleaned(value) for key, value in data.items()}
+        return {k: _redacted_leaves(value) if is_secret(str(k)) else redacted_data(value) for k, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_override(item) if isinstance(item, str) else cleaned(item) for item in data]
-    return without_passwords(data) if isinstance(data, str) else data
+        return [_override(item) if isinstance(item, str) else redacted_data(item) for item in data]
+    return redacted(data) if isinstance(data, str) else data
 
 
-def clean_texts(data: Any) -> Any:
-    """Nested data with their texts cleaned, for data of our own, in which no key is a secret's name."""
-    return mapped(data, lambda leaf, _: without_passwords(leaf) if isinstance(leaf, str) else leaf)
+def redacted_texts(data: Any) -> Any:
+    """Nested data with `redacted` texts, for data of our own, in which no key is a secret's name."""
+    return mapped(data, lambda leaf, _: redacted(leaf) if isinstance(leaf, str) else leaf)
 
 
-def _masked(data: Any) -> Any:
-    def masked(leaf: Any, _: object) -> Any:
+def _redacted_leaves(data: Any) -> Any:
+    def replaced(leaf: Any, _: object) -> Any:
         if isinstance(leaf, str) and is_open(leaf):
-            return without_passwords(leaf)
+            return redacted(leaf)
         return leaf if leaf is None or isinstance(leaf, bool) else MASK
 
-    return mapped(data, masked)
+    return mapped(data, replaced)
 
 
 def _override(text: str) -> str:
     found = re.fullmatch(r"([+~]*[\w./@\-:\[\]]+)=(.*)", text, re.DOTALL)
     if found and is_secret(found[1]) and not is_open(found[2]):
         return f"{found[1]}={MASK}"
-    return without_passwords(text)
+    return redacted(text)
 
 
 def password_of(text: str) -> str:
@@ -325,30 +334,31 @@ def gives_access(text: str) -> bool:
 # --- logs and terminals ------------------------------------------------------------------------------------
 
 
-def guard_logs() -> None:
-    """From now on clean every log record of this process, for all handlers."""
+def redact_logs() -> None:
+    """From now on redact every log record of this process, for all handlers."""
     make = logging.getLogRecordFactory()
-    if getattr(make, "cleans", False):
+    if getattr(make, "redacts", False):
         return
 
-    def make_clean(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        return _clean_record(make(*args, **kwargs))
+    def make_redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        return _redacted_record(make(*args, **kwargs))
 
-    make_clean.cleans = True  # type: ignore[attr-defined]
-    logging.setLogRecordFactory(make_clean)
+    make_redacted.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make_redacted)
 
 
-def _clean_record(record: logging.LogRecord) -> logging.LogRecord:
+def _redacted_record(record: logging.LogRecord) -> logging.LogRecord:
     try:
         text = record.getMessage()
     except (TypeError, ValueError):  # wrong arguments, which logging reports itself
         return record
-    if (clean := told(text)) != text:
-        record.msg, record.args = clean, None
+    if (shown := redacted_message(text)) != text:
+        record.msg, record.args = shown, None
     if record.exc_info and record.exc_info[0] is not None:
         full = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
-        if (clean := tag(told(full), length=max(len(full), 100_000))) != full:  # it may quote an untrusted file
-            record.exc_info, record.exc_text = None, clean
+        shown = tag(redacted_message(full), length=max(len(full), 100_000))  # it may quote an untrusted file
+        if shown != full:
+            record.exc_info, record.exc_text = None, shown
     return record
 
 
@@ -358,14 +368,14 @@ _STEERS = re.compile(
 )
 
 
-class Cleaned:
-    """A terminal's stream that masks secrets and control characters in everything written to it, tracebacks too."""
+class RedactedStream:
+    """A terminal's stream that replaces secrets and control characters in everything written to it, tracebacks too."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(_STEERS.sub(lambda found: repr(found[0])[1:-1], told(text)))
+        self._stream.write(_STEERS.sub(lambda found: repr(found[0])[1:-1], redacted_message(text)))
         return len(text)
 
     def writelines(self, lines: Sequence[str]) -> None:
@@ -384,9 +394,9 @@ def say(text: str, file: Any = None) -> None:
 
 
 def shown_text(text: str, length: int) -> str:
-    """An untrusted text on one line, printable, at most `length` characters long, its secrets masked.
+    """An untrusted text on one line, printable, at most `length` characters long, without its secrets.
 
     >>> shown_text("tracking.tracking_uri=http://ann:secret@host:5000\\n", 60)
     'tracking.tracking_uri=http://***@host:5000 '
     """
-    return label(without_passwords(text[: length + 1000]), length)
+    return label(redacted(text[: length + 1000]), length)

@@ -20,7 +20,7 @@ from gsprune.extras import need
 from gsprune.files.locks import Lock
 from gsprune.settings.addresses import command_directory, database_file, resolve_tracking_uri
 from gsprune.text.display import one_line, tag
-from gsprune.text.redact import told, without_passwords
+from gsprune.text.redact import redacted, redacted_message
 from gsprune.tracking.mlflow_names import fit_tags
 from gsprune.tracking.views import experiment_tags
 
@@ -266,7 +266,7 @@ class RemoteRun:
 
     @property
     def _command(self) -> str:
-        return f"MLFLOW_TRACKING_URI={shlex.quote(without_passwords(self._uri))} mlflow"
+        return f"MLFLOW_TRACKING_URI={shlex.quote(redacted(self._uri))} mlflow"
 
     def _how_to_restore(self, experiment_id: str) -> str:
         return (
@@ -378,10 +378,10 @@ def download_artifact(tracking_uri: str | None, run_id: str, name: str, folder: 
         Path(folder).mkdir(parents=True, exist_ok=True)
         return Path(MlflowClient(tracking_uri=uri).download_artifacts(run_id, name, str(folder)))
     except Exception as error:
-        where = without_passwords(uri)
+        where = redacted(uri)
         raise ValueError(f"the run {run_id} at {where} has no {name} to start from ({brief_error(error)})") from None
 
 
 def brief_error(error: BaseException) -> str:
-    text = told(" ".join(f"{type(error).__name__}: {error}".split()))
+    text = redacted_message(" ".join(f"{type(error).__name__}: {error}".split()))
     return text if len(text) <= 400 else text[:397] + "..."

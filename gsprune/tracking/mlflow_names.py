@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gsprune.files.disk import plain
+from gsprune.files.disk import json_data
 from gsprune.text.display import tag
-from gsprune.text.redact import without_passwords
+from gsprune.text.redact import redacted
 
-__all__ = ["Names", "clean_name", "fit_tags", "flatten"]
+__all__ = ["Names", "allowed_name", "fit_tags", "flatten"]
 
 
 class Names:
@@ -28,24 +28,24 @@ class Names:
 
     def __getitem__(self, name: str) -> str:
         if name not in self._given:
-            taken, clean, number = set(self._given.values()), clean_name(name), 2
-            choice = clean
+            taken, allowed, number = set(self._given.values()), allowed_name(name), 2
+            choice = allowed
             while choice in taken:
-                choice, number = f"{clean}_{number}", number + 1
+                choice, number = f"{allowed}_{number}", number + 1
             self._given[name] = choice
         return self._given[name]
 
 
-def clean_name(name: str) -> str:
+def allowed_name(name: str) -> str:
     """Letters, digits and `_ - . / space` stay (MLflow on Windows accepts no more); at most 240 characters."""
-    clean = posixpath.normpath(re.sub(r"[^\w.\-/ ]", "_", name)).lstrip("/")
-    while clean.startswith("../"):
-        clean = clean[3:]
-    return clean[:240].rstrip("/") if clean not in ("", ".", "..") else "_"
+    name = posixpath.normpath(re.sub(r"[^\w.\-/ ]", "_", name)).lstrip("/")
+    while name.startswith("../"):
+        name = name[3:]
+    return name[:240].rstrip("/") if name not in ("", ".", "..") else "_"
 
 
 def fit_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {clean_name(key): tag(str(value)) for key, value in tags.items()}
+    return {allowed_name(key): tag(str(value)) for key, value in tags.items()}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -62,6 +62,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{name}."))
         else:
-            text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
-            flat[name] = without_passwords(text)
+            text = value if isinstance(value, str) else json.dumps(json_data(value), ensure_ascii=False)
+            flat[name] = redacted(text)
     return flat

@@ -27,9 +27,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gsprune.files.disk import number, plain, write_atomic
+from gsprune.files.disk import json_data, number, write_atomic
 from gsprune.files.layout import METRICS, OUTBOX, SENDING, UNSENT
-from gsprune.tracking.mlflow_names import Names, clean_name
+from gsprune.tracking.mlflow_names import Names, allowed_name
 
 __all__ = ["Log", "Outbox", "identifier", "json_lines", "read_metrics", "rewind", "text"]
 
@@ -112,8 +112,8 @@ def rewind(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
     for step, values in enumerate(rows, 1):
         known = {name: number(value) for name, value in values.items()}
         old = {name: value for name, value in kept.get(step, {}).items() if name not in ("step", "time")}
-        same = step in kept and old == plain(known)  # it has the time at which it was logged
-        lines.append(kept[step] if same else {"step": step, "time": round(time.time(), 3), **plain(known)})
+        same = step in kept and old == json_data(known)  # it has the time at which it was logged
+        lines.append(kept[step] if same else {"step": step, "time": round(time.time(), 3), **json_data(known)})
     write_lines(folder / METRICS, lines)
     outbox = Outbox(folder)
     outbox.read_events()
@@ -137,12 +137,12 @@ def identifier(record: Mapping[str, Any], key: str) -> str | None:
 
 def _texts(entries: object) -> dict[str, str]:
     items = entries.items() if isinstance(entries, dict) else ()
-    return {clean_name(key): value for key, value in items if isinstance(value, str) and key.strip()}
+    return {allowed_name(key): value for key, value in items if isinstance(value, str) and key.strip()}
 
 
 def _numbers(values: object) -> dict[str, float]:
     found = {key: _number(value) for key, value in values.items()} if isinstance(values, dict) else {}
-    return {clean_name(key): value for key, value in found.items() if value is not None and key.strip()}
+    return {allowed_name(key): value for key, value in found.items() if value is not None and key.strip()}
 
 
 def _number(value: object) -> float | None:
@@ -251,7 +251,7 @@ class Outbox:
 
     def _rewrite(self, events: list[Event]) -> None:
         self.events, self._log = events, Log(self.path)
-        self._change(lambda: write_lines(self.path, plain([*events, {"sent": sorted(self._sent)}])))
+        self._change(lambda: write_lines(self.path, json_data([*events, {"sent": sorted(self._sent)}])))
 
     def _append(self, line: Mapping[str, Any]) -> None:
         self._change(lambda: self._log.append(line))
@@ -323,7 +323,7 @@ class Outbox:
             values = {names[key]: value for key, value in row.items() if key.strip()}
             self.events.append({"kind": "metrics", "values": values, "step": step, "time_ms": moment})
         for event in self.events:  # they are written with the first line that is added
-            self._log.keep(plain(event))
+            self._log.keep(json_data(event))
 
     def _find_pending(self) -> None:
         unsent = [place for place in range(len(self.events)) if place not in self._sent]

@@ -23,7 +23,7 @@ from gsprune.files.layout import NOT_JOBS, RESULT, SWEEP, SWEEP_RUN, TRACKING, T
 from gsprune.files.locks import Lock
 from gsprune.settings.addresses import SCHEMES, database_file, resolve_tracking_uri
 from gsprune.text.names import natural
-from gsprune.text.redact import say, without_passwords
+from gsprune.text.redact import redacted, say
 from gsprune.tracking.drain import Drain
 from gsprune.tracking.mlflow_client import NESTED, DeletedError, RemoteRun, import_client
 from gsprune.tracking.record import ENDED, MAX_BYTES, Outbox, identifier, text
@@ -167,7 +167,7 @@ class _Upload:
         self.is_new_parent = self.parent != known
 
     def run(self) -> Sent:
-        sent = Sent(self.folder, self.run_id, without_passwords(self.uri))
+        sent = Sent(self.folder, self.run_id, redacted(self.uri))
         if self._is_complete():
             sent.uri = text(self.note, "tracking_uri") or sent.uri
             return sent
@@ -187,7 +187,7 @@ class _Upload:
         except (MlflowException, RequestException, SQLAlchemyError, TimeoutError) as error:
             self._avoid.add(self.uri)
             first = " ".join(str(error).split())[:300]
-            raise ValueError(f"{_unreachable(self.uri)} ({without_passwords(first)})") from None
+            raise ValueError(f"{_unreachable(self.uri)} ({redacted(first)})") from None
         sent.run_id, sent.counts, sent.ended, sent.left_out = run.run_id, run.counts, run.ended, self.outbox.left_out
         return sent
 
@@ -222,7 +222,7 @@ class _Upload:
         at_hand = self.outbox.events if self.moves else self.outbox.pending.values()
         if found is None and not any(event.get("kind") == "start" for event in at_hand):
             raise ValueError(
-                f"the run {self.run_id or 'without an id'} of {self.folder} is not at {without_passwords(self.uri)}, "
+                f"the run {self.run_id or 'without an id'} of {self.folder} is not at {redacted(self.uri)}, "
                 "and the local record has no start to make it from: give the address that it was first tracked to"
             )
         if self.moves:
@@ -259,7 +259,7 @@ def _address(folder: Path, note: dict[str, Any], given: str | None) -> str:
     if given:
         return resolve_tracking_uri(given)
     noted, here = text(note, "tracking_uri"), os.environ.get("MLFLOW_TRACKING_URI")
-    if here and without_passwords(here) == noted:
+    if here and redacted(here) == noted:
         return here
     if noted is None or not re.match(rf"(?:{'|'.join(SCHEMES)})(?:\+\w+)?:", noted):
         raise ValueError(f"{folder / TRACKING} names no tracking server: give one with --tracking-uri")
@@ -297,4 +297,4 @@ def _fill(path: Path, key: str, value: str | None, before: str | None) -> None:
 
 
 def _unreachable(uri: str) -> str:
-    return f"MLflow at {without_passwords(uri)} does not answer or refuses, and what it lacks stays on record"
+    return f"MLflow at {redacted(uri)} does not answer or refuses, and what it lacks stays on record"

@@ -24,12 +24,12 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from gsprune.files.disk import aside, number, plain, read_object, spared, write_atomic, write_json
+from gsprune.files.disk import aside, json_data, number, read_object, spared, write_atomic, write_json
 from gsprune.files.layout import CONFIG, METRICS, OUTBOX, SENDING, TRACKING, TRACKING_LOCK, UNSENT
 from gsprune.files.locks import Lock
 from gsprune.settings.addresses import resolve_tracking_uri
 from gsprune.text.display import logger
-from gsprune.text.redact import clean_texts, cleaned, told, without_passwords
+from gsprune.text.redact import redacted, redacted_data, redacted_message, redacted_texts
 from gsprune.tracking.drain import Deadlines, Drain
 from gsprune.tracking.mlflow_client import RECORD_TAG, DeletedError, RemoteRun, brief_error, import_client
 from gsprune.tracking.mlflow_names import Names, flatten
@@ -75,7 +75,7 @@ class Tracker:
         tags: Mapping[str, str],
         rows: Sequence[Mapping[str, float]] | None = None,
     ) -> None:
-        """Begin the record: `config` is the configuration as a plain nested dict, of which secrets are masked.
+        """Begin the record: `config` is the configuration as a plain nested dict, of which secrets are redacted.
 
         Args:
             rows: to go on with the record of a run that was interrupted, the metrics of step 1, 2, ... that it is known
@@ -88,7 +88,7 @@ class Tracker:
             path = self.output_dir / old
             self._locally(path, lambda path=path: path.unlink(missing_ok=True))  # type: ignore[misc]
         path = self.output_dir / CONFIG
-        self._locally(path, lambda: _write_yaml(path, cleaned(config)))
+        self._locally(path, lambda: _write_yaml(path, redacted_data(config)))
 
     def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """One line of metrics.jsonl. NaN and infinities are written as strings that `float()` reads."""
@@ -133,7 +133,7 @@ class Tracker:
 
     def _record_metrics(self, values: Mapping[str, float], step: int) -> dict[str, Any]:
         numbers = {name: number(value) for name, value in values.items()}
-        row = {"step": step, "time": round(time.time(), 3), **plain(numbers)}
+        row = {"step": step, "time": round(time.time(), 3), **json_data(numbers)}
         self._locally(self._metrics.path, lambda: self._metrics.append(row))
         return row
 
@@ -216,7 +216,7 @@ class MLflowTracker(Tracker):
             "record": uuid.uuid4().hex,  # a tag of the run, which is found by it when its id was never heard
             "run_name": run_name,
             "parent_run_id": parent_run_id,
-            "artifact_root": None if artifact_root is None else without_passwords(os.fspath(artifact_root)),
+            "artifact_root": None if artifact_root is None else redacted(os.fspath(artifact_root)),
         }
         self._continued, self._names = run_id, Names()
         self._run = RemoteRun(
@@ -243,7 +243,7 @@ class MLflowTracker(Tracker):
         if rows is not None:
             self._go_on()
         self._note("RUNNING")
-        params = {self._names[key]: value for key, value in flatten(cleaned(config)).items()}
+        params = {self._names[key]: value for key, value in flatten(redacted_data(config)).items()}
         tags = {**_origin(), **tags, RECORD_TAG: str(self._identity["record"])}
         began = min(self._outbox.times("start"), default=_now_ms())
         self._add("start", params=params, tags=tags, time_ms=began)
@@ -288,7 +288,7 @@ class MLflowTracker(Tracker):
 
     def close_killed(self) -> None:
         note = read_object(self.output_dir / TRACKING)
-        mine = {"status": "RUNNING", "run_id": self._continued, "tracking_uri": without_passwords(self.tracking_uri)}
+        mine = {"status": "RUNNING", "run_id": self._continued, "tracking_uri": redacted(self.tracking_uri)}
         if not mine.items() <= note.items() or not self._lock.acquire():
             return
         self._identity, self.stopped = {key: note.get(key) for key in self._identity}, note.get("stopped")
@@ -327,7 +327,7 @@ class MLflowTracker(Tracker):
         self._send()
 
     def _add(self, kind: str, **event: Any) -> None:
-        event |= {name: clean_texts(event[name]) for name in ("params", "tags") if name in event}
+        event |= {name: redacted_texts(event[name]) for name in ("params", "tags") if name in event}
         if "path" in event:  # as seen from the output directory, which may be moved before it is sent
             inside = event["path"].is_relative_to(self.output_dir)
             event["path"] = (event["path"].relative_to(self.output_dir) if inside else event["path"]).as_posix()
@@ -354,11 +354,11 @@ class MLflowTracker(Tracker):
             except Exception as reason:
                 error = reason if isinstance(reason, DeletedError) else error
         self._deadlines.close()
-        self.stopped = told(str(error)) if isinstance(error, DeletedError) else brief_error(error)
+        self.stopped = redacted_message(str(error)) if isinstance(error, DeletedError) else brief_error(error)
         log.warning(
             "tracking to MLflow at %s stopped (%s); the run goes on, and its record is in %s: "
             "`gsprune sync` with that directory uploads it",
-            without_passwords(self.tracking_uri),
+            redacted(self.tracking_uri),
             self.stopped,
             self.output_dir,
         )
@@ -366,7 +366,7 @@ class MLflowTracker(Tracker):
 
     def _note(self, status: str) -> None:
         note = {
-            "tracking_uri": without_passwords(self.tracking_uri),
+            "tracking_uri": redacted(self.tracking_uri),
             "experiment": self.experiment,
             "run_id": self._run.run_id or self._continued,
             "status": status,

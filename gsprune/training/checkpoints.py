@@ -33,8 +33,8 @@ from torch import Tensor
 from gsprune.files.disk import (
     Damaged,
     folder_aside,
+    json_data,
     number,
-    plain,
     put_aside,
     read_json,
     refusing,
@@ -234,7 +234,7 @@ class _Packer:
         if value is None or isinstance(value, (bool, int, str)):
             return value
         if isinstance(value, float):
-            return float(value) if math.isfinite(value) else {_KIND: "float", "value": plain(value)}
+            return float(value) if math.isfinite(value) else {_KIND: "float", "value": json_data(value)}
         if isinstance(value, Tensor):
             return {_KIND: "tensor", "name": self._keep(value, where)}
         if isinstance(value, Mapping):

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from gsprune.collectives import world_size
-from gsprune.text import redact
+from gsprune.text.redact import last_line, redacted_message
 from gsprune.training.signals import SIGNALS, Interrupted
 
 __all__ = ["ProcessFailed", "Processes", "launch", "taking_part", "under_torchrun", "undisturbed"]
@@ -161,8 +161,8 @@ def _member(
             "time": time.time(),
             "mistake": mistake,
             "follows": isinstance(error, RuntimeError),  # often because another process ended
-            "text": redact.told(str(error)) if mistake else f"process {number} failed: {redact.last_line(error)}",
-            "traceback": redact.told(traceback.format_exc()),
+            "text": redacted_message(str(error)) if mistake else f"process {number} failed: {last_line(error)}",
+            "traceback": redacted_message(traceback.format_exc()),
         }
         Path(folder, f"error-{number}.json").write_text(json.dumps(told))
         if told["follows"]:

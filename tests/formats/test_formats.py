@@ -23,7 +23,7 @@ from gsprune import Pruner
 from gsprune.criteria import Magnitude
 from gsprune.discovery.find import find_structures
 from gsprune.files import disk
-from gsprune.files.disk import plain, read_json, write_atomic, write_json
+from gsprune.files.disk import json_data, read_json, write_atomic, write_json
 from gsprune.formats.masks import load_masks, save_masks
 from gsprune.formats.network import load_pruned, load_state, read_cut_plan, save_pruned
 from gsprune.formats.scores import SavedScores, load_scores, save_scores
@@ -107,7 +107,7 @@ def test_json_is_valid_whatever_the_numbers(tmp_path: Path) -> None:
     read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert read == {"nan": "NaN", "inf": "-Infinity", "tensor": 2, "path": str(tmp_path), "pair": [1, None]}
     with refused("set", "JSON", error=TypeError):
-        plain({1})
+        json_data({1})
 
 
 # --- masks -------------------------------------------------------------------------------------------------

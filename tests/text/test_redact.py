@@ -16,12 +16,12 @@ from jobs import ROOT, TINY, configure, train
 from omegaconf import OmegaConf
 
 from gsprune.app import job
-from gsprune.settings.hydra_files import clean_files, protect, refuse_passwords
+from gsprune.settings.hydra_files import protect, redact_files, refuse_passwords
 from gsprune.settings.identity import config_hash
 from gsprune.settings.recorded import hashable, hide, recorded
 from gsprune.sweeps.results import read_overrides
 from gsprune.text import redact
-from gsprune.text.redact import Cleaned, cleaned, guard_logs, is_secret, told, without_passwords
+from gsprune.text.redact import RedactedStream, is_secret, redact_logs, redacted, redacted_data, redacted_message
 
 
 @pytest.fixture(autouse=True)
@@ -91,19 +91,19 @@ KEPT = (
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_loses_its_passwords_and_nothing_else(text: str) -> None:
-    assert without_passwords(text) == TEXTS[text]
-    assert without_passwords(TEXTS[text]) == TEXTS[text]
-    assert without_passwords(f"before {text}") == f"before {TEXTS[text]}"
+    assert redacted(text) == TEXTS[text]
+    assert redacted(TEXTS[text]) == TEXTS[text]
+    assert redacted(f"before {text}") == f"before {TEXTS[text]}"
 
 
 @pytest.mark.parametrize("text", KEPT)
 def test_what_only_looks_like_a_password_stays(text: str) -> None:
-    assert without_passwords(text) == text
+    assert redacted(text) == text
 
 
 def test_a_long_text_costs_no_time() -> None:
-    assert without_passwords("a/b+" * 250_000 + "=") == "a/b+" * 250_000 + "="
-    assert without_passwords("http://" + "a@" * 50_000).endswith("@")
+    assert redacted("a/b+" * 250_000 + "=") == "a/b+" * 250_000 + "="
+    assert redacted("http://" + "a@" * 50_000).endswith("@")
 
 
 def test_hidden_values_are_replaced_as_words_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +112,9 @@ def test_hidden_values_are_replaced_as_words_in_every_form(monkeypatch: pytest.M
     hide(
         OmegaConf.create({"password": "it's %5", "x": "${oc.env:MY_TOKEN}", "y": "${oc.env:NOTE}", "n": {"key": 4711}})
     )
-    assert without_passwords("it's %5 / it%27s%20%255 / ENV-secret / 4711 / 14711") == "*** / *** / *** / *** / 14711"
-    assert told("got 'a plain note'") == "got '${oc.env:NOTE}'"
-    assert without_passwords("got 'a plain note'") == "got 'a plain note'"
+    assert redacted("it's %5 / it%27s%20%255 / ENV-secret / 4711 / 14711") == "*** / *** / *** / *** / 14711"
+    assert redacted_message("got 'a plain note'") == "got '${oc.env:NOTE}'"
+    assert redacted("got 'a plain note'") == "got 'a plain note'"
 
 
 def test_names_of_secrets() -> None:
@@ -130,7 +130,7 @@ def test_a_variable_whose_name_is_a_value_of_its_own_is_hidden_too(monkeypatch: 
     hide(
         OmegaConf.create({"which": "ONE_TOKEN", "x": "${oc.env:${which}}", "y": "${oc.decode:${oc.env:'OTHER_TOKEN'}}"})
     )
-    assert without_passwords("first-one, second-one") == "***, ***"
+    assert redacted("first-one, second-one") == "***, ***"
 
 
 # --- configurations ----------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_a_configuration_is_recorded_with_its_references_followed_and_all_else_u
         "gone": "${nowhere.x}",
         "uri": "http://***@host",
     }
-    assert cleaned(["+a.token=x", "++b.api_key='y,z'", "c=1"]) == ["+a.token=***", "++b.api_key=***", "c=1"]
+    assert redacted_data(["+a.token=x", "++b.api_key='y,z'", "c=1"]) == ["+a.token=***", "++b.api_key=***", "c=1"]
 
 
 def test_the_hash_tells_values_of_the_environment_apart_but_no_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_a_password_in_an_address_is_refused_with_the_way_out(tmp_path: Path, ke
     OmegaConf.update(cfg, key, value)
     with pytest.raises(ValueError, match=r"\*\*\*") as error:
         job.run(cfg, output_dir=tmp_path)
-    assert str(error.value).startswith(f"{key}={without_passwords(value)} is not allowed")
+    assert str(error.value).startswith(f"{key}={redacted(value)} is not allowed")
     assert way in str(error.value)
     assert "\n" not in str(error.value)
     assert not any("pw" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
@@ -269,7 +269,7 @@ def test_what_hydra_has_written_is_cleaned_and_nothing_else_is_touched(tmp_path:
     ):
         OmegaConf.save(node, tmp_path / ".hydra" / f"{name}.yaml")
     before = OmegaConf.to_container(OmegaConf.load(tmp_path / ".hydra" / "config.yaml"))
-    clean_files(cfg)
+    redact_files(cfg)
     after = OmegaConf.to_container(OmegaConf.load(tmp_path / ".hydra" / "config.yaml"))
     assert isinstance(before, dict)
     assert after == {**before, "hub": {"token": "***", "more": {"secret": "***", "name": "x"}}}
@@ -281,7 +281,7 @@ def test_what_hydra_has_written_is_cleaned_and_nothing_else_is_touched(tmp_path:
 
 
 def test_log_records_and_their_tracebacks_are_cleaned(caplog: pytest.LogCaptureFixture) -> None:
-    guard_logs()
+    redact_logs()
     log = logging.getLogger("test_redact")
     log.warning("to %s", "http://ann:pw@host")
     try:
@@ -304,10 +304,10 @@ def test_log_records_and_their_tracebacks_are_cleaned(caplog: pytest.LogCaptureF
 
 def test_a_terminal_gets_it_cleaned_and_is_the_same_otherwise() -> None:
     stream = io.StringIO()
-    print("token=abc", "http://ann:pw@host", file=Cleaned(stream))  # type: ignore[arg-type]
+    print("token=abc", "http://ann:pw@host", file=RedactedStream(stream))  # type: ignore[arg-type]
     assert stream.getvalue() == "token=*** http://***@host\n"
-    assert Cleaned(stream).isatty() is False
-    Cleaned(stream).write("\x1b[1mbold\x1b[0m\r\x1b[K \x1b[2J \x1b]0;name\x07 \u202e\n")  # type: ignore[arg-type]
+    assert RedactedStream(stream).isatty() is False
+    RedactedStream(stream).write("\x1b[1mbold\x1b[0m\r\x1b[K \x1b[2J \x1b]0;name\x07 \u202e\n")  # type: ignore[arg-type]
     assert stream.getvalue().splitlines()[-1] == "\x1b[K \\x1b[2J \\x1b]0;name\\x07 \\u202e"
 
 

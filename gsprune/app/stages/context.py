@@ -17,7 +17,7 @@ from gsprune.app.stopwatch import Stopwatch
 from gsprune.files.disk import spared, write_json
 from gsprune.settings.recorded import hide
 from gsprune.sweeps.record import Sweep
-from gsprune.text.redact import guard_logs
+from gsprune.text.redact import redact_logs
 from gsprune.tracking.tracker import SilentTracker, Tracker
 from gsprune.training.signals import Stop
 
@@ -80,7 +80,7 @@ class Context:
 
     def __init__(self, cfg: DictConfig, folder: Path, sweep: Sweep | None = None, *, first: bool | None = None) -> None:
         hide(cfg)
-        guard_logs()
+        redact_logs()
         self.cfg, self.folder, self.sweep = copy.deepcopy(cfg), folder, sweep
         self.first = collectives.rank() == 0 if first is None else first
         self.watch = Stopwatch(*PARTS)

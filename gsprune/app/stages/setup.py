@@ -31,7 +31,7 @@ from gsprune.settings.identity import SCORES, config_hash, scores_path
 from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors
 from gsprune.structures.twin import copy_of
 from gsprune.text.display import logger
-from gsprune.text.names import told
+from gsprune.text.names import lines_by_reason
 from gsprune.text.redact import last_line
 from gsprune.tracking.mlflow_client import download_artifact
 from gsprune.training.guard import unbounded
@@ -146,7 +146,7 @@ def check_pruning(job: Context, setup: Setup) -> None:
             "trainer.prune_epochs=0 leaves no gradient to score by: it must be 1 or more, or pruner=none or magnitude"
         )
     job.result["collapsing"] = predict.foreseen(pruner)
-    for line in told(job.result["collapsing"]):
+    for line in lines_by_reason(job.result["collapsing"]):
         log.warning("about to collapse when the schedule ends, so that accuracy may be that of guessing: %s", line)
 
 
