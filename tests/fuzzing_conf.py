@@ -26,7 +26,7 @@ GROUPS = {
     "model": ("convnet", "convnet", "convnet", "lenet_300_100", "lenet_300_100", "vit_tiny", "vit_tiny"),
     "optimizer": ("sgd", "adamw"),
     "lr_schedule": ("cosine", "constant"),
-    "pruner": ("weighted", "abs", "elementwise", "magnitude", "random", "none", "units_and_weights"),
+    "pruner": ("weighted", "abs", "fisher", "elementwise", "magnitude", "random", "none", "units_and_weights"),
     "pruner/schedule": ("cubic", "linear", "cosine", "exponential", "one_shot"),
     "trainer": ("default",),
     "tracking": ("none",),
@@ -168,9 +168,9 @@ def _belongs(key: str, options: dict[str, str]) -> bool:
     if name == "max_train":
         return options[group] in ("cifar10", "cifar100", "mnist", "fashion_mnist")
     if key == "pruner.criterion.decay":
-        return options["pruner"] in ("weighted", "abs", "elementwise", "none")
+        return options["pruner"] in ("weighted", "abs", "fisher", "elementwise", "none")
     if key == "pruner.criterion.normalize":
-        return options["pruner"] in ("weighted", "abs", "none")
+        return options["pruner"] in ("weighted", "abs", "fisher", "none")
     if key == "pruner.criterion.seed":
         return options["pruner"] == "random"
     one_shot = options.get("pruner/schedule") == "one_shot"

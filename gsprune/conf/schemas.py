@@ -99,6 +99,7 @@ SCHEMAS = {
     "gsprune_ramp": schema("gsprune.schedules.Ramp", overrides=_BASE),
     "gsprune_elementwise": schema("gsprune.criteria.Elementwise"),
     "gsprune_gate": schema("gsprune.criteria.GateGradient", overrides=_BASE),
+    "gsprune_fisher": schema("gsprune.criteria.Fisher"),
     "gsprune_magnitude": schema("gsprune.criteria.Magnitude"),
     "gsprune_random": schema("gsprune.criteria.Random"),
     "gsprune_trainer": schema("gsprune.training.trainer.Trainer"),

@@ -1,14 +1,16 @@
 """Criteria: weights and gradients in, scores out. A score estimates how much a removal changes the loss.
 
-One file a family: `elementwise` (single weights), `gates` (units: `Abs`, `Weighted`), `baselines`.
+One file a family: `elementwise` (single weights), `gates` (units: `Abs`, `Weighted`), `fisher` (units, squared),
+`baselines`.
 """
 
 from gsprune.criteria.base import Criterion
 from gsprune.criteria.baselines import Magnitude, Random
 from gsprune.criteria.elementwise import Elementwise
+from gsprune.criteria.fisher import Fisher
 from gsprune.criteria.gates import Abs, GateGradient, Weighted
 from gsprune.moved import handed_on
 
-__all__ = ["Abs", "Criterion", "Elementwise", "GateGradient", "Magnitude", "Random", "Weighted"]
+__all__ = ["Abs", "Criterion", "Elementwise", "Fisher", "GateGradient", "Magnitude", "Random", "Weighted"]
 
 __getattr__ = handed_on(__name__)

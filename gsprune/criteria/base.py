@@ -35,6 +35,8 @@ class Criterion:
     scores_weights: ClassVar[bool] = False
     scores_units: ClassVar[bool] = False
     cumulative: ClassVar[bool] = True  # accumulated over steps; otherwise computed when a mask is due
+    degree: ClassVar[int] = 1  # of the change in the gradient: a gradient scaler's scale is divided out as often
+    calibrated: ClassVar[bool] = False  # an estimate of the loss change itself, which may be divided by a unit's cost
     normalize: bool = False  # divide a structure's scores by their L2 norm before a global ranking
 
     def __init__(self, *, decay: float = 1.0) -> None:

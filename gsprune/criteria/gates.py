@@ -13,7 +13,7 @@ from gsprune.structures.structure import Structure
 
 
 class GateGradient(Criterion):
-    """Base of `Abs` and `Weighted`: the sum of w * g over the tensors on one side of the unit."""
+    """Base of `Abs`, `Weighted` and `Fisher`: the sum of w * g over the tensors on one side of the unit."""
 
     scores_units = True
 
@@ -45,7 +45,7 @@ class Abs(GateGradient):
     """
 
     def units(self, structure: Structure, read: Read) -> Tensor:
-        return unit_sums(structure.consumers, lambda name: _both(read(name)))
+        return unit_sums(structure.consumers, lambda name: weight_and_gradient(read(name)))
 
 
 class Weighted(GateGradient):
@@ -75,10 +75,11 @@ class Weighted(GateGradient):
     """
 
     def units(self, structure: Structure, read: Read) -> Tensor:
-        return unit_sums(structure.gates, lambda name: _both(read(name)))
+        return unit_sums(structure.gates, lambda name: weight_and_gradient(read(name)))
 
 
-def _both(pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+def weight_and_gradient(pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """What a criterion that needs gradients reads of a tensor."""
     weight, grad = pair
     assert grad is not None
     return weight, grad

@@ -157,7 +157,8 @@ class Part:
             if found_inf is not None:
                 finite = finite & (found_inf.reshape(()) == 0)
             self._note_present(first=held is None or self._counted is None)
-            self.all.accumulate_(self.criterion, Verdict(finite, self.criterion.decay, grad_scale))
+            verdict = Verdict(finite, self.criterion.decay, grad_scale, degree=self.criterion.degree)
+            self.all.accumulate_(self.criterion, verdict)
             if any(self.all.present):
                 self._count(finite, once=held is not None)
 

@@ -47,6 +47,7 @@ class Pruner(Attachable):
         abs           s_u = abs(sum of w[:, u] * g[:, u])                 over the columns that read unit u
         weighted      s_u = abs(sum of w[u, :] * g[u, :] + b[u] * g_b[u])  over the rows that compute it, or over the
                       affine pair of a BatchNorm behind them
+        fisher        s_u = (sum of w[:, u] * g[:, u])^2                  over the columns that read unit u
 
     A tensor whose gradient is None in a step (a dropped layer, an unused expert) keeps its score: nothing is added, and
     it does not decay. The first mask update waits until every target has had a gradient, for one epoch at most.

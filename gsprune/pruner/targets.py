@@ -31,11 +31,12 @@ class Verdict:
     """Whether this step's gradients count, as a tensor on the device: the host does not wait for it.
 
     A batch that does not count adds nothing, and no score decays: the bits of magnitudes are masked to 0 (0 * inf is
-    NaN), and the factor of the running score is 1.
+    NaN), and the factor of the running score is 1. Gradients that are scaled make the change too large by the scale to
+    the power of `degree`.
     """
 
-    def __init__(self, finite: Tensor, decay: float, grad_scale: Tensor | None = None) -> None:
-        self.grad_scale = grad_scale
+    def __init__(self, finite: Tensor, decay: float, grad_scale: Tensor | None = None, *, degree: int = 1) -> None:
+        self.grad_scale = None if grad_scale is None else grad_scale**degree
         bits = torch.full_like(finite, _MAGNITUDE_BITS, dtype=torch.int32)
         self.finite = finite
         self.bits = torch.where(finite, bits, torch.zeros_like(bits))

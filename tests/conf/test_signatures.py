@@ -26,7 +26,10 @@ CLASSES = [
     "gsprune.Pruner",
     "gsprune.Rule",
     *(f"gsprune.schedules.{name}" for name in ("OneShot", "Ramp", "Linear", "Cubic", "Cosine", "Exponential")),
-    *(f"gsprune.criteria.{name}" for name in ("Abs", "Elementwise", "GateGradient", "Magnitude", "Random", "Weighted")),
+    *(
+        f"gsprune.criteria.{name}"
+        for name in ("Abs", "Elementwise", "Fisher", "GateGradient", "Magnitude", "Random", "Weighted")
+    ),
     "gsprune.training.trainer.Trainer",
 ]
 OTHER_THAN_THE_CLASS = {  # files that overrule a default on purpose

@@ -15,7 +15,7 @@ import torch
 from conformance import CriterionTester
 from torch import Tensor, nn
 
-from gsprune.criteria import Abs, Criterion, Elementwise, Magnitude, Random, Weighted
+from gsprune.criteria import Abs, Criterion, Elementwise, Fisher, Magnitude, Random, Weighted
 from gsprune.discovery.find import find_structures
 from gsprune.ranking.blocks import BLOCK, dot_along
 from gsprune.structures.structure import Structure
@@ -98,6 +98,13 @@ class TestWeighted(CriterionTester):
 
     def unit(self, model: nn.Module, structure: Structure, x: Tensor) -> Tensor:
         return reference.unit_gates(model, structure.gates, x).abs()
+
+
+class TestFisher(CriterionTester):
+    make = Fisher
+
+    def unit(self, model: nn.Module, structure: Structure, x: Tensor) -> Tensor:
+        return reference.unit_gates(model, structure.consumers, x).square()
 
 
 class TestMagnitude(CriterionTester):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsprune import Pruner
-from gsprune.criteria import Abs, Criterion, Elementwise, Magnitude, Random, Weighted
+from gsprune.criteria import Abs, Criterion, Elementwise, Fisher, Magnitude, Random, Weighted
 from gsprune.formats.scores import load_scores, save_scores
 from gsprune.pruner.pruner import no_pruning
 from gsprune.schedules import Cubic, Linear, OneShot
@@ -461,6 +461,28 @@ def test_a_fused_optimizer_under_a_gradient_scaler_scores_like_any_other(fused: 
         optimizer.zero_grad()
     torch.testing.assert_close(scores(pruner)["0.weight"], expected)
     assert pruner.state_dict()["rules"][0]["scored"] == 2
+
+
+@pytest.mark.parametrize("criterion", [Abs(decay=0.5), Fisher(decay=0.5)])
+def test_the_scale_of_a_fused_optimizers_gradients_is_divided_out(criterion: Criterion) -> None:
+    """A squared gradient has it twice."""
+    found = []
+    for scale in (1.0, 1024.0):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+        later = Cubic(start_epoch=2, end_epoch=3)
+        settings: dict[str, Any] = {"example_input": INPUT, "schedule": later, "steps_per_epoch": STEPS}
+        pruner = Pruner(model, criterion, target_sparsity=0.5, **settings)
+        pruner.attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for x, y in batches(2):
+            scaler.scale(F.cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        found.append(torch.cat([*scores(pruner).values()]))
+    assert found[0].all()
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_attaching_twice_is_refused() -> None:
