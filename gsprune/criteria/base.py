@@ -72,6 +72,10 @@ class Criterion:
         """Signed change (or score) of each unit of a structure, (units,)."""
         raise ValueError(f"{self} scores single weights, not whole units: take Abs or Weighted")
 
+    def of_gates(self, gates_bu: Tensor) -> Tensor | None:
+        """Scores (u,) from the gradients of gates on units' outputs, of single samples (b, u); None: there is no rule."""
+        return None
+
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({settings})"

@@ -47,6 +47,9 @@ class Abs(GateGradient):
     def units(self, structure: Structure, read: Read) -> Tensor:
         return unit_sums(structure.consumers, lambda name: weight_and_gradient(read(name)))
 
+    def of_gates(self, gates_bu: Tensor) -> Tensor:
+        return gates_bu.abs().mean(0)
+
 
 class Weighted(GateGradient):
     """Gradient of a gate on unit u's pre-activation: s_u = abs(sum over producers of w[u, :] * g[u, :] + b[u] * gb[u]).

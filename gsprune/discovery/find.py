@@ -7,7 +7,7 @@ calls of one forward pass (`observe`). What is found is then proven on a float64
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -65,13 +65,19 @@ def find_structures(
         twin, args = to_precision(twin, torch.float64), map_tensors(lambda t: plain(t, torch.float64), args)
         proven, unfit = _prove(twin, args, traced)
     skipped |= unfit
-    offered = {s.name: s for s in proven}
-    if traced and not offered and tuple(include) == ("*",):
+    if traced and not proven and tuple(include) == ("*",):
         return Found((), (), skipped)
+    return only(Found(tuple(proven), (), skipped), tuple(include), tuple(exclude))
+
+
+def only(found: Found, include: Sequence[str], exclude: Sequence[str]) -> Found:
+    """The same with what the name patterns leave out moved to `left_out`; patterns as of `find_structures`."""
+    check_patterns(include, exclude)
+    offered = {s.name: s for s in found.structures}
     names = {name: (name, *s.modules()) for name, s in offered.items()}
-    chosen = choose(names, tuple(include), tuple(exclude), skipped=skipped)
+    chosen = choose(names, tuple(include), tuple(exclude), skipped=found.skipped)
     left_out = tuple(structure for name, structure in offered.items() if name not in chosen)
-    return Found(tuple(offered[name] for name in chosen), left_out, skipped)
+    return Found(tuple(offered[name] for name in chosen), (*found.left_out, *left_out), found.skipped)
 
 
 def _trace(twin: nn.Module, args: Example) -> Trace:

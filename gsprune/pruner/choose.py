@@ -17,7 +17,7 @@ from gsprune.structures.matrices import Matrix, find_matrices, is_sharded
 from gsprune.text.names import choose
 
 if TYPE_CHECKING:
-    from gsprune.structures.structure import Structure
+    from gsprune.structures.structure import Found, Structure
 
 
 def unit_targets(
@@ -28,36 +28,41 @@ def unit_targets(
     exclude: Sequence[str],
     kinds: Sequence[str] | None,
     counts: Mapping[str, int],
+    found: Found | None = None,
 ) -> tuple[UnitTargets, Mapping[str, str], list[Structure]]:
     """A target for every structure of the kinds and names; what cannot be pruned -> why; what was not chosen.
 
     Args:
         counts: units to keep of a kind; these are the kinds then.
+        found: what `find_structures` gave for all names, where that is known.
 
     Raises:
         ValueError: the model has no such units, or is one that units cannot be cut out of.
     """
-    from gsprune.discovery.find import find_structures  # heavy: imports torch-pruning
+    from gsprune.discovery.find import find_structures, only  # heavy: imports torch-pruning
 
     _refuse_parameters(model)
     if example_input is None:
         raise ValueError("pruning units needs example_input, a batch to trace the model with")
-    offered = find_structures(model, example_input, include=include, exclude=exclude)
-    found, skipped, name = offered.structures, offered.skipped, type(model).__name__
-    if not found and not skipped:
+    if found is None:
+        offered = find_structures(model, example_input, include=include, exclude=exclude)
+    else:
+        offered = only(found, include, exclude)
+    structures, skipped, name = offered.structures, offered.skipped, type(model).__name__
+    if not structures and not skipped:
         raise ValueError(f"{name} has no linear or convolution layers whose units could be pruned")
-    if not found and not offered.left_out:
+    if not structures and not offered.left_out:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         raise ValueError(f"no units of {name} can be pruned ({reasons})")
-    here = {structure.kind for structure in found}
+    here = {structure.kind for structure in structures}
     for setting, named in (("keep", counts), ("kinds", kinds or ())):
         for kind in named:
             if kind not in here:
                 have = ", ".join(sorted(here)) or "no units"
                 raise ValueError(f"{setting} names {kind!r}, but the model has {have}")
     wanted = counts or kinds or here
-    chosen = [structure for structure in found if structure.kind in wanted]
-    left_out = [*offered.left_out, *(structure for structure in found if structure.kind not in wanted)]
+    chosen = [structure for structure in structures if structure.kind in wanted]
+    left_out = [*offered.left_out, *(structure for structure in structures if structure.kind not in wanted)]
     return UnitTargets([UnitTarget(structure, model) for structure in chosen]), skipped, left_out
 
 

@@ -26,7 +26,7 @@ from gsprune.schedules import Cubic, OneShot, Ramp, Schedule
 from gsprune.structures.matrices import coverage, warn_of_little
 
 if TYPE_CHECKING:
-    from gsprune.structures.structure import Structure
+    from gsprune.structures.structure import Found, Structure
 
 _STATE = ("criterion", "scores", "masks", "applied", "scored", "unseen", "looked", "updates")
 
@@ -45,7 +45,9 @@ class Part:
         updates: mask updates that pruned something.
     """
 
-    def __init__(self, rule: Rule, model: nn.Module, *, example_input: Any, epochs: float | None) -> None:
+    def __init__(
+        self, rule: Rule, model: nn.Module, *, example_input: Any, epochs: float | None, found: Found | None = None
+    ) -> None:
         self.rule, self.criterion = rule, rule.criterion
         schedule = _resolved(rule, epochs)
         self.all: Targets
@@ -53,7 +55,13 @@ class Part:
         self.left_out: Sequence[Structure] = ()
         if rule.units:
             self.all, self.skipped, self.left_out = unit_targets(
-                model, example_input, include=rule.include, exclude=rule.exclude, kinds=rule.kinds, counts=rule.counts
+                model,
+                example_input,
+                include=rule.include,
+                exclude=rule.exclude,
+                kinds=rule.kinds,
+                counts=rule.counts,
+                found=found,
             )
         else:
             pattern = parse_pattern(rule.pattern)
@@ -241,10 +249,8 @@ class Part:
         with torch.no_grad():
             if not self.criterion.cumulative:
                 self.all.compute_(self.criterion)
-            groups = [_checked(target) for target in self.targets]
-            self._check_flat(groups)
             before = [target.pruned for target in self.targets]
-            for target, keep in zip(self.targets, self._select(groups, wanted), strict=True):
+            for target, keep in zip(self.targets, self.choose(wanted), strict=True):
                 target.set_keep(keep)
             self.all.settle_()
             self.all.mask_state_(optimizers)
@@ -256,6 +262,16 @@ class Part:
         self.updates += 1
         self.apply()
         return True
+
+    def choose(self, wanted: Sequence[float]) -> list[Tensor]:
+        """The masks of the selection groups that the scores ask for at these sparsities; none is set.
+
+        Raises:
+            ValueError: scores are not finite, or say nothing.
+        """
+        groups = [_checked(target) for target in self.targets]
+        self._check_flat(groups)
+        return self._select(groups, wanted)
 
     def apply(self) -> None:
         """Zero what is pruned."""

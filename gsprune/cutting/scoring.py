@@ -1,0 +1,239 @@
+"""Scores of a network that is trained: gradients of gates on units, sample by sample; scores by any criterion.
+
+Legend: b = samples, u = units of a structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gsprune.criteria.base import Criterion
+from gsprune.cutting.calibration import Batch, Calibration
+from gsprune.pruner.targets import Verdict
+from gsprune.pruner.units import UnitTarget, UnitTargets
+from gsprune.structures.attention import no_fast_path
+from gsprune.structures.running import device_of, evaluating, hooked, same_randomness
+from gsprune.structures.structure import Member, Structure
+from gsprune.structures.twin import copy_of
+from gsprune.surgery.narrow_attention import narrow
+
+SMALL = 4  # samples in a batch whose gradient of the weights stands for a sample's
+Progress = Callable[[int], None]  # told how many samples are done
+
+
+def gate_gradients(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    calibration: Calibration,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Gradient of a gate on each unit's output, sample by sample: g_bu = sum over consumers of w[:, u] * g_b[:, u].
+
+    The same number is the sum over positions of x * dL/dx, x being what the consumer reads of unit u: one backward
+    pass of a batch gives the rows of all its samples, and no gradient of a weight is computed. Samples are taken one
+    by one where a batch mixes them (checked on the first batch), and consumers that are not called as modules are
+    read through the gradient of their weight.
+
+    Returns:
+        Structure name -> float32 (b, u) on the CPU. The network is not changed.
+
+    Raises:
+        ValueError: a loss or a gradient is not finite, or nothing of the loss depends on any unit.
+    """
+    twin = sharing_copy(model, requires_grad=False)
+    rows: list[dict[str, Tensor]] = []
+    done = 0
+    with evaluating([twin]), no_fast_path(), same_randomness(twin):
+        reader = _Reader(twin, structures)
+        adds_up = _adds_up(reader, calibration)
+        for batch in calibration.batches:
+            if adds_up == "alone":
+                rows += [reader.read(calibration, batch.rows(i, i + 1)) for i in range(batch.size)]
+            else:
+                factor = batch.size if adds_up == "mean" else 1
+                rows.append({name: g_bu * factor for name, g_bu in reader.read(calibration, batch).items()})
+            done += batch.size
+            if progress is not None:
+                progress(done)
+    gates = {s.name: torch.cat([row[s.name] for row in rows]) for s in structures}
+    for name, g_bu in gates.items():
+        if not g_bu.isfinite().all():
+            raise ValueError(f"a gradient of {name} is not finite: the loss or the weights are too large")
+    return gates
+
+
+def unit_scores(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    criterion: Criterion,
+    calibration: Calibration,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Scores of units by a criterion, (u,) float32 on the CPU.
+
+    A cumulative criterion is asked after each small batch: S <- S + abs(change). The network does not change
+    meanwhile, so every sample counts alike and `decay` has no part in it.
+    """
+    twin = sharing_copy(model, requires_grad=False)
+    targets = UnitTargets([UnitTarget(structure, twin) for structure in structures])
+    if not criterion.cumulative:
+        with torch.no_grad():
+            targets.compute_(criterion)
+        return {target.name: target.score.cpu() for target in targets.targets}
+    for target in targets.targets:
+        for parameter in target.scored(criterion).values():
+            parameter.requires_grad_(True)
+    done, device = 0, device_of(twin)
+    with evaluating([twin]), no_fast_path(), same_randomness(twin), torch.enable_grad():
+        for batch in calibration.cut_into(SMALL):
+            twin.zero_grad(set_to_none=True)
+            calibration.loss(twin, batch.to(device)).backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                targets.accumulate_(criterion, Verdict(targets.probe(criterion), 1.0))
+            done += batch.size
+            if progress is not None:
+                progress(done)
+    return {target.name: target.score.cpu() for target in targets.targets}
+
+
+def sharing_copy(model: nn.Module, *, requires_grad: bool) -> nn.Module:
+    """A copy that shares the values and has parameters of its own, which may be given gradients but not written into.
+
+    Attentions of PyTorch become those that call their output projection as a module.
+    """
+    twin = copy_of(model, sharing=True)
+    fresh: dict[int, nn.Parameter] = {}
+    for module in twin.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                wanted = requires_grad and old.is_floating_point()
+                own = fresh.setdefault(id(old), nn.Parameter(old.detach(), requires_grad=wanted))
+                module._parameters[name] = own
+        if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
+            narrow(module)
+    return twin
+
+
+class _Reader:
+    """Reads the gate gradients of a batch, one backward pass each."""
+
+    def __init__(self, twin: nn.Module, structures: Sequence[Structure]) -> None:
+        self.twin, self.structures, self.device = twin, structures, device_of(twin)
+        self._modules = dict(twin.named_modules())
+        self._members: dict[str, list[tuple[Structure, Member]]] = {}
+        for structure in structures:
+            for member in structure.consumers:
+                self._members.setdefault(member.tensor, []).append((structure, member))
+        self.by_weight: set[str] = set()  # consumers that are read through the gradient of their weight
+        self._known = False
+        self._copies = False  # whether inputs are written into after they were read, so that they are kept as copies
+
+    def read(self, calibration: Calibration, batch: Batch) -> dict[str, Tensor]:
+        """Structure name -> (b, u) on the CPU, of the batch's loss as it is."""
+        assert batch.size == 1 or not self.by_weight
+        batch = batch.to(self.device)
+        sums: dict[str, Tensor] = {}
+        weights = {name: self.twin.get_parameter(name) for name in self.by_weight}
+        for parameter in weights.values():
+            parameter.requires_grad_(True)
+        with torch.enable_grad(), self._watched(batch.size, sums) as written:
+            loss = calibration.loss(self.twin, batch)
+            if not loss.requires_grad:
+                raise ValueError("the loss does not depend on anything that can be removed")
+            slopes = torch.autograd.grad(loss, [*written.leaves, *weights.values()], allow_unused=True)
+        for parameter in weights.values():
+            parameter.requires_grad_(False)
+        if written.stale:
+            self._copies = True
+            return self.read(calibration, batch)
+        for name, slope in zip(weights, slopes[len(written.leaves) :], strict=True):
+            if slope is not None:
+                sums[name] = (weights[name].detach() * slope).transpose(0, 1).flatten(1).sum(1).unsqueeze(0)
+        if not self._known:
+            self._known = True
+            self.by_weight = {name for name in self._members if name not in written.seen}
+            if self.by_weight:
+                return self.read(calibration, batch)
+        return {s.name: self._of(s, sums, batch.size) for s in self.structures}
+
+    def _of(self, structure: Structure, sums: Mapping[str, Tensor], size: int) -> Tensor:
+        total = torch.zeros(size, structure.units, device=self.device)
+        for member in structure.consumers:
+            if member.tensor in sums:
+                total += sums[member.tensor][:, member.index.to(self.device)].sum(2)
+        return total.cpu()
+
+    @contextmanager
+    def _watched(self, size: int, sums: dict[str, Tensor]) -> Iterator[_Watched]:
+        watched = _Watched(size, sums, copies=self._copies)
+
+        def hooks() -> Iterator[RemovableHandle]:
+            for name in self._members:
+                owner, _, leaf = name.rpartition(".")
+                module = self._modules[owner]
+                if leaf == "weight" and name not in self.by_weight:
+                    yield module.register_forward_pre_hook(
+                        lambda m, args, name=name: watched.note(name, m, args), prepend=False
+                    )
+
+        with hooked(hooks()):
+            yield watched
+
+
+class _Watched:
+    """What the consumers read in one forward pass, and what the backward pass says of it."""
+
+    def __init__(self, size: int, sums: dict[str, Tensor], *, copies: bool) -> None:
+        self._size, self._sums, self._copies = size, sums, copies
+        self.seen: set[str] = set()
+        self.leaves: list[Tensor] = []
+        self.stale = False
+
+    def note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not isinstance(args[0], Tensor):
+            return None
+        self.seen.add(name)
+        read = args[0]
+        if not read.requires_grad:  # nothing before it needs a gradient: the backward pass ends here
+            leaf = read.detach().requires_grad_()
+            self.leaves.append(leaf)
+            read = leaf.clone()
+        kept = read.detach().clone() if self._copies else read.detach()
+        version = kept._version
+        axis = (
+            kept.dim() - len(module.kernel_size) - 1 if isinstance(module, nn.modules.conv._ConvNd) else kept.dim() - 1
+        )
+
+        def add(slope: Tensor) -> None:
+            self.stale = self.stale or kept._version != version
+            product = (kept * slope).float().movedim(axis, -1)
+            samples = self._size if len(product) % self._size == 0 else 1
+            found = product.reshape(samples, -1, product.shape[-1]).sum(1)
+            self._sums[name] = self._sums[name] + found if name in self._sums else found
+
+        read.register_hook(add)  # type: ignore[no-untyped-call]
+        return (read, *args[1:])
+
+
+def _adds_up(reader: _Reader, calibration: Calibration) -> Literal["mean", "sum", "alone"]:
+    """How the loss of a batch adds up its samples'; "alone" where a sample's row in a batch is not its own."""
+    batch = max(calibration.batches, key=lambda batch: batch.size)
+    ends = (0, batch.size - 1)
+    alone = [torch.cat([*reader.read(calibration, batch.rows(i, i + 1)).values()], dim=1)[0] for i in ends]
+    if batch.size == 1 or reader.by_weight:
+        return "alone"
+    g_bu = torch.cat([*reader.read(calibration, batch).values()], dim=1)
+    ways: dict[Literal["mean", "sum"], int] = {"mean": batch.size, "sum": 1}
+    for way, factor in ways.items():
+        pairs = [(a, g_bu[i] * factor) for i, a in zip(ends, alone, strict=True)]
+        if all(torch.allclose(a, b, rtol=1e-2, atol=1e-3 * float(a.abs().max())) for a, b in pairs):
+            return way
+    return "alone"
