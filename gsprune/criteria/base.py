@@ -73,7 +73,7 @@ class Criterion:
         raise ValueError(f"{self} scores single weights, not whole units: take Abs or Weighted")
 
     def of_gates(self, gates_bu: Tensor) -> Tensor | None:
-        """Scores (u,) from the gradients of gates on units' outputs, of single samples (b, u); None: there is no rule."""
+        """Scores (u,) from the gate gradients of single samples (b, u); None: the criterion has no rule for them."""
         return None
 
     def __repr__(self) -> str:

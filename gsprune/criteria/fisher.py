@@ -41,3 +41,6 @@ class Fisher(GateGradient):
 
     def units(self, structure: Structure, read: Read) -> Tensor:
         return unit_sums(structure.consumers, lambda name: weight_and_gradient(read(name))).square()
+
+    def of_gates(self, gates_bu: Tensor) -> Tensor:
+        return gates_bu.square().mean(0)

@@ -146,6 +146,11 @@ class _Reader:
             parameter.requires_grad_(True)
         with torch.enable_grad(), self._watched(batch.size, sums) as written:
             loss = calibration.loss(self.twin, batch)
+            if not self._known:
+                self._known = True
+                self.by_weight = {name for name in self._members if name not in written.seen}
+                if self.by_weight:
+                    return self.read(calibration, batch)
             if not loss.requires_grad:
                 raise ValueError("the loss does not depend on anything that can be removed")
             slopes = torch.autograd.grad(loss, [*written.leaves, *weights.values()], allow_unused=True)
@@ -157,11 +162,6 @@ class _Reader:
         for name, slope in zip(weights, slopes[len(written.leaves) :], strict=True):
             if slope is not None:
                 sums[name] = (weights[name].detach() * slope).transpose(0, 1).flatten(1).sum(1).unsqueeze(0)
-        if not self._known:
-            self._known = True
-            self.by_weight = {name for name in self._members if name not in written.seen}
-            if self.by_weight:
-                return self.read(calibration, batch)
         return {s.name: self._of(s, sums, batch.size) for s in self.structures}
 
     def _of(self, structure: Structure, sums: Mapping[str, Tensor], size: int) -> Tensor:
@@ -228,7 +228,7 @@ def _adds_up(reader: _Reader, calibration: Calibration) -> Literal["mean", "sum"
     batch = max(calibration.batches, key=lambda batch: batch.size)
     ends = (0, batch.size - 1)
     alone = [torch.cat([*reader.read(calibration, batch.rows(i, i + 1)).values()], dim=1)[0] for i in ends]
-    if batch.size == 1 or reader.by_weight:
+    if batch.size == 1 or reader.by_weight or not torch.cat(alone).isfinite().all():
         return "alone"
     g_bu = torch.cat([*reader.read(calibration, batch).values()], dim=1)
     ways: dict[Literal["mean", "sum"], int] = {"mean": batch.size, "sum": 1}

@@ -1,0 +1,224 @@
+"""Gate gradients against the gradient of the weights, sample by sample, however a network and a loss are built."""
+
+from __future__ import annotations
+
+import copy
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from facts import refused
+from torch import Tensor, nn
+
+from gsprune.criteria import Abs, Fisher, Magnitude, Random, Weighted
+from gsprune.cutting.calibration import Calibration
+from gsprune.cutting.scoring import gate_gradients, unit_scores
+from gsprune.discovery.find import find_structures
+
+
+class Encoder(nn.Module):
+    """PyTorch's encoder: its attention does not call the output projection as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, dropout=0.3)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
+class WritesOver(nn.Module):
+    """Reads x, then changes it, in place or not."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        y = self.second(x)
+        return self.third((x.mul_(2.0) if self.in_place else x * 2.0) + y)
+
+
+class ReadsPast(nn.Module):
+    """The same as a sequence of modules, whose last weight is read past its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("0", nn.Linear(6, 8))
+        self.add_module("2", nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = self.children()
+        return F.linear(F.relu(first(x)), last.weight, last.bias)
+
+
+class LastSampleLeaks(nn.Module):
+    """Every sample sees the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.last(x + x.mean(0, keepdim=True))
+
+
+def slow(model: nn.Module, structures, x: Tensor, y: Tensor, loss) -> dict[str, Tensor]:
+    """One backward pass a sample, and the column sums of w * g."""
+    model = copy.deepcopy(model).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    rows: dict[str, list[Tensor]] = {s.name: [] for s in structures}
+    for i in range(len(x)):
+        model.zero_grad()
+        loss(model(x[i : i + 1]), y[i : i + 1]).backward()
+        for s in structures:
+            total = torch.zeros(s.units)
+            for m in s.consumers:
+                w = model.get_parameter(m.tensor)
+                if w.grad is not None:
+                    total += (w * w.grad).detach().transpose(0, 1).flatten(1).sum(1)[m.index].sum(1)
+            rows[s.name].append(total)
+    return {name: torch.stack(found) for name, found in rows.items()}
+
+
+def sum_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="sum")
+
+
+NETWORKS = {
+    "mlp": (nets.mlp, (6,), 3),
+    "residual": (nets.ResNet, (3, 8, 8), 4),
+    "depthwise": (nets.Mobile, (3, 8, 8), 5),
+    "concatenation": (nets.Dense, (3, 8, 8), None),
+    "flatten": (nets.flat, (3, 8, 8), 3),
+    "encoder": (Encoder, (5, 16), 3),
+    "mixes samples": (LastSampleLeaks, (6,), 3),
+}
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, sum_loss], ids=["mean", "sum"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rows_are_those_of_single_samples(name: str, loss) -> None:
+    torch.manual_seed(0)
+    build, shape, classes = NETWORKS[name]
+    model = nets.settle(build())
+    x = torch.randn(7, *shape)
+    classes = classes or model.eval()(x).shape[1]
+    y = torch.arange(7) % classes
+    structures = find_structures(model, x[:2]).structures
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # a frozen network is scored too
+    found = gate_gradients(model, structures, Calibration([(x[:4], y[:4]), (x[4:], y[4:])], loss))
+    assert structures
+    for key, rows in slow(model, structures, x, y, loss).items():
+        torch.testing.assert_close(found[key], rows, rtol=1e-4, atol=1e-6)
+        assert rows.abs().max() > 0
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_inputs_that_are_changed_after_they_were_read() -> None:
+    torch.manual_seed(0)
+    model, x, y = WritesOver(in_place=False), torch.randn(5, 6), torch.arange(5) % 3
+    structures, data = find_structures(model, x[:2]).structures, Calibration([(x, y)], F.cross_entropy)
+    wanted = gate_gradients(model, structures, data)
+    model.in_place = True
+    for name, rows in gate_gradients(model, structures, data).items():
+        torch.testing.assert_close(rows, wanted[name])
+
+
+def test_a_weight_that_is_read_past_its_module() -> None:
+    torch.manual_seed(0)
+    net, x, y = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 6), torch.arange(5) % 3
+    structures, data = find_structures(net, x[:2]).structures, Calibration([(x, y)], F.cross_entropy)
+    model = ReadsPast()
+    model.load_state_dict(net.state_dict())
+    torch.testing.assert_close(gate_gradients(model, structures, data)["0"], gate_gradients(net, structures, data)["0"])
+
+
+def test_scores_are_sums_over_single_samples() -> None:
+    torch.manual_seed(0)
+    model, x, y = nets.mlp(), torch.randn(9, 6), torch.arange(9) % 3
+    structures = find_structures(model, x[:2]).structures
+    singles = Calibration([(x[i : i + 1], y[i : i + 1]) for i in range(9)], F.cross_entropy)
+    gates = gate_gradients(model, structures, singles)
+    for criterion, wanted in (
+        (Abs(decay=0.5), {k: g.abs().sum(0) for k, g in gates.items()}),
+        (Fisher(), {k: g.square().sum(0) for k, g in gates.items()}),
+    ):
+        found = unit_scores(model, structures, criterion, singles)
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value)
+            rule = criterion.of_gates(gates[key])
+            assert rule is not None
+            torch.testing.assert_close(rule * 9, value)
+    assert Weighted().of_gates(gates["0"]) is None
+    weights = unit_scores(model, structures, Magnitude(), singles)["0"]
+    torch.testing.assert_close(weights, (model[0].weight.square().sum(1) + model[0].bias.square()).sqrt().detach())
+    drawn = unit_scores(model, structures, Random(seed=1), singles)["0"]
+    assert torch.equal(drawn, unit_scores(model, structures, Random(seed=1), singles)["0"])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_labels_drawn_from_predictions() -> None:
+    torch.manual_seed(0)
+    model = nets.mlp()
+    data = Calibration([torch.randn(400, 6)])
+    assert not data.labelled
+    drawn = data.drawn_from(model)
+    assert drawn.labelled
+    odds = model(data.batches[0].inputs).softmax(1).mean(0)
+    seen = torch.bincount(drawn.batches[0].targets, minlength=3) / 400
+    torch.testing.assert_close(seen, odds.detach(), atol=0.06, rtol=0)
+    again = data.drawn_from(model).batches[0].targets
+    assert torch.equal(again, drawn.batches[0].targets)
+    structures = find_structures(model, data.example).structures
+    assert gate_gradients(model, structures, drawn)["0"].shape == (400, 8)
+
+
+def test_labels_of_tokens_are_drawn_one_by_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    drawn = Calibration([torch.randn(3, 4, 6)]).drawn_from(model)
+    assert drawn.batches[0].targets.shape == (3, 4)
+    loss = drawn.loss(model, drawn.batches[0])
+    logits = model(drawn.batches[0].inputs)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.transpose(1, 2), drawn.batches[0].targets))
+
+
+class OwnLoss(nn.Module):
+    """As networks of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nets.mlp()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_network_with_a_loss_of_its_own() -> None:
+    torch.manual_seed(0)
+    model, x, y = OwnLoss(), torch.randn(8, 6), torch.arange(8) % 3
+    own = Calibration([{"x": x, "labels": y}])
+    own.check_loss()
+    structures = find_structures(model, own.example).structures
+    given = Calibration([(x, y)], F.cross_entropy)
+    inner = find_structures(model.net, x[:2]).structures
+    mine, plain = gate_gradients(model, structures, own), gate_gradients(model.net, inner, given)
+    torch.testing.assert_close(mine["net.0"], plain["0"])
+
+
+def test_a_gradient_that_is_not_finite_is_an_error() -> None:
+    model, x = nets.mlp(), torch.full((2, 6), float("inf"))
+    structures = find_structures(model, torch.zeros(1, 6)).structures
+    with refused("not finite"):
+        gate_gradients(model, structures, Calibration([(x, torch.zeros(2).long())], F.cross_entropy))
