@@ -150,3 +150,34 @@ def budget_cut(
         if off < distance:
             best, distance = keeps, off
     return best
+
+
+def eliminate(readers, damping: float) -> torch.Tensor:
+    """`gsprune.ranking.elimination.eliminate`: every step tries every unit, and refits all that is left from scratch."""
+    units = len(readers[0].columns)
+    grams = []
+    for reader in readers:
+        gram = reader.gram.double()
+        grams.append(gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64))
+    gone: list[int] = []
+    price, before, dearest = torch.zeros(units, dtype=torch.float64), 0.0, 0.0
+
+    def error(removed: list[int]) -> float:
+        total = 0.0
+        for reader, gram in zip(readers, grams, strict=True):
+            weight, kept = reader.weight.double(), torch.ones(len(gram), dtype=torch.bool)
+            kept[reader.columns[removed].flatten()] = False
+            lost = weight.clone()
+            if kept.any():
+                lost[:, kept] -= torch.linalg.solve(gram[kept][:, kept], (weight @ gram[:, kept]).T).T
+            total += float(((lost @ gram) * lost).sum())
+        return total
+
+    while len(gone) < units:
+        found = {u: error([*gone, u]) - before for u in range(units) if u not in gone}
+        best = min(found, key=lambda u: found[u])
+        dearest = max(dearest, found[best])
+        price[best] = dearest
+        before += found[best]
+        gone.append(best)
+    return price
