@@ -153,7 +153,7 @@ def budget_cut(
 
 
 def eliminate(readers, damping: float) -> torch.Tensor:
-    """`gsprune.ranking.elimination.eliminate`: every step tries every unit, and refits all that is left from scratch."""
+    """`gsprune.ranking.elimination.eliminate`: every step tries every unit and refits all that is left from scratch."""
     units = len(readers[0].columns)
     grams = []
     for reader in readers:

@@ -9,8 +9,9 @@ from gsprune.criteria.baselines import Magnitude, Random
 from gsprune.criteria.elementwise import Elementwise
 from gsprune.criteria.fisher import Fisher
 from gsprune.criteria.gates import Abs, GateGradient, Weighted
+from gsprune.criteria.surgeon import OBS
 from gsprune.moved import handed_on
 
-__all__ = ["Abs", "Criterion", "Elementwise", "Fisher", "GateGradient", "Magnitude", "Random", "Weighted"]
+__all__ = ["OBS", "Abs", "Criterion", "Elementwise", "Fisher", "GateGradient", "Magnitude", "Random", "Weighted"]
 
 __getattr__ = handed_on(__name__)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gsprune.ranking.blocks import dot_along
+from gsprune.ranking.elimination import Reader
 from gsprune.structures.structure import Member, Structure
 
 Read = Callable[[str], tuple[Tensor, Tensor | None]]  # tensor name -> (weight, its gradient; None for a baseline)
@@ -37,6 +38,7 @@ class Criterion:
     cumulative: ClassVar[bool] = True  # accumulated over steps; otherwise computed when a mask is due
     degree: ClassVar[int] = 1  # of the change in the gradient: a gradient scaler's scale is divided out as often
     calibrated: ClassVar[bool] = False  # an estimate of the loss change itself, which may be divided by a unit's cost
+    reads_inputs: ClassVar[bool] = False  # scores by what layers read: for `gsprune.cut`, not while training
     normalize: bool = False  # divide a structure's scores by their L2 norm before a global ranking
 
     def __init__(self, *, decay: float = 1.0) -> None:
@@ -75,6 +77,10 @@ class Criterion:
     def of_gates(self, gates_bu: Tensor) -> Tensor | None:
         """Scores (u,) from the gate gradients of single samples (b, u); None: the criterion has no rule for them."""
         return None
+
+    def of_readers(self, readers: Sequence[Reader], gates_bu: Tensor) -> Tensor:
+        """Scores (u,) from the matrices that read the units and the gate gradients, of one that reads inputs."""
+        raise ValueError(f"{self} does not score units by what reads them")
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

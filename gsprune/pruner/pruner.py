@@ -162,6 +162,12 @@ class Pruner(Attachable):
         self.rules = _rules(criterion, rules, _renamed(target, settings))
         self.parts: list[Part] = []
         for number, rule in enumerate(self.rules):
+            if rule.criterion.reads_inputs:
+                name = type(rule.criterion).__name__
+                raise ValueError(
+                    f"{name} scores by what layers read, which a training loop does not collect: take gsprune.cut, or "
+                    f"a criterion of gradients such as Fisher"
+                )
             own = rule if schedule is None or rule.schedule is not None else replace(rule, schedule=schedule)
             with self._numbered(number):
                 self.parts.append(Part(own, model, example_input=example_input, epochs=epochs))

@@ -104,10 +104,12 @@ class _State:
         columns = self.columns[units]
         if columns.shape[1] == 1:
             flat = columns[:, 0]
-            return self.weight[:, flat].square().sum(0) / self.inverse.diagonal()[flat]
+            pivots: Tensor = self.inverse.diagonal()[flat]
+            return self.weight[:, flat].square().sum(0) / pivots
         blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
         weights = self.weight[:, columns].permute(1, 2, 0)  # (u, w, o)
-        return (torch.linalg.solve(blocks, weights) * weights).sum((1, 2))
+        solved: Tensor = torch.linalg.solve(blocks, weights)
+        return (solved * weights).sum((1, 2))
 
     def remove(self, units: Tensor) -> None:
         """Refit what is left, and forget the columns of these units."""
