@@ -83,13 +83,15 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor] | None
     batch: int = 32  # samples of a batch of calibration or training
     lr: float = 1e-3
+    samples: int = 512  # calibration samples
     tuning: int = 4000  # training samples of an epoch of `tune`
     include: tuple[str, ...] = ("*",)
     higher_is_better: bool = True
 
-    def calibration(self, seed: int, samples: int = 512, batch: int | None = None) -> list[Batch]:
+    def calibration(self, seed: int, samples: int | None = None, batch: int | None = None) -> list[Batch]:
         """Batches of training samples chosen by `seed`, labels included; token sequences are sorted by length."""
-        chosen = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1000 + seed))[:samples]
+        chosen = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1000 + seed))
+        chosen = chosen[: samples or self.samples]
         return self.train.batches(_by_length(self.train, chosen), batch or self.batch)
 
     def tests(self, samples: int | None = None) -> list[Batch]:
@@ -300,7 +302,15 @@ def smollm2(cache: Path) -> Task:
     ids = load_file(path)["ids"].long()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     return Task(
-        "smollm2", model, Data(ids[:-64]), Data(ids[-64:]), None, batch=4, include=("*.mlp*",), higher_is_better=False
+        "smollm2",
+        model,
+        Data(ids[:-64]),
+        Data(ids[-32:]),
+        None,
+        batch=4,
+        samples=48,
+        include=("*.mlp*",),
+        higher_is_better=False,
     )
 
 

@@ -1,0 +1,297 @@
+"""Cutting trained networks: `gsprune.cut` against its rivals, without training and after two epochs.
+
+    python benchmarks/cut.py                                  # all; goes on where a run before was ended
+    python benchmarks/cut.py --quick                          # one seed on digits, a minute
+    python benchmarks/cut.py --tasks minilm_r8 --seeds 2 --methods gsprune FLAP
+    python benchmarks/cut.py --table                          # only the tables of what was measured
+
+Each result is written to `cut.json` as soon as it is there. The data and networks come out of packages
+(`cut_data.py`, `cut_tasks.py`). Every method removes units of the same structures down to the same MACs, from the same
+512 calibration samples of each seed (`cut_rivals.py`); after training: the same two epochs for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cut_data import CACHE
+from cut_rivals import METHODS, WITH_NORMS, Bench, Cut, Method, package_methods
+from cut_tasks import TASKS, Batch, task
+from torch import nn
+
+RESULTS = Path(__file__).with_name("cut.json")
+SHARES = (0.5, 0.25, 0.125)  # of the MACs that stay: 2x, 4x, 8x fewer
+SEEDS = 5
+LANGUAGE = "smollm2"
+QUARTER = 0.25  # of all neurons of smollm2's MLPs go
+# quantile 0.975 of Student's t distribution, by degrees of freedom
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+# ---- gsprune's own
+
+
+def own(**options: Any) -> Method:
+    """`gsprune.cut` with some options."""
+
+    def prepare(bench: Bench, batches: Sequence[Batch], seed: int) -> Cut:
+        import gsprune
+
+        one = bench.task
+        given = {"calibration": one.samples, "include": one.include, "example_input": one.example, **options}
+        return lambda macs: gsprune.cut(one.model, batches, one.loss, macs=macs, **given).model  # type: ignore[attr-defined]
+
+    return prepare
+
+
+OWN: dict[str, Method] = {"gsprune": own(), "gsprune, masks alone": own(repair=None)}
+# trained for two epochs too: every way to choose once, since training re-estimates BatchNorm's statistics itself
+TUNED = (
+    "gsprune",
+    "random",
+    "magnitude",
+    "torch-pruning Taylor, isomorphic",
+    "torch-pruning Hessian, isomorphic",
+    "torch-pruning Hessian, global",
+    "FLAP",
+    "Kwon et al.",
+)
+
+
+def methods_of(name: str, bench: Bench, packages: Path | None) -> dict[str, Method]:
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in bench.model.modules())
+    if name == LANGUAGE:
+        names = ("random", "magnitude", "FLAP", "Wanda, whole units")
+        return OWN | {name: METHODS[name] for name in names}
+    found = OWN | {name: method for name, method in METHODS.items() if "Wanda" not in name}
+    return found | (WITH_NORMS if norms else {}) | (package_methods(packages) if norms and packages else {})
+
+
+# ---- results
+
+
+class Results:
+    """What was measured: "task | share | method | stage | seed" -> metric, share of MACs, seconds; kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cells: dict[str, dict[str, Any]] = json.loads(path.read_text())["cells"] if path.exists() else {}
+
+    @staticmethod
+    def key(*parts: Any) -> str:
+        return " | ".join(map(str, parts))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.cells
+
+    def add(self, key: str, **values: Any) -> None:
+        self.cells[key] = {name: round(v, 4) if isinstance(v, float) else v for name, v in values.items()}
+        machine = {"torch": torch.__version__, "processor": platform.processor() or platform.machine()}
+        part = self.path.with_suffix(".part")
+        rows = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.cells.items()))
+        part.write_text(f'{{\n  "machine": {json.dumps(machine)},\n  "cells": {{\n{rows}\n  }}\n}}\n')
+        os.replace(part, self.path)
+
+    def values(self, name: str, share: float, method: str, stage: str, what: str = "metric") -> dict[int, float]:
+        """Seed -> value."""
+        start = self.key(name, share, method, stage, "")
+        return {int(k[len(start) :]): v[what] for k, v in self.cells.items() if k.startswith(start) and what in v}
+
+
+# ---- what is run
+
+
+def compare(name: str, results: Results, given: argparse.Namespace) -> None:
+    """One task: all methods, shares and seeds; the seeds outermost, so that an early end leaves a whole table."""
+    one = task(name, given.cache)
+    bench, tests = Bench(one), one.tests(given.samples)
+    if (dense := Results.key(name, "dense")) not in results:
+        results.add(dense, metric=one.evaluate(one.model, tests), macs=bench.macs)
+    shares = SHARES if name != LANGUAGE else (quarter(bench),)
+    for seed in range(given.seeds):
+        batches = one.calibration(seed)
+        for label, method in methods_of(name, bench, given.packages).items():
+            if given.methods and not any(fnmatch.fnmatch(label, pattern) for pattern in given.methods):
+                continue
+            stages = ["cut"] + ["tuned"] * (given.tuned and label in TUNED and name != LANGUAGE)
+            missing = [s for s in shares if any(Results.key(name, s, label, g, seed) not in results for g in stages)]
+            if missing:
+                run(bench, label, method, batches, seed, missing, stages, tests, results)
+
+
+def run(
+    bench: Bench,
+    label: str,
+    method: Method,
+    batches: Sequence[Batch],
+    seed: int,
+    shares: Sequence[float],
+    stages: Sequence[str],
+    tests: Sequence[Batch],
+    results: Results,
+) -> None:
+    one = bench.task
+    start = time.perf_counter()
+    try:
+        cut = method(bench, batches, seed)
+        prepared = time.perf_counter() - start
+        for share in shares:
+            start = time.perf_counter()
+            small = cut(share)
+            seconds = prepared + time.perf_counter() - start
+            for stage in stages:
+                if stage == "tuned":
+                    one.tune(small, seed)
+                key = Results.key(one.name, share, label, stage, seed)
+                metric = one.evaluate(small, tests)
+                results.add(key, metric=metric, macs=bench.share(small), seconds=seconds)
+                print(f"{key:70s} {metric:8.2f}  macs {bench.share(small):.4f}  {seconds:.1f} s", flush=True)
+    except Exception as error:  # a rival that does not run on a network is told of, and does not end the others
+        print(f"{one.name} | {label}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if label.startswith("gsprune") and not isinstance(error, AttributeError):
+            raise
+
+
+def quarter(bench: Bench) -> float:
+    """The share of MACs that stays when a quarter of the units of every structure goes."""
+    keeps = [torch.arange(s.units) >= round(QUARTER * s.units) for s in bench.structures]
+    return round(bench.cost(keeps), 4)
+
+
+def family(results: Results, given: argparse.Namespace) -> None:
+    """Seconds of eight budgets by `cut_family` against one by `cut`, in turns."""
+    import gsprune
+
+    for name in given.tasks:
+        if name == LANGUAGE:
+            continue
+        one = task(name, given.cache)
+        options: dict[str, Any] = {"include": one.include, "example_input": one.example, "calibration": one.samples}
+        for seed in range(given.seeds):
+            key = Results.key(name, "family", seed)
+            if key in results:
+                continue
+            batches = one.calibration(seed)
+            alone = timed(lambda: gsprune.cut(one.model, batches, one.loss, macs=0.5, **options))  # type: ignore[attr-defined]  # noqa: B023
+            budgets = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+            eight = timed(lambda: gsprune.cut_family(one.model, batches, one.loss, macs=budgets, **options))  # type: ignore[attr-defined]  # noqa: B023
+            results.add(key, one=alone, eight=eight, ratio=eight / alone)
+            print(f"{key}: one {alone:.1f} s, eight {eight:.1f} s, {eight / alone:.2f}x", flush=True)
+
+
+def timed(what: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    what()
+    return time.perf_counter() - start
+
+
+# ---- tables
+
+
+def tables(results: Results) -> str:
+    return "\n".join(line for name in TASKS for line in table(results, name))
+
+
+def table(results: Results, name: str) -> Iterator[str]:
+    dense = results.cells.get(Results.key(name, "dense"))
+    if dense is None:
+        return
+    better = 1 if name != LANGUAGE else -1
+    cells = [key.split(" | ") for key in results.cells if key.startswith(f"{name} | ") and key.count(" | ") == 4]
+    columns = sorted({(c[3], float(c[1])) for c in cells}, key=lambda c: (c[0], -c[1]))
+    labels = [m for m in [*OWN, *METHODS, *WITH_NORMS] if any(c[2] == m for c in cells)]
+    labels += sorted({c[2] for c in cells} - set(labels))
+    unit = "%" if name != LANGUAGE else "perplexity"
+    seeds = max((len(results.values(name, share, m, stage)) for stage, share in columns for m in labels), default=0)
+    yield f"\n**{name}** (dense {dense['metric']:.2f} {unit}, {dense['macs'] / 1e6:.1f} million MACs, {seeds} seeds)\n"
+    heads = [f"{1 / share:.3g}x{', two epochs' if stage == 'tuned' else ''}" for stage, share in columns]
+    yield f"| | {' | '.join(heads)} |"
+    yield "|---|" + "---:|" * len(columns)
+    best = {}
+    for stage, share in columns:
+        means = {m: statistics.mean(v.values()) for m in labels if (v := results.values(name, share, m, stage))}
+        best[stage, share] = max(means, key=lambda m: better * means[m])
+    for m in labels:
+        row = [_mean(list(results.values(name, s, m, g).values()), m == best[g, s]) for g, s in columns]
+        yield f"| {m} | {' | '.join(row)} |"
+    yield f"| *gsprune* | {' | '.join(verdict(results, name, s, g, labels, better) for g, s in columns)} |"
+
+
+def _mean(values: list[float], bold: bool) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"**{statistics.mean(values):.1f}**{spread}" if bold else f"{statistics.mean(values):.1f}{spread}"
+
+
+def verdict(results: Results, name: str, share: float, stage: str, labels: Sequence[str], better: int) -> str:
+    """First, tied (no rival is better by a paired t test at 5 %), or behind whom by how much."""
+    ours = results.values(name, share, "gsprune", stage)
+    found = [
+        (*paired(ours, theirs, better), m)
+        for m in labels
+        if m not in OWN and len(ours.keys() & (theirs := results.values(name, share, m, stage)).keys()) > 1
+    ]
+    if not found:
+        return ""
+    mean, low, high, rival = min(found)
+    text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) to {rival}"
+    behind = [m for _, _, high, m in found if high < 0]
+    return ("first: " if mean > 0 else "tied: " if not behind else "behind: ") + text
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float], better: int) -> tuple[float, float, float]:
+    """Mean of the differences over common seeds and its 95 % interval; positive: ours is better."""
+    differences = [better * (ours[seed] - theirs[seed]) for seed in ours.keys() & theirs.keys()]
+    mean = statistics.mean(differences)
+    half = T[len(differences) - 1] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half
+
+
+PARTS = {"compare": compare, "family": family}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--methods", nargs="+", help="patterns; all without")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--samples", type=int, help="test samples; all without")
+    parser.add_argument("--no-tuned", dest="tuned", action="store_false", help="nothing is trained after cutting")
+    parser.add_argument("--packages", type=Path, help="a folder with modelopt/ and fasterai/, installed there by pip")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.quick:
+        given.tasks, given.seeds, given.parts = ["digits"], 1, ["compare"]
+        given.results = given.cache / "cut_quick.json" if given.results == RESULTS else given.results
+        given.results.unlink(missing_ok=True)
+    results = Results(given.results)
+    if not given.table:
+        if "compare" in given.parts:
+            for name in given.tasks:
+                compare(name, results, given)
+        if "family" in given.parts:
+            family(results, given)
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    main()
