@@ -18,7 +18,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
-from gsprune.extras import MissingExtraError, check_command
+from gsprune.extras import check_command
+from gsprune.moved import check_overrides
 from gsprune.settings.instantiation import main_arguments
 from gsprune.settings.recorded import hide
 from gsprune.text.redact import RedactedStream
@@ -64,7 +65,8 @@ def show(kind: type[BaseException], error: BaseException, trace: TracebackType |
 if __name__ == "__main__":
     try:
         check_command(sys.argv[1:])
-    except MissingExtraError as error:
+        check_overrides(sys.argv[1:])
+    except ValueError as error:
         sys.exit(str(error))
     sys.excepthook = show
     hide()  # secrets of the environment; a job hides those of its configuration

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "NoPruning": "gsprune.pruner.former",
-    "Pruners": "gsprune.pruner.former",
+    "NoPruning": "gsprune.pruner.former_names",
+    "Pruners": "gsprune.pruner.former_names",
     "Pruner": "gsprune.pruner.pruner",
     "Rule": "gsprune.pruner.rule",
     "check_masks": "gsprune.collectives",

@@ -1,4 +1,5 @@
-"""Names of modules as they were before the package had folders: `gsprune.sync` is `gsprune.tracking.sync` now.
+"""Names as they were: of modules before the package had folders (`gsprune.sync` is `gsprune.tracking.sync` now), and
+of a setting.
 
 They work for one release, with a `FutureWarning` that says the new name.
 
@@ -12,6 +13,7 @@ They work for one release, with a `FutureWarning` that says the new name.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,7 +34,7 @@ MOVED = {
     "composed": "app.configuration",
     "console": "app.console",
     "copies": "surgery.copies",
-    "costs": "cost.costs",
+    "costs": "cost.costs cost.latency_tables",
     "datasets": "zoo.datasets",
     "dense_cache": "sweeps.dense_cache",
     "describe": "pruner.describe",
@@ -61,7 +63,7 @@ MOVED = {
     "planner": "forecast.predict app.forecast_tables forecast.plan",
     "position": "training.loop_state",
     "proof": "surgery.proof surgery.readings",
-    "pruners": "pruner.former",
+    "pruners": "pruner.former_names",
     "redact": "text.redact settings.recorded",
     "report": "sweeps.report text.redact",
     "results": "sweeps.results text.names files.layout",
@@ -74,11 +76,11 @@ MOVED = {
     "shrink": "surgery.shrink surgery.apply surgery.cut_plan",
     "signals": "training.signals",
     "sources": "settings.sources",
-    "sweep": "sweeps.callback sweeps.record files.layout text.redact",
+    "sweep": "sweeps.callback sweeps.sweep_dir files.layout text.redact",
     "sweep_check": "sweeps.check",
     "sweep_figures": "plots.sweep_figures",
     "sync": "tracking.sync",
-    "targets": "pruner.choose pruner.units pruner.weights pruner.targets",
+    "targets": "pruner.find_targets pruner.units pruner.weights pruner.targets",
     "texts": "zoo.texts",
     "trainer": "training.trainer training.optimization",
     "variants": "sweeps.variants",
@@ -103,13 +105,31 @@ RENAMED = {
 }
 # Names of modules that are packages now.
 PACKAGES = {
-    "criteria": "criteria.gates",
+    "criteria": "criteria.gate_gradients",
     "files": "files.disk",
-    "pruner": "pruner.pruner pruner.part pruner.rule pruner.former",
+    "pruner": "pruner.pruner pruner.part pruner.rule pruner.former_names",
     "structures": "discovery.find structures.structure structures.example structures.twin structures.running",
-    "tracking": "tracking.tracker tracking.mlflow_client tracking.mlflow_names tracking.record settings.addresses",
+    "tracking": "tracking.tracker tracking.mlflow_client tracking.mlflow_names tracking.outbox settings.addresses",
 }
 COMMANDS = {"compat": "convert", "report": "report", "sync": "sync"}  # that were `python -m gsprune.<name>`
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Check for the former key of the rules in the groups `heads_and_neurons` and `units_and_weights`.
+
+    Hydra says only that the key is unknown. In a group of the user's own, `pruners` is still the list of the rules.
+
+    Raises:
+        ValueError: it is there; the message has the new key.
+
+    >>> check_overrides(["pruner=units_and_weights", "pruner.pruners.0.target_sparsity=0.4"])
+    Traceback (most recent call last):
+    ValueError: pruner.pruners.0.target_sparsity is called pruner.rules.0.target_sparsity now
+    """
+    ours = any(re.match(r"pruner=.*\b(heads_and_neurons|units_and_weights)\b", text) for text in overrides)
+    former = (found[1] for text in overrides if (found := re.match(r"[+~]*(pruner\.pruners\b[^=]*)", text)))
+    if ours and (key := next(former, None)):
+        raise ValueError(f"{key} is called {key.replace('pruners', 'rules', 1)} now")
 
 
 class Finder:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gsprune import Pruner
 from gsprune.criteria import Abs, Criterion, Weighted
 from gsprune.discovery.find import find_structures
-from gsprune.export.programs import to_onnx
+from gsprune.export import to_onnx
 from gsprune.formats.network import load_pruned, save_pruned
 from gsprune.schedules import Linear, OneShot
 from gsprune.structures.example import call, map_tensors, tensors_in

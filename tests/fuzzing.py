@@ -43,11 +43,11 @@ from gsprune.surgery.cut_plan import CutPlan
 from gsprune.sweeps.callback import _runs
 from gsprune.sweeps.dense_cache import DenseCache, DenseRecord
 from gsprune.sweeps.measures import panels
-from gsprune.sweeps.record import Sweep
 from gsprune.sweeps.report import _Jobs, _page, _table
 from gsprune.sweeps.results import read_results
+from gsprune.sweeps.sweep_dir import Sweep
 from gsprune.text.redact import last_line
-from gsprune.tracking.record import Outbox
+from gsprune.tracking.outbox import Outbox
 from gsprune.tracking.tracker import read_metrics
 from gsprune.training.checkpoints import _digest, read_state, write_state
 from gsprune.zoo.texts import text_classification

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from forks import Forks
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from gsprune.app.job import run
+
 ROOT = Path(__file__).parents[1]
-TINY = (
-    "tracking=none",
+SMALL = (
     "model.width=4",
     "dataset.batch_size=256",
     "trainer.device=cpu",
     "trainer.dense_epochs=1",
     "trainer.prune_epochs=2",
     "trainer.latency_repeats=3",
-    "trainer.progress=none",
 )
+TINY = ("tracking=none", *SMALL, "trainer.progress=none")
 
 
 @functools.cache
@@ -42,6 +46,12 @@ def configure(*overrides: str) -> DictConfig:
         if "." in key:
             OmegaConf.update(cfg, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
     return cfg
+
+
+def finished(folder: Path, *overrides: str) -> dict[str, Any]:
+    """The result of a job in this process, which prints nothing."""
+    with redirect_stdout(io.StringIO()):
+        return run(configure(*overrides), output_dir=folder)
 
 
 _forks = Forks()

@@ -146,20 +146,20 @@ def at_random() -> dict[str, Any]:
 
 def timed() -> dict[str, Any]:
     """A budget of milliseconds, by clocks that no two processes agree on: the first one's counts."""
-    from gsprune.cost import costs
+    from gsprune.cost import latency
 
     def clock(models: Mapping[str, nn.Module], *_: Any, **__: Any) -> dict[str, float]:
         sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
         return {name: float(1 + size ** (1 + rank())) for name, size in sizes.items()}
 
-    plain, costs.latency_ms = costs.latency_ms, clock
+    real, latency.latency_ms = latency.latency_ms, clock
     try:
         example = torch.zeros(1, 6, dtype=torch.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that so few units cannot be met by such a clock
             return trained(Weighted(), example_input=example, budget={"latency": 0.6}, target_sparsity=None)
     finally:
-        costs.latency_ms = plain
+        latency.latency_ms = real
 
 
 def told() -> dict[str, Any]:

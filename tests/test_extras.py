@@ -133,7 +133,7 @@ CALLS = {
     "figures": "from gsprune.plots.drawing import new_figure; new_figure(1, 1)",
     "lock": "from pathlib import Path; from gsprune.files.locks import Lock; Lock(Path('a.lock')).acquire()",
     "app": "import gsprune.app",
-    "to_onnx": "import gsprune.export; gsprune.export.programs.to_onnx(None, 'a.onnx', None)",
+    "to_onnx": "import gsprune.export; gsprune.export.to_onnx(None, 'a.onnx', None)",
     "bert": "from gsprune.zoo import hf; hf.transformers()",
 }
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from gsprune.settings.addresses import command_directory
 from gsprune.settings.hydra_files import recorded_overrides
 from gsprune.settings.instantiation import make
-from gsprune.sweeps.record import without_sweep_settings
+from gsprune.sweeps.sweep_dir import without_sweep_settings
 from gsprune.text.display import one_line
 
 if TYPE_CHECKING:

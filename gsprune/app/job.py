@@ -24,9 +24,9 @@ from gsprune.app.stages.checkpoint import JobCheckpoints
 from gsprune.app.stages.context import Context
 from gsprune.app.stages.dense import train_dense
 from gsprune.app.stages.history import History
+from gsprune.app.stages.lifecycle import fail, finish, mark_running, open_record, write_files
 from gsprune.app.stages.measuring import measure
 from gsprune.app.stages.pruning import build_pruning_phase, prune, score
-from gsprune.app.stages.record import fail, finish, mark_running, open_record, write_files
 from gsprune.app.stages.setup import check_pruning, check_seed, load_weights, set_up
 from gsprune.app.stages.training import Training
 from gsprune.files.disk import write_json
@@ -34,7 +34,7 @@ from gsprune.forecast import predict
 from gsprune.forecast.plan import PruningPlan
 from gsprune.settings.hydra_files import redact_files
 from gsprune.settings.identity import scores_path
-from gsprune.sweeps.record import Sweep, current_sweep
+from gsprune.sweeps.sweep_dir import Sweep, current_sweep
 from gsprune.training import launcher
 
 __all__ = ["load_weights", "rehearse", "run", "show_plan"]

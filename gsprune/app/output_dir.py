@@ -14,8 +14,8 @@ from gsprune.files.disk import read_object, refusing, remove_leftovers, spared, 
 from gsprune.files.layout import RESULT, TRACKING
 from gsprune.files.locks import Lock
 from gsprune.settings.identity import config_hash, differences, settings
-from gsprune.sweeps.record import Sweep, fetch, set_aside
 from gsprune.sweeps.results import JobResult, read_results
+from gsprune.sweeps.sweep_dir import Sweep, fetch, set_aside
 from gsprune.text.display import logger, one_line
 from gsprune.text.redact import redacted_data
 from gsprune.training.checkpoints import MAX_RECORD, RECORD, Checkpoints

@@ -25,7 +25,7 @@ from gsprune.app.output_dir import locked, resume_hint
 from gsprune.files.disk import read_object, write_json
 from gsprune.files.layout import RESULT, TRACKING
 from gsprune.settings.identity import config_hash
-from gsprune.sweeps.record import Sweep
+from gsprune.sweeps.sweep_dir import Sweep
 from gsprune.text.display import logger
 from gsprune.text.redact import last_line
 from gsprune.tracking.tracker import Tracker

@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gsprune.collectives import broadcast
-from gsprune.cost.counting import LAYERS, count_macs, count_macs_by_module
-from gsprune.cost.latency import latency_ms
-from gsprune.structures.example import arguments, call
-from gsprune.structures.running import hooked, same_randomness
+from gsprune.cost import latency
+from gsprune.cost.counting import count_macs, count_macs_by_module, named_layers
+from gsprune.cost.latency_tables import MULTIPLE, Table, measure_tables
+from gsprune.structures.running import same_randomness
 from gsprune.structures.structure import Structure
 from gsprune.structures.twin import copy_of
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import CutPlan, plan_cut
 from gsprune.text.names import joined
 
-MULTIPLE = 8  # of channels and neurons: a convolution of 100 or 101 channels takes the time of one of 104
 DOUBT = 2.0  # times the savings of the table: what a clock says beyond that is a busy machine's noise
-WIDTHS = (1 / 8, 1 / 4, 1 / 2)  # of a layer's rows and columns that are measured beside the full ones
 Keeps = Sequence[Tensor]  # bool (units,) of each structure
 
 
@@ -116,7 +112,7 @@ class _Macs(Cost):
         self._model, self._example_input = model, example_input
         found = count_macs_by_module(model, example_input)
         self._total = found[""]
-        self._layers = {name: found[name] for name in _layers(model) if name in found}
+        self._layers = {name: found[name] for name in named_layers(model) if name in found}
         self._heads = {
             s.name: found[s.name] - sum(n for name, n in self._layers.items() if name.startswith(f"{s.name}."))
             for s in structures
@@ -151,7 +147,7 @@ class _Latency(Cost):
     def __init__(self, model: nn.Module, structures: Sequence[Structure], example_input: Any) -> None:
         super().__init__(structures)
         self._twin, self._example_input = _copy(model), example_input
-        self._ms, self._tables, self._heads = _measure(self._twin, structures, example_input)
+        self._ms, self._tables, self._heads = measure_tables(self._twin, structures, example_input)
 
     def _parts(self, keeps: Keeps) -> float:
         plan = plan_cut(self._structures, keeps)
@@ -164,7 +160,7 @@ class _Latency(Cost):
             return 1.0
         both = {"dense": self._twin, "cut": _shrunk(self._twin, self._structures, keeps)}
         with same_randomness(self._twin):
-            found = broadcast(latency_ms(both, self._example_input, repeats=30, max_seconds=2.0))
+            found = broadcast(latency.latency_ms(both, self._example_input, repeats=30, max_seconds=2.0))
         return found["cut"] / found["dense"]
 
     def correct(self, keeps: Keeps, truth: float) -> bool:
@@ -182,163 +178,6 @@ class _Latency(Cost):
         self._tables = {name: Table(**table) for name, table in state["tables"].items()}
 
 
-@dataclass(frozen=True)
-class Table:
-    """Milliseconds of one layer by the rows and columns of its weight (dimensions 0 and 1), both rising.
-
-    Between two points the value is interpolated along both, and below the first the same line goes on, not below 0.
-
-    >>> table = Table(rows=[8, 16], columns=[4, 8], ms=[[1.0, 2.0], [2.0, 4.0]])
-    >>> table(12, 6), table(16, 8), table(4, 8), table.saved(16, 4)
-    (2.25, 4.0, 1.0, 2.0)
-    """
-
-    rows: list[int]
-    columns: list[int]
-    ms: list[list[float]]
-
-    def __call__(self, rows: int, columns: int) -> float:
-        (r, down), (c, right) = _place(self.rows, rows), _place(self.columns, columns)
-        low, high = (self.ms[min(r + n, len(self.rows) - 1)] for n in (0, 1))
-        upper, lower = (line[c] * (1 - right) + line[min(c + 1, len(line) - 1)] * right for line in (low, high))
-        return max(0.0, upper * (1 - down) + lower * down)
-
-    def saved(self, rows: int, columns: int) -> float:
-        """What the dense layer takes longer."""
-        return self.ms[-1][-1] - self(rows, columns)
-
-
-def _place(points: Sequence[int], value: int) -> tuple[int, float]:
-    """The point to start from, and how far it is on the way to the next, below 0 in front of the first.
-
-    >>> _place([8, 16, 32], 20), _place([8, 16, 32], 32), _place([8, 16], 4), _place([6], 3)
-    ((1, 0.25), (1, 1.0), (0, -0.5), (0, 0.0))
-    """
-    if len(points) == 1:
-        return 0, 0.0
-    at = min(max(bisect_left(points, value) - 1, 0), len(points) - 2)
-    return at, (value - points[at]) / (points[at + 1] - points[at])
-
-
-# ---- the table of a device
-
-
-def _measure(
-    model: nn.Module, structures: Sequence[Structure], example_input: Any
-) -> tuple[float, dict[str, Table], dict[str, float]]:
-    """Milliseconds of the whole model, of its layers at several widths, and of its attentions without their layers.
-
-    Everything takes turns in one measurement, so that a busy machine slows all of it alike; layers with the same
-    settings and input are measured once.
-    """
-    cut = {(member.tensor, member.dim) for s in structures for member in (*s.producers, *s.consumers)}
-    layers = {
-        name: layer for name, layer in _layers(model).items() if {(joined(name, "weight"), d) for d in (0, 1)} & cut
-    }
-    attentions = {s.name: model.get_submodule(s.name) for s in structures if s.kind == "heads"}
-    calls = _calls(model, layers | attentions, example_input)
-    grids = {
-        name: [_points(layer.weight.shape[dim], is_cut=(joined(name, "weight"), dim) in cut) for dim in (0, 1)]
-        for name, layer in layers.items()
-    }
-    stages: dict[str, nn.Module] = {"": _Call(model, *arguments(example_input))}
-    keys: dict[str, list[str]] = {name: [] for name in layers}  # of each call of a layer
-    for name, (rows, columns) in grids.items():
-        for args, kwargs in calls[name]:
-            x = args[0] if args else next(iter(kwargs.values()))
-            key = f"{layers[name]} {rows} {columns} {x.dtype} {tuple(x.shape)} {x.stride()}"
-            if f"{key} {rows[0]} {columns[0]}" not in stages:
-                stages |= {f"{key} {r} {c}": _narrowed(layers[name], x, r, c) for r in rows for c in columns}
-            keys[name].append(key)
-    stages |= {f"call {i} of {n}": _Call(m, *call) for n, m in attentions.items() for i, call in enumerate(calls[n])}
-    ms = broadcast(latency_ms(stages, (), repeats=20, warmup=3, max_seconds=6.0))  # all processes believe one clock
-    tables = {
-        name: _table(rows, columns, [[[ms[f"{key} {r} {c}"] for c in columns] for r in rows] for key in keys[name]])
-        for name, (rows, columns) in grids.items()
-        if keys[name]
-    }
-    heads = {
-        name: max(0.0, sum(ms[f"call {i} of {name}"] for i in range(len(calls[name]))) - _sum(tables, inside=name))
-        for name in attentions
-    }
-    return ms[""], *_fitted(ms[""], tables, heads)
-
-
-def _fitted(ms: float, tables: dict[str, Table], heads: dict[str, float]) -> tuple[dict[str, Table], dict[str, float]]:
-    """The parts, made smaller where they add up to more than the whole: alone each finds a colder cache."""
-    scale = min(1.0, ms / (_sum(tables) + sum(heads.values()) or ms))
-    smaller = {n: Table(t.rows, t.columns, [[scale * v for v in line] for line in t.ms]) for n, t in tables.items()}
-    return smaller, {name: scale * value for name, value in heads.items()}
-
-
-def _sum(tables: Mapping[str, Table], *, inside: str | None = None) -> float:
-    return sum(table.ms[-1][-1] for name, table in tables.items() if inside is None or name.startswith(f"{inside}."))
-
-
-def _table(rows: list[int], columns: list[int], ms_crc: list[list[list[float]]]) -> Table:
-    """The sum over a layer's calls; what is narrower takes no longer, so that a measurement's noise misleads no search.
-
-    >>> _table([8, 16], [4], [[[1.5], [1.0]], [[1.0], [3.0]]]).ms
-    [[2.5], [4.0]]
-    """
-    summed = torch.tensor(ms_crc, dtype=torch.float64).sum(0)
-    return Table(rows, columns, summed.cummax(0).values.cummax(1).values.tolist())
-
-
-def _points(length: int, *, is_cut: bool) -> list[int]:
-    """The widths to measure of a dimension.
-
-    >>> _points(64, is_cut=True), _points(20, is_cut=True), _points(20, is_cut=False), _points(6, is_cut=True)
-    ([8, 16, 32, 64], [8, 20], [20], [6])
-    """
-    multiples = {MULTIPLE * max(1, round(length * share / MULTIPLE)) for share in WIDTHS} if is_cut else set()
-    return sorted({width for width in multiples if width < length} | {length})
-
-
-class _Call(nn.Module):
-    """A module together with its input, so that modules with different inputs can take turns."""
-
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.module, self.args, self.kwargs = module, args, kwargs
-
-    def forward(self) -> Any:
-        return self.module(*self.args, **self.kwargs)
-
-
-def _calls(
-    model: nn.Module, modules: Mapping[str, nn.Module], example_input: Any
-) -> dict[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]]:
-    """What each module is called with in one forward pass."""
-    calls: dict[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = {name: [] for name in modules}
-    hooks = (
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: calls[name].append((args, kwargs)), with_kwargs=True
-        )
-        for name, module in modules.items()
-    )
-    with hooked(hooks), torch.inference_mode():
-        call(model, example_input)
-    return calls
-
-
-def _narrowed(layer: nn.Module, x: Tensor, rows: int, columns: int) -> _Call:
-    """A copy of a layer with the first rows and columns of its weight, and an input of its new width."""
-    home: Any = nn.Module()
-    home.layer = copy_of(layer)
-    kept = {"layer.weight": {0: rows, 1: columns}, "layer.bias": {0: rows}}
-    if home.layer.bias is None:
-        del kept["layer.bias"]
-    sizes = {name: {dim: home.get_parameter(name).shape[dim] for dim in cuts} for name, cuts in kept.items()}
-    cuts = {name: {dim: torch.arange(n) for dim, n in lengths.items()} for name, lengths in kept.items()}
-    apply_cut(home, CutPlan(cuts, sizes, {}))
-    if isinstance(layer, nn.Linear):
-        narrow = x.narrow(-1, 0, home.layer.in_features)
-    else:
-        narrow = x.narrow(-1 - len(home.layer.kernel_size), 0, home.layer.in_channels)
-    return _Call(home.layer, (torch.ones_like(narrow),), {})  # in the input's own memory format
-
-
 # ---- on the way
 
 
@@ -353,10 +192,6 @@ def _shrunk(model: nn.Module, structures: Sequence[Structure], keeps: Keeps) -> 
     twin = _copy(model)
     apply_cut(twin, plan_cut(structures, keeps))
     return twin
-
-
-def _layers(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
 
 
 def _left(plan: CutPlan, tensor: str) -> float:

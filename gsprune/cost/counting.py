@@ -16,9 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import call
+from gsprune.structures.matrices import LAYERS
 from gsprune.structures.running import evaluating, hooked, to_device_of
 
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # whose MACs go with the elements of their weight
+
+def named_layers(model: nn.Module) -> dict[str, Any]:
+    """The linear and convolution layers, whose MACs go with the elements of their weight."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
 
 
 def count_parameters(model: nn.Module) -> int:

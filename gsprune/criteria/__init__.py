@@ -1,6 +1,6 @@
 """Criteria: weights and gradients in, scores out. A score estimates how much a removal changes the loss.
 
-One file a family: `elementwise` (single weights), `gates` (units: `Abs`, `Weighted`), `fisher` (units, squared),
+One file a family: `elementwise` (single weights), `gate_gradients` (units: `Abs`, `Weighted`), `fisher` (units, squared),
 `baselines`.
 """
 
@@ -8,7 +8,7 @@ from gsprune.criteria.base import Criterion
 from gsprune.criteria.baselines import Magnitude, Random
 from gsprune.criteria.elementwise import Elementwise
 from gsprune.criteria.fisher import Fisher
-from gsprune.criteria.gates import Abs, GateGradient, Weighted
+from gsprune.criteria.gate_gradients import Abs, GateGradient, Weighted
 from gsprune.criteria.surgeon import OBS
 from gsprune.moved import handed_on
 

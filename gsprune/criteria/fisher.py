@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gsprune.criteria.base import Read, unit_sums
-from gsprune.criteria.gates import GateGradient, weight_and_gradient
+from gsprune.criteria.gate_gradients import GateGradient, weight_and_gradient
 from gsprune.structures.structure import Structure
 
 

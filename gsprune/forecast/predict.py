@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gsprune.cost.budgets import Budget
-from gsprune.cost.counting import LAYERS, count_macs_by_module, count_parameters
+from gsprune.cost.counting import count_macs_by_module, count_parameters, named_layers
 from gsprune.forecast.plan import Cost, Entry, PruningPlan, RulePlan
 from gsprune.pruner.part import Part
 from gsprune.pruner.pruner import Pruner
@@ -128,12 +128,11 @@ def _even(part: Part, targets: Sequence[UnitTarget], kept: int) -> list[int]:
 def _skipped_units(model: nn.Module, part: Part, targets: Sequence[UnitTarget]) -> dict[str, str]:
     """Every layer whose rows are not up for pruning, in the model's order."""
     chosen = {name for target in targets for name in target.structure.modules()}
-    layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
     by_name = {name: NAMED_HERE for structure in part.left_out for name in structure.modules() if name not in chosen}
     reasons = {**part.skipped, **by_name}
     tied = "it is coupled to a layer that is left whole, or not traced"
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    found = {name: reasons.get(name, tied) for name in layers if name not in chosen} | reasons
+    found = {name: reasons.get(name, tied) for name in named_layers(model) if name not in chosen} | reasons
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsprune.cost.budgets import Budget
-from gsprune.pruner.choose import unit_targets, weight_targets
+from gsprune.pruner.find_targets import unit_targets, weight_targets
 from gsprune.pruner.rule import Rule
 from gsprune.pruner.targets import Share, Target, Targets, Verdict, sum_of
 from gsprune.pruner.units import UnitTarget

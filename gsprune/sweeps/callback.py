@@ -41,14 +41,14 @@ from gsprune.files.layout import RESULT, SWEEP, TRACKING
 from gsprune.settings.hydra_files import protect, recorded_overrides, redact_files, sweep_overrides
 from gsprune.settings.instantiation import make
 from gsprune.sweeps.check import Checked, check_jobs
-from gsprune.sweeps.record import (
+from gsprune.sweeps.results import JobResult, Results, read_results
+from gsprune.sweeps.sweep_dir import (
     Sweep,
     command_identity,
     current_sweep,
     find_begun,
     without_sweep_settings,
 )
-from gsprune.sweeps.results import JobResult, Results, read_results
 from gsprune.text.display import code, logger, one_line
 from gsprune.text.redact import last_line, redacted, redacted_message
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gsprune import collectives
 from gsprune.files.disk import Damaged, number, put_aside, read_json, read_object, sha256, write_atomic, write_json
-from gsprune.sweeps.record import Sweep
+from gsprune.sweeps.sweep_dir import Sweep
 from gsprune.text.display import logger
 
 __all__ = ["DenseCache", "DenseRecord"]

@@ -27,8 +27,8 @@ from gsprune.files.layout import RESULT
 from gsprune.plots.sweep_figures import draw_heatmap, draw_panels
 from gsprune.sweeps.layers import heatmaps
 from gsprune.sweeps.measures import MEASURES, panels, with_fronts
-from gsprune.sweeps.record import Sweep
 from gsprune.sweeps.results import JobResult, Results, read_results
+from gsprune.sweeps.sweep_dir import Sweep
 from gsprune.sweeps.variants import (
     TEST,
     VALIDATION,

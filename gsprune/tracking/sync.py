@@ -4,7 +4,7 @@ The directory is a run's output directory, a sweep's (its jobs come to lie under
 The same `Drain` as in a run sends what MLflow has not acknowledged, all with the times and steps on record, and asks
 MLflow first whether it has it. A second call has nothing to send; one that was cut off is simply made again.
 
-Records are data from strangers (`record.py` checks them), and what cannot be used is named and left out.
+Records are data from strangers (`outbox.py` checks them), and what cannot be used is named and left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gsprune.text.names import natural
 from gsprune.text.redact import redacted, say
 from gsprune.tracking.drain import Drain
 from gsprune.tracking.mlflow_client import NESTED, DeletedError, RemoteRun, import_client
-from gsprune.tracking.record import ENDED, MAX_BYTES, Outbox, identifier, text
+from gsprune.tracking.outbox import ENDED, MAX_BYTES, Outbox, identifier, text
 
 __all__ = ["Sent", "main", "sync"]
 

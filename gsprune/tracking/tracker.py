@@ -1,7 +1,7 @@
 """What a job calls to record a run: always on the local disk, and in MLflow too when asked for and reachable.
 
 A fault of tracking never ends a run and costs it seconds at most. Everything is written to the output directory first
-(`record.py` describes the files) and then sent from there (`drain.py`); after the first call to MLflow that fails or
+(`outbox.py` describes the files) and then sent from there (`drain.py`); after the first call to MLflow that fails or
 takes too long this process makes no further one, and `gsprune sync` sends the rest later. Besides the record:
 
     config.yaml                    the configuration, with what it takes from the environment unresolved
@@ -33,7 +33,7 @@ from gsprune.text.redact import redacted, redacted_data, redacted_message, redac
 from gsprune.tracking.drain import Deadlines, Drain
 from gsprune.tracking.mlflow_client import RECORD_TAG, DeletedError, RemoteRun, brief_error, import_client
 from gsprune.tracking.mlflow_names import Names, flatten
-from gsprune.tracking.record import Log, Outbox, identifier, read_metrics, rewind
+from gsprune.tracking.outbox import Log, Outbox, identifier, read_metrics, rewind
 
 if TYPE_CHECKING:
     import numpy as np

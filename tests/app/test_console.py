@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from contextlib import redirect_stdout
 
 import pytest
 import torch
-from jobs import configure
+from jobs import finished
 
 from gsprune.app.console import (
     Bar,
@@ -21,14 +19,7 @@ from gsprune.app.console import (
     summary_table,
     unfair_line,
 )
-from gsprune.app.job import run
 from gsprune.training.trainer import Totals
-
-
-def finished(folder, *overrides):
-    with redirect_stdout(io.StringIO()):
-        return run(configure(*overrides), output_dir=folder)
-
 
 EPOCH = {"train/loss": 0.5, "train/accuracy": 0.75, "val/accuracy": 1.0, "sparsity": 0.25, "epoch_seconds": 1.25}
 

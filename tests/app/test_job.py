@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import configure
+from jobs import configure, finished
 from matplotlib.text import Text
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -28,15 +28,10 @@ from gsprune.app.job import load_weights, rehearse, run
 from gsprune.cost import latency
 from gsprune.formats.masks import load_masks
 from gsprune.settings.identity import config_hash, plain_config
-from gsprune.sweeps.record import Sweep
+from gsprune.sweeps.sweep_dir import Sweep
 from gsprune.text.display import percent
 from gsprune.tracking.tracker import Tracker, read_metrics
 from gsprune.training.trainer import Trainer
-
-
-def finished(folder, *overrides):
-    with redirect_stdout(io.StringIO()):
-        return run(configure(*overrides), output_dir=folder)
 
 
 @pytest.fixture(scope="module")

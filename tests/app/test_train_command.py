@@ -5,23 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from jobs import train
+from jobs import SMALL, train
 
 HINT = "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.\n"
-TINY = (
-    "model.width=4",
-    "dataset.batch_size=256",
-    "trainer.device=cpu",
-    "trainer.dense_epochs=1",
-    "trainer.prune_epochs=2",
-    "trainer.latency_repeats=3",
-    "hydra.run.dir=out",
-)
 
 
 @pytest.mark.slow
 def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_it(tmp_path):
-    done = train(tmp_path, "pruner=elementwise", *TINY, fresh=True)
+    done = train(tmp_path, "pruner=elementwise", *SMALL, "hydra.run.dir=out", fresh=True)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     starts = ["dense  epoch   1/3", "prune  epoch   2/3", "prune  epoch   3/3"]
@@ -63,16 +54,15 @@ def check_mlflow(store, result):
 
 @pytest.mark.slow
 def test_a_sweep_returns_the_objective_and_one_bad_job_does_not_stop_the_others(tmp_path):
-    overrides = [text for text in TINY if not text.startswith("hydra")]
     sweep = ("--multirun", "tracking=none", "pruner.min_kept=0,1", "hydra.sweep.dir=sweep")
-    refused = train(tmp_path, *sweep, *overrides)
+    refused = train(tmp_path, *sweep, *SMALL)
     assert refused.returncode == 1
     lines = refused.stderr.splitlines()
     assert lines[0].startswith("job 0 would be: tracking=none pruner.min_kept=0 model.width=4")
     assert "sweep.check=false" in lines[1]
     assert lines[2:] == ["1 of 2 failed: 0: min_kept is 0: it must be 1 or more"]
     assert list(tmp_path.iterdir()) == []  # nothing was begun
-    done = train(tmp_path, *sweep, *overrides, "sweep.check=false")
+    done = train(tmp_path, *sweep, *SMALL, "sweep.check=false")
     assert done.returncode == 1
     assert done.stderr.splitlines()[1:] == ["min_kept is 0: it must be 1 or more", *HINT.splitlines(), *lines[2:]]
     status = [json.loads((tmp_path / "sweep" / job / "result.json").read_text())["status"] for job in "01"]

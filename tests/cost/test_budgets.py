@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gsprune import Pruner
 from gsprune.app import configuration, job
 from gsprune.app.configuration import run_name
-from gsprune.cost import budgets, costs
+from gsprune.cost import budgets, costs, latency, latency_tables
 from gsprune.cost.budgets import Budget, read_budget
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import Elementwise, Magnitude, Weighted
@@ -312,7 +312,7 @@ def exact_ms(model: nn.Module, x: Any, between: int) -> float:
 def test_a_latency_budget_is_met_in_multiples_of_eight(
     share: float, between: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "latency_ms", clock(between=between))
+    monkeypatch.setattr(latency, "latency_ms", clock(between=between))
     torch.manual_seed(0)
     model, x = Net(128), nets.images(1)
     dense = copy.deepcopy(model)
@@ -326,7 +326,7 @@ def test_a_latency_budget_is_met_in_multiples_of_eight(
 
 
 def test_heads_are_not_rounded_but_counted_with_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "latency_ms", clock(always=0))
+    monkeypatch.setattr(latency, "latency_ms", clock(always=0))
     model, example, structures = made("BERT")
     cost = costs.make_cost("latency", model, structures, example)
     whole = [torch.ones(s.units, dtype=torch.bool) for s in structures]
@@ -343,7 +343,7 @@ def test_heads_are_not_rounded_but_counted_with_their_attention(monkeypatch: pyt
 
 
 def test_widths_are_rounded_to_what_is_left_and_to_min_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "latency_ms", clock())
+    monkeypatch.setattr(latency, "latency_ms", clock())
     net = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 30))
     x = torch.ones(8, 30)
     (structure,) = find_structures(net, x).structures
@@ -365,7 +365,7 @@ def test_a_clock_that_contradicts_the_table_is_believed_by_half(monkeypatch: pyt
             return {"dense": 1.0, "cut": 0.99}
         return calm(models, example, **settings)
 
-    monkeypatch.setattr(costs, "latency_ms", latency_ms)
+    monkeypatch.setattr(latency, "latency_ms", latency_ms)
     model, x = Net(32), nets.images(1)
     structures = find_structures(model, x).structures
     cost = costs.make_cost("latency", model, structures, x)
@@ -382,7 +382,7 @@ def noisy() -> Callable[..., dict[str, float]]:
 
 
 def test_a_resumed_run_goes_on_with_the_first_ones_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "latency_ms", noisy())
+    monkeypatch.setattr(latency, "latency_ms", noisy())
     x = nets.images(1)
 
     def pruner() -> Pruner:
@@ -402,7 +402,7 @@ def test_a_resumed_run_goes_on_with_the_first_ones_measurements(monkeypatch: pyt
     assert second.state_dict()["rules"][0]["budget"] != state["rules"][0]["budget"]
     second.load_state_dict(state)
     assert second.state_dict()["rules"][0]["budget"] == state["rules"][0]["budget"]
-    monkeypatch.setattr(costs, "latency_ms", clock())  # both look at the same clock from here on
+    monkeypatch.setattr(latency, "latency_ms", clock())  # both look at the same clock from here on
     for epoch in (2, 3, 4):
         ours, theirs = step(first, epoch), step(second, epoch)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -497,10 +497,12 @@ def test_milliseconds_are_those_of_the_batch_that_the_result_measures(
     seen: list[int] = []
 
     def latency_ms(models: Mapping[str, nn.Module], example: Any, **settings: Any) -> dict[str, float]:
-        seen.extend(len(x) for x in (example, *(m.args[0] for m in models.values() if isinstance(m, costs._Call))))
+        seen.extend(
+            len(x) for x in (example, *(m.args[0] for m in models.values() if isinstance(m, latency_tables._Call)))
+        )
         return clock()(models, example, **settings)
 
-    monkeypatch.setattr(costs, "latency_ms", latency_ms)
+    monkeypatch.setattr(latency, "latency_ms", latency_ms)
     overrides = ("pruner.budget.latency=0.8", "trainer.latency_batch=3", "model.width=16")
     job.show_plan(configure("pruner=weighted", *overrides), output_dir=tmp_path)
     assert set(seen) == {0, 3}

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import loops
 import nets
 import pytest
 import torch
@@ -292,19 +293,10 @@ def test_heads_and_neurons_are_cut() -> None:
     batches = [(torch.randn(6, 5, 8), torch.randint(3, (6,))) for _ in range(3)]
     config = load_inc_config(INC / "heads_and_neurons.yaml")
     pruner = config.build(model, example_input=batches[0][0], steps_per_epoch=3, epochs=2, optimizer=optimizer)
-    expected: list[dict[str, Tensor]] = []
-    for epoch in range(2):
-        pruner.on_epoch_begin(epoch)
-        for step, (x, y) in enumerate(batches):
-            if (epoch, step) == (1, 0):
-                assert pruner.sparsity == 0
-                expected = [part.scores() for part in pruner.parts]
-            pruner.on_step_begin(step)
-            F.cross_entropy(model(x), y).backward()
-            pruner.on_before_optimizer_step()
-            optimizer.step()
-            pruner.on_step_end()
-            optimizer.zero_grad()
+    loops.train(pruner, model, optimizer, lambda _: batches, last=1)
+    assert pruner.sparsity == 0
+    expected = [part.scores() for part in pruner.parts]
+    loops.train(pruner, model, optimizer, lambda _: batches, first=1, last=2)
     for part, scores, kept in zip(pruner.parts, expected, (2, 4), strict=True):
         for name, mask in part.masks().items():
             assert sorted(mask.nonzero().flatten().tolist()) == sorted(scores[name].topk(kept).indices.tolist())

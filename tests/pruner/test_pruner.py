@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import loops
 import nets
 import pytest
 import torch
@@ -43,18 +44,7 @@ def batches(count: int, size: int = 4, seed: int = 0) -> list[tuple[Tensor, Tens
 
 
 def train(pruner: Any, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, *, begin: int = 0) -> None:
-    """The documented loop."""
-    pruner.on_train_begin()
-    for epoch in range(begin, epochs):
-        pruner.on_epoch_begin(epoch)
-        for step, (x, y) in enumerate(batches(STEPS, seed=epoch)):
-            pruner.on_step_begin(step)
-            F.cross_entropy(model(x), y).backward()
-            pruner.on_before_optimizer_step()
-            optimizer.step()
-            pruner.on_step_end()
-            optimizer.zero_grad()
-        pruner.on_epoch_end()
+    loops.train(pruner, model, optimizer, lambda epoch: batches(STEPS, seed=epoch), first=begin, last=epochs)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import loops
 import nets
 import pytest
 import torch
@@ -54,18 +55,9 @@ def several(model: nn.Module, *rules: Rule, schedule: Any = GRADUAL, **arguments
 
 
 def train(pruner: Any, model: nn.Module, optimizer: torch.optim.Optimizer, *, first: int = 0, last: int = 3) -> None:
-    pruner.on_train_begin()
-    for epoch in range(first, last):
-        pruner.on_epoch_begin(epoch)
-        for step in range(STEPS):
-            pruner.on_step_begin(step)
-            x, y = batch(epoch, step)
-            F.cross_entropy(model(x), y).backward()
-            pruner.on_before_optimizer_step()
-            optimizer.step()
-            pruner.on_step_end()
-            optimizer.zero_grad()
-        pruner.on_epoch_end()
+    loops.train(
+        pruner, model, optimizer, lambda epoch: map(batch, [epoch] * STEPS, range(STEPS)), first=first, last=last
+    )
 
 
 def run(kind: Any, *rules: Rule, last: int = 3, **arguments: Any) -> tuple[nn.Module, Pruner]:

@@ -18,8 +18,8 @@ from gsprune.integrations.inc import load_inc_config
 from gsprune.settings import instantiation
 from gsprune.settings.instantiation import main_arguments, make
 from gsprune.sweeps.callback import _OpenSweep
-from gsprune.sweeps.record import Sweep
 from gsprune.sweeps.results import read_results
+from gsprune.sweeps.sweep_dir import Sweep
 
 CALLS: list[str] = []
 PLANTED = {"_target_": "test_instantiation.planted", "where": "${oc.env:PATH}"}

@@ -19,7 +19,7 @@ from gsprune.cost.counting import count_macs
 from gsprune.cost.latency import latency_ms
 from gsprune.criteria import Magnitude
 from gsprune.discovery.find import find_structures
-from gsprune.export.programs import to_exported_program
+from gsprune.export import to_exported_program
 from gsprune.schedules import OneShot
 from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors, plain, tensors_in
 from gsprune.structures.running import outputs

@@ -19,9 +19,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from gsprune.sweeps import callback as callback_
-from gsprune.sweeps import record as record_
+from gsprune.sweeps import sweep_dir
 from gsprune.sweeps.callback import SweepCallback
-from gsprune.sweeps.record import Sweep
+from gsprune.sweeps.sweep_dir import Sweep
 
 ROOT = Path(__file__).parents[2]
 # Another Hydra application: it knows nothing of the sweep but the name of the callback.
@@ -32,7 +32,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
-from gsprune.sweeps.record import parent_run_id
+from gsprune.sweeps.sweep_dir import parent_run_id
 
 
 @hydra.main(version_base="1.3", config_path=None)
@@ -275,13 +275,13 @@ def test_what_the_callback_recorded_of_a_failure_goes_when_the_job_is_tried_agai
 def test_the_same_command_is_known_again_and_others_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = composed("seed=1", "pruner=abs")
-    mine = record_.command_identity(config)
-    assert record_.command_identity(composed("pruner=abs", "sweep.resume=true", "seed=1")) == mine
+    mine = sweep_dir.command_identity(config)
+    assert sweep_dir.command_identity(composed("pruner=abs", "sweep.resume=true", "seed=1")) == mine
     others = [
-        record_.command_identity(composed(*overrides)) for overrides in ((), ("seed=1",), ("seed=2", "pruner=abs"))
+        sweep_dir.command_identity(composed(*overrides)) for overrides in ((), ("seed=1",), ("seed=2", "pruner=abs"))
     ]
     assert mine not in others
-    assert record_.find_begun(config, mine) is None
+    assert sweep_dir.find_begun(config, mine) is None
     for day, started, identity in (
         ("a/1", "2026-01-01", mine),
         ("a/2", "2026-01-03", mine),
@@ -291,7 +291,7 @@ def test_the_same_command_is_known_again_and_others_are_not(tmp_path: Path, monk
         (tmp_path / "multirun" / day / "sweep.json").write_text(json.dumps({"identity": identity, "started": started}))
     (tmp_path / "multirun" / "c" / "1").mkdir(parents=True)
     (tmp_path / "multirun" / "c" / "1" / "sweep.json").write_text("{")
-    assert record_.find_begun(config, mine) == Path("multirun/a/2")
+    assert sweep_dir.find_begun(config, mine) == Path("multirun/a/2")
 
 
 def test_resuming_points_every_job_to_the_directory(tmp_path: Path) -> None:
@@ -311,10 +311,10 @@ def test_a_job_finds_its_sweep_from_its_own_folder(
     config.hydra.runtime.output_dir = str((tmp_path / subdir).absolute())
     monkeypatch.setattr(callback_.HydraConfig, "initialized", staticmethod(lambda: True))
     monkeypatch.setattr(callback_.HydraConfig, "get", staticmethod(lambda: config.hydra))
-    sweep = record_.current_sweep()
+    sweep = sweep_dir.current_sweep()
     assert sweep == Sweep(tmp_path)
-    assert record_.parent_run_id() is None
+    assert sweep_dir.parent_run_id() is None
     (tmp_path / "sweep.json").write_text('{"parent_run_id": "abc"}')
-    assert record_.parent_run_id() == "abc"
+    assert sweep_dir.parent_run_id() == "abc"
     config.hydra.mode = "RUN"
-    assert record_.current_sweep() is None
+    assert sweep_dir.current_sweep() is None

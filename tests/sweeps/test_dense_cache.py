@@ -19,8 +19,8 @@ from gsprune.formats.masks import load_masks
 from gsprune.formats.scores import load_scores, save_scores
 from gsprune.settings.identity import config_hash, dense_key, scores_key
 from gsprune.sweeps.dense_cache import DenseCache, DenseRecord
-from gsprune.sweeps.record import Sweep, set_aside
 from gsprune.sweeps.results import read_results
+from gsprune.sweeps.sweep_dir import Sweep, set_aside
 from gsprune.tracking.tracker import Tracker, read_metrics
 from gsprune.training.trainer import Trainer
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from gsprune.sweeps.record import set_aside
 from gsprune.sweeps.results import JobResult
+from gsprune.sweeps.sweep_dir import set_aside
 from gsprune.text import display
 from gsprune.text.display import cell, code, label, one_line, tag
 

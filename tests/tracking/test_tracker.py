@@ -25,10 +25,10 @@ import yaml
 from PIL import Image
 
 from gsprune.settings.addresses import check_address, database_file, resolve_tracking_uri
-from gsprune.tracking import drain, mlflow_client, record
+from gsprune.tracking import drain, mlflow_client, outbox
 from gsprune.tracking import tracker as tracker_
 from gsprune.tracking.mlflow_names import Names, flatten
-from gsprune.tracking.record import Outbox
+from gsprune.tracking.outbox import Outbox
 from gsprune.tracking.tracker import MLflowTracker, Tracker, read_metrics
 
 CONFIG = {"pruner": {"target_sparsity": 0.9, "keep": None, "include": ["*"]}, "seed": 1, "note": "x" * 9000}
@@ -131,7 +131,7 @@ def test_a_disk_that_is_full_is_one_warning(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(record, "_append", full)
+    monkeypatch.setattr(outbox, "_append", full)
     tracker = Tracker(tmp_path)
     tracker.log_metrics({"a": 1}, step=0)
     tracker.log_metrics({"a": 1}, step=1)
@@ -637,6 +637,24 @@ def test_a_run_whose_process_was_killed_is_closed_by_another_which_makes_its_las
     assert unsent(tmp_path / "run") == []
 
 
+def test_a_locked_database_says_how_long_was_waited(tmp_path: Path) -> None:
+    """Not the deadline, which another fault of the call has not reached."""
+
+    def opened() -> None:
+        raise TimeoutError("another program has locked the database for more than 8 s")
+
+    file = tmp_path / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        calls = drain.Deadlines(f"sqlite:///{file}", 10.0)
+        with pytest.raises(TimeoutError, match=r"for more than 8 s$"):
+            calls("start", opened)
+        calls.limit = 0.1
+        with pytest.raises(TimeoutError, match=r"another program has locked the database for more than 0\.1 s$"):
+            calls("metrics", lambda: time.sleep(0.5))
+        calls.close()
+
+
 @pytest.mark.slow
 def test_a_locked_database_costs_its_limit_and_one_line(
     tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: Any
@@ -684,3 +702,61 @@ def test_a_deleted_experiment_is_said_with_the_way_back(tmp_path: Path, database
     client.delete_run(again.run_id)
     again.log_metrics({"loss": 1.0}, step=1)
     assert f"mlflow runs restore --run-id {again.run_id}` brings it back" in str(again.stopped)
+
+
+# --- a run that goes on -------------------------------------------------------------------------------------
+
+
+def test_unsent_calls_of_a_killed_try_come_only_once(tmp_path):
+    tracker = Tracker(tmp_path)
+    tracker.start(config={}, tags={})
+    for step in (1, 2, 3):
+        tracker.log_metrics({"loss": step / 10}, step=step)
+    events = [{"kind": "metrics", "step": step, "values": {}} for step in (1, 2, 3)]
+    events = [{"kind": "start"}, *events, {"kind": "image", "step": 3}, {"kind": "artifact", "path": "a"}]
+    events += [{"kind": "metrics", "step": 2, "values": {"accuracy": 1.0}}]  # as the numbers of the end come
+    events += [{"kind": "finish", "status": "KILLED"}]
+    lines = [*events, {"sent": [0, 2, 4, 5]}]
+    (tmp_path / "outbox.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind"')
+    Tracker(tmp_path).start(config={}, tags={}, rows=[{"loss": 0.1}, {"loss": 0.2}])
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.1, 0.2]
+    kept = [json.loads(line) for line in (tmp_path / "outbox.jsonl").read_text().splitlines()]
+    assert kept == [events[0], events[1], events[2], events[5], {"sent": [0, 2, 3]}]
+
+
+@pytest.mark.slow
+def test_mlflow_gets_each_metric_and_picture_of_a_step_once(tmp_path):
+    import numpy as np
+    from mlflow import MlflowClient
+
+    uri, picture = f"sqlite:///{tmp_path / 'mlflow.db'}", np.zeros((4, 4, 3), np.uint8)
+
+    def start(**more):
+        tracker = MLflowTracker(tmp_path / "run", tracking_uri=uri, run_id=more.pop("run_id", None))
+        tracker.start(config={"a": 1}, tags={}, **more)
+        return tracker
+
+    def log(tracker, steps):
+        for step in steps:
+            tracker.log_metrics({"loss": step / 10, **({"late": 1.0} if step > 2 else {})}, step=step)
+            tracker.log_image(picture, key="masks", step=step)
+
+    killed = start()
+    killed.log_params({"dense.source": "trained"})
+    log(killed, (1, 2, 3))
+    again = start(run_id=killed.run_id, rows=[{"loss": 0.1}, {"loss": 0.2}])
+    again.log_params({"dense.source": "cache", "new": "1"})  # a parameter cannot change: that would be refused
+    log(again, (3, 4))
+    again.finish("FINISHED")
+    assert (again.run_id, again.stopped) == (killed.run_id, None)
+    client = MlflowClient(tracking_uri=uri)
+    assert [(m.step, m.value) for m in client.get_metric_history(again.run_id, "loss")] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+        (4, 0.4),
+    ]
+    assert [m.step for m in client.get_metric_history(again.run_id, "late")] == [3, 4]
+    images = [Path(file.path).name for file in client.list_artifacts(again.run_id, "images")]
+    assert sorted(re.split("[+%]", name)[2] for name in images if name.endswith(".png")) == ["1", "2", "3", "4"]
+    assert client.get_run(again.run_id).data.params == {"a": "1", "dense.source": "trained", "new": "1"}

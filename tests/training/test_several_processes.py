@@ -39,7 +39,7 @@ from gsprune.formats.network import load_pruned, save_pruned
 from gsprune.pruner.sharded import _in_order
 from gsprune.schedules import Linear
 from gsprune.settings.identity import config_hash
-from gsprune.tracking.record import Outbox
+from gsprune.tracking.outbox import Outbox
 from gsprune.tracking.tracker import read_metrics
 from gsprune.training import data_parallel as data_parallel_
 from gsprune.training.data_parallel import (
@@ -480,7 +480,7 @@ def test_a_job_in_two_processes_leaves_what_a_job_in_one_does(tmp_path):
 def test_a_signal_ends_all_processes_at_a_checkpoint_and_they_go_on_with_the_same_bits(tmp_path):
     """SIGTERM in the middle of an epoch, to the process that has started the others."""
     more = ("model.width=4", "dataset.batch_size=64", "trainer.devices=2", "trainer.prune_epochs=6", "tracking=none")
-    arguments = [*(a for a in TINY if "model" not in a and "epochs" not in a and "batch" not in a), *more]
+    arguments = [*(a for a in LENET if "model" not in a and "epochs" not in a and "batch" not in a), *more]
     arguments += ["trainer.dense_epochs=1", "pruner.target_sparsity=0.8"]
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -540,7 +540,7 @@ def test_a_mistake_in_a_process_comes_out_as_in_one_and_is_on_record(tmp_path):
     )
 
 
-TINY = (
+LENET = (
     "model=lenet_300_100",
     "pruner=elementwise",
     "dataset.batch_size=256",
@@ -554,7 +554,7 @@ TINY = (
 @pytest.mark.long
 def test_a_sweep_of_jobs_in_two_processes_is_one_run_a_job_and_trains_dense_once(tmp_path):
     more = ("pruner.target_sparsity=0.5,0.8", "trainer.devices=2", "hydra.sweep.dir=sweep")
-    done = train(tmp_path, "--multirun", *TINY, *more)
+    done = train(tmp_path, "--multirun", *LENET, *more)
     assert (done.returncode, done.stderr) == (0, "")
     results = [json.loads((tmp_path / "sweep" / job / "result.json").read_text()) for job in "01"]
     assert [result["status"] for result in results] == ["finished"] * 2
@@ -587,7 +587,7 @@ def on_two_machines(folder, *arguments, **environment):
     where = ("trainer.nodes=2", f"trainer.rendezvous=127.0.0.1:{port}", "hydra.run.dir=out")
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     settings = {"cwd": folder, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment}}
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, *where, *arguments]
+    command = [sys.executable, str(ROOT / "train.py"), *LENET, *where, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(command, **settings, **pipes) for _ in range(2)]
     told = [process.communicate(timeout=300) for process in both]
@@ -629,7 +629,7 @@ def torchrun(folder, *arguments):
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "HYDRA_"))}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [*command, str(ROOT / "train.py"), "tracking=none", *TINY, *arguments],
+        [*command, str(ROOT / "train.py"), "tracking=none", *LENET, *arguments],
         cwd=folder,
         env={**ours, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -658,7 +658,7 @@ def test_torchrun_does_not_repeat_a_finished_run(tmp_path):
 
 def test_torchrun_needs_a_directory_without_the_time_in_its_name_and_runs_no_sweep(tmp_path, monkeypatch):
     from gsprune.app import processes
-    from gsprune.sweeps.record import Sweep
+    from gsprune.sweeps.sweep_dir import Sweep
 
     monkeypatch.setattr(processes, "_run_dir", lambda: "outputs/${now:%H-%M-%S}")
     with refused("torchrun", "hydra.run.dir=<directory>"):
@@ -669,7 +669,7 @@ def test_torchrun_needs_a_directory_without_the_time_in_its_name_and_runs_no_swe
 
 def test_machines_are_no_matter_for_a_sweep(tmp_path, monkeypatch):
     from gsprune.app.processes import run_in_processes
-    from gsprune.sweeps.record import Sweep
+    from gsprune.sweeps.sweep_dir import Sweep
 
     cfg = configure("trainer.devices=2", "trainer.nodes=2", "trainer.rendezvous=here:1")
     with refused("trainer.nodes=2", "sweep"):

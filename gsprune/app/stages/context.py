@@ -16,7 +16,7 @@ from gsprune.app.console import Progress
 from gsprune.app.stopwatch import Stopwatch
 from gsprune.files.disk import spared, write_json
 from gsprune.settings.recorded import hide
-from gsprune.sweeps.record import Sweep
+from gsprune.sweeps.sweep_dir import Sweep
 from gsprune.text.redact import redact_logs
 from gsprune.tracking.tracker import SilentTracker, Tracker
 from gsprune.training.signals import Stop

@@ -12,7 +12,7 @@ from torch import __version__ as torch_version
 
 from gsprune.app.stages.checkpoint import DENSE, Dense, JobCheckpoints, Phase
 from gsprune.app.stages.context import load_or_compute
-from gsprune.app.stages.record import save_model
+from gsprune.app.stages.lifecycle import save_model
 from gsprune.app.stages.setup import load_tensors, load_weights
 from gsprune.app.stages.training import Training
 from gsprune.formats.tensors import state_tensors

@@ -10,7 +10,7 @@ from typing import Any
 
 from gsprune.app.stages.checkpoint import Dense, Phase
 from gsprune.app.stages.context import load_or_compute
-from gsprune.app.stages.record import save_model
+from gsprune.app.stages.lifecycle import save_model
 from gsprune.app.stages.training import Training
 from gsprune.formats.scores import save_scores
 from gsprune.settings.identity import SCORES, scores_key

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from contextlib import redirect_stdout
 
 import pytest
 import torch
-from jobs import configure
+from jobs import configure, finished
 from safetensors.torch import save_file
 from torch import nn
 
 from gsprune.app.configuration import build
-from gsprune.app.job import load_weights, run
+from gsprune.app.job import load_weights
 from gsprune.app.stages import setup
-
-
-def finished(folder, *overrides):
-    with redirect_stdout(io.StringIO()):
-        return run(configure(*overrides), output_dir=folder)
 
 
 @pytest.mark.slow

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from gsprune import Pruner
 from gsprune.criteria import Abs, Criterion, Elementwise
 from gsprune.discovery.find import find_structures
-from gsprune.export import programs
-from gsprune.export.programs import to_exported_program, to_onnx
+from gsprune.export import onnx_file, to_exported_program, to_onnx
 from gsprune.formats.network import save_pruned
 from gsprune.schedules import OneShot
 from gsprune.surgery.shrink import shrink
@@ -168,7 +167,7 @@ def test_the_model_is_as_it_was() -> None:
             Branch(4, 2),
             torch.ones(2, 4),
             r"Branch cannot be exported: its forward takes another way depending on the values of a tensor "
-            r"\(test_programs.py, line \d+\)",
+            r"\(test_export.py, line \d+\)",
         ),
         (
             Fixed(4, 2),
@@ -297,7 +296,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     tmp_path: Path, onnx: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, path = nn.Sequential(nn.Linear(64, 32), nn.ReLU()), tmp_path / "net.onnx"
-    monkeypatch.setattr(programs, "SINGLE_FILE", 1000)
+    monkeypatch.setattr(onnx_file, "SINGLE_FILE", 1000)
     to_onnx(model, torch.ones(1, 64), path)
     first = sorted(p.name for p in tmp_path.iterdir())
     assert re.fullmatch(r"net\.onnx net\.onnx\.[0-9a-f]{8}\.data", " ".join(first))
@@ -345,7 +344,7 @@ def test_errors_leave_no_file(
 def test_a_path_that_cannot_be_written_shows_before_the_work(
     tmp_path: Path, onnx: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(programs, "_convert", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(onnx_file, "_convert", lambda *_: pytest.fail("the work has begun"))
     with refused(tmp_path, "folder"):
         to_onnx(nn.Linear(4, 2), torch.ones(1, 4), tmp_path)
     (tmp_path / "file").write_text("")
@@ -363,7 +362,7 @@ def test_without_the_extra(name: str, tmp_path: Path, onnx: Any, monkeypatch: py
 
 FRESH = """
 import logging, sys, torch, gsprune
-from gsprune.export.programs import to_exported_program, to_onnx
+from gsprune.export import to_exported_program, to_onnx
 from gsprune.zoo.models import convnet
 
 logging.basicConfig(level=logging.INFO)  # where an application hears everybody

@@ -1,39 +1,34 @@
-"""A disk that fills up and memory that does not suffice: what a job says, what it keeps, how it ends."""
+"""A disk that fills up: what a job says, what it keeps, how it ends."""
 
 from __future__ import annotations
 
 import errno
-import io
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import jobs
 import pytest
 import torch
 from jobs import configure, train
 from servers import fill, small_disk
 
 from gsprune.app import job as room
-from gsprune.app.job import run
-from gsprune.app.memory import is_out_of_memory, smaller_steps
 from gsprune.app.output_dir import finished_in_sweep
 from gsprune.files.disk import spared, write_json
 from gsprune.formats.masks import load_masks, save_masks
 from gsprune.settings.identity import config_hash
 from gsprune.sweeps.callback import _OpenSweep
-from gsprune.sweeps.record import Sweep
+from gsprune.sweeps.sweep_dir import Sweep
 from gsprune.tracking.tracker import Tracker, read_metrics
-from gsprune.training.trainer import Trainer
 
 FULL = "No space left on device"
 
 
 def finished(folder: Path, *overrides: str) -> dict[str, Any]:
-    with redirect_stdout(io.StringIO()):
-        return run(configure("trainer.latency_repeats=0", *overrides), output_dir=folder)
+    return jobs.finished(folder, "trainer.latency_repeats=0", *overrides)
 
 
 @pytest.fixture
@@ -243,70 +238,3 @@ def test_a_disk_that_fills_up_under_a_run_ends_as_it_should(disk: Path, tmp_path
     assert f"the model could not be written to {disk}/none: {FULL}" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not list(disk.rglob("*.tmp"))
-
-
-# --- memory ------------------------------------------------------------------------------------------------
-
-TOO_SMALL = {
-    "of a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB."),
-    "of the machine": RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
-    "of numpy": MemoryError("Unable to allocate 8 GiB"),
-}
-
-
-@pytest.mark.parametrize("error", TOO_SMALL)
-@pytest.mark.parametrize("place", ["fit", "score", "evaluate"])
-def test_too_little_memory_is_one_sentence(
-    error: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def too_large(*_: object, **__: object) -> None:
-        raise TOO_SMALL[error]
-
-    monkeypatch.setattr(Trainer, place, too_large)
-    sentence = (
-        "cpu ran out of memory with dataset.batch_size=256: try dataset.batch_size=128 trainer.accumulate_steps=2 "
-        "(as large a step, in smaller parts), trainer.precision=bf16, or a smaller model"
-    )
-    with pytest.raises(ValueError) as found:  # noqa: PT011
-        finished(tmp_path)
-    assert str(found.value) == sentence
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["status"], result["error"]) == ("failed", f"ValueError: {sentence}")
-
-
-def test_too_little_memory_for_a_plan_is_one_sentence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(*_: object, **__: object) -> None:
-        raise TOO_SMALL["of a GPU"]
-
-    monkeypatch.setattr(room.predict, "plan", too_large)
-    with pytest.raises(ValueError, match=r"^cpu ran out of memory with dataset.batch_size=256: try dataset.batch_size"):
-        room.show_plan(configure("pruner=weighted"), output_dir=tmp_path)
-
-
-def test_a_real_allocation_that_is_too_large_is_recognised() -> None:
-    with pytest.raises(RuntimeError) as error:
-        torch.empty(2**60)
-    assert is_out_of_memory(error.value)
-
-
-def test_what_to_try_depends_on_what_was_tried() -> None:
-    def told(*overrides: str) -> str:
-        return smaller_steps(configure(*overrides))
-
-    assert told("dataset.batch_size=1", "trainer.precision=bf16") == " with dataset.batch_size=1: try a smaller model"
-    assert told("dataset.batch_size=1") == (
-        " with dataset.batch_size=1: try trainer.precision=bf16, or a smaller model"
-    )
-    assert told("dataset.batch_size=96", "trainer.accumulate_steps=3", "trainer.precision=fp16") == (
-        " with dataset.batch_size=96: try dataset.batch_size=48 trainer.accumulate_steps=6 "
-        "(as large a step, in smaller parts), or a smaller model"
-    )
-
-
-def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    monkeypatch.setattr(Trainer, "fit", broken)
-    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
-        finished(tmp_path)

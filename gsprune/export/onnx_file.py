@@ -1,28 +1,16 @@
-"""Networks that leave PyTorch: ONNX files checked with onnxruntime, and `torch.export` programs.
+"""A network as an ONNX file, checked with onnxruntime against PyTorch's outputs.
 
-Dense, masked (zeros in place) and shrunk networks alike; the batch stays free, every other size is the example's. Of a
-decoder of transformers its forward pass leaves, without the cache of keys and values that `generate` passes on.
-All work happens on a copy in evaluation mode. The extra `[onnx]` is imported only where a file is written.
-
->>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
->>> program = to_exported_program(net, torch.ones(1, 4))
->>> program.module()(torch.ones(5, 4)).shape
-torch.Size([5, 3])
+The extra `[onnx]` is imported only where a file is written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
-import inspect
-import io
-import logging
 import math
 import os
 import re
-import traceback
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -32,37 +20,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gsprune.export.exported_program import (
+    arguments_in_order,
+    at_batch,
+    batch_size,
+    copy_to_export,
+    exported,
+    innermost_line,
+    quietly,
+    run_once,
+)
 from gsprune.extras import EXTRAS, need
 from gsprune.files.disk import aside
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, arguments, call, map_tensors, plain, tensors_in
-from gsprune.structures.twin import copy_of, refuse_wrapped
-from gsprune.text.display import first_line
+from gsprune.structures.example import Example, map_tensors, plain, tensors_in
 
 TOLERANCE = 1e-4  # of an output's largest value: float32 sums in another order stay a hundred times below
 HALF_TOLERANCE = 1e-2
 SINGLE_FILE = 2**31 - 2**26  # bytes of weights; a protobuf ends at 2 GiB, and the graph needs room too
-
-
-def to_exported_program(model: nn.Module, example_input: Example) -> torch.export.ExportedProgram:
-    """The network as `torch.export` has it, for any batch size, on the model's device.
-
-    Every tensor of `example_input` whose first dimension is as long as that of its first tensor has the batch there.
-    The program holds a copy of the weights, and `torch.export.save` writes it; the model is as it was.
-
-    Args:
-        example_input: a tensor, a tuple of positional or a dict of keyword arguments, a batch of any size from 1 up.
-
-    Raises:
-        ValueError: the model does not run on the example, its forward looks at the values of tensors or at the batch
-            size, or torch.export cannot follow it.
-    """
-    twin = _copy(model)
-    device = next((t.device for t in [*twin.parameters(), *twin.buffers()]), None)
-    example = map_tensors(lambda tensor: plain(tensor).to(device), example_input)
-    with _quietly():
-        _run(twin, example)
-        return _export(twin, example)
 
 
 def to_onnx(
@@ -101,115 +76,11 @@ def to_onnx(
         need(module)
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}: it must be above 0")
-    twin, path = _copy(model).cpu(), Path(path)
+    twin, path = copy_to_export(model).cpu(), Path(path)
     example = map_tensors(lambda tensor: plain(tensor).cpu(), example_input)
-    with _writing(path) as files, _quietly(), no_fast_path():
+    with _writing(path) as files, quietly(), no_fast_path():
         _save(_convert(twin, example, opset), files)
         return _check(twin, example, files.graph, tolerance)
-
-
-# ---- the example: whatever starts with the batch, in batches of any size
-
-
-def _batch_size(example_input: Example) -> int:
-    first = next((leaf for leaf in tensors_in(example_input, floating=False) if leaf.dim()), None)
-    if first is None:
-        raise ValueError("the example input has no tensor with a batch dimension")
-    if len(first) == 0:
-        raise ValueError("the example input is an empty batch: it must hold 1 sample or more")
-    return len(first)
-
-
-def _at_batch(example_input: Example, size: int, *, found: list[Tensor] | None = None) -> Example:
-    """The example with `size` rows: the first ones, or from the start again, then with floating numbers scaled.
-
-    The tensors that have the batch are added to `found`.
-    """
-    batch = _batch_size(example_input)
-
-    def resize(value: Tensor) -> Tensor:
-        if not value.dim() or len(value) != batch:
-            return value
-        place = torch.arange(size, device=value.device)
-        rows = value[place % batch]
-        if value.is_floating_point():  # else all rows of a larger batch would be one
-            scale = 1 - (place // batch) / 8
-            rows = (rows * scale.view(-1, *[1] * (value.dim() - 1))).to(value.dtype)
-        if found is not None:
-            found.append(rows)
-        return rows
-
-    return map_tensors(resize, example_input)
-
-
-def _arguments(model: nn.Module, example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments, the latter in the order of `forward`: that of the exported inputs."""
-    args, kwargs = arguments(example_input)
-    known = [name for name in inspect.signature(model.forward).parameters if name in kwargs]
-    return args, {name: kwargs[name] for name in dict.fromkeys([*known, *kwargs])}
-
-
-# ---- torch.export
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    refuse_wrapped(model)
-    try:
-        twin = copy_of(model).eval()
-    except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be copied: {_first_line(error)}") from error
-    for module in twin.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "use_cache", False):
-            config.use_cache = False
-    return twin
-
-
-def _run(model: nn.Module, example_input: Example) -> Any:
-    """What the model returns, without gradients."""
-    try:
-        with torch.no_grad():
-            return call(model, example_input)
-    except Exception as error:
-        batch = _batch_size(example_input)
-        raise ValueError(
-            f"{type(model).__name__} does not run on the example input as a batch of {batch}: {_first_line(error)}"
-        ) from error
-
-
-def _export(model: nn.Module, example_input: Example) -> torch.export.ExportedProgram:
-    axes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    found: list[Tensor] = []
-    size = max(_batch_size(example_input), 2)  # torch.export takes a size of one for a constant
-    args, kwargs = _arguments(model, _at_batch(example_input, size, found=found))
-    for tensor in found:
-        axes[tensor] = {0: torch.export.Dim("batch")}
-    try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=axes, strict=False)
-    except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be exported: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if "data-dependent" in text:
-        return f"its forward takes another way depending on the values of a tensor{_place(error)}"
-    if "Constraints violated" in text or "specialized" in text:
-        return "its forward does not work alike for every batch size"
-    return f"{_first_line(error)}{_place(error)}"
-
-
-def _place(error: Exception) -> str:
-    """The innermost line of the user's (or a library's, but not torch's) code."""
-    ours = (str(Path(torch.__file__).parent), __file__)
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
-    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-
-
-def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:  # the exporter wraps the reason in advice of a page
-        error = error.__cause__
-    return first_line(error).rstrip(".")
 
 
 # ---- ONNX
@@ -217,15 +88,15 @@ def _first_line(error: BaseException) -> str:
 
 def _convert(model: nn.Module, example_input: Example, opset: int | None) -> Any:
     """The network as torch's `ONNXProgram`."""
-    result = _run(model, example_input)
-    program = _export(model, example_input)
+    result = run_once(model, example_input)
+    program = exported(model, example_input)
     names = _output_names(result, program.graph_signature)
     try:
         converted: Any = torch.onnx.export(
             program, dynamo=True, optimize=True, verbose=False, output_names=names, opset_version=opset
         )
     except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}") from error
+        raise ValueError(f"{type(model).__name__} cannot be written as ONNX: {innermost_line(error)}") from error
     reached = converted.model.opset_imports.get("")
     if opset not in (None, reached):  # the exporter only logs it
         raise ValueError(f"{type(model).__name__} cannot be written with opset {opset}: torch gives opset {reached}")
@@ -314,11 +185,11 @@ class _Gap(NamedTuple):
 
 def _check(model: nn.Module, example_input: Example, path: Path, tolerance: float | None) -> float:
     """The largest difference between `path` and `model`; ValueError when it is too large."""
-    batch = _batch_size(example_input)
+    batch = batch_size(example_input)
     session = _session(model, path)
     gaps: list[_Gap] = []
     for size in (batch, 1 if batch > 1 else 3):
-        gaps += _gaps(model, session, _at_batch(example_input, size), size, tolerance)
+        gaps += _gaps(model, session, at_batch(example_input, size), size, tolerance)
     worst = max(gaps, key=lambda gap: gap.difference / gap.allowed)
     if not worst.difference <= worst.allowed:
         raise ValueError(
@@ -337,18 +208,18 @@ def _session(model: nn.Module, path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ValueError(f"onnxruntime cannot read {type(model).__name__} as ONNX: {_first_line(error)}") from error
+        raise ValueError(f"onnxruntime cannot read {type(model).__name__} as ONNX: {innermost_line(error)}") from error
 
 
 def _gaps(model: nn.Module, session: Any, example_input: Example, size: int, tolerance: float | None) -> Iterator[_Gap]:
-    fed = _tensors(_arguments(model, example_input))
+    fed = _tensors(arguments_in_order(model, example_input))
     inputs = {node.name: tensor.numpy() for node, tensor in zip(session.get_inputs(), fed, strict=True)}
-    wanted = _tensors(_run(model, example_input))
+    wanted = _tensors(run_once(model, example_input))
     try:
         given = session.run(None, inputs)
     except Exception as error:
         raise ValueError(
-            f"onnxruntime cannot run {type(model).__name__} on a batch of {size}: {_first_line(error)}"
+            f"onnxruntime cannot run {type(model).__name__} on a batch of {size}: {innermost_line(error)}"
         ) from error
     for node, a, b in zip(session.get_outputs(), wanted, given, strict=True):
         half = a.dtype in (torch.float16, torch.bfloat16)
@@ -372,26 +243,3 @@ def _difference(a: Any, b: Any) -> float:
     largest = np.abs(a[finite]).max(initial=0.0)
     apart = np.abs(a[finite] - b[finite]).max(initial=0.0)
     return float(apart / largest) if largest else (math.inf if apart else 0.0)
-
-
-# ---- surroundings
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Nothing on the console: the exporters print graphs, warn and log; what matters comes as an error.
-
-    For the whole process, as Python has no other way: what another thread prints or logs meanwhile is lost.
-    """
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

@@ -1,0 +1,183 @@
+"""Milliseconds of a network's layers at several widths, measured on the model's device."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gsprune.collectives import broadcast
+from gsprune.cost import latency
+from gsprune.cost.counting import named_layers
+from gsprune.structures.example import arguments, call
+from gsprune.structures.running import hooked
+from gsprune.structures.structure import Structure
+from gsprune.structures.twin import copy_of
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import CutPlan
+from gsprune.text.names import joined
+
+MULTIPLE = 8  # of channels and neurons: a convolution of 100 or 101 channels takes the time of one of 104
+WIDTHS = (1 / 8, 1 / 4, 1 / 2)  # of a layer's rows and columns that are measured beside the full ones
+
+
+@dataclass(frozen=True)
+class Table:
+    """Milliseconds of one layer by the rows and columns of its weight (dimensions 0 and 1), both rising.
+
+    Between two points the value is interpolated along both, and below the first the same line goes on, not below 0.
+
+    >>> table = Table(rows=[8, 16], columns=[4, 8], ms=[[1.0, 2.0], [2.0, 4.0]])
+    >>> table(12, 6), table(16, 8), table(4, 8), table.saved(16, 4)
+    (2.25, 4.0, 1.0, 2.0)
+    """
+
+    rows: list[int]
+    columns: list[int]
+    ms: list[list[float]]
+
+    def __call__(self, rows: int, columns: int) -> float:
+        (r, down), (c, right) = _place(self.rows, rows), _place(self.columns, columns)
+        low, high = (self.ms[min(r + n, len(self.rows) - 1)] for n in (0, 1))
+        upper, lower = (line[c] * (1 - right) + line[min(c + 1, len(line) - 1)] * right for line in (low, high))
+        return max(0.0, upper * (1 - down) + lower * down)
+
+    def saved(self, rows: int, columns: int) -> float:
+        """What the dense layer takes longer."""
+        return self.ms[-1][-1] - self(rows, columns)
+
+
+def _place(points: Sequence[int], value: int) -> tuple[int, float]:
+    """The point to start from, and how far it is on the way to the next, below 0 in front of the first.
+
+    >>> _place([8, 16, 32], 20), _place([8, 16, 32], 32), _place([8, 16], 4), _place([6], 3)
+    ((1, 0.25), (1, 1.0), (0, -0.5), (0, 0.0))
+    """
+    if len(points) == 1:
+        return 0, 0.0
+    at = min(max(bisect_left(points, value) - 1, 0), len(points) - 2)
+    return at, (value - points[at]) / (points[at + 1] - points[at])
+
+
+def measure_tables(
+    model: nn.Module, structures: Sequence[Structure], example_input: Any
+) -> tuple[float, dict[str, Table], dict[str, float]]:
+    """Milliseconds of the whole model, of its layers at several widths, and of its attentions without their layers.
+
+    Everything takes turns in one measurement, so that a busy machine slows all of it alike; layers with the same
+    settings and input are measured once.
+    """
+    cut = {(member.tensor, member.dim) for s in structures for member in (*s.producers, *s.consumers)}
+    layers = {
+        name: layer
+        for name, layer in named_layers(model).items()
+        if {(joined(name, "weight"), d) for d in (0, 1)} & cut
+    }
+    attentions = {s.name: model.get_submodule(s.name) for s in structures if s.kind == "heads"}
+    calls = _calls(model, layers | attentions, example_input)
+    grids = {
+        name: [_points(layer.weight.shape[dim], is_cut=(joined(name, "weight"), dim) in cut) for dim in (0, 1)]
+        for name, layer in layers.items()
+    }
+    stages: dict[str, nn.Module] = {"": _Call(model, *arguments(example_input))}
+    keys: dict[str, list[str]] = {name: [] for name in layers}  # of each call of a layer
+    for name, (rows, columns) in grids.items():
+        for args, kwargs in calls[name]:
+            x = args[0] if args else next(iter(kwargs.values()))
+            key = f"{layers[name]} {rows} {columns} {x.dtype} {tuple(x.shape)} {x.stride()}"
+            if f"{key} {rows[0]} {columns[0]}" not in stages:
+                stages |= {f"{key} {r} {c}": _narrowed(layers[name], x, r, c) for r in rows for c in columns}
+            keys[name].append(key)
+    stages |= {f"call {i} of {n}": _Call(m, *call) for n, m in attentions.items() for i, call in enumerate(calls[n])}
+    ms = broadcast(
+        latency.latency_ms(stages, (), repeats=20, warmup=3, max_seconds=6.0)
+    )  # all processes believe one clock
+    tables = {
+        name: _table(rows, columns, [[[ms[f"{key} {r} {c}"] for c in columns] for r in rows] for key in keys[name]])
+        for name, (rows, columns) in grids.items()
+        if keys[name]
+    }
+    heads = {
+        name: max(0.0, sum(ms[f"call {i} of {name}"] for i in range(len(calls[name]))) - _sum(tables, inside=name))
+        for name in attentions
+    }
+    return ms[""], *_fitted(ms[""], tables, heads)
+
+
+def _fitted(ms: float, tables: dict[str, Table], heads: dict[str, float]) -> tuple[dict[str, Table], dict[str, float]]:
+    """The parts, made smaller where they add up to more than the whole: alone each finds a colder cache."""
+    scale = min(1.0, ms / (_sum(tables) + sum(heads.values()) or ms))
+    smaller = {n: Table(t.rows, t.columns, [[scale * v for v in line] for line in t.ms]) for n, t in tables.items()}
+    return smaller, {name: scale * value for name, value in heads.items()}
+
+
+def _sum(tables: Mapping[str, Table], *, inside: str | None = None) -> float:
+    return sum(table.ms[-1][-1] for name, table in tables.items() if inside is None or name.startswith(f"{inside}."))
+
+
+def _table(rows: list[int], columns: list[int], ms_crc: list[list[list[float]]]) -> Table:
+    """The sum over a layer's calls; what is narrower takes no longer, so that a measurement's noise misleads no search.
+
+    >>> _table([8, 16], [4], [[[1.5], [1.0]], [[1.0], [3.0]]]).ms
+    [[2.5], [4.0]]
+    """
+    summed = torch.tensor(ms_crc, dtype=torch.float64).sum(0)
+    return Table(rows, columns, summed.cummax(0).values.cummax(1).values.tolist())
+
+
+def _points(length: int, *, is_cut: bool) -> list[int]:
+    """The widths to measure of a dimension.
+
+    >>> _points(64, is_cut=True), _points(20, is_cut=True), _points(20, is_cut=False), _points(6, is_cut=True)
+    ([8, 16, 32, 64], [8, 20], [20], [6])
+    """
+    multiples = {MULTIPLE * max(1, round(length * share / MULTIPLE)) for share in WIDTHS} if is_cut else set()
+    return sorted({width for width in multiples if width < length} | {length})
+
+
+class _Call(nn.Module):
+    """A module together with its input, so that modules with different inputs can take turns."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.module, self.args, self.kwargs = module, args, kwargs
+
+    def forward(self) -> Any:
+        return self.module(*self.args, **self.kwargs)
+
+
+def _calls(
+    model: nn.Module, modules: Mapping[str, nn.Module], example_input: Any
+) -> dict[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]]:
+    """What each module is called with in one forward pass."""
+    calls: dict[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = {name: [] for name in modules}
+    hooks = (
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: calls[name].append((args, kwargs)), with_kwargs=True
+        )
+        for name, module in modules.items()
+    )
+    with hooked(hooks), torch.inference_mode():
+        call(model, example_input)
+    return calls
+
+
+def _narrowed(layer: nn.Module, x: Tensor, rows: int, columns: int) -> _Call:
+    """A copy of a layer with the first rows and columns of its weight, and an input of its new width."""
+    home: Any = nn.Module()
+    home.layer = copy_of(layer)
+    kept = {"layer.weight": {0: rows, 1: columns}, "layer.bias": {0: rows}}
+    if home.layer.bias is None:
+        del kept["layer.bias"]
+    sizes = {name: {dim: home.get_parameter(name).shape[dim] for dim in cuts} for name, cuts in kept.items()}
+    cuts = {name: {dim: torch.arange(n) for dim, n in lengths.items()} for name, lengths in kept.items()}
+    apply_cut(home, CutPlan(cuts, sizes, {}))
+    if isinstance(layer, nn.Linear):
+        narrow = x.narrow(-1, 0, home.layer.in_features)
+    else:
+        narrow = x.narrow(-1 - len(home.layer.kernel_size), 0, home.layer.in_channels)
+    return _Call(home.layer, (torch.ones_like(narrow),), {})  # in the input's own memory format
