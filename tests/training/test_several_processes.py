@@ -620,7 +620,9 @@ def test_two_machines_make_one_run_and_end_with_one_error(tmp_path):
         tmp_path, "pruner.criterion._target_=ranks.Killed", "tracking=none", "trainer.resume=never"
     )
     assert codes == [1, 1]
-    assert [text.splitlines()[1] for text in err] == ["process 0 was ended by SIGKILL"] * 2
+    for text in err:  # where torch's C++ code may print of a connection that was reset, too
+        said = [line for line in text.splitlines() if line.startswith("process ")]
+        assert said == ["process 0 was ended by SIGKILL"], text
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["status"], result["error"]) == ("failed", "ProcessFailed: process 0 was ended by SIGKILL")
 
