@@ -1,7 +1,7 @@
 """Criteria: weights and gradients in, scores out. A score estimates how much a removal changes the loss.
 
-One file a family: `elementwise` (single weights), `gate_gradients` (units: `Abs`, `Weighted`), `fisher` (units, squared),
-`baselines`.
+One file a family: `elementwise` (single weights), `gate_gradients` (units: `Abs`, `Weighted`), `fisher` (units,
+squared), `surgeon` (units, with refitted readers), `baselines`.
 """
 
 from gsprune.criteria.base import Criterion
