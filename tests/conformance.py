@@ -282,6 +282,71 @@ class CriterionTester:
             type(self).make(decay=decay)
 
 
+class InputsTester:
+    """Conformance of a criterion that reads what a layer reads; `score` is its slow version, of one group."""
+
+    make: ClassVar[Callable[..., Criterion]]
+
+    def score(self, weight: Tensor, inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("groups", [1, 3])
+    def test_scores_equal_the_slow_version(self, groups: int) -> None:
+        weight, inputs = _layer(groups)
+        score = type(self).make().from_inputs(weight, _gram(inputs))
+        slow = torch.stack([self.score(w, x) for w, x in zip(weight, inputs, strict=True)])
+        torch.testing.assert_close(score.double(), slow, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_scores_are_wide_whatever_the_weights(self, dtype: torch.dtype) -> None:
+        """Compared with the score of the same numbers in float64."""
+        weight, inputs = _layer(1)
+        narrow = weight.to(dtype)
+        score = type(self).make().from_inputs(narrow, _gram(inputs))
+        assert score.dtype.itemsize >= 4
+        torch.testing.assert_close(score, type(self).make().from_inputs(narrow.double(), _gram(inputs)))
+
+    def test_an_input_that_is_always_0_scores_0(self) -> None:
+        weight, inputs = _layer(1)
+        inputs[:, :, 2] = 0
+        score = type(self).make().from_inputs(weight, _gram(inputs))
+        assert score.isfinite().all()
+        assert not score[..., 2].any()
+        assert bool(score[..., :2].all())
+
+    def test_inputs_that_are_all_0_score_0(self) -> None:
+        weight, inputs = _layer(2)
+        assert not type(self).make().from_inputs(weight, _gram(inputs * 0)).any()
+
+    def test_training_refuses_it_and_says_what_to_take(self) -> None:
+        criterion = type(self).make()
+        with pytest.raises(ValueError, match=rf"{type(criterion).__name__}.*gsprune\.cut.*Elementwise"):
+            Pruner(_mlp(), criterion, target_sparsity=0.5)
+        with pytest.raises(ValueError, match=type(criterion).__name__):
+            criterion.weights(torch.ones(2, 2), torch.ones(2, 2))
+        model, _, structure = sample("neurons")
+        with pytest.raises(ValueError, match=type(criterion).__name__):
+            _units(criterion, model, structure)
+
+    def test_a_pickled_criterion_is_the_same(self) -> None:
+        criterion = type(self).make()
+        again = pickle.loads(pickle.dumps(criterion))
+        assert (type(again), vars(again), repr(again)) == (type(criterion), vars(criterion), repr(criterion))
+
+
+def _layer(groups: int) -> tuple[Tensor, Tensor]:
+    """Weights (g, 5, 8) and correlated inputs (g, 40, 8) in float64."""
+    generator = torch.Generator().manual_seed(groups)
+    weight, mixed, noise = (
+        torch.randn(groups, *shape, dtype=torch.float64, generator=generator) for shape in ((5, 8), (3, 8), (40, 8))
+    )
+    return weight, torch.randn(groups, 40, 3, dtype=torch.float64, generator=generator) @ mixed + 0.3 * noise
+
+
+def _gram(inputs: Tensor) -> Tensor:
+    return inputs.mT @ inputs / inputs.shape[1]
+
+
 def _mlp() -> nn.Module:
     torch.manual_seed(1)
     return nets.mlp()

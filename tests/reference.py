@@ -181,3 +181,49 @@ def eliminate(readers, damping: float) -> torch.Tensor:
         before += found[best]
         gone.append(best)
     return price
+
+
+def wanda(weight: Tensor, inputs: Tensor) -> Tensor:
+    """abs(w_ij) times the root mean square of input j, entry by entry; inputs (n, k)."""
+    rows, columns = weight.shape
+    norms = [math.sqrt(math.fsum(float(x) ** 2 for x in inputs[:, j]) / len(inputs)) for j in range(columns)]
+    scores = [[abs(float(weight[i, j])) * norms[j] for j in range(columns)] for i in range(rows)]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def surgeon(
+    weight: Tensor,
+    inputs: Tensor,
+    *,
+    damping: float,
+    block: int,
+    sparsity: float,
+    n_of_m: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT row by row: the inverse of H over the columns that are free is computed anew for every column."""
+    x = inputs.double()
+    h = x.T @ x / len(x)
+    h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    new, keep = weight.double().clone(), torch.ones(weight.shape, dtype=torch.bool)
+    rows, columns = weight.shape
+    inverse = [torch.linalg.inv(h[j:, j:]) for j in range(columns)]
+    pruned = 0
+    for j in range(columns):
+        if n_of_m is not None and j % n_of_m[1] == 0:
+            n, m = n_of_m
+            for i in range(rows):
+                scores = [float(new[i, c]) ** 2 / float(inverse[c][0, 0]) for c in range(j, j + m)]
+                (kept,) = select([scores], m - n)
+                keep[i, j : j + m] = torch.tensor(kept)
+        elif n_of_m is None and j % block == 0:
+            stop = min(j + block, columns)
+            scores = [float(new[i, c]) ** 2 / float(inverse[c][0, 0]) for i in range(rows) for c in range(j, stop)]
+            due = math.floor(sparsity * rows * stop + 0.5) - pruned
+            pruned += due
+            (kept,) = select([scores], due)
+            keep[:, j:stop] = torch.tensor(kept).view(rows, stop - j)
+        for i in range(rows):
+            if not keep[i, j]:
+                new[i, j:] -= new[i, j] / inverse[j][0, 0] * inverse[j][0]
+                new[i, j] = 0
+    return new, keep

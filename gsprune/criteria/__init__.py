@@ -1,9 +1,10 @@
 """Criteria: weights and gradients in, scores out. A score estimates how much a removal changes the loss.
 
 One file a family: `elementwise` (single weights), `gate_gradients` (units: `Abs`, `Weighted`), `fisher` (units,
-squared), `surgeon` (units, with refitted readers), `baselines`.
+squared), `surgeon` (units, with refitted readers), `activations` (single weights, by what layers read), `baselines`.
 """
 
+from gsprune.criteria.activations import Activations, SparseGPT, Wanda
 from gsprune.criteria.base import Criterion
 from gsprune.criteria.baselines import Magnitude, Random
 from gsprune.criteria.elementwise import Elementwise
@@ -12,6 +13,19 @@ from gsprune.criteria.gate_gradients import Abs, GateGradient, Weighted
 from gsprune.criteria.surgeon import OBS
 from gsprune.moved import handed_on
 
-__all__ = ["OBS", "Abs", "Criterion", "Elementwise", "Fisher", "GateGradient", "Magnitude", "Random", "Weighted"]
+__all__ = [
+    "OBS",
+    "Abs",
+    "Activations",
+    "Criterion",
+    "Elementwise",
+    "Fisher",
+    "GateGradient",
+    "Magnitude",
+    "Random",
+    "SparseGPT",
+    "Wanda",
+    "Weighted",
+]
 
 __getattr__ = handed_on(__name__)

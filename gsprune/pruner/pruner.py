@@ -164,9 +164,10 @@ class Pruner(Attachable):
         for number, rule in enumerate(self.rules):
             if rule.criterion.reads_inputs:
                 name = type(rule.criterion).__name__
+                other = "Elementwise" if rule.criterion.scores_weights else "Fisher"
                 raise ValueError(
                     f"{name} scores by what layers read, which a training loop does not collect: take gsprune.cut, or "
-                    f"a criterion of gradients such as Fisher"
+                    f"a criterion of gradients such as {other}"
                 )
             own = rule if schedule is None or rule.schedule is not None else replace(rule, schedule=schedule)
             with self._numbered(number):
