@@ -84,11 +84,32 @@ def unit_gates(model: nn.Module, members: Sequence[Member], x: Tensor) -> Tensor
 
 
 def accumulate(steps: Sequence[Tensor], decay: float) -> Tensor:
-    """S <- decay * S + abs(change), in float64."""
+    """S <- decay * S + change, in float64; the changes are magnitudes, or signed."""
     score = torch.zeros_like(steps[0], dtype=torch.float64)
     for change in steps:
-        score = decay * score + change.double().abs()
+        score = decay * score + change.double()
     return score
+
+
+def spread(steps: Sequence[Tensor], decay: float, spread_decay: float) -> Tensor:
+    """U <- spread_decay * U + abs(change - its running mean), in float64."""
+    mean, spread = (torch.zeros_like(steps[0], dtype=torch.float64) for _ in range(2))
+    for change in steps:
+        mean = decay * mean + (1 - decay) * change.double()
+        spread = spread_decay * spread + (change.double() - mean).abs()
+    return spread
+
+
+def platon(steps: Sequence[Sequence[float]], beta1: float, beta2: float) -> list[float]:
+    """PLATON's score of each entry, as in the paper's equations 7 to 10; `steps` are magnitudes of w * g."""
+    scores = []
+    for changes in zip(*steps, strict=True):
+        sensitivity = uncertainty = 0.0
+        for change in changes:
+            sensitivity = beta1 * sensitivity + (1 - beta1) * change
+            uncertainty = beta2 * uncertainty + (1 - beta2) * abs(change - sensitivity)
+        scores.append(sensitivity * uncertainty)
+    return scores
 
 
 def row_norms(model: nn.Module, members: Sequence[Member]) -> Tensor:
@@ -227,3 +248,18 @@ def surgeon(
                 new[i, j:] -= new[i, j] / inverse[j][0, 0] * inverse[j][0]
                 new[i, j] = 0
     return new, keep
+
+
+def exchange(gates: Sequence[Sequence[float]], removed: int) -> list[bool]:
+    """Of gate gradients (samples x units): the set that goes, every exchange tried one by one."""
+    columns = [list(column) for column in zip(*gates, strict=True)]
+
+    def change(gone: Sequence[int]) -> float:
+        return math.fsum(math.fsum(columns[u][b] for u in gone) ** 2 for b in range(len(gates)))
+
+    order = sorted(range(len(columns)), key=lambda u: (change([u]), u))
+    gone = order[:removed]
+    for unit in order[removed:] if removed else []:
+        tried = [gone, *([*gone[:i], unit, *gone[i + 1 :]] for i in range(removed))]
+        gone = min(tried, key=change)
+    return [u not in gone for u in range(len(columns))]
