@@ -1,0 +1,261 @@
+"""Second moments of what a layer reads and should give, and the weights that fit them best.
+
+A layer is seen as one matrix a group: g groups (1, but for grouped convolutions) of o outputs and k columns. Its m rows
+are samples, tokens or output positions. A convolution's columns are in * kh * kw of its group, unfolded.
+Moments are float64, summed up batch by batch; no activations are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gsprune.repair.lockstep import Visit
+from gsprune.structures.matrices import is_conv1d
+
+POSITIONS = 200_000  # rows of a layer that are read, over all batches
+_CONV = nn.modules.conv._ConvNd
+
+
+@dataclass(eq=False)
+class Moments:
+    """Of rows x (m, g, k) and y (m, g, o): count, means, and sums of products of what differs from the means.
+
+    >>> moments = Moments.none(1, 1, 1)
+    >>> moments.add(torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([[[2.0]], [[6.0]]]))
+    >>> moments.n, moments.mean_y.item(), moments.xx.item(), moments.yx.item(), moments.yy.item()
+    (2, 4.0, 2.0, 4.0, 8.0)
+    """
+
+    n: int
+    mean_x: Tensor  # (g, k)
+    mean_y: Tensor  # (g, o)
+    xx: Tensor  # (g, k, k)
+    yx: Tensor  # (g, o, k)
+    yy: Tensor  # (g, o)
+
+    @classmethod
+    def none(cls, groups: int, columns: int, outputs: int, device: torch.device | None = None) -> Moments:
+        """Of no rows."""
+        zeros = [(groups, columns), (groups, outputs), (groups, columns, columns), (groups, outputs, columns)]
+        tensors = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in (*zeros, (groups, outputs))]
+        return cls(0, *tensors)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """More rows, of any floating type and device."""
+        m = len(x)
+        if m == 0:
+            return
+        x, y = (_double(rows, self.xx.device) for rows in (x, y))
+        mean_x, mean_y = x.mean(0), y.mean(0)
+        x, y = (x - mean_x).transpose(0, 1), (y - mean_y).transpose(0, 1)  # (g, m, .)
+        step_x, step_y, share = mean_x - self.mean_x, mean_y - self.mean_y, self.n * m / (self.n + m)
+        self.xx += x.mT @ x + share * step_x[:, :, None] * step_x[:, None]
+        self.yx += y.mT @ x + share * step_y[:, :, None] * step_x[:, None]
+        self.yy += (y * y).sum(1) + share * step_y**2
+        self.mean_x += step_x * (m / (self.n + m))
+        self.mean_y += step_y * (m / (self.n + m))
+        self.n += m
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.xx.isfinite().all() & self.yx.isfinite().all() & self.yy.isfinite().all())
+
+
+def _double(rows: Tensor, device: torch.device) -> Tensor:
+    return rows.to(device).double()  # to the CPU first: MPS has no float64
+
+
+def solve(moments: Moments, prior: Tensor, damping: float, *, has_bias: bool = True) -> tuple[Tensor, Tensor]:
+    """(W, b) = argmin sum of |W x + b - y|^2 + lambda |W - prior|^2, in float64; without a bias, b is 0.
+
+    Args:
+        prior: (g, o, k).
+        damping: lambda, as a share of the mean of the Gram matrix's diagonal; more where that is singular all the same.
+
+    Raises:
+        ValueError: the moments are not finite.
+
+    >>> moments = Moments.none(1, 1, 1)
+    >>> moments.add(torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([[[3.0]], [[7.0]]]))
+    >>> [round(value.item(), 6) for value in solve(moments, torch.zeros(1, 1, 1), 0.0)]
+    [2.0, 1.0]
+    """
+    if not moments.is_finite:
+        raise ValueError("the moments are not finite: what the layer reads or should give is not")
+    prior = _double(prior, moments.xx.device)
+    xx, yx = moments.xx, moments.yx
+    if not has_bias:
+        xx = xx + moments.n * moments.mean_x[:, :, None] * moments.mean_x[:, None]
+        yx = yx + moments.n * moments.mean_y[:, :, None] * moments.mean_x[:, None]
+    weight = prior + _solved(xx, yx - prior @ xx, damping)
+    bias = moments.mean_y - (weight @ moments.mean_x[:, :, None])[:, :, 0]
+    return weight, bias if has_bias else torch.zeros_like(bias)
+
+
+def _solved(gram: Tensor, right: Tensor, damping: float) -> Tensor:
+    """right (gram + lambda)^-1 of each group; 0 where the group's columns are."""
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1)
+    size = torch.where(mean > 0, mean, 1.0)[:, None, None]
+    gram, right = gram / size, right / size
+    while True:
+        damped = gram.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(damping)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if not bool(info.any()):
+            return torch.cholesky_solve(right.mT, factor).mT
+        damping = max(1e-10, 10 * damping)
+
+
+def error(moments: Moments, weight: Tensor, bias: Tensor) -> Tensor:
+    """Mean square of W x + b - y over the rows, (g, o)."""
+    weight, bias = (_double(value, moments.xx.device) for value in (weight, bias))
+    spread = ((weight @ moments.xx - 2 * moments.yx) * weight).sum(2) + moments.yy
+    shift = (weight @ moments.mean_x[:, :, None])[:, :, 0] + bias - moments.mean_y
+    return spread.clamp(min=0) / max(1, moments.n) + shift**2
+
+
+# ---- layers as matrices
+
+
+def why_no_matrix(module: nn.Module) -> str | None:
+    """Why a layer cannot be seen as one matrix a group, or None."""
+    if isinstance(module, _CONV) and module.transposed:
+        return "it is a transposed convolution"
+    if not isinstance(module, nn.Linear | _CONV) and not is_conv1d(module):
+        return f"it is a {type(module).__name__}"
+    if not isinstance(module._parameters.get("weight"), Tensor):
+        return "its weight is computed from other tensors"
+    return None
+
+
+def matrix_of(module: Any) -> Tensor:
+    """The weight as (g, o, k)."""
+    weight: Tensor = module.weight.detach()
+    if is_conv1d(module):
+        return weight.T[None]
+    groups = getattr(module, "groups", 1)
+    return weight.reshape(groups, len(weight) // groups, -1)
+
+
+@torch.no_grad()
+def write_matrix(module: Any, matrix: Tensor) -> None:
+    """The inverse of `matrix_of`, in place."""
+    module.weight.copy_(matrix[0].T if is_conv1d(module) else matrix.reshape(module.weight.shape))  # to its device
+
+
+def read_rows(module: Any, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """What the layer multiplies, (m, g, k), at the chosen positions (of the flattened ones of its output), or at all.
+
+    >>> read_rows(nn.Conv1d(1, 1, 2, padding=1), torch.tensor([[[1.0, 2.0]]])).tolist()
+    [[[0.0, 1.0]], [[1.0, 2.0]], [[2.0, 0.0]]]
+    """
+    if not isinstance(module, _CONV):
+        flat = x.reshape(-1, x.shape[-1])
+        return (flat if chosen is None else flat[chosen])[:, None]
+    patches = _patches(module, x)  # (n, *positions, c, *kernel)
+    dims = len(module.kernel_size)
+    if chosen is not None:
+        patches = patches[torch.unravel_index(chosen, patches.shape[: dims + 1])]
+    return patches.reshape(-1, module.groups, patches.shape[-dims - 1 :].numel() // module.groups)
+
+
+def given_rows(module: Any, y: Tensor, chosen: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+    """A dense layer's output at the same positions, (m, g, o), of the output channels that are kept."""
+    flat = y.movedim(-len(module.kernel_size) - 1, -1) if isinstance(module, _CONV) else y
+    flat = flat.reshape(-1, flat.shape[-1])
+    flat = flat if chosen is None else flat[chosen]
+    flat = flat if kept is None else flat[:, kept.to(flat.device)]
+    return flat.reshape(len(flat), getattr(module, "groups", 1), -1)
+
+
+def positions(module: Any, y: Tensor) -> int:
+    """How many rows an output has."""
+    channels = y.shape[-len(module.kernel_size) - 1] if isinstance(module, _CONV) else y.shape[-1]
+    return y.numel() // channels if channels else 0
+
+
+def _patches(module: Any, x: Tensor) -> Tensor:
+    """A view of the padded input: of each output position the entries that it is computed from."""
+    dims = len(module.kernel_size)
+    x = x if x.dim() == dims + 2 else x[None]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    sides = [(x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(dims)]
+    steps = x.stride()
+    return x.as_strided(
+        (len(x), *sides, x.shape[1], *kernel),
+        (
+            steps[0],
+            *(steps[2 + i] * stride[i] for i in range(dims)),
+            steps[1],
+            *(steps[2 + i] * dilation[i] for i in range(dims)),
+        ),
+        x.storage_offset(),
+    )
+
+
+# ---- the moments of a visited layer
+
+
+def choose_rows(counts: Sequence[int], most: int = POSITIONS) -> list[Tensor | None]:
+    """Of batches with so many rows, which are read: all (None), or an equal share of each, at random.
+
+    >>> choose_rows([3, 4]), [len(chosen) for chosen in choose_rows([300, 100], most=40)]
+    ([None, None], [30, 10])
+    """
+    total = sum(counts)
+    if total <= most:
+        return [None] * len(counts)
+    ends = [most * sum(counts[:i]) // total for i in range(len(counts) + 1)]
+    generator = torch.Generator().manual_seed(total)
+    return [
+        torch.randperm(count, generator=generator)[: end - start].sort().values
+        for count, (start, end) in zip(counts, pairwise(ends), strict=True)
+    ]
+
+
+class Seen(NamedTuple):
+    """The moments of a visited layer on the two parts, and the variance of the dense output, its channels added up."""
+
+    fit: Moments
+    judge: Moments
+    variance: float
+
+
+def moments_of(visit: Visit, *, kept: Tensor | None = None, residual: bool = False, most: int = POSITIONS) -> Seen:
+    """Of a visited layer, x what the small one reads and y what the dense one gave.
+
+    Args:
+        kept: of the dense layer's output channels, those that the small layer has.
+        residual: y is the dense output less what the small layer gives now, so that small errors stay exact.
+        most: rows that are read, over all batches.
+    """
+    small: Any = visit.small
+    weight = matrix_of(small)
+    groups, outputs, columns = weight.shape
+    device = weight.device if weight.device.type != "mps" else torch.device("cpu")
+    fit, judge = (Moments.none(groups, columns, outputs, device) for _ in range(2))
+    whole = Moments.none(groups, 0, outputs, device)
+    chosen = choose_rows([positions(small, y) for y in visit.outputs], most)
+    for i, (x, y, rows) in enumerate(zip(visit.inputs, visit.outputs, chosen, strict=True)):
+        rows = None if rows is None else rows.to(x.device)
+        read, given = read_rows(small, x, rows), given_rows(small, y, rows, kept)
+        whole.add(read[:, :, :0], given)
+        (judge if visit.held_back[i] else fit).add(
+            read, _residual(small, weight, read, given, device) if residual else given
+        )
+    return Seen(fit, judge, float(whole.yy.sum()) / max(1, whole.n))
+
+
+def _residual(small: Any, weight: Tensor, read: Tensor, given: Tensor, device: torch.device) -> Tensor:
+    weight, read, given = (_double(value, device) for value in (weight, read, given))
+    lacking = given - (read.transpose(0, 1) @ weight.mT).transpose(0, 1)
+    return lacking if small.bias is None else lacking - _double(small.bias.detach(), device).view(given.shape[1:])

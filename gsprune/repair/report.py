@@ -1,0 +1,92 @@
+"""What a repair did, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gsprune.text.display import html_table
+from gsprune.text.names import told
+
+_HEAD = ("layer", "error before", "after", "damping")
+
+
+@dataclass(frozen=True)
+class LayerRepair:
+    """One layer.
+
+    before, after   mean square of what its output lacks of the dense network's, on the held-back part, as a share of
+                    the dense output's variance there; NaN where it was not measured
+    damping         of the fit that was kept (the median of a grouped convolution's); None where none was
+    reason          why it was left as it was; None where it was repaired
+    """
+
+    name: str
+    before: float = math.nan
+    after: float = math.nan
+    damping: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What was repaired, in the order of the pass, what was left and why.
+
+    >>> print(RepairReport((LayerRepair("fc", 0.2, 0.05, 0.01), LayerRepair("up", reason="it is transposed"))))
+    Repaired 1 of 2 layers: their output's relative error on held-back samples is 0.05, before 0.2 (median)
+      layer  error before  after   damping
+      fc     0.2000        0.0500  0.01
+    Left as they were:
+      up: it is transposed
+    """
+
+    layers: tuple[LayerRepair, ...]
+
+    @property
+    def repaired(self) -> tuple[LayerRepair, ...]:
+        """Those that were changed."""
+        return tuple(layer for layer in self.layers if layer.reason is None)
+
+    @property
+    def left(self) -> dict[str, str]:
+        """Layer -> why it was left as it was."""
+        return {layer.name: layer.reason for layer in self.layers if layer.reason is not None}
+
+    def __repr__(self) -> str:
+        lines = [self._summary(), *_aligned([_HEAD, *self._rows()])] if self.repaired else [self._summary()]
+        return "\n".join([*lines, *(["Left as they were:"] if self.left else []), *(f"  {t}" for t in told(self.left))])
+
+    def _repr_html_(self) -> str:
+        rows = [*self._rows(), *((name, why, "", "") for name, why in self.left.items())]
+        return html_table(_HEAD, rows)
+
+    def _summary(self) -> str:
+        done = self.repaired
+        first = f"Repaired {len(done)} of {len(self.layers)} layer{'s' if len(self.layers) != 1 else ''}"
+        if not done:
+            return first
+        before, after = (_median([getattr(layer, side) for layer in done]) for side in ("before", "after"))
+        return (
+            f"{first}: their output's relative error on held-back samples is {after:.2g}, before {before:.2g} (median)"
+        )
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                layer.name,
+                f"{layer.before:.4f}",
+                f"{layer.after:.4f}",
+                "" if layer.damping is None else f"{layer.damping:g}",
+            )
+            for layer in self.repaired
+        ]
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
