@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--samples", type=int, help="test samples; all without")
     parser.add_argument("--no-tuned", dest="tuned", action="store_false", help="nothing is trained after cutting")
-    parser.add_argument("--packages", type=Path, help="a folder with modelopt/ and fasterai/, installed there by pip")
+    parser.add_argument("--packages", type=Path, help="a folder with modelopt/ and fasterai/ (see cut_rivals.py)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--results", type=Path, default=RESULTS)

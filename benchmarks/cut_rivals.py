@@ -17,7 +17,11 @@ Legend: n = rows (samples x positions), i = inputs of a layer, o = its outputs, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,13 +80,22 @@ class Bench:
     # ---- choosing
 
     def choose(self, scores: Scores, scopes: Sequence[Sequence[str]], macs: float) -> list[Tensor]:
-        """Of each scope the same share of units goes, lowest scores first; the share that comes nearest to `macs`."""
+        """Of each scope the same share of units goes, lowest scores first; the choice that comes nearest to `macs`.
+
+        Between two shares next to each other the units that differ go one at a time.
+        """
         low, high = 0.0, 1.0
         for _ in range(20):
             share = (low + high) / 2
             low, high = (share, high) if self.cost(self.kept(scores, scopes, share)) > macs else (low, share)
-        found = [self.kept(scores, scopes, share) for share in (low, high)]
-        return min(found, key=lambda keeps: abs(self.cost(keeps) - macs))
+        found = self.kept(scores, scopes, low)
+        steps = [found]
+        for i, (more, less) in enumerate(zip(found, self.kept(scores, scopes, high), strict=True)):
+            for u in (more & ~less).nonzero().flatten().tolist():
+                keep = steps[-1][i].clone()
+                keep[u] = False
+                steps.append([*steps[-1][:i], keep, *steps[-1][i + 1 :]])
+        return min(steps, key=lambda keeps: abs(self.cost(keeps) - macs))
 
     def kept(self, scores: Scores, scopes: Sequence[Sequence[str]], share: float) -> list[Tensor]:
         keeps = {}
@@ -508,5 +521,66 @@ METHODS: dict[str, Method] = {
 WITH_NORMS = {f"{name} + BN": with_norms(method) for name, method in METHODS.items() if "Wanda" not in name}
 
 
+# ---- packages that are not installed beside gsprune: `pip install --no-deps --target FOLDER/NAME ...`
+
+
 def package_methods(folder: Path) -> dict[str, Method]:
-    return {}
+    """ModelOpt's FastNAS and fasterai's Pruner, for networks of pictures, where `folder` has modelopt/ and fasterai/."""
+    found = {"FastNAS": fastnas, "fasterai": fasterai}
+    names = {"FastNAS": "modelopt", "fasterai": "fasterai"}
+    there = {label: method for label, method in found.items() if (folder / names[label]).exists()}
+    sys.path += [str(folder / names[label]) for label in there if str(folder / names[label]) not in sys.path]
+    return there | {f"{label} + BN": with_norms(method) for label, method in there.items()}
+
+
+def fastnas(bench: Bench, batches: Sequence[Batch], seed: int) -> Cut:
+    """ModelOpt's FastNAS with tenths of the channels as choices (its default, multiples of 32, leaves none here);
+    the score is the accuracy on the calibration data. The sensitivities are measured once for all shares."""
+    import modelopt.torch.prune as mtp
+
+    space = {
+        "nn.Conv2d": {"*": {"channels_ratio": tuple(i / 10 for i in range(1, 11)), "channel_divisor": 1}},
+        "nn.BatchNorm2d": {"*": {"feature_divisor": 1}},
+    }
+    checkpoint = Path(tempfile.mkdtemp()) / "search.pth"
+
+    def cut(macs: float) -> nn.Module:
+        small, _ = mtp.prune(
+            copy.deepcopy(bench.model),
+            mode=[("fastnas", space)],
+            constraints={"flops": f"{100 * macs}%"},
+            dummy_input=bench.task.example,
+            config={
+                "data_loader": batches,
+                "collect_func": lambda batch: batch[0],
+                "score_func": lambda model: bench.task.evaluate(model, batches),
+                "checkpoint": str(checkpoint),
+                "verbose": False,
+            },
+        )
+        return small.eval()  # type: ignore[no-any-return]
+
+    return cut
+
+
+def fasterai(bench: Bench, batches: Sequence[Batch], seed: int) -> Cut:
+    """fasterai's Pruner, global, large_final (the one of its criteria that needs no training), the ratio bisected."""
+    from fasterai.core.criteria import large_final
+    from fasterai.prune.all import Pruner
+
+    def pruned(ratio: float) -> nn.Module:
+        small = copy.deepcopy(bench.model)
+        with contextlib.redirect_stdout(io.StringIO()):
+            Pruner(small, ratio, "global", large_final, example_inputs=bench.task.example).prune_model()
+        return small.eval()
+
+    def cut(macs: float) -> nn.Module:
+        low, high = 0.0, 1.0
+        found = []
+        for _ in range(10):
+            ratio = (low + high) / 2
+            found.append(pruned(ratio))
+            low, high = (ratio, high) if bench.share(found[-1]) > macs else (low, ratio)
+        return min(found, key=lambda small: abs(bench.share(small) - macs))
+
+    return cut
