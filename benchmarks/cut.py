@@ -22,9 +22,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from cut_data import CACHE
 from cut_rivals import METHODS, WITH_NORMS, Bench, Cut, Method, package_methods
@@ -50,13 +52,13 @@ def own(**options: Any) -> Method:
         import gsprune
 
         one = bench.task
-        given = {"calibration": one.samples, "include": one.include, "example_input": one.example, **options}
-        return lambda macs: gsprune.cut(one.model, batches, one.loss, macs=macs, **given).model  # type: ignore[attr-defined]
+        given = {"calibration": one.samples, "include": one.include, "progress": False, **options}
+        return lambda macs: gsprune.cut(one.model, batches, one.loss, macs=macs, **given).model
 
     return prepare
 
 
-OWN: dict[str, Method] = {"gsprune": own(), "gsprune, masks alone": own(repair=None)}
+OWN: dict[str, Method] = {"gsprune": own(), "gsprune, not repaired": own(repair=None)}
 # trained for two epochs too: every way to choose once, since training re-estimates BatchNorm's statistics itself
 TUNED = (
     "gsprune",
@@ -170,25 +172,83 @@ def quarter(bench: Bench) -> float:
     return round(bench.cost(keeps), 4)
 
 
+def channels(results: Results, given: argparse.Namespace) -> None:
+    """Of the conv net on MNIST a share of the channels of every structure, as `sparsity=` of `gsprune.cut`."""
+    import gsprune
+
+    one = task("convnet_mnist", given.cache)
+    for seed in range(given.seeds):
+        batches = one.calibration(seed)
+        for share in (0.5, 0.75):
+            if (key := Results.key(one.name, "channels", share, seed)) not in results:
+                small = gsprune.cut(one.model, batches, one.loss, sparsity=share, progress=False).model
+                results.add(key, metric=one.evaluate(small))
+                print(f"{key}: {results.cells[key]['metric']:.2f} %", flush=True)
+
+
 def family(results: Results, given: argparse.Namespace) -> None:
     """Seconds of eight budgets by `cut_family` against one by `cut`, in turns."""
     import gsprune
 
-    for name in given.tasks:
-        if name == LANGUAGE:
-            continue
+    for name in [name for name in given.tasks if name != LANGUAGE]:
         one = task(name, given.cache)
-        options: dict[str, Any] = {"include": one.include, "example_input": one.example, "calibration": one.samples}
+        options: dict[str, Any] = {"include": one.include, "calibration": one.samples, "progress": False}
         for seed in range(given.seeds):
-            key = Results.key(name, "family", seed)
-            if key in results:
+            if (key := Results.key(name, "family", seed)) in results:
                 continue
             batches = one.calibration(seed)
-            alone = timed(lambda: gsprune.cut(one.model, batches, one.loss, macs=0.5, **options))  # type: ignore[attr-defined]  # noqa: B023
+            alone = timed(partial(gsprune.cut, one.model, batches, one.loss, macs=0.5, **options))
             budgets = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
-            eight = timed(lambda: gsprune.cut_family(one.model, batches, one.loss, macs=budgets, **options))  # type: ignore[attr-defined]  # noqa: B023
+            eight = timed(partial(gsprune.cut_family, one.model, batches, one.loss, macs=budgets, **options))
             results.add(key, one=alone, eight=eight, ratio=eight / alone)
             print(f"{key}: one {alone:.1f} s, eight {eight:.1f} s, {eight / alone:.2f}x", flush=True)
+
+
+def guarantee(results: Results, given: argparse.Namespace) -> None:
+    """100 searches for the largest cut, each with its own test samples; all of them together are the truth."""
+    import gsprune
+    from gsprune.cutting.how_much import SHARES as TRIED
+    from gsprune.cutting.how_much import repeated
+
+    for name, samples, drop in (("convnet_mnist", 5000, 0.5), ("minilm_r8", 1000, 2.0), ("digits", 300, 3.0)):
+        if name not in given.tasks or (key := Results.key(name, "guarantee", drop)) in results:
+            continue
+        one, batches = task(name, given.cache), task(name, given.cache).calibration(0)
+        options: dict[str, Any] = {"include": one.include, "calibration": one.samples, "progress": False}
+        family = gsprune.cut_family(one.model, batches, one.loss, macs=TRIED, **options)
+        cuts = np.stack([one.right(cut.model).double().numpy() for cut in family])
+        found = repeated(one.right(one.model).double().numpy(), cuts, samples=samples, max_drop=drop)
+        shares = [1.0, *TRIED]  # -1: no cut was certified
+        median = shares[int(statistics.median_low(found.chosen)) + 1]
+        results.add(key, samples=samples, wrong=found.wrong, median=median, best=shares[found.best + 1])
+        print(f"{key}: {results.cells[key]}", flush=True)
+
+
+def weights(results: Results, given: argparse.Namespace) -> None:
+    """Single weights of SmolLM2 at 50 % and 2:4: Wanda's and SparseGPT's rules, alone and repaired."""
+    from gsprune.criteria.activations import SparseGPT, Wanda
+    from gsprune.cutting.weights import prune_weights
+
+    one = task(LANGUAGE, given.cache)
+    tests = one.tests(given.samples)
+    ways: dict[str, dict[str, Any]] = {
+        "gsprune": {},
+        "SparseGPT": {"criterion": SparseGPT(), "repair": False},
+        "Wanda": {"criterion": Wanda(), "repair": False},
+        "Wanda, repaired": {"criterion": Wanda()},
+    }
+    for seed in range(given.seeds):
+        batches = one.calibration(seed)
+        for pattern, options in (("50 %", {"sparsity": 0.5}), ("2:4", {"pattern": "2:4"})):
+            for label, way in ways.items():
+                if (key := Results.key(LANGUAGE, "weights", pattern, label, seed)) in results:
+                    continue
+                start = time.perf_counter()
+                layers = ("model.layers.*",)
+                small = prune_weights(one.model, batches, include=layers, **options, **way).model
+                seconds = time.perf_counter() - start
+                results.add(key, metric=one.evaluate(small, tests), seconds=seconds)
+                print(f"{key}: {results.cells[key]}", flush=True)
 
 
 def timed(what: Callable[[], Any]) -> float:
@@ -260,7 +320,13 @@ def paired(ours: dict[int, float], theirs: dict[int, float], better: int) -> tup
     return mean, mean - half, mean + half
 
 
-PARTS = {"compare": compare, "family": family}
+PARTS: dict[str, Callable[[Results, argparse.Namespace], None]] = {
+    "compare": lambda results, given: [compare(name, results, given) for name in given.tasks],  # type: ignore[dict-item,return-value]
+    "channels": channels,
+    "family": family,
+    "guarantee": guarantee,
+    "weights": weights,
+}
 
 
 def main() -> None:
@@ -285,11 +351,8 @@ def main() -> None:
         given.results.unlink(missing_ok=True)
     results = Results(given.results)
     if not given.table:
-        if "compare" in given.parts:
-            for name in given.tasks:
-                compare(name, results, given)
-        if "family" in given.parts:
-            family(results, given)
+        for part in given.parts:
+            PARTS[part](results, given)
     print(tables(results))
 
 

@@ -525,7 +525,7 @@ WITH_NORMS = {f"{name} + BN": with_norms(method) for name, method in METHODS.ite
 
 
 def package_methods(folder: Path) -> dict[str, Method]:
-    """ModelOpt's FastNAS and fasterai's Pruner, for networks of pictures, where `folder` has modelopt/ and fasterai/."""
+    """ModelOpt's FastNAS and fasterai's Pruner, for networks of pictures, where `folder` has them."""
     found = {"FastNAS": fastnas, "fasterai": fasterai}
     names = {"FastNAS": "modelopt", "fasterai": "fasterai"}
     there = {label: method for label, method in found.items() if (folder / names[label]).exists()}
