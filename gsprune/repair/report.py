@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from gsprune.text.display import html_table
-from gsprune.text.names import told
+from gsprune.text.names import lines_by_reason
 
 _HEAD = ("layer", "error before", "after", "damping")
 
@@ -54,7 +54,7 @@ class RepairReport:
 
     def __repr__(self) -> str:
         lines = [self._summary(), *_aligned([_HEAD, *self._rows()])] if self.repaired else [self._summary()]
-        return "\n".join([*lines, *(["Left as they were:"] if self.left else []), *(f"  {t}" for t in told(self.left))])
+        return "\n".join([*lines, *(["Left as they were:"] if self.left else []), *(f"  {t}" for t in lines_by_reason(self.left))])
 
     def _repr_html_(self) -> str:
         rows = [*self._rows(), *((name, why, "", "") for name, why in self.left.items())]
