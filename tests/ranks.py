@@ -62,10 +62,12 @@ def loader(count: int = 37, *, batch_size: int = 9) -> DataLoader[Any]:
     return DataLoader(samples(count), batch_size, shuffle=True, generator=torch.Generator().manual_seed(2))
 
 
-def trained(criterion: Criterion, *, accumulate: int = 1, clip: float | None = None, **settings: Any) -> dict[str, Any]:
+def trained(
+    criterion: Criterion, *, accumulate: int = 1, clip: float | None = None, distill: float = 0.0, **settings: Any
+) -> dict[str, Any]:
     """Masks, weights and metrics of a run: the same in one process and in several."""
     model, data, seen = net(), loader(), []
-    trainer = Trainer(device="cpu", accumulate_steps=accumulate, clip_norm=clip, progress="none")
+    trainer = Trainer(device="cpu", accumulate_steps=accumulate, clip_norm=clip, progress="none", distill=distill)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     steps = trainer.steps_per_epoch(data)
     settings = {"target_sparsity": 0.5, "schedule": Linear(end_epoch=2, update_frequency=0.5), **settings}
@@ -79,6 +81,7 @@ def trained(criterion: Criterion, *, accumulate: int = 1, clip: float | None = N
         lr_schedule=constant(optimizer, total_steps=EPOCHS * steps),
         pruner=pruner,
         epochs=EPOCHS,
+        teacher=net() if distill else None,
         on_epoch=lambda epoch, values: seen.append(values),
     )
     return {
@@ -106,6 +109,12 @@ def units() -> dict[str, Any]:
 def cut() -> dict[str, Any]:
     """Units leave the model at each update, and new parameters take the place of the old ones."""
     return trained(Weighted(), example_input=torch.zeros(1, 6, dtype=torch.float64), shrink="each_update")
+
+
+def distilled() -> dict[str, Any]:
+    """With a teacher, which is in no DistributedDataParallel; of the last batch one process has no sample."""
+    example = torch.zeros(1, 6, dtype=torch.float64)
+    return trained(Weighted(), accumulate=2, distill=0.5, example_input=example, shrink="each_update")
 
 
 def rested() -> dict[str, Any]:

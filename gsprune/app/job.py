@@ -27,7 +27,7 @@ from gsprune.app.stages.history import History
 from gsprune.app.stages.lifecycle import fail, finish, mark_running, open_record, write_files
 from gsprune.app.stages.measuring import measure
 from gsprune.app.stages.pruning import build_pruning_phase, prune, score
-from gsprune.app.stages.setup import check_pruning, check_seed, load_weights, set_up
+from gsprune.app.stages.setup import check_pruning, check_seed, check_teacher, load_weights, set_up
 from gsprune.app.stages.training import Training
 from gsprune.files.disk import write_json
 from gsprune.forecast import predict
@@ -103,7 +103,8 @@ def rehearse(cfg: DictConfig, *, here: bool) -> None:
     check_seed(job)
     if not here:
         OmegaConf.update(cfg, "trainer.device", "cpu")
-    check_objective(cfg.objective, build(cfg.trainer))
+    check_objective(cfg.objective, trainer := build(cfg.trainer))
+    check_teacher(cfg, trainer)
     for group in ("pruner", "optimizer", "lr_schedule"):
         build(cfg[group])
     if here and not is_timed(cfg.pruner):  # which takes seconds of measuring
@@ -147,7 +148,7 @@ def _stages(job: Context) -> dict[str, Any]:
     open_record(job, checkpoints, history, before)
     training = Training(job, setup, history, checkpoints)
     dense = train_dense(training)
-    phase = build_pruning_phase(training)
+    phase = build_pruning_phase(training, dense)
     score(training, phase, dense)
     prune(training, phase)
     measure(job, setup, history, dense, phase.pruner)

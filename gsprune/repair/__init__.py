@@ -1,6 +1,10 @@
-"""Repair of a cut network without training: weights refitted to the dense network's outputs, BatchNorm statistics."""
+"""Repair of a cut network without training: weights refitted to the dense network's outputs, BatchNorm statistics.
 
+And recovery by a little training with the dense network as teacher.
+"""
+
+from gsprune.repair.distill import distill, distillation_loss
 from gsprune.repair.least_squares import least_squares
 from gsprune.repair.report import LayerRepair, RepairReport
 
-__all__ = ["LayerRepair", "RepairReport", "least_squares"]
+__all__ = ["LayerRepair", "RepairReport", "distill", "distillation_loss", "least_squares"]

@@ -45,6 +45,8 @@ NOT_DENSE = (
     "trainer.prune_epochs",
     "trainer.prune_lr",
     "trainer.dense_scores",
+    "trainer.distill",
+    "trainer.distill_temperature",
     "trainer.latency_repeats",
     "trainer.latency_batch",
     "trainer.latency_seconds",

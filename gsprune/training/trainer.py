@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsprune import collectives
+from gsprune.repair.distill import divergence, mixed
 from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors
 from gsprune.training import data_parallel
 from gsprune.training.checks import check
@@ -81,23 +82,36 @@ class Totals:
     Averages are over samples, not over batches, so a short last batch counts by its size.
     """
 
-    def __init__(self, device: torch.device, *, skipped: int = 0) -> None:
+    def __init__(self, device: torch.device, *, skipped: int = 0, distilled: bool = False) -> None:
         self.skipped = skipped  # steps that were skipped before these
+        self._distilled = distilled
         # float64 keeps the sum exact over a long epoch; MPS has none
         wide = torch.float32 if device.type == "mps" else torch.float64
         self._loss = torch.zeros((), dtype=wide, device=device)
+        self._distance = torch.zeros_like(self._loss)
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
         self._left_out = torch.zeros_like(self._correct)
         self._count = 0
 
-    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor, *, only_finite: bool = False) -> None:
-        """Add a batch; with `only_finite`, a batch with a non-finite loss is left out."""
+    def add(
+        self,
+        loss_sum: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        distance: Tensor | None = None,
+        only_finite: bool = False,
+    ) -> None:
+        """Add a batch, with its summed `distance` to a teacher; `only_finite` leaves out one with a non-finite loss."""
         loss, correct = loss_sum.detach(), (logits.detach().argmax(dim=1) == labels).sum()
         if only_finite:
             lost = loss.isfinite().logical_not()
             loss, correct = loss.masked_fill(lost, 0), correct.masked_fill(lost, 0)
+            distance = None if distance is None else distance.masked_fill(lost, 0)
             self._left_out += len(labels) * lost
         self._loss += loss
+        if distance is not None:
+            self._distance += distance.detach()
         self._correct += correct
         self._count += len(labels)
 
@@ -106,28 +120,37 @@ class Totals:
         if collectives.world_size() == 1:
             return self
         counts = (self._correct, self._left_out, torch.full_like(self._correct, self._count))
-        loss, *summed = collectives.summed(torch.stack([self._loss, *(count.to(self._loss) for count in counts)]))
-        found = Totals(loss.device, skipped=self.skipped)
-        found._loss, found._correct, found._left_out = loss, summed[0].long(), summed[1].long()
+        sums = [self._loss, self._distance, *(count.to(self._loss) for count in counts)]
+        loss, distance, *summed = collectives.summed(torch.stack(sums))
+        found = Totals(loss.device, skipped=self.skipped, distilled=self._distilled)
+        found._loss, found._distance = loss, distance
+        found._correct, found._left_out = summed[0].long(), summed[1].long()
         found._count = int(summed[2])
         return found
 
     def read(self) -> dict[str, float]:
-        """Mean loss and accuracy (0 to 1) of this process; NaN if every batch was left out. This is a sync point."""
+        """Mean loss and accuracy (0 to 1) of this process; NaN if every batch was left out. This is a sync point.
+
+        With a teacher also `distill_loss`, the mean distance to it.
+        """
         if self._count == 0:
             raise ValueError("the loader has no batch, so there is no loss or accuracy to report")
         count = self._count - int(self._left_out) or math.nan
-        return {"loss": self._loss.item() / count, "accuracy": self._correct.item() / count}
+        means = {"loss": self._loss.item() / count, "accuracy": self._correct.item() / count}
+        return means | ({"distill_loss": self._distance.item() / count} if self._distilled else {})
 
     def state_dict(self) -> dict[str, Any]:
         """The sums on the CPU, so that a process with other devices can load them. This is a sync point."""
         sums = {"loss": self._loss.cpu(), "correct": self._correct.cpu(), "left_out": self._left_out.cpu()}
-        return {**sums, "count": self._count, "skipped": self.skipped}
+        distance = {"distance": self._distance.cpu()} if self._distilled else {}
+        return {**sums, **distance, "count": self._count, "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._loss.copy_(state["loss"])
         self._correct.copy_(state["correct"])
         self._left_out.copy_(state["left_out"])
+        if self._distilled:
+            self._distance.copy_(state["distance"])
         self._count, self.skipped = state["count"], state["skipped"]
 
 
@@ -160,6 +183,10 @@ class Trainer:
             by the job).
         latency_repeats, latency_batch, latency_seconds: timings of a forward pass of both networks (0: none; fewer than
             30 give no figure), samples in the batch, and seconds for all timings at most (used by the job).
+        distill: a, the weight of distillation in the pruning phase, in [0, 1): the loss is (1 - a) * task +
+            a * T^2 * KL(softmax(teacher / T) || softmax(student / T)), with the dense network of the run as the teacher
+            (`gsprune.repair.distill`). The pruner sees the gradient of that loss. 0: none.
+        distill_temperature: T, above 0.
         devices: processes on this machine that train one network together, each on its part of every batch: a batch
             size is that of all of them. On CUDA each process uses its own GPU.
         nodes: machines that train one network together. Start the same command on each of them, with an output
@@ -196,6 +223,8 @@ class Trainer:
     latency_seconds: float = 10.0
     dense_cache: bool = True
     dense_scores: bool = True
+    distill: float = 0.0
+    distill_temperature: float = 2.0
     devices: int = 1
     nodes: int = 1
     rendezvous: str | None = None
@@ -214,6 +243,9 @@ class Trainer:
             check(value is None or value > 0, f"trainer.{name}", value, "above 0, or null")
         minutes = self.checkpoint_minutes
         check(minutes is None or minutes >= 0, "trainer.checkpoint_minutes", minutes, "0 or more, or null")
+        check(0 <= self.distill < 1, "trainer.distill", self.distill, "from 0 to below 1")
+        finite = 0 < self.distill_temperature < math.inf
+        check(finite, "trainer.distill_temperature", self.distill_temperature, "above 0, and finite")
         for name, choices in (("precision", AUTOCAST), ("progress", PROGRESS), ("resume", RESUME)):
             value = getattr(self, name)
             check(value in choices, f"trainer.{name}", value, f"one of {', '.join(choices)}")
@@ -260,6 +292,7 @@ class Trainer:
         lr_schedule: LRSchedule,
         pruner: Hooks,
         epochs: int,
+        teacher: nn.Module | None = None,
         on_epoch: EpochCallback = lambda epoch, values: None,
         on_step: StepCallback = lambda totals: None,
         on_rest: RestCallback = lambda state: None,
@@ -270,9 +303,12 @@ class Trainer:
 
         Args:
             lr_schedule: stepped once per optimizer step.
-            on_epoch: called after every epoch with its number (from 0) and `train/loss`, `train/accuracy`,
-                `val/loss`, `val/accuracy` (when there is a `val_loader`), `lr` (of the next step), `epoch_seconds`,
-                and `train/skipped_steps` if there were any.
+            teacher: a network that `model` learns from beside the labels, with the weight `distill`; it runs in
+                evaluation mode, without gradients, on the same batches, and stays as it is.
+            on_epoch: called after every epoch with its number (from 0) and `train/loss` (of the task alone, with a
+                teacher too), `train/accuracy`, `val/loss`, `val/accuracy` (when there is a `val_loader`), `lr` (of the
+                next step), `epoch_seconds`, `train/distill_loss` (T^2 * KL) with a teacher, and `train/skipped_steps`
+                if there were any.
             on_step: called after every optimizer step with the running `Totals`; reading it is a sync point.
             on_rest: called after `on_step`, after each batch of `val_loader` and after `on_epoch`, with the
                 `LoopState`, which can be saved here. An exception ends training.
@@ -285,12 +321,15 @@ class Trainer:
             BadNumbers: a ValueError that names the first tensor with a non-finite gradient, after more than
                 `max_bad_steps` such steps in a row. The model is that of the last good step.
         """
-        loop = self._loop(model, optimizer, pruner)
+        check(teacher is None or self.distill > 0, "trainer.distill", self.distill, "above 0 with a teacher")
+        loop = self._loop(model, optimizer, pruner, teacher)
         parts: dict[str, Stateful] = {"scaler": loop.scaler, "guard": loop.guard}
         at = LoopState(self.torch_device, parts, start, on_redraw=on_redraw)
         model.train()
         pruner.on_train_begin()
-        with _first_skipped_step_is_fine():
+        with _first_skipped_step_is_fine(), _kept_modes(loop.teacher) if loop.teacher else contextlib.nullcontext():
+            if loop.teacher:
+                loop.teacher.eval()
             for epoch in range(at.epoch, epochs):
                 pruner.on_epoch_begin(epoch)
                 values = _named("train", loop.train_epoch(train_loader, lr_schedule, on_step, on_rest, at))
@@ -327,11 +366,15 @@ class Trainer:
             model.train()
             return self._loop(model, optimizer, pruner).score(loader, steps)
 
-    def _loop(self, model: nn.Module, optimizer: Optimizer, pruner: Hooks) -> _Loop:
+    def _loop(self, model: nn.Module, optimizer: Optimizer, pruner: Hooks, teacher: nn.Module | None = None) -> _Loop:
         scaler = torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
         guard = Guard(model, optimizer, limit=self.max_bad_steps)
-        plain: nn.Module = torch.compile(model) if self.compile else model  # type: ignore[assignment]
-        return _Loop(self, plain, data_parallel.data_parallel(plain), optimizer, pruner, scaler, guard)
+        plain = self._compiled(model)
+        taught = teacher and self._compiled(teacher)
+        return _Loop(self, plain, data_parallel.data_parallel(plain), optimizer, pruner, scaler, guard, taught)
+
+    def _compiled(self, model: nn.Module) -> nn.Module:
+        return torch.compile(model) if self.compile else model  # type: ignore[return-value]
 
     def evaluate(self, model: nn.Module, loader: Loader) -> dict[str, float]:
         """Mean `loss` and `accuracy` (0 to 1) over all samples of `loader`; the model stays the same."""
@@ -350,10 +393,21 @@ class Trainer:
     def loss_sum(self, forward: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy summed over the batch, the logits, and the labels on the device."""
         inputs, labels = map(self.to_device, inputs_and_labels(batch))
+        logits = self._logits(forward, inputs)
+        return F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels
+
+    def _logits(self, forward: Callable[..., Tensor], inputs: Any) -> Tensor:
         dtype = AUTOCAST[self.precision]
         with torch.autocast(self.torch_device.type, dtype=dtype, enabled=dtype is not None):
-            logits = logits_of(call(forward, inputs))
-        return F.cross_entropy(logits.float(), labels, reduction="sum"), logits, labels
+            return logits_of(call(forward, inputs))
+
+    def distance_sum(self, teacher: Callable[..., Tensor], batch: Batch, logits: Tensor, labels: Tensor) -> Tensor:
+        """T^2 * KL of `logits` to the teacher's, summed like the loss: without labels that do not count."""
+        inputs, _ = inputs_and_labels(batch)
+        with torch.no_grad():
+            wanted = self._logits(teacher, self.to_device(inputs))
+        rows = divergence(logits, wanted, temperature=self.distill_temperature)
+        return rows.masked_fill(labels == data_parallel.NO_LABEL, 0).sum()
 
     def to_device(self, value: Any) -> Any:
         """Copy every tensor in nested tuples, mappings and dataclasses; no sync point for pinned memory."""
@@ -376,12 +430,13 @@ class _Loop:
     pruner: Hooks
     scaler: torch.amp.GradScaler
     guard: Guard
+    teacher: nn.Module | None = None
     checked: int = 0  # mask updates that were compared between processes
 
     def train_epoch(
         self, loader: Loader, lr_schedule: LRSchedule, on_step: StepCallback, on_rest: RestCallback, at: LoopState
     ) -> dict[str, float]:
-        totals = Totals(self.trainer.torch_device, skipped=self.guard.skipped)
+        totals = Totals(self.trainer.torch_device, skipped=self.guard.skipped, distilled=self.teacher is not None)
         for step, group in at.steps(loader, functools.partial(self._groups, loader), totals):
             self.pruner.on_step_begin(step)
             if self.check_masks():  # a cut replaces parameters
@@ -422,9 +477,13 @@ class _Loop:
         for batch in group:
             with data_parallel.averaging(self.forward, last=batch is group[-1]):
                 loss, logits, labels = self.trainer.loss_sum(self.forward, batch)
-                self.scaler.scale(loss / samples).backward()  # type: ignore[no-untyped-call]
+                distance, wanted = None, loss
+                if self.teacher is not None:
+                    distance = self.trainer.distance_sum(self.teacher, batch, logits, labels)
+                    wanted = mixed(loss, distance, self.trainer.distill)
+                self.scaler.scale(wanted / samples).backward()  # type: ignore[no-untyped-call]
             if data_parallel.own_samples(batch):
-                totals.add(loss, logits, labels, only_finite=True)
+                totals.add(loss, logits, labels, distance=distance, only_finite=True)
 
     def _groups(self, loader: Loader, start: Start | None = None) -> Iterator[list[Batch]]:
         """The epoch's groups of batches; `start` counts such groups."""

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from facts import refused
 from jobs import configure, finished
 from matplotlib.text import Text
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gsprune import load_pruned
 from gsprune.app import configuration
@@ -27,7 +28,7 @@ from gsprune.app.console import (
 from gsprune.app.job import load_weights, rehearse, run
 from gsprune.cost import latency
 from gsprune.formats.masks import load_masks
-from gsprune.settings.identity import config_hash, plain_config
+from gsprune.settings.identity import config_hash, dense_key, plain_config
 from gsprune.sweeps.sweep_dir import Sweep
 from gsprune.text.display import percent
 from gsprune.tracking.tracker import Tracker, read_metrics
@@ -424,6 +425,8 @@ def test_a_mistake_in_the_configuration_is_recorded_and_starts_no_tracking(tmp_p
         (("optimizer.lr=-1.0",), "Invalid learning rate"),
         (("lr_schedule.warmup=2.0",), "lr_schedule.warmup=2.0 is not allowed"),
         (("trainer.prune_epochs=0",), "trainer.prune_epochs=0 leaves no gradient to score by"),
+        (("trainer.distill=0.5", "trainer.dense_epochs=0"), "trainer.distill=0.5 needs a trained dense network"),
+        (("pruner=none", "trainer.distill=0.5", "trainer.prune_epochs=0"), "trainer.distill=0.5 has no effect with"),
         (("optimizer.foo=3",), "optimizer cannot be made: SGD.__init__() got an unexpected keyword argument 'foo'"),
         (("optimizer.lr=high",), "optimizer.lr=high is not allowed: it must be a number"),
         (("optimizer.lr=.nan",), "optimizer.lr=nan is not allowed: it must be finite"),
@@ -448,6 +451,25 @@ def test_a_mistake_is_one_sentence_before_any_training(tmp_path, monkeypatch, ov
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         finished(tmp_path, *overrides)
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "failed"
+
+
+def test_a_teacher_that_is_no_better_than_guessing_is_refused_or_told(tmp_path, caplog):
+    """A dense network from a file may be anything; one that was trained here is the run's own."""
+    path = tmp_path / "random.safetensors"
+    save_file(fresh_model().state_dict(), path)
+    given = ("trainer.distill=0.5", f"model.weights={path}", "trainer.dense_epochs=0")
+    with refused("trainer.distill=0.5", "10 classes", "model.weights"):
+        finished(tmp_path / "refused", *given)
+    assert not (tmp_path / "refused" / "metrics.jsonl").exists()
+    finished(tmp_path / "told", "trainer.distill=0.5", "optimizer.lr=1e-6")
+    assert any("trainer.distill=0.5" in text and "10 classes" in text for text in caplog.messages)
+
+
+def test_distillation_leaves_the_dense_network_and_its_control_as_they_are():
+    """All jobs of a sweep share one dense network; a control with a teacher is compared with jobs that have one."""
+    dense = [dense_key(configure(*more)) for more in ((), ("trainer.distill=0.5", "trainer.distill_temperature=4"))]
+    assert dense[0] == dense[1]
+    assert config_hash(configure("pruner=none")) != config_hash(configure("pruner=none", "trainer.distill=0.5"))
 
 
 def test_a_reference_to_nothing_is_one_sentence():

@@ -90,6 +90,22 @@ def test_a_crash_in_the_dense_phase_or_right_after_training_is_made_good_too(tmp
     assert list(differences(whole, tmp_path)) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [7, 12])
+def test_a_job_with_a_teacher_is_killed_and_resumes_with_the_same_bits(tmp_path, at_step, at):
+    """The teacher is the dense network of the run, read from its file; with units that leave the model meanwhile."""
+    settings = ("trainer.distill=0.5", "trainer.checkpoint_minutes=0", "pruner.shrink=each_update")
+    go(tmp_path / "whole", *settings)
+    assert "train/distill_loss" in read_metrics(tmp_path / "whole" / "metrics.jsonl")[-2]
+    at_step.do(at, crash)
+    with pytest.raises(Crash):
+        go(tmp_path / "killed", *settings)
+    at_step.do(0, crash)
+    go(tmp_path / "killed", *settings)
+    assert at_step.count == 15 - at + 1
+    assert list(differences(tmp_path / "whole", tmp_path / "killed")) == []
+
+
 def test_settings_of_checkpoints_change_no_result():
     plain = configure(*WEIGHTED)
     other = configure(*WEIGHTED, "trainer.resume=never", "trainer.checkpoint_minutes=null")

@@ -66,6 +66,7 @@ class Training:
         self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
         self.schedule = warmup_cosine(self.optimizer, total_steps=12)
+        self.teacher = copy.deepcopy(self.model) if settings.get("distill") else None
         self.loader, self.trainer = loader, Trainer(device="cpu", progress="none", **settings)
         self.rows = []
 
@@ -92,6 +93,7 @@ class Training:
             lr_schedule=self.schedule,
             pruner=Pruner(self.model, rules=[]),
             epochs=2,
+            teacher=self.teacher,
             on_epoch=on_epoch,
             on_rest=on_rest,
             start=start,
@@ -114,6 +116,19 @@ def test_from_any_position_training_ends_with_the_same_bits(kind):
         for ours, theirs in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs), place
         assert again.rows == whole.rows, place
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_with_a_teacher_training_resumes_with_the_same_bits(precision):
+    saved, settings = [], {"distill": 0.5, "precision": precision}
+    whole = Training(own_generator(), **settings)
+    whole.fit(on_rest=lambda at: saved.append(whole.state(at)))
+    again = Training(own_generator(), **settings)
+    again.fit(start=again.load(saved[len(saved) // 2 + 1]))
+    assert whole.rows[-1]["train/distill_loss"] > 0
+    assert again.rows == whole.rows
+    for ours, theirs in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_an_exception_between_two_steps_ends_the_training_there():

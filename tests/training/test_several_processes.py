@@ -62,6 +62,7 @@ PARTS = (
     ranks.cut,
     ranks.at_random,
     ranks.timed,
+    ranks.distilled,
     ranks.told,
     ranks.rested,
     ranks.reductions,
@@ -85,7 +86,7 @@ def two():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", PARTS[:6])
+@pytest.mark.parametrize("case", PARTS[:7])
 def test_masks_weights_and_metrics_are_those_of_one_process_on_the_same_global_batches(two, case):
     alone = case()
     assert alone["updates"] == (2 if case is ranks.timed else 5)  # a mask that takes nothing more is no update
@@ -99,7 +100,7 @@ def test_masks_weights_and_metrics_are_those_of_one_process_on_the_same_global_b
 
 @pytest.mark.slow
 def test_all_processes_have_the_same_weights_to_the_last_bit(two):
-    for case in ("elementwise", "accumulated", "units", "cut"):
+    for case in ("elementwise", "accumulated", "units", "cut", "distilled"):
         first, second = (process[case]["weights"] for process in two)
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert two[0][case]["metrics"] == two[1][case]["metrics"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from gsprune import Pruner
 from gsprune.criteria import Elementwise
+from gsprune.repair.distill import divergence
 from gsprune.training.guard import parameters_of
 from gsprune.training.optimization import constant, make_optimizer, warmup_cosine
 from gsprune.training.trainer import Totals, Trainer, find_device, seed_everything
@@ -183,6 +185,37 @@ def test_a_short_last_group_is_the_mean_over_its_own_samples():
     fit(CPU(), whole, [joined(data[:4]), joined(data[4:])], pruner=expected)
     assert len(pruner.gradients) == 2
     torch.testing.assert_close(pruner.gradients, expected.gradients, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 1)])
+def test_with_a_teacher_the_gradient_is_that_of_the_mixed_loss_over_the_group(sizes):
+    data, model, rows = batches(*sizes), mlp(), []
+    teacher = nn.Sequential(mlp(1), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    teacher[1].running_mean.fill_(0.5)
+    before = copy.deepcopy(teacher.state_dict())
+    pruner, plain = Recorder(model), mlp()
+    torch.manual_seed(9)
+    settings = {"accumulate_steps": 2, "distill": 0.3, "distill_temperature": 3.0}
+    fit(CPU(**settings), model, data, pruner=pruner, teacher=teacher, on_epoch=lambda _, values: rows.append(values))
+    drawn = torch.rand(())
+    torch.manual_seed(9)
+    assert torch.equal(drawn, torch.rand(()))  # the teacher, with its dropout, has drawn nothing
+    x, y = joined(data)
+    out, wanted = plain(x), copy.deepcopy(teacher).eval()(x)
+    task, distance = F.cross_entropy(out, y), divergence(out, wanted, temperature=3.0).mean()
+    (0.7 * task + 0.3 * distance).backward()
+    expected = torch.cat([p.grad.flatten() for p in plain.parameters()])
+    torch.testing.assert_close(pruner.gradients, [expected], rtol=0, atol=1e-6)
+    assert rows[0]["train/loss"] == pytest.approx(task.item())  # of the task alone
+    assert rows[0]["train/distill_loss"] == pytest.approx(distance.item(), rel=1e-4)
+    assert teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_teacher_without_a_weight_is_refused():
+    with refused("trainer.distill", "0.0", "teacher"):
+        fit(CPU(), mlp(), batches(4), teacher=mlp(1))
 
 
 def test_the_pruner_sees_the_gradient_before_clipping_and_the_optimizer_after():
@@ -537,6 +570,7 @@ def test_only_trainable_parameters_are_optimized():
     [
         ({"precision": "fp8"}, "trainer.precision=fp8 is not allowed: it must be one of fp32, bf16, fp16"),
         ({"accumulate_steps": 0}, "trainer.accumulate_steps=0 is not allowed: it must be 1 or more"),
+        ({"distill": 1.0}, "trainer.distill=1.0 is not allowed: it must be from 0 to below 1"),
         ({"clip_norm": 0.0}, "trainer.clip_norm=0.0 is not allowed: it must be above 0, or null"),
         ({"dense_epochs": -1}, "trainer.dense_epochs=-1 is not allowed: it must be 0 or more"),
         (

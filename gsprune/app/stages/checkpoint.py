@@ -64,6 +64,7 @@ class Phase:
     Attributes:
         name: "dense" or "prune".
         offset: epochs of the phases before it.
+        teacher: the dense network, where `trainer.distill` asks for it.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Phase:
     optimizer: Optimizer
     lr_schedule: Any  # an `LRSchedule` with a state, as torch's have
     pruner: Any
+    teacher: nn.Module | None = None
 
 
 @dataclass

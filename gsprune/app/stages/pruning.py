@@ -8,25 +8,49 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import nn
+
 from gsprune.app.stages.checkpoint import Dense, Phase
 from gsprune.app.stages.context import load_or_compute
 from gsprune.app.stages.lifecycle import save_model
+from gsprune.app.stages.measuring import is_guessing
+from gsprune.app.stages.setup import Setup
 from gsprune.app.stages.training import Training
 from gsprune.formats.scores import save_scores
 from gsprune.settings.identity import SCORES, scores_key
 from gsprune.sweeps.dense_cache import DenseCache
-from gsprune.text.display import logger
+from gsprune.text.display import logger, percent
 
 log = logger(__name__)
 
 
-def build_pruning_phase(training: Training) -> Phase:
-    """Optimizer, learning-rate schedule and pruner of the second phase, on the dense network."""
+def build_pruning_phase(training: Training, dense: Dense) -> Phase:
+    """Optimizer, learning-rate schedule and pruner of the second phase, on the dense network, and its teacher."""
     job, setup = training.job, training.setup
     optimizer, lr_schedule, pruner = setup.build_pruning()
     job.save_model = lambda: save_model(job, setup.model, pruner)
     epochs, offset = setup.trainer.prune_epochs, setup.trainer.dense_epochs
-    return Phase("prune", epochs, offset, optimizer, lr_schedule, pruner)
+    return Phase("prune", epochs, offset, optimizer, lr_schedule, pruner, _teacher(setup, dense))
+
+
+def _teacher(setup: Setup, dense: Dense) -> nn.Module | None:
+    """The dense network on the device, where `trainer.distill` asks for it.
+
+    Raises:
+        ValueError: it was not trained here, and is no better than guessing.
+    """
+    if not setup.trainer.distill:
+        return None
+    samples, accuracy = len(getattr(setup.data.val, "dataset", ())), dense.val_accuracy or 0.0
+    if is_guessing(accuracy, samples=samples, classes=setup.classes):
+        what = (
+            f"the dense network, the teacher of trainer.distill={setup.trainer.distill}, has a validation accuracy of "
+            f"{percent(accuracy)}, no better than guessing among {setup.classes} classes"
+        )
+        if setup.trainer.dense_epochs == 0:
+            raise ValueError(f"{what}: give a trained one with model.weights, or trainer.dense_epochs")
+        log.warning("%s", what)
+    return dense.model.to(setup.trainer.torch_device)
 
 
 def score(training: Training, phase: Phase, dense: Dense) -> None:

@@ -145,9 +145,25 @@ def check_pruning(job: Context, setup: Setup) -> None:
         raise ValueError(
             "trainer.prune_epochs=0 leaves no gradient to score by: it must be 1 or more, or pruner=none or magnitude"
         )
+    check_teacher(job.cfg, setup.trainer)
     job.result["collapsing"] = predict.foreseen(pruner)
     for line in lines_by_reason(job.result["collapsing"]):
         log.warning("about to collapse when the schedule ends, so that accuracy may be that of guessing: %s", line)
+
+
+def check_teacher(cfg: DictConfig, trainer: Trainer) -> None:
+    """Refuse distillation that has no effect, or no trained dense network to learn from."""
+    if not trainer.distill:
+        return
+    given = f"trainer.distill={trainer.distill}"
+    if trainer.prune_epochs == 0:
+        raise ValueError(f"{given} has no effect with trainer.prune_epochs=0: it is a part of that phase's loss")
+    named = "weights" in cfg.model and not cfg.model.get("pretrained")  # a network of one's own may load its own
+    if trainer.dense_epochs == 0 and named and cfg.model.weights is None:
+        raise ValueError(
+            f"{given} needs a trained dense network to learn from, and with trainer.dense_epochs=0 it is random: give "
+            f"model.weights"
+        )
 
 
 def _seed(cfg: DictConfig, trainer: Trainer, stream: int, data: Any = None) -> None:

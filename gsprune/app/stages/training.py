@@ -44,6 +44,7 @@ class Training:
                 lr_schedule=phase.lr_schedule,
                 pruner=phase.pruner,
                 epochs=phase.epochs,
+                teacher=phase.teacher,
                 on_epoch=lambda epoch, values: self.history.record_epoch(
                     epoch + phase.offset + 1, values, phase.pruner
                 ),
