@@ -54,7 +54,8 @@ class RepairReport:
 
     def __repr__(self) -> str:
         lines = [self._summary(), *_aligned([_HEAD, *self._rows()])] if self.repaired else [self._summary()]
-        return "\n".join([*lines, *(["Left as they were:"] if self.left else []), *(f"  {t}" for t in lines_by_reason(self.left))])
+        left = ["Left as they were:", *(f"  {text}" for text in lines_by_reason(self.left))] if self.left else []
+        return "\n".join([*lines, *left])
 
     def _repr_html_(self) -> str:
         rows = [*self._rows(), *((name, why, "", "") for name, why in self.left.items())]
