@@ -6,5 +6,6 @@ And recovery by a little training with the dense network as teacher.
 from gsprune.repair.distill import distill, distillation_loss
 from gsprune.repair.least_squares import least_squares
 from gsprune.repair.report import LayerRepair, RepairReport
+from gsprune.repair.support import masked_least_squares
 
-__all__ = ["LayerRepair", "RepairReport", "distill", "distillation_loss", "least_squares"]
+__all__ = ["LayerRepair", "RepairReport", "distill", "distillation_loss", "least_squares", "masked_least_squares"]

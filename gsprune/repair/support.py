@@ -1,0 +1,363 @@
+"""Layers whose single weights are pruned, refitted to the dense network's outputs: what is pruned stays 0.
+
+Legend: g = groups, o = outputs, k = columns of a layer seen as a matrix (`gsprune.repair.gram`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.hooks import RemovableHandle
+
+from gsprune.repair.calibrating import held_back_split
+from gsprune.repair.gram import Moments, error, matrix_of, moments_of, why_no_matrix, write_matrix
+from gsprune.repair.least_squares import WIDEST
+from gsprune.repair.lockstep import CalledAgainError, Visit, lockstep
+from gsprune.repair.report import LayerRepair, RepairReport
+from gsprune.structures.example import Example
+from gsprune.structures.matrices import is_conv1d
+from gsprune.structures.running import hooked
+
+DAMPING = 1e-2
+STEPS = 32  # of conjugate gradients at most
+EVERY = 4  # steps between two looks at the held-back part
+Choose = Callable[["Site", Any, Moments], tuple[Tensor, Tensor | None]]
+
+
+def masked_least_squares(
+    small: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    masks: Mapping[str, Tensor],
+    *,
+    damping: float = DAMPING,
+    held_back: float = 0.2,
+) -> RepairReport:
+    """Refit what the masks keep of single weights, in place, to the outputs of the dense network's layers.
+
+    In the order of the pass, with x' what a layer reads in the small network and y what the dense layer gives,
+
+        (W', b') = argmin  sum over samples of |W' x' + b' - y|^2  +  lambda |W' - W|^2,  W' = 0 where pruned
+
+    for every row at once by conjugate gradients, which end where the error on held-back samples grows; the fit is kept
+    only where that error fell.
+
+    Args:
+        small: a network whose masked weights are 0.
+        dense: the network before; it is not changed.
+        batches: inputs as the networks are called with, or pairs or mappings with labels, which are not used.
+        masks: tensor name -> bool, True = kept, as `Pruner.masks` gives them.
+        damping: lambda, as a share of the mean square of the columns.
+        held_back: the share of samples that judges.
+
+    Raises:
+        ValueError: no batches; a mask is of no tensor of the network, or of another shape; damping is negative.
+
+    Source: the reconstruction step of Frantar and Alistarh, "SparseGPT", 2023, solved for all weights of a row.
+
+    >>> _ = torch.manual_seed(0)
+    >>> dense, x = nn.Linear(3, 2), torch.randn(50, 1) * torch.ones(3)
+    >>> small, masks = nn.Linear(3, 2), {"weight": torch.tensor([[True, False, False], [False, True, True]])}
+    >>> _ = small.load_state_dict(dense.state_dict())
+    >>> _ = small.weight.data.mul_(masks["weight"])
+    >>> report = masked_least_squares(small, dense, [x], masks, damping=1e-9)
+    >>> torch.allclose(small(x), dense(x), atol=1e-4), int(small.weight.count_nonzero())
+    (True, 3)
+    """
+    if not damping >= 0:
+        raise ValueError(f"damping is {damping}: it must be 0 or more")
+    shapes = {name: parameter.shape for name, parameter in small.named_parameters(remove_duplicate=False)}
+    for name, mask in masks.items():
+        if shapes.get(name) != mask.shape:
+            here = f"it is {[*shapes[name]]}" if name in shapes else f"{type(small).__name__} has no such tensor"
+            raise ValueError(f"there is a mask of shape {[*mask.shape]} for {name}, but {here}")
+    inputs, is_held_back = held_back_split(batches, held_back)
+    sites, left = find_sites(small, masks)
+
+    def choose(site: Site, layer: Any, fit: Moments) -> tuple[Tensor, None]:
+        return as_matrix(layer, masks[site.tensor]), None
+
+    walked = walk(dense, small, inputs, is_held_back, sites, choose, damping=damping)
+    return RepairReport((*walked.layers, *(LayerRepair(name, reason=why) for name, why in left.items())))
+
+
+# ---- where tensors are multiplied
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor, and the module whose inputs it is multiplied with."""
+
+    tensor: str
+    module: str
+    is_packed: bool  # the query, key and value rows of an attention, one below the other
+
+
+def find_sites(model: nn.Module, tensors: Iterable[str]) -> tuple[list[Site], dict[str, str]]:
+    """Of these parameters, those whose inputs can be seen; the others -> why not.
+
+    >>> find_sites(nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.GRU(2, 2)}), ["a.weight", "b.weight_hh_l0"])
+    ([Site(tensor='a.weight', module='a', is_packed=False)], {'b.weight_hh_l0': 'it is a GRU'})
+    """
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    sites, left = [], {}
+    for name in tensors:
+        path, _, local = name.rpartition(".")
+        module: Any = model.get_submodule(path)
+        packed = isinstance(module, nn.MultiheadAttention) and local == "in_proj_weight"
+        computed = isinstance(module, ParametrizationList)
+        reason = "its layer's weight is computed from it" if computed else None if packed else why_no_matrix(module)
+        if reason is None and not packed and local != "weight":
+            reason = f"it is {local!r} of a {type(module).__name__}"
+        elif reason is None and owners[id(module._parameters[local])] > 1:
+            reason = "it is shared by several modules"
+        elif reason is None and (columns := _columns(module, packed)) > WIDEST:
+            reason = f"it has {columns} columns, more than {WIDEST}"
+        if reason is None:
+            sites.append(Site(name, path, packed))
+        else:
+            left[name] = reason
+    return sites, left
+
+
+def _columns(module: Any, packed: bool) -> int:
+    return int(module.in_proj_weight.shape[1] if packed else matrix_of(module).shape[2])
+
+
+def as_matrix(layer: Any, tensor: Tensor) -> Tensor:
+    """A tensor of the weight's shape as (g, o, k)."""
+    if is_conv1d(layer):
+        return tensor.T[None]
+    groups = getattr(layer, "groups", 1)
+    return tensor.reshape(groups, len(tensor) // groups, -1)
+
+
+def as_weight(layer: Any, matrix: Tensor) -> Tensor:
+    """The inverse of `as_matrix`."""
+    return matrix[0].T if is_conv1d(layer) else matrix.reshape(layer.weight.shape)
+
+
+def _packed(attention: Any) -> nn.Linear:
+    """The packed projections as the linear layer that they are; it shares their tensors."""
+    layer = nn.Linear(1, 1, bias=attention.in_proj_bias is not None, device="meta")
+    layer.weight, layer.bias = attention.in_proj_weight, attention.in_proj_bias
+    return layer
+
+
+# ---- all layers
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What happened to each site, and the masks that were chosen of those that were reached: tensor name -> bool."""
+
+    layers: list[LayerRepair]
+    keeps: dict[str, Tensor]
+
+
+def walk(
+    dense: nn.Module,
+    small: nn.Module,
+    inputs: Sequence[Example],
+    held_back: Sequence[bool],
+    sites: Sequence[Site],
+    choose: Choose,
+    *,
+    damping: float | None = DAMPING,
+    progress: Callable[[float], None] | None = None,
+) -> Walked:
+    """Visit the sites in the order of the pass; at each, choose what stays, and refit that.
+
+    Args:
+        choose: of a site, its layer and the moments of the fitting part (y: what the layer lacks as it is): the mask
+            (g, o, k), and the weights to begin from (None: the layer's own, masked).
+        damping: of the fits; None: no fit, weights are those that `choose` gives.
+        progress: told the share of the sites that is done.
+
+    Everything is as it was after an error.
+    """
+    before = {site.tensor: small.get_parameter(site.tensor).detach().clone() for site in sites}
+    biases = {name: p.detach().clone() for site in sites for name, p in _biases(small, site)}
+    wanted = {site.module: site for site in sites}
+    again: dict[str, str] = {}
+    while True:
+        visitor = _Visitor(wanted, choose, damping, progress)
+        left: dict[str, str] = {}
+        try:
+            with hooked(visitor.hooks(small)):
+                lockstep(dense, small, inputs, [*wanted], visitor, held_back=list(held_back), left=left)
+        except BaseException as problem:
+            _restore(small, {**before, **biases})
+            if not isinstance(problem, CalledAgainError):
+                raise
+            again[wanted.pop(problem.name).tensor] = "it is used more than once in a pass"
+            continue
+        lost = {**again, **{wanted[name].tensor: why for name, why in left.items()}}
+        return Walked([*visitor.layers, *(LayerRepair(name, reason=why) for name, why in lost.items())], visitor.keeps)
+
+
+def _biases(small: nn.Module, site: Site) -> Iterator[tuple[str, Tensor]]:
+    local = "in_proj_bias" if site.is_packed else "bias"
+    bias = small.get_submodule(site.module)._parameters.get(local)
+    if bias is not None:
+        yield f"{site.module}.{local}" if site.module else local, bias
+
+
+@torch.no_grad()
+def _restore(small: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        small.get_parameter(name).copy_(value)
+
+
+class _Visitor:
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        choose: Choose,
+        damping: float | None,
+        progress: Callable[[float], None] | None,
+    ) -> None:
+        self._sites, self._choose, self._damping, self._progress = sites, choose, damping, progress
+        self._mixed: set[str] = set()  # attentions whose query, key and value are not one tensor
+        self.layers: list[LayerRepair] = []
+        self.keeps: dict[str, Tensor] = {}
+
+    def hooks(self, small: nn.Module) -> Iterator[RemovableHandle]:
+        """See which attentions read one tensor three times."""
+
+        def look(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            given = [*args[:3], *(kwargs[key] for key in ("query", "key", "value") if key in kwargs)]
+            if any(other is not given[0] for other in given):
+                self._mixed.add(name)
+
+        for name, site in self._sites.items():
+            if site.is_packed:
+                yield small.get_submodule(name).register_forward_pre_hook(
+                    lambda module, args, kwargs, name=name: look(name, args, kwargs), with_kwargs=True
+                )
+
+    def __call__(self, visit: Visit) -> None:
+        site = self._sites[visit.name]
+        if site.is_packed and visit.name in self._mixed:
+            self.layers.append(LayerRepair(site.tensor, reason="its query, key and value are not one tensor"))
+            return
+        if site.is_packed:
+            dense = _packed(visit.dense)
+            outputs = [dense(x) for x in visit.dense_inputs]
+            visit = replace(visit, dense=dense, small=_packed(visit.small), outputs=outputs)
+        layer: Any = visit.small
+        fit, judge, variance = moments_of(visit, residual=True)
+        if not fit.n:
+            self.layers.append(LayerRepair(site.tensor, reason="no sample reaches it"))
+        elif not (fit.is_finite and judge.is_finite):
+            self.layers.append(LayerRepair(site.tensor, reason="what it reads or should give is not finite"))
+        else:
+            keep, start = self._choose(site, layer, fit)
+            self.keeps[site.tensor] = as_weight(layer, keep)
+            size = variance or 1.0
+            found = refit_support(site.tensor, layer, fit, judge, keep, start, self._damping)
+            self.layers.append(replace(found, before=found.before / size, after=found.after / size))
+        if self._progress is not None:
+            self._progress(len(self.layers) / len(self._sites))
+
+
+# ---- one layer
+
+
+@torch.no_grad()
+def refit_support(
+    name: str,
+    layer: Any,
+    fit: Moments,
+    judge: Moments,
+    keep_gok: Tensor,
+    start_gok: Tensor | None,
+    damping: float | None,
+) -> LayerRepair:
+    """Zero what is not kept, and refit the rest where that lowers the error on the other part; in place.
+
+    Args:
+        fit, judge: y is what the layer lacks as it is.
+        start_gok: weights to begin from; None: the layer's own.
+        damping: of the fit; None: no fit, the weights to begin from are taken.
+    """
+    old = matrix_of(layer).to(fit.xx.device).double()
+    keep = keep_gok.to(old.device)
+    has_bias = layer.bias is not None
+    none = torch.zeros_like(fit.mean_y)
+
+    def change(weight: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, float]:
+        """As the layer's type rounds it, and the error then."""
+        weight = weight.masked_fill(~keep, 0).to(layer.weight.dtype).double() - old
+        if has_bias:
+            bias = layer.bias.detach().to(shift.device).view(shift.shape)
+            shift = (bias.double() + shift).to(bias.dtype).double() - bias.double()
+        return weight, shift, float(error(judge, weight, shift).sum())
+
+    masked = change(old, none)
+    begun = masked if start_gok is None else change(start_gok.to(old.device).double(), none)
+    if damping is None or not judge.n:
+        reason = None if damping is None else "there is one sample only, and none can be held back to judge by"
+        _write(layer, old, keep, begun)
+        return LayerRepair(name, masked[2], begun[2], reason=reason)
+    best, seen = min(masked, begun, key=lambda found: found[2]), begun[2]
+    double = layer.weight.dtype is torch.float64
+    for weight in _conjugate(fit, keep, begun[0], damping, has_bias=has_bias, double=double):
+        shift = fit.mean_y - (weight @ fit.mean_x[:, :, None])[:, :, 0] if has_bias else none
+        found = change(old + weight, shift)
+        best = min(best, found, key=lambda found: found[2])
+        if not found[2] < seen:
+            break
+        seen = found[2]
+    _write(layer, old, keep, best)
+    if best is masked:
+        return LayerRepair(name, masked[2], masked[2], reason="no fit lowers its error on the held-back samples")
+    return LayerRepair(name, masked[2], best[2], damping)
+
+
+def _write(layer: Any, old: Tensor, keep: Tensor, found: tuple[Tensor, Tensor, float]) -> None:
+    weight, shift, _ = found
+    new = (old + weight).masked_fill(~keep, 0)
+    write_matrix(layer, new.to(device=layer.weight.device, dtype=layer.weight.dtype))
+    if layer.bias is not None:
+        bias = layer.bias.detach()
+        layer.bias.data.copy_((bias.double() + shift.flatten().to(bias.device)).to(bias.dtype))
+
+
+def _conjugate(
+    fit: Moments, keep: Tensor, start: Tensor, damping: float, *, has_bias: bool, double: bool
+) -> Iterator[Tensor]:
+    """Changes of the weights, float64, ever nearer to the least-squares one; what is not kept stays as it starts.
+
+    Conjugate gradients on the normal equations of all rows at once, preconditioned by the Gram matrix's diagonal.
+    """
+    xx, yx = fit.xx, fit.yx
+    if not has_bias:
+        xx = xx + fit.n * fit.mean_x[:, :, None] * fit.mean_x[:, None]
+        yx = yx + fit.n * fit.mean_y[:, :, None] * fit.mean_x[:, None]
+    mean = xx.diagonal(dim1=1, dim2=2).mean(1)
+    size = torch.where(mean > 0, mean, 1.0)[:, None, None]
+    dtype = torch.float64 if double else torch.float32
+    gram, right, weight, free = (value.to(dtype) for value in (xx / size, yx / size, start, keep))
+    gram.diagonal(dim1=1, dim2=2).add_(damping)
+    diagonal = gram.diagonal(dim1=1, dim2=2)[:, None]
+    scale = torch.where(diagonal > 0, 1 / diagonal, 1.0)
+    residual = (right - weight @ gram) * free
+    toward = residual * scale
+    norm = (residual * toward).sum(2, keepdim=True)
+    for step in range(1, STEPS + 1):
+        image = (toward @ gram) * free
+        curve = (toward * image).sum(2, keepdim=True)
+        length = torch.where(curve > 0, norm / curve, 0.0)
+        weight, residual = weight + length * toward, residual - length * image
+        down = residual * scale
+        before, norm = norm, (residual * down).sum(2, keepdim=True)
+        toward = down + torch.where(before > 0, norm / before, 0.0) * toward
+        if step % EVERY == 0:
+            yield weight.double()
