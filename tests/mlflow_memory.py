@@ -15,6 +15,7 @@ class Memory:
     def __init__(self) -> None:
         self.runs: dict[str, SimpleNamespace] = {}
         self.experiments: dict[str, SimpleNamespace] = {}
+        self.models: dict[str, SimpleNamespace] = {}
         self.uris: list[str] = []
         self.calls: list[str] = []
         self.dies_at: int | None = None
@@ -67,7 +68,7 @@ class Client:
             run_id=run_id, experiment_id=experiment_id, status="RUNNING", lifecycle_stage=stage,
             start_time=start_time, end_time=None, run_name=run_name,
         )  # fmt: skip
-        run = SimpleNamespace(info=info, name=run_name, params={}, tags=dict(tags), metrics=[], files=[])
+        run = SimpleNamespace(info=info, name=run_name, params={}, tags=dict(tags), metrics=[], files=[], outputs=[])
         self._memory.runs[run_id] = run
         return self._shown(run)
 
@@ -118,6 +119,33 @@ class Client:
     def get_metric_history(self, run_id: str, key: str) -> list[Any]:
         return [metric for metric in self._memory.runs[run_id].metrics if metric.key == key]
 
+    def create_logged_model(self, experiment_id: str, *, name: str, source_run_id: str, params: dict[str, str]) -> Any:
+        models = self._memory.models
+        made = SimpleNamespace(
+            model_id=f"m-{len(models)}",
+            name=name,
+            source_run_id=source_run_id,
+            params=params,
+            status="PENDING",
+            files=[],
+        )
+        models[made.model_id] = made
+        return made
+
+    def search_logged_models(self, experiment_ids: Sequence[str], filter_string: str) -> list[Any]:
+        wanted = dict(re.findall(r"(\w+) = '(.*?)'", filter_string))
+        return [model for model in self._memory.models.values() if wanted.items() <= vars(model).items()]
+
+    def log_model_artifact(self, model_id: str, path: str) -> None:
+        model = self._memory.models[model_id]
+        model.files = sorted({*model.files, Path(path).name})
+
+    def log_outputs(self, run_id: str, models: Any) -> None:
+        self._memory.runs[run_id].outputs += [model.model_id for model in models]
+
+    def finalize_logged_model(self, model_id: str, status: str) -> None:
+        self._memory.models[model_id].status = status
+
     def set_terminated(self, run_id: str, status: str, end_time: int) -> None:
         info = self._memory.runs[run_id].info
         info.status, info.end_time = status, end_time
@@ -129,4 +157,5 @@ class Client:
                 last[metric.key] = metric
         proto = SimpleNamespace(metrics=list(last.values()))
         data = SimpleNamespace(params=dict(run.params), tags=dict(run.tags), to_proto=lambda: proto)
-        return SimpleNamespace(info=run.info, data=data)
+        outputs = SimpleNamespace(model_outputs=[SimpleNamespace(model_id=name) for name in run.outputs])
+        return SimpleNamespace(info=run.info, data=data, outputs=outputs)

@@ -19,7 +19,11 @@ __all__ = ["Deadlines", "Drain"]
 
 Call = Callable[[str, Callable[[], object], float], object]  # kind of the call, what to do, megabytes it transfers
 _TOGETHER = 200  # events with metrics, in one call
-_REQUESTS = {"start": 4, "image": 4}  # of calls that ask several things of a server, and would do harm twice
+_REQUESTS = {
+    "start": 4,
+    "image": 4,
+    "model": 8,
+}  # of calls that ask several things of a server, and would do harm twice
 _SECONDS_A_MB = 0.1  # that a file may take for nothing
 _BRIEF = 1.0  # seconds for a server that has left this process waiting
 _silent: dict[str, float] = {}  # servers that left this process waiting -> until when they are asked only briefly
@@ -63,6 +67,9 @@ class Drain:
             if "path" in fields:
                 path = self.outbox.folder / fields["path"]
                 fields["path"], size = str(path), path.stat().st_size / 1e6
+            if "files" in fields:
+                files = [self.outbox.folder / name for name in fields["files"]]
+                fields["files"], size = [*map(str, files)], sum(path.stat().st_size for path in files) / 1e6
             if fields.get("time_ms", 0) is None:  # an end whose time is not on record
                 fields["time_ms"] = self.outbox.last_ms or self.run.began
             self._call(kind, partial(getattr(self.run, kind), **fields), size)

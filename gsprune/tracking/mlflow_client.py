@@ -69,7 +69,7 @@ class RemoteRun:
         self.created = False
         self.ended: str | None = None  # the status that this process has given it
         self.record, self.once, self._exact = record, once, exact
-        self.counts = dict.fromkeys(("run", "parameters", "tags", "metrics", "pictures", "files"), 0)
+        self.counts = dict.fromkeys(("run", "parameters", "tags", "metrics", "pictures", "files", "models"), 0)
         self._uri, self._experiment, self._wanted = uri, experiment, run_id
         self._name = None if run_name is None else one_line(run_name, 1000)
         self._location = _artifact_location(uri, experiment, artifact_root)
@@ -181,6 +181,40 @@ class RemoteRun:
             else:
                 self._client.log_image(self.run_id, picture, key=key, step=step, timestamp=time_ms, synchronous=True)
         self.counts["pictures"] += 1
+
+    def model(
+        self,
+        *,
+        name: str,
+        files: Sequence[str],
+        params: Mapping[str, str],
+        values: Mapping[str, float],
+        step: int,
+        time_ms: int,
+    ) -> None:
+        """A logged model with files, parameters and metrics of its own; it is ready once MLflow has all of it."""
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        run = self._client.get_run(self.run_id)
+        mine = f"name = '{name}' AND source_run_id = '{self.run_id}'"
+        tried = self._client.search_logged_models([run.info.experiment_id], mine) if self.once else []
+        model = next(iter(tried), None)
+        if model is None:
+            settings = {key: tag(value, 6000) for key, value in params.items()}
+            model = self._client.create_logged_model(
+                run.info.experiment_id, name=name, source_run_id=self.run_id, params=settings
+            )
+        elif str(model.status) == "READY":
+            return
+        outputs = getattr(run, "outputs", None)
+        if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
+            self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
+        for path in files:
+            self._client.log_model_artifact(model.model_id, path)
+        measured = [Metric(key, float(v), time_ms, step, model_id=model.model_id) for key, v in values.items()]
+        self._client.log_batch(self.run_id, metrics=measured)
+        self._client.finalize_logged_model(model.model_id, "READY")
+        self.counts["models"] += 1
 
     def _picture_files(self) -> dict[tuple[str, str], list[str]]:
         if self._pictures is None:

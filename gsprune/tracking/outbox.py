@@ -7,6 +7,8 @@
                       {"kind": "metrics", "values": {"val/loss": 0.1}, "step": 3, "time_ms": ...}
                       {"kind": "artifact", "path": "masks/epoch_0002.safetensors", "folder": "masks"}
                       {"kind": "image", "path": "figures/masks/0002.png", "key": "masks", "step": 2, "time_ms": ...}
+                      {"kind": "model", "name": "macs-50", "files": ["curve/macs-50/model.safetensors"],
+                       "params": {...}, "values": {"accuracy": 0.9}, "step": 50, "time_ms": ...}
                       {"kind": "finish", "status": "FINISHED", "time_ms": ...}
                     and the numbers of those that MLflow has acknowledged: {"sent": [0, 1]}
     tracking.json   where the run is sent to, under which id, and whether sending stopped
@@ -334,6 +336,8 @@ class Outbox:
         kind, moment, step = event["kind"], _time_ms(event.get("time_ms")), event.get("step")
         if kind in ("artifact", "image"):
             return self._checked_file(event)
+        if kind == "model":
+            return self._checked_model(event, moment, step)
         if kind == "finish" and event.get("status") in ENDED:
             return {"kind": kind, "status": event["status"], "time_ms": moment}
         if kind == "metrics" and moment is not None and type(step) is int and 0 <= step < 2**63:
@@ -354,6 +358,16 @@ class Outbox:
                 return {"kind": "image", "path": path, "key": key, **counts}
         what = {"artifact": "file", "image": "picture"}[event["kind"]]
         self.left_out.append(f"{str(path)[:200]}: it is not a {what} in the run's directory")
+        return {}
+
+    def _checked_model(self, event: Event, moment: int | None, step: object) -> Event:
+        name, files = event.get("name"), event.get("files")
+        named = isinstance(name, str) and re.fullmatch(r"[a-zA-Z0-9_\-]{1,200}", name)
+        numbered = moment is not None and type(step) is int and 0 <= step < 2**63
+        if named and numbered and isinstance(files, list) and files and all(map(self.is_inside, files)):
+            values = {"params": _texts(event.get("params")), "values": _numbers(event.get("values"))}
+            return {"kind": "model", "name": name, "files": files, **values, "step": step, "time_ms": moment}
+        self.left_out.append(f"{str(name)[:200]}: it is not a model of files in the run's directory")
         return {}
 
     def is_inside(self, name: object) -> bool:

@@ -102,6 +102,22 @@ class Tracker:
         """Keep a picture (height, width, 3; uint8) as figures/<key>/<step>.png."""
         self._save_image(array, key, step)
 
+    def log_model(
+        self,
+        name: str,
+        folder: str | os.PathLike[str],
+        *,
+        params: Mapping[str, str],
+        values: Mapping[str, float],
+        step: int,
+    ) -> None:
+        """Add one of several networks of a run, with its files, settings and numbers; the local record has the files.
+
+        Args:
+            name: of letters, digits, "-" and "_".
+            folder: inside the output directory.
+        """
+
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Add tags to the run; the local record has no use for them."""
 
@@ -272,6 +288,21 @@ class MLflowTracker(Tracker):
         key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", key)
         if path.exists():
             self._log("image", path=path, key=key, step=step, time_ms=now)
+
+    def log_model(
+        self,
+        name: str,
+        folder: str | os.PathLike[str],
+        *,
+        params: Mapping[str, str],
+        values: Mapping[str, float],
+        step: int,
+    ) -> None:
+        files = [path.relative_to(self.output_dir).as_posix() for path in sorted(Path(folder).absolute().glob("*"))]
+        named = {self._names[key]: value for key, value in json_data(dict(values)).items()}
+        if files:
+            fields = {"files": files, "params": dict(params), "values": named, "step": step, "time_ms": _now_ms()}
+            self._log("model", name=name, **fields)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         self._log("tags", tags=dict(tags))

@@ -22,6 +22,7 @@ from gsprune.files.locks import Lock
 from gsprune.tracking import mlflow_client
 from gsprune.tracking import sync as room
 from gsprune.tracking import tracker as tracker_
+from gsprune.tracking.outbox import Outbox
 from gsprune.tracking.sync import find_records, main, sync
 from gsprune.tracking.tracker import MLflowTracker
 
@@ -161,6 +162,73 @@ def test_cut_off_anywhere_and_made_again_it_is_still_once(
         assert len(memory.runs) == 1
         it_is_all_there(next(iter(memory.runs.values())))
         assert not sync(folder)
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_models_of_a_run_cut_off_anywhere_are_there_once_and_whole(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arrives: bool
+) -> None:
+    def recorded_run(folder: Path) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(tracker_, "import_client", refuse)
+            tracker = MLflowTracker(folder, tracking_uri=DOWN)
+            tracker.start(config={}, tags={})
+            for share in (75, 50):
+                place = folder / "curve" / f"macs-{share}"
+                place.mkdir(parents=True)
+                for name in ("model.safetensors", "pruning.json"):
+                    (place / name).write_bytes(b"x")
+                settings = {"params": {"budget.macs": f"0.{share}"}, "values": {"curve/accuracy": share / 100}}
+                tracker.log_model(place.name, place, step=share, **settings)
+            tracker.finish("FINISHED")
+        return folder
+
+    sent = sync(recorded_run(tmp_path / "whole"))
+    assert counted(sent)["models"] == 2
+    calls, memory.arrives = len(memory.calls), arrives
+    for dies_at in range(calls):
+        memory.runs, memory.experiments, memory.models, memory.calls, memory.dies_at = {}, {}, {}, [], dies_at
+        folder = recorded_run(tmp_path / f"{dies_at}")
+        with pytest.raises(ValueError, match="does not answer or refuses"):
+            sync(folder)
+        memory.dies_at = None
+        sync(folder)
+        ((run_id, run),) = memory.runs.items()
+        models = {model.name: model for model in memory.models.values()}
+        assert [*models] == ["macs-75", "macs-50"]
+        assert len(memory.models) == 2
+        assert run.outputs == [model.model_id for model in models.values()]
+        for name, share in (("macs-75", 0.75), ("macs-50", 0.5)):
+            model = models[name]
+            assert (model.status, model.source_run_id, model.files) == ("READY", run_id, FILES_OF_A_MODEL)
+            assert float(model.params["budget.macs"]) == share
+            values = {metric.value for metric in run.metrics if metric.model_id == model.model_id}
+            assert values == {share}
+        assert not sync(folder)
+
+
+FILES_OF_A_MODEL = ["model.safetensors", "pruning.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../x"},
+        {"files": ["../result.json"]},
+        {"files": []},
+        {"files": "model"},
+        {"step": -1},
+        {"time_ms": None},
+    ],
+)
+def test_a_model_that_a_stranger_recorded_is_left_out(memory: Memory, tmp_path: Path, change: dict[str, Any]) -> None:
+    (tmp_path / "weights").write_bytes(b"x")
+    event = {"name": "a", "files": ["weights"], "params": {}, "values": {"x": 1.0}, "step": 0, "time_ms": 1}
+    for fields, left_out in ((event, 0), ({**event, **change}, 1)):
+        (tmp_path / "outbox.jsonl").write_text(json.dumps({"kind": "model", **fields}) + "\n")
+        outbox = Outbox(tmp_path)
+        outbox.load()
+        assert (len(outbox.left_out), bool(outbox.pending[0])) == (left_out, not left_out)
 
 
 def test_what_the_server_has_already_is_not_sent_again(memory: Memory, unsent: Any, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -327,6 +328,32 @@ def test_a_run_is_in_mlflow_as_it_is_on_the_disk(tmp_path: Path, database: str) 
     assert (note["run_id"], note["status"], note["stopped"]) == (tracker.run_id, "FINISHED", None)
     assert not tracker.unsent
     assert unsent(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_networks_of_a_run_are_logged_models_with_files_settings_and_numbers(tmp_path: Path, database: str) -> None:
+    tracker = MLflowTracker(tmp_path / "run", tracking_uri=database, experiment="models")
+    tracker.start(config={}, tags={})
+    for share in (0.75, 0.5):
+        folder = tmp_path / "run" / "curve" / f"macs-{100 * share:g}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(f"{share}".encode())
+        settings = {"params": {"budget.macs": f"{share}"}, "values": {"curve/accuracy": share, "curve/loss": 1.0}}
+        tracker.log_model(folder.name, folder, step=round(100 * share), **settings)
+    tracker.finish("FINISHED")
+    assert tracker.stopped is None
+    client = client_of(database)
+    run = client.get_run(tracker.run_id)
+    found = {m.name: m for m in client.search_logged_models([run.info.experiment_id])}
+    assert {name: str(model.status) for name, model in found.items()} == {"macs-75": "READY", "macs-50": "READY"}
+    for name, share in (("macs-75", 0.75), ("macs-50", 0.5)):
+        model = client.get_logged_model(found[name].model_id)
+        assert (model.source_run_id, model.params) == (tracker.run_id, {"budget.macs": f"{share}"})
+        assert {metric.key: metric.value for metric in model.metrics} == {"curve/accuracy": share, "curve/loss": 1.0}
+        place = Path(unquote(model.artifact_location.removeprefix("file://")))
+        assert (place / "model.safetensors").read_bytes() == f"{share}".encode()
+    history = client.get_metric_history(tracker.run_id, "curve/accuracy")
+    assert sorted((m.step, m.value) for m in history) == [(50, 0.5), (75, 0.75)]
 
 
 @pytest.mark.slow
