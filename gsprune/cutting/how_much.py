@@ -139,7 +139,7 @@ def largest_cut(
     check_max_drop(max_drop)
     check_confidence(confidence)
     search = _Search(cut_to, evaluate, max_drop, confidence, shares, note or (lambda what, share: None))
-    base = _values(evaluate(dense))
+    base = values_of(evaluate(dense))
     return search.walk(base) if base.ndim else search.bisect(float(base))
 
 
@@ -224,7 +224,7 @@ class _Search(Generic[Network]):
             if none_yet:
                 raise
             return None
-        return found, _values(self.evaluate(network))
+        return found, values_of(self.evaluate(network))
 
     def _found(self, best: tuple[Network, Trial], dense: float, samples: int | None) -> tuple[Network, HowMuch]:
         found, chosen = best
@@ -288,7 +288,7 @@ def _confidence(confidence: float) -> str:
     return f"{100 * confidence:g} % confidence"
 
 
-def _values(given: Any) -> np.ndarray:
+def values_of(given: Any) -> np.ndarray:
     """What `evaluate` gave: (n,) or one number, float64."""
     found = given.detach().cpu() if isinstance(given, Tensor) else given
     try:
