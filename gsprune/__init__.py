@@ -26,6 +26,8 @@ from gsprune.moved import MOVED, Finder
 
 if TYPE_CHECKING:
     from gsprune.collectives import check_masks
+    from gsprune.cutting.cut import cut
+    from gsprune.cutting.family import cut_family
     from gsprune.discovery.find import find_structures
     from gsprune.formats.masks import load_masks, save_masks
     from gsprune.formats.network import load_pruned, save_pruned
@@ -42,6 +44,8 @@ _HOMES = {
     "Pruner": "gsprune.pruner.pruner",
     "Rule": "gsprune.pruner.rule",
     "check_masks": "gsprune.collectives",
+    "cut": "gsprune.cutting.cut",
+    "cut_family": "gsprune.cutting.family",
     "find_structures": "gsprune.discovery.find",
     "load_inc_config": "gsprune.integrations.inc",
     "load_masks": "gsprune.formats.masks",
@@ -56,6 +60,8 @@ __all__ = [
     "Rule",
     "__version__",
     "check_masks",
+    "cut",
+    "cut_family",
     "find_structures",
     "load_inc_config",
     "load_masks",

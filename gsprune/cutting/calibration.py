@@ -91,6 +91,11 @@ class Calibration:
         return all(batch.targets is not None for batch in self.batches)
 
     @property
+    def has_loss(self) -> bool:
+        """Whether something says how outputs are compared with the targets."""
+        return self._loss is not None or all(isinstance(batch.targets, Mapping) for batch in self.batches)
+
+    @property
     def example(self) -> Example:
         """Two samples (one, where there are no more), to trace a network with."""
         return self.batches[0].rows(0, 2).inputs

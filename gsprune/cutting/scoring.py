@@ -17,13 +17,17 @@ from gsprune.criteria.base import Criterion
 from gsprune.cutting.calibration import Batch, Calibration
 from gsprune.pruner.targets import Verdict
 from gsprune.pruner.units import UnitTarget, UnitTargets
+from gsprune.ranking.elimination import Reader
+from gsprune.repair.gram import Moments, choose_rows, matrix_of, why_no_matrix
 from gsprune.structures.attention import no_fast_path
+from gsprune.structures.example import call
 from gsprune.structures.running import device_of, evaluating, hooked, same_randomness
 from gsprune.structures.structure import Member, Structure
 from gsprune.structures.twin import copy_of
 from gsprune.surgery.narrow_attention import narrow
 
 SMALL = 4  # samples in a batch whose gradient of the weights stands for a sample's
+ROWS = 50_000  # of what a layer reads, that its second moments are taken of
 Progress = Callable[[int], None]  # told how many samples are done
 
 
@@ -120,6 +124,66 @@ def sharing_copy(model: nn.Module, *, requires_grad: bool) -> nn.Module:
         if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
             narrow(module)
     return twin
+
+
+def readers(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    calibration: Calibration,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, list[Reader]]:
+    """Structure name -> each of its consumers as a matrix, with the second moments of what it reads.
+
+    Moments are about the mean where the consumer has a bias, which makes up for a mean. A convolution is seen as one
+    matrix (o * kernel, in) that reads the channels of a position: its offsets read nearly the same distribution. Rows
+    are samples, tokens or positions, at most `ROWS`. Consumers that are not called as modules are left out.
+    """
+    twin, device = sharing_copy(model, requires_grad=False), device_of(model)
+    modules = dict(twin.named_modules())
+    names = dict.fromkeys(m.tensor.rpartition(".")[0] for s in structures for m in s.consumers)
+    names = {name: None for name in names if why_no_matrix(modules[name]) is None}
+    moments: dict[str, Moments] = {}
+    home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    done = 0
+
+    def note(name: str, module: Any, args: tuple[Any, ...], size: int) -> None:
+        rows = args[0].movedim(1, -1) if isinstance(module, nn.modules.conv._ConvNd) else args[0]
+        rows = rows.reshape(-1, rows.shape[-1])
+        chosen = choose_rows([len(rows)], max(1, ROWS * size // calibration.size))[0]
+        rows = (rows if chosen is None else rows[chosen.to(rows.device)])[:, None]
+        if name not in moments:
+            moments[name] = Moments.none(1, rows.shape[2], 0, home)
+        moments[name].add(rows, rows.new_zeros(len(rows), 1, 0))
+
+    with evaluating([twin]), no_fast_path(), same_randomness(twin), torch.no_grad():
+        for batch in calibration.batches:
+            hooks = (
+                modules[name].register_forward_pre_hook(
+                    lambda m, args, name=name, size=batch.size: note(name, m, args, size)
+                )
+                for name in names
+            )
+            with hooked(hooks):
+                call(twin, batch.to(device).inputs)
+            done += batch.size
+            if progress is not None:
+                progress(done)
+    found: dict[str, list[Reader]] = {}
+    for structure in structures:
+        members = [m for m in structure.consumers if m.tensor.rpartition(".")[0] in moments]
+        found[structure.name] = [_as_reader(modules[m.tensor.rpartition(".")[0]], m, moments) for m in members]
+    return found
+
+
+def _as_reader(module: Any, member: Member, moments: Mapping[str, Moments]) -> Reader:
+    seen = moments[member.tensor.rpartition(".")[0]]
+    gram = seen.xx[0] / max(1, seen.n)
+    if module.bias is None:
+        gram = gram + seen.mean_x[0][:, None] * seen.mean_x[0]
+    weight = module.weight.detach()
+    matrix = weight.flatten(2).movedim(2, 1).flatten(0, 1) if weight.dim() > 2 else matrix_of(module)[0]
+    return Reader(matrix.to(gram.device), gram, member.index.to(gram.device))
 
 
 class _Reader:

@@ -1,0 +1,397 @@
+"""A trained network becomes smaller: scored on calibration data, cut, repaired. One call: `gsprune.cut`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gsprune.cost.counting import count_macs, count_parameters
+from gsprune.criteria import OBS, Criterion, Fisher
+from gsprune.cutting.calibration import Calibration, Loss
+from gsprune.cutting.progress import Line, Report, silent
+from gsprune.cutting.scoring import gate_gradients, readers, sharing_copy, unit_scores
+from gsprune.formats.network import save_pruned
+from gsprune.pruner.part import Part
+from gsprune.pruner.rule import Rule, check_kind
+from gsprune.ranking.exchange import exchange
+from gsprune.repair.least_squares import least_squares
+from gsprune.schedules import OneShot
+from gsprune.structures.running import device_of, evaluating, to_device_of
+from gsprune.structures.structure import Found, Structure
+from gsprune.structures.twin import copy_of, refuse_wrapped
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import CutPlan, plan_cut
+from gsprune.surgery.shrink import check_shrink
+from gsprune.text.display import html_table, percent
+
+if TYPE_CHECKING:
+    from gsprune.repair.report import RepairReport
+
+Repair = Literal["least_squares"]
+Evaluate = Callable[[nn.Module], Any]
+REPAIRS = ("least_squares",)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a network costs and what it loses.
+
+    params   parameters
+    macs     multiply-accumulates of one sample; None where they cannot be counted
+    loss     mean loss on the calibration samples; None without a loss
+    value    what `evaluate` gave; None without
+    """
+
+    params: int
+    macs: int | None
+    loss: float | None
+    value: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A network that was cut, and what is known of it.
+
+    model       the smaller network, in evaluation mode; the dense one is as it was
+    plan        what stays of the dense network; `save_pruned` takes it
+    keeps       structure name -> bool (units,), True = kept
+    structures  what the masks are of
+    skipped     what cannot be cut -> why
+    dense, small   cost and loss of both networks
+    criterion   what scored
+    repaired    layer by layer, what the repair did; None without one
+    samples     of calibration data
+    seconds     the whole call took
+    """
+
+    model: nn.Module
+    plan: CutPlan
+    keeps: Mapping[str, Tensor]
+    structures: Sequence[Structure]
+    skipped: Mapping[str, str]
+    dense: Size
+    small: Size
+    criterion: str
+    repaired: RepairReport | None
+    samples: int
+    seconds: float
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the network as `gsprune.save_pruned` does; `gsprune.load_pruned` reads it."""
+        save_pruned(directory, self.model, self.plan)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What there is to say, as pairs of a name and a text."""
+        kept, units = Counter[str](), Counter[str]()
+        for structure in self.structures:
+            units[structure.kind] += structure.units
+            kept[structure.kind] += int(self.keeps[structure.name].sum())
+        rows = [
+            ("parameters", _change(self.dense.params, self.small.params)),
+            ("kept", ", ".join(f"{kept[kind]:,} of {units[kind]:,} {kind}" for kind in units)),
+        ]
+        if self.dense.macs and self.small.macs:
+            rows.insert(0, ("MACs", _change(self.dense.macs, self.small.macs)))
+        if self.dense.loss is not None and self.small.loss is not None:
+            rows.append(
+                ("loss", f"{self.dense.loss:.4g} -> {self.small.loss:.4g} on the {self.samples} calibration samples")
+            )
+        if isinstance(self.dense.value, float) and isinstance(self.small.value, float):
+            rows.append(("evaluate", f"{self.dense.value:.4g} -> {self.small.value:.4g}"))
+        if self.repaired is not None:
+            rows.append(("repaired", str(self.repaired)))
+        if self.skipped:
+            rows.append(("left out", f"{len(self.skipped)}, such as {next(iter(self.skipped))!r} (see .skipped)"))
+        return [*rows, ("seconds", f"{self.seconds:.1f}")]
+
+    def __repr__(self) -> str:
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        lines = [f"  {name.ljust(width)}  {text}" for name, text in rows]
+        return "\n".join([f"Cut of {type(self.model).__name__} by {self.criterion}", *lines])
+
+    def _repr_html_(self) -> str:
+        return html_table((f"Cut of {type(self.model).__name__}", f"by {self.criterion}"), self.rows())
+
+
+def cut(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    sparsity: float | None = None,
+    criterion: Criterion | None = None,
+    rules: Sequence[Rule] | None = None,
+    kinds: Sequence[str] | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    repair: Repair | None = "least_squares",
+    calibration: int = 512,
+    evaluate: Evaluate | None = None,
+    example_input: Any = None,
+    progress: bool | Report = True,
+) -> Cut:
+    """Make a trained network smaller: score its units, choose, cut, repair. No training.
+
+    Units are scored by what the loss would lose if they went and their readers were refitted (`gsprune.criteria.OBS`),
+    divided by what they cost where a budget is given. The smaller network is a copy. The layers that read what went
+    are refitted to the dense network's outputs (`gsprune.repair.least_squares`).
+
+    Args:
+        model: stays as it is.
+        batches: pairs (inputs, targets); or mappings, for networks that return their own loss; or inputs alone, for
+            which labels are drawn from the network's own predictions.
+        loss: loss(outputs, targets) -> scalar.
+        macs, params, latency: share of the dense network's cost that may stay, in (0, 1).
+        sparsity: share of units that goes, in every structure.
+        criterion: how to score; None: `OBS` where the repair is least squares, else `Fisher`.
+        rules: what to cut, each with its own amount, instead of all settings above and below up to `exclude`.
+        kinds, include, exclude: as of `gsprune.Rule`.
+        repair: "least_squares" or None.
+        calibration: samples that are read.
+        evaluate: evaluate(network) -> a number that is shown of both networks.
+        example_input: what the network is traced with; None: two samples of the calibration data.
+        progress: a line on the terminal, nothing, or a function of (what, share done).
+
+    Raises:
+        ValueError: a setting out of its range or without effect; no batches, or batches without what the loss needs;
+            nothing can be cut; the budget is below what can stay.
+
+    Source: Kwon et al., "A fast post-training pruning framework for transformers", 2022, for the masks and their
+    rearrangement; Hassibi and Stork, "Optimal brain surgeon", 1993, for removal with repair.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> x, y = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+        >>> found = cut(net, [(x, y)], F.cross_entropy, macs=0.5)
+        >>> found.model[0], net[0]
+        (Linear(in_features=4, out_features=4, bias=True), Linear(in_features=4, out_features=8, bias=True))
+    """
+    given = {"macs": macs, "params": params, "latency": latency, "sparsity": sparsity}
+    check_repair(repair)
+    if rules is None:
+        name, share = _amount(given)
+        chosen = [one_rule(name, share, criterion, repair, kinds=kinds, include=include, exclude=exclude)]
+    else:
+        chosen = _checked_rules(rules, {**given, "criterion": criterion})
+    with shown(progress) as report:
+        cutter = Cutter(model, batches, loss, chosen, samples=calibration, example_input=example_input, report=report)
+        return cutter.cut(chosen, repair=repair, evaluate=evaluate)
+
+
+class Cutter:
+    """A network scored once, to be cut at one or several budgets.
+
+    Args:
+        rules: whose criteria score; `cut` takes rules with the same criteria and other amounts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Loss | None,
+        rules: Sequence[Rule],
+        *,
+        samples: int,
+        example_input: Any = None,
+        report: Report = silent,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
+        from gsprune.discovery.find import find_structures  # heavy: imports torch-pruning
+
+        self._since = time.perf_counter()
+        refuse_wrapped(model)
+        self.model, self._report = model, report
+        self.data = Calibration(batches, loss, samples=samples)
+        if any(_needs_loss(rule.criterion) for rule in rules) or loss is not None:
+            self.data.check_loss()
+        example = self.data.example if example_input is None else example_input
+        self.example = to_device_of(model, example)
+        report("finding what can be cut", 0.0)
+        self.found: Found = find_structures(model, self.example)
+        if not self.data.labelled and any(_needs_loss(rule.criterion) for rule in rules):
+            self.data = self.data.drawn_from(model)
+        self.gates: dict[str, Tensor] = {}  # gate gradients of single samples, of criteria that are read off them
+        self._twin = sharing_copy(model, requires_grad=True)
+        self._scores = [self._scored(self._part(rule)) for rule in rules]
+        self.dense = self._size(model)
+
+    def cut(
+        self, rules: Sequence[Rule], *, repair: Repair | None = "least_squares", evaluate: Evaluate | None = None
+    ) -> Cut:
+        """The network that these rules leave.
+
+        Raises:
+            ValueError: as of `gsprune.cut`.
+        """
+        structures: list[Structure] = []
+        keeps: list[Tensor] = []
+        for number, rule in enumerate(rules):
+            part = self._part(rule)
+            part.take_scores(self._scores[number])
+            masks = part.choose([schedule.final for schedule in part.schedules])
+            for target, keep in zip(part.unit_targets, masks, strict=True):
+                structures.append(target.structure)
+                keeps.append(self._exchanged(rule.criterion, target.name, keep.reshape(-1).cpu()))
+        self._report("cutting", 0.0)
+        check_shrink(self.model, structures, keeps, example_input=self.example)
+        plan = plan_cut(structures, keeps)
+        small = copy_of(self.model)
+        apply_cut(small, plan)
+        small.eval()
+        repaired = self._repair(small, plan, repair)
+        dense, after = self.dense, self._size(small)
+        if evaluate is not None:
+            dense, after = replace(dense, value=evaluate(self.model)), replace(after, value=evaluate(small))
+        names = " and ".join(dict.fromkeys(type(rule.criterion).__name__ for rule in rules))
+        return Cut(
+            model=small,
+            plan=plan,
+            keeps={s.name: keep for s, keep in zip(structures, keeps, strict=True)},
+            structures=structures,
+            skipped=self.found.skipped,
+            dense=dense,
+            small=after,
+            criterion=names,
+            repaired=repaired,
+            samples=self.data.size,
+            seconds=time.perf_counter() - self._since,
+        )
+
+    def _part(self, rule: Rule) -> Part:
+        return Part(rule, self._twin, example_input=self.example, epochs=None, found=self.found)
+
+    def _scored(self, part: Part) -> dict[str, Tensor]:
+        structures = [target.structure for target in part.unit_targets]
+        size = self.data.size
+
+        def note(done: int) -> None:
+            self._report("scoring", done / size)
+
+        criterion = part.criterion
+        if not criterion.reads_inputs and criterion.of_gates(torch.zeros(1, 1)) is None:
+            return unit_scores(self.model, structures, criterion, self.data, progress=note)
+        new = [s for s in structures if s.name not in self.gates]
+        self.gates |= gate_gradients(self.model, new, self.data, progress=note) if new else {}
+        if not criterion.reads_inputs:
+            return {s.name: _of_gates(criterion, self.gates[s.name]) for s in structures}
+        found = readers(self.model, structures, self.data)
+        return {
+            s.name: criterion.of_readers(found[s.name], self.gates[s.name]).cpu()
+            if found[s.name]
+            else _of_gates(Fisher(), self.gates[s.name])
+            for s in structures
+        }
+
+    def _exchanged(self, criterion: Criterion, name: str, keep: Tensor) -> Tensor:
+        """The set-aware choice of as many units, where scores are second moments of gates."""
+        removed = int((~keep).sum())
+        return exchange(self.gates[name], removed) if isinstance(criterion, Fisher) and removed else keep
+
+    def _repair(self, small: nn.Module, plan: CutPlan, repair: Repair | None) -> RepairReport | None:
+        inputs = self.data.inputs()
+        self._report("repairing", 0.0)
+        if repair == "least_squares":
+            return least_squares(small, self.model, inputs, plan)
+        return None
+
+    def _size(self, model: nn.Module) -> Size:
+        try:
+            macs = count_macs(model, to_device_of(model, self.data.batches[0].rows(0, 1).inputs))
+        except Exception:
+            macs = None
+        return Size(count_parameters(model), macs or None, self._loss(model))
+
+    def _loss(self, model: nn.Module) -> float | None:
+        if not (self.data.labelled and self.data.has_loss):
+            return None
+        device, total = device_of(model), 0.0
+        with torch.no_grad(), evaluating([model]):
+            for batch in self.data.batches:
+                total += float(self.data.loss(model, batch.to(device))) * batch.size
+        return total / self.data.size
+
+
+def check_repair(repair: str | None) -> None:
+    """ValueError for what is no repair."""
+    if repair is not None and repair not in REPAIRS:
+        raise ValueError(f"repair is {repair!r}: it must be {', '.join(map(repr, REPAIRS))} or None")
+
+
+def one_rule(name: str, share: float, criterion: Criterion | None, repair: Repair | None, **settings: Any) -> Rule:
+    """The rule that the settings of `cut` describe; without a criterion the one that fits the repair."""
+    if criterion is None:
+        criterion = OBS() if repair == "least_squares" else Fisher()
+    how: dict[str, Any] = {"target_sparsity": share} if name == "sparsity" else {"budget": {name: share}}
+    return Rule(criterion, schedule=OneShot(), structured=True, **how, **settings)
+
+
+def _amount(given: Mapping[str, float | None]) -> tuple[str, float]:
+    named = {name: share for name, share in given.items() if share is not None}
+    if len(named) != 1:
+        said = f"{' and '.join(named)} both say" if named else "nothing says"
+        raise ValueError(f"{said} how much to cut: set one of {', '.join(given)}")
+    return next(iter(named.items()))
+
+
+def _checked_rules(rules: Sequence[Rule], others: Mapping[str, Any]) -> list[Rule]:
+    named = [name for name, value in others.items() if value is not None]
+    if named:
+        raise ValueError(f"rules and {named[0]} both say what to cut: set {named[0]} in a rule")
+    if not rules:
+        raise ValueError("rules is empty: there is nothing to cut")
+    for number, rule in enumerate(rules):
+        check_kind(f"rules[{number}]", rule, Rule)
+    return [replace(rule, schedule=OneShot()) for rule in rules]
+
+
+@contextmanager
+def shown(progress: bool | Report) -> Iterator[Report]:
+    """What takes the progress: a line on the terminal, nothing, or the caller's own."""
+    if progress is not True:
+        yield progress or silent
+        return
+    line = Line()
+    try:
+        yield line
+    finally:
+        line.close()
+
+
+def _needs_loss(criterion: Criterion) -> bool:
+    return criterion.cumulative or criterion.reads_inputs
+
+
+def _of_gates(criterion: Criterion, gates_bu: Tensor) -> Tensor:
+    score = criterion.of_gates(gates_bu)
+    assert score is not None
+    return score
+
+
+def _change(before: int, after: int) -> str:
+    """
+    >>> _change(2_000_000, 1_000_000)
+    '2.00 M -> 1.00 M (50.0 %)'
+    """
+    return f"{_short(before)} -> {_short(after)} ({percent(after / before)})"
+
+
+def _short(count: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count >= 10 * size else f"{count / size:.2f} {unit}"
+    return str(count)

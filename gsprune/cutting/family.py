@@ -1,0 +1,156 @@
+"""Several cuts of one network that share their scores: the whole curve from dense to small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from gsprune.criteria import Criterion
+from gsprune.cutting.calibration import Loss
+from gsprune.cutting.cut import Cut, Cutter, Evaluate, Repair, Size, check_repair, one_rule, shown
+from gsprune.cutting.progress import Report
+from gsprune.text.display import html_table, percent
+
+
+@dataclass(frozen=True, eq=False)
+class CutFamily:
+    """Cuts of one network, the largest first.
+
+    kind     what the budgets are of: "macs", "params", "latency" or "sparsity"
+    shares   the budgets, as they were asked for
+    cuts     a `Cut` each
+    """
+
+    kind: str
+    shares: tuple[float, ...]
+    cuts: tuple[Cut, ...]
+
+    @property
+    def dense(self) -> Size:
+        """Cost and loss of the dense network."""
+        return self.cuts[0].dense
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __iter__(self) -> Iterator[Cut]:
+        return iter(self.cuts)
+
+    def __getitem__(self, number: int) -> Cut:
+        return self.cuts[number]
+
+    def rows(self) -> list[dict[str, float]]:
+        """Each cut as numbers: the budget, what is left of parameters and MACs in (0, 1], loss, and what `evaluate`
+        gave where that is a number."""
+        return [{"dense": 1.0, **_numbers(self.dense, self.dense)}] + [
+            {self.kind: share, **_numbers(cut.small, self.dense)}
+            for share, cut in zip(self.shares, self.cuts, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        head, rows = self._table()
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+        return "\n".join(
+            [f"{len(self)} cuts of {type(self.cuts[0].model).__name__}", *(f"  {x.rstrip()}" for x in lines)]
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        names = list(dict.fromkeys(name for row in self.rows()[1:] for name in row if name != self.kind))
+        table = []
+        for number, row in enumerate(self.rows()):
+            first = "dense" if number == 0 else f"{self.shares[number - 1]:g}"
+            table.append([first, *(_text(name, row.get(name)) for name in names)])
+        return [self.kind, *names], table
+
+
+def cut_family(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    *,
+    macs: Sequence[float] | None = None,
+    params: Sequence[float] | None = None,
+    latency: Sequence[float] | None = None,
+    sparsity: Sequence[float] | None = None,
+    criterion: Criterion | None = None,
+    kinds: Sequence[str] | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    repair: Repair | None = "least_squares",
+    calibration: int = 512,
+    evaluate: Evaluate | None = None,
+    example_input: Any = None,
+    progress: bool | Report = True,
+) -> CutFamily:
+    """Cut a trained network at several budgets, scored once.
+
+    Args:
+        macs, params, latency, sparsity: several values of the settings of `gsprune.cut`; one of the four.
+        others: as of `gsprune.cut`.
+
+    Raises:
+        ValueError: as of `gsprune.cut`; a budget twice.
+
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> x, y = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+    >>> family = cut_family(net, [(x, y)], F.cross_entropy, macs=[0.25, 0.75])
+    >>> [(share, cut.model[0].out_features) for share, cut in zip(family.shares, family)]
+    [(0.75, 6), (0.25, 2)]
+    """
+    given = {"macs": macs, "params": params, "latency": latency, "sparsity": sparsity}
+    kind, shares = _checked(given)
+    check_repair(repair)
+    rules = [
+        one_rule(kind, share, criterion, repair, kinds=kinds, include=include, exclude=exclude) for share in shares
+    ]
+    with shown(progress) as report:
+        cutter = Cutter(
+            model, batches, loss, rules[:1], samples=calibration, example_input=example_input, report=report
+        )
+        cuts = []
+        for number, rule in enumerate(rules):
+            report("cutting", number / len(rules))
+            cuts.append(cutter.cut([rule], repair=repair, evaluate=None))
+        if evaluate is not None:
+            dense = replace(cutter.dense, value=evaluate(model))
+            cuts = [replace(c, dense=dense, small=replace(c.small, value=evaluate(c.model))) for c in cuts]
+    return CutFamily(kind, tuple(shares), tuple(cuts))
+
+
+def _checked(given: dict[str, Sequence[float] | None]) -> tuple[str, list[float]]:
+    named = {name: shares for name, shares in given.items() if shares is not None}
+    if len(named) != 1:
+        said = " and ".join(named) + " both say" if named else "nothing says"
+        raise ValueError(f"{said} how much to cut: set one of {', '.join(given)}")
+    ((name, shares),) = named.items()
+    if isinstance(shares, str) or not isinstance(shares, Sequence) or not shares:
+        raise ValueError(f"{name} is {shares!r}: it must be a list of shares, as in [0.75, 0.5, 0.25]")
+    if len(set(shares)) != len(shares):
+        raise ValueError(f"{name} is {[*shares]}: a share is there twice")
+    return name, sorted(shares, reverse=name != "sparsity")
+
+
+def _numbers(size: Size, dense: Size) -> dict[str, float]:
+    found = {"params": size.params / dense.params}
+    if size.macs and dense.macs:
+        found["macs"] = size.macs / dense.macs
+    if size.loss is not None:
+        found["loss"] = size.loss
+    if isinstance(size.value, float | int):
+        found["evaluate"] = float(size.value)
+    return {f"{name}_left" if name in ("params", "macs") else name: value for name, value in found.items()}
+
+
+def _text(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return percent(value) if name.endswith("_left") else f"{value:.4g}"

@@ -1,0 +1,249 @@
+"""`gsprune.cut` and `gsprune.cut_family`: what comes out, what stays untouched, and what is refused before any work."""
+
+from __future__ import annotations
+
+import copy
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from facts import refused
+from torch import Tensor, nn
+
+from gsprune import Rule, load_pruned
+from gsprune.cost.counting import count_macs, count_parameters
+from gsprune.criteria import OBS, Abs, Elementwise, Fisher, Magnitude, Random, Weighted
+from gsprune.cutting.cut import cut
+from gsprune.cutting.family import cut_family
+from gsprune.surgery.shrink import mask_units
+
+
+def taught(model: nn.Module, shape: tuple[int, ...], classes: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network that fits labels which its inputs decide, with these."""
+    torch.manual_seed(0)
+    model = nets.settle(model)
+    x = torch.randn(96, *shape)
+    y = torch.arange(96) % classes
+    x += 2 * F.one_hot(y, shape[-1]).float().reshape(96, *([1] * (len(shape) - 1)), shape[-1])
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval(), x, y
+
+
+@pytest.fixture(scope="module")
+def mlp() -> tuple[nn.Module, Tensor, Tensor]:
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 3))
+    return taught(net, (8,), 3)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_a_budget_is_met_and_the_dense_network_stays(mlp, kind: str) -> None:
+    model, x, y = mlp
+    model.zero_grad()
+    model.train()
+    before = state(model)
+    found = cut(model, [(x[:64], y[:64]), (x[64:], y[64:])], F.cross_entropy, progress=False, **{kind: 0.5})
+    assert_untouched(model, before)
+    assert model.training
+    assert not any(m.training for m in found.model.modules())
+    count = count_macs if kind == "macs" else lambda m, _: count_parameters(m)
+    assert count(found.model, x[:1]) / count(model, x[:1]) == pytest.approx(0.5, rel=0.05)
+    assert found.small.macs == count_macs(found.model, x[:1])
+    assert found.small.params == count_parameters(found.model)
+    assert found.small.loss == pytest.approx(float(F.cross_entropy(found.model(x), y)), rel=1e-4)
+    assert found.samples == 96
+    assert not any(p is q for p in model.parameters() for q in found.model.parameters())
+
+
+def test_masked_equals_cut_before_and_after_repair(mlp) -> None:
+    model, x, y = mlp
+    for repair in (None, "least_squares"):
+        found = cut(model, [(x, y)], F.cross_entropy, sparsity=0.5, repair=repair, progress=False)
+        masked = copy.deepcopy(model).double()
+        mask_units(masked, found.structures, [found.keeps[s.name] for s in found.structures])
+        small = copy.deepcopy(found.model).double()
+        for name, value in small.state_dict().items():  # the repaired entries, at their places in the dense network
+            here = masked.state_dict()[name]
+            cuts = found.plan.kept.get(name, {})
+            places = torch.meshgrid(*(cuts.get(d, torch.arange(n)) for d, n in enumerate(here.shape)), indexing="ij")
+            here[places] = value
+        torch.testing.assert_close(small(x.double()), masked(x.double()), rtol=1e-9, atol=1e-9)
+
+
+def test_repair_brings_the_loss_back(mlp) -> None:
+    model, x, y = mlp
+    bare = cut(model, [(x, y)], F.cross_entropy, macs=0.4, repair=None, criterion=Fisher(), progress=False)
+    same = cut(model, [(x, y)], F.cross_entropy, macs=0.4, criterion=Fisher(), progress=False)
+    best = cut(model, [(x, y)], F.cross_entropy, macs=0.4, progress=False)
+    assert bare.repaired is None
+    assert same.repaired is not None
+    assert same.small.loss < bare.small.loss
+    assert best.small.loss < bare.small.loss
+    assert "OBS" in best.criterion
+
+
+@pytest.mark.parametrize("criterion", [Fisher(), Abs(), Weighted(), Magnitude(), Random(), OBS()], ids=repr)
+def test_every_criterion_of_units(mlp, criterion) -> None:
+    model, x, y = mlp
+    found = cut(model, [(x, y)], F.cross_entropy, sparsity=0.5, criterion=criterion, progress=False)
+    assert [int(found.keeps[s.name].sum()) for s in found.structures] == [16, 12]
+    again = cut(model, [(x, y)], F.cross_entropy, sparsity=0.5, criterion=criterion, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_networks_of_convolutions_and_attentions() -> None:
+    for build, shape in ((nets.ResNet, (3, 8, 8)), (nets.Mobile, (3, 8, 8)), (nets.ViT, (3, 8, 8))):
+        model, x, y = taught(build(), shape, 3)
+        found = cut(model, [(x, y)], F.cross_entropy, macs=0.6, progress=False)
+        assert found.small.macs / found.dense.macs == pytest.approx(0.6, rel=0.15)
+        assert found.model(x).isfinite().all()
+
+
+def test_unlabelled_data_scores_and_repairs(mlp) -> None:
+    model, x, _ = mlp
+    found = cut(model, [x], macs=0.5, progress=False)
+    assert found.small.loss is not None
+    assert float((found.model(x).argmax(1) == model(x).argmax(1)).float().mean()) > 0.9
+    assert cut(model, [x], macs=0.5, criterion=Magnitude(), progress=False).small.loss is None
+
+
+def test_rules_each_with_its_own_amount(mlp) -> None:
+    model, x, y = mlp
+    rules = [
+        Rule(Fisher(), include=["0"], target_sparsity=0.25),
+        Rule(Magnitude(), structured=True, include=["2"], target_sparsity=0.5),
+    ]
+    found = cut(model, [(x, y)], F.cross_entropy, rules=rules, progress=False)
+    assert [int(found.keeps[name].sum()) for name in ("0", "2")] == [24, 12]
+    assert found.criterion == "Fisher and Magnitude"
+
+
+def test_calibration_is_a_number_of_samples(mlp) -> None:
+    model, x, y = mlp
+    assert cut(model, [(x, y)], F.cross_entropy, macs=0.5, calibration=40, progress=False).samples == 40
+
+
+def test_what_was_cut_is_saved_and_loaded(mlp, tmp_path) -> None:
+    model, x, y = mlp
+    found = cut(model, [(x, y)], F.cross_entropy, macs=0.5, progress=False)
+    found.save(tmp_path)
+    again = load_pruned(tmp_path, copy.deepcopy(model))
+    assert torch.equal(again(x), found.model(x))
+
+
+def test_what_is_shown(mlp) -> None:
+    model, x, y = mlp
+    steps = []
+    found = cut(
+        model, [(x, y)], F.cross_entropy, macs=0.5, evaluate=lambda m: 0.5, progress=lambda *step: steps.append(step)
+    )
+    text = repr(found)
+    for fact in ("MACs", "50.", "parameters", "neurons", "96 calibration samples", "OBS", "seconds"):
+        assert fact in text
+    assert found.dense.value == found.small.value == 0.5
+    assert "<table>" in found._repr_html_()
+    assert {what for what, _ in steps} >= {"scoring", "cutting", "repairing"}
+    assert all(0 <= share <= 1 for _, share in steps)
+
+
+def test_a_family_is_what_single_cuts_are(mlp) -> None:
+    model, x, y = mlp
+    family = cut_family(model, [(x, y)], F.cross_entropy, macs=[0.25, 0.75, 0.5], progress=False)
+    assert family.shares == (0.75, 0.5, 0.25)
+    assert len(family) == 3
+    for share, one in zip(family.shares, family, strict=True):
+        alone = cut(model, [(x, y)], F.cross_entropy, macs=share, progress=False)
+        assert {n: k.tolist() for n, k in one.keeps.items()} == {n: k.tolist() for n, k in alone.keeps.items()}
+    left = [row["macs_left"] for row in family.rows()]
+    assert left == sorted(left, reverse=True)
+    assert "0.25" in repr(family)
+    assert "<table>" in family._repr_html_()
+
+
+class Fails(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nets.mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 2:
+            raise RuntimeError("out of memory")
+        return self.net(x)
+
+
+def test_nothing_changes_when_it_fails() -> None:
+    model = Fails().train()
+    before = state(model)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cut(model, [(torch.randn(8, 6), torch.arange(8) % 3)], F.cross_entropy, macs=0.5, progress=False)
+    assert_untouched(model, before)
+    assert all(m.training for m in model.modules())
+
+
+PAIR = [(torch.randn(8, 6), torch.arange(8) % 3)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({}, ["nothing says", "macs", "sparsity"]),
+        ({"macs": 0.5, "sparsity": 0.5}, ["macs", "sparsity", "both"]),
+        ({"macs": 1.5}, ["macs", "1.5"]),
+        ({"macs": 0.0001}, ["MACs", "larger share"]),
+        ({"sparsity": 1.0}, ["1"]),
+        ({"macs": 0.5, "repair": "magic"}, ["magic", "least_squares"]),
+        ({"macs": 0.5, "calibration": 0}, ["calibration", "0"]),
+        ({"macs": 0.5, "kinds": ["heads"]}, ["heads", "neurons"]),
+        ({"macs": 0.5, "include": ["nose"]}, ["nose"]),
+        ({"macs": 0.5, "criterion": Elementwise()}, ["Elementwise", "units"]),
+        ({"macs": 0.5, "rules": [Rule(Fisher(), target_sparsity=0.5)]}, ["rules", "macs"]),
+        ({"rules": []}, ["rules is empty"]),
+        ({"rules": ["all"]}, ["rules[0]", "str"]),
+    ],
+)
+def test_settings_that_make_no_sense(settings, facts) -> None:
+    with refused(*facts):
+        cut(nets.mlp(), PAIR, F.cross_entropy, progress=False, **settings)
+
+
+@pytest.mark.parametrize(
+    ("batches", "loss", "facts"),
+    [
+        ([], F.cross_entropy, ["batches is empty"]),
+        (PAIR, None, ["no loss"]),
+        ([PAIR[0][0]], F.cross_entropy, ["no targets"]),
+        (PAIR[0][0], F.cross_entropy, ["Tensor", "iterable"]),
+    ],
+)
+def test_batches_that_make_no_sense(batches, loss, facts) -> None:
+    with refused(*facts):
+        cut(nets.mlp(), batches, loss, macs=0.5, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({}, ["nothing says"]),
+        ({"macs": []}, ["macs"]),
+        ({"macs": 0.5}, ["macs", "list"]),
+        ({"macs": [0.5, 0.5]}, ["twice"]),
+        ({"macs": [0.5], "params": [0.5]}, ["macs", "params"]),
+    ],
+)
+def test_families_that_make_no_sense(settings, facts) -> None:
+    with refused(*facts):
+        cut_family(nets.mlp(), PAIR, F.cross_entropy, progress=False, **settings)
