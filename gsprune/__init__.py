@@ -26,8 +26,10 @@ from gsprune.moved import MOVED, Finder
 
 if TYPE_CHECKING:
     from gsprune.collectives import check_masks
+    from gsprune.cutting.audit import audit
     from gsprune.cutting.cut import cut
     from gsprune.cutting.family import cut_family
+    from gsprune.cutting.sensitivity import sensitivity
     from gsprune.discovery.find import find_structures
     from gsprune.formats.masks import load_masks, save_masks
     from gsprune.formats.network import load_pruned, save_pruned
@@ -43,6 +45,7 @@ _HOMES = {
     "Pruners": "gsprune.pruner.former_names",
     "Pruner": "gsprune.pruner.pruner",
     "Rule": "gsprune.pruner.rule",
+    "audit": "gsprune.cutting.audit",
     "check_masks": "gsprune.collectives",
     "cut": "gsprune.cutting.cut",
     "cut_family": "gsprune.cutting.family",
@@ -52,6 +55,7 @@ _HOMES = {
     "load_pruned": "gsprune.formats.network",
     "save_masks": "gsprune.formats.masks",
     "save_pruned": "gsprune.formats.network",
+    "sensitivity": "gsprune.cutting.sensitivity",
     "start_run": "gsprune.sweeps.callback",
 }
 
@@ -59,6 +63,7 @@ __all__ = [
     "Pruner",
     "Rule",
     "__version__",
+    "audit",
     "check_masks",
     "cut",
     "cut_family",
@@ -68,6 +73,7 @@ __all__ = [
     "load_pruned",
     "save_masks",
     "save_pruned",
+    "sensitivity",
     "start_run",
 ]
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, call, inputs_and_labels, logits_of, map_tensors, plain, tensors_in
-from gsprune.structures.running import device_of, evaluating
+from gsprune.structures.running import device_of, evaluating, same_randomness
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -173,6 +174,14 @@ class Calibration:
             given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the loss of a batch is {given}: it must be a tensor with one number")
         return value.reshape(())
+
+    def mean_loss(self, model: nn.Module) -> float:
+        """The mean over samples of a network's loss, in evaluation mode; it may lie on another device."""
+        device, total = device_of(model), 0.0
+        with torch.no_grad(), evaluating([model]), no_fast_path(), same_randomness(model):
+            for batch in self.batches:
+                total += float(self.loss(model, batch.to(device))) * batch.size
+        return total / self.size
 
 
 def _read(batches: Iterable[Any], loss: Loss | None) -> Iterator[Batch]:

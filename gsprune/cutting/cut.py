@@ -24,7 +24,7 @@ from gsprune.pruner.rule import Rule, check_kind
 from gsprune.ranking.exchange import exchange
 from gsprune.repair.least_squares import least_squares
 from gsprune.schedules import OneShot
-from gsprune.structures.running import device_of, evaluating, to_device_of
+from gsprune.structures.running import to_device_of
 from gsprune.structures.structure import Found, Structure
 from gsprune.structures.twin import copy_of, refuse_wrapped
 from gsprune.surgery.apply import apply_cut
@@ -196,12 +196,15 @@ class Cutter:
 
     Args:
         rules: whose criteria score; `cut` takes rules with the same criteria and other amounts.
+
+    Attributes:
+        scores: of each rule: structure name -> (units,).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[Any],
+        batches: Iterable[Any] | Calibration,
         loss: Loss | None,
         rules: Sequence[Rule],
         *,
@@ -216,7 +219,7 @@ class Cutter:
         self._since = time.perf_counter()
         refuse_wrapped(model)
         self.model, self._report = model, report
-        self.data = Calibration(batches, loss, samples=samples)
+        self.data = batches if isinstance(batches, Calibration) else Calibration(batches, loss, samples=samples)
         if any(_needs_loss(rule.criterion) for rule in rules) or loss is not None:
             self.data.check_loss()
         example = self.data.example if example_input is None else example_input
@@ -227,7 +230,7 @@ class Cutter:
             self.data = self.data.drawn_from(model)
         self.gates: dict[str, Tensor] = {}  # gate gradients of single samples, of criteria that are read off them
         self._twin = sharing_copy(model, requires_grad=True)
-        self._scores = [self._scored(self._part(rule)) for rule in rules]
+        self.scores = [self._scored(self._part(rule)) for rule in rules]
         self.dense = self._size(model)
 
     def cut(
@@ -242,7 +245,7 @@ class Cutter:
         keeps: list[Tensor] = []
         for number, rule in enumerate(rules):
             part = self._part(rule)
-            part.take_scores(self._scores[number])
+            part.take_scores(self.scores[number])
             masks = part.choose([schedule.final for schedule in part.schedules])
             for target, keep in zip(part.unit_targets, masks, strict=True):
                 structures.append(target.structure)
@@ -271,6 +274,10 @@ class Cutter:
             samples=self.data.size,
             seconds=time.perf_counter() - self._since,
         )
+
+    def structures(self, rule: Rule) -> list[Structure]:
+        """What a rule can cut, in the model's order."""
+        return [target.structure for target in self._part(rule).unit_targets]
 
     def _part(self, rule: Rule) -> Part:
         return Part(rule, self._twin, example_input=self.example, epochs=None, found=self.found)
@@ -319,11 +326,7 @@ class Cutter:
     def _loss(self, model: nn.Module) -> float | None:
         if not (self.data.labelled and self.data.has_loss):
             return None
-        device, total = device_of(model), 0.0
-        with torch.no_grad(), evaluating([model]):
-            for batch in self.data.batches:
-                total += float(self.data.loss(model, batch.to(device))) * batch.size
-        return total / self.data.size
+        return self.data.mean_loss(model)
 
 
 def check_repair(repair: str | None) -> None:
