@@ -65,9 +65,10 @@ TUNED = (
     "gsprune",
     "random",
     "magnitude",
+    "torch-pruning Taylor, global",
     "torch-pruning Taylor, isomorphic",
-    "torch-pruning Hessian, isomorphic",
     "torch-pruning Hessian, global",
+    "torch-pruning Hessian, isomorphic",
     "FLAP",
     "Kwon et al.",
 )
@@ -78,8 +79,12 @@ def methods_of(name: str, bench: Bench, packages: Path | None) -> dict[str, Meth
     if name == LANGUAGE:
         names = ("random", "magnitude", "FLAP", "Wanda, whole units")
         return OWN | {name: METHODS[name] for name in names}
-    found = OWN | {name: method for name, method in METHODS.items() if "Wanda" not in name}
-    return found | (WITH_NORMS if norms else {}) | (package_methods(packages) if norms and packages else {})
+    found = METHODS | (WITH_NORMS if norms else {}) | (package_methods(packages) if norms and packages else {})
+    same = sorted(map(sorted, bench.isomorphic)) == sorted(map(sorted, bench.by_kind))
+    left_out = (
+        ("Wanda", "isomorphic") if same else ("Wanda",)
+    )  # where all layers are alike, the scopes are the global ones
+    return OWN | {name: method for name, method in found.items() if not any(word in name for word in left_out)}
 
 
 # ---- results

@@ -169,9 +169,10 @@ class Bench:
     @property
     def isomorphic(self) -> list[list[str]]:
         """torch-pruning's scopes of isomorphic pruning (Fang et al., 2024): groups with the same chain of layers."""
+        groups = self.groups
         is_out = self._pruner.DG.is_out_channel_pruning_fn
         scopes = defaultdict(list)
-        for name, group in self.groups.items():
+        for name, group in groups.items():
             ends = [(d.source.module, d.trigger, d.target.module, d.handler) for d, _ in group]
             tag = tuple((type(a), is_out(h), type(b), is_out(h)) for a, _, b, h in ends)
             scopes[(self.by_name[name].kind == "heads", tag)].append(name)

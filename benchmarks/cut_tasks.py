@@ -224,9 +224,9 @@ def mnist(cache: Path, part: str, prepare: Callable[[Tensor], Tensor]) -> Data:
 def convnet_mnist(cache: Path) -> Task:
     train, test = (mnist(cache, part, lambda x: (x.float() / 255 - 0.1307) / 0.3081) for part in ("train", "t10k"))
     torch.manual_seed(0)
-    model = convnet(image_size=28, in_channels=1, num_classes=10, width=16)
+    model = convnet(image_size=28, in_channels=1, num_classes=10)
     one = Task("convnet_mnist", model, train, test, F.cross_entropy, batch=64, lr=3e-3)
-    return _trained(one, cache, epochs=2, samples=60_000)
+    return _trained(one, cache, epochs=1, samples=30_000)
 
 
 def efficientnet_mnist(cache: Path) -> Task:
