@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ from gsprune.criteria import OBS, Criterion, Fisher
 from gsprune.cutting.calibration import Calibration, Loss
 from gsprune.cutting.progress import Line, Report, silent
 from gsprune.cutting.scoring import gate_gradients, readers, sharing_copy, unit_scores
+from gsprune.cutting.weights import PrunedWeights, WeightScope, prune_weights
 from gsprune.formats.network import save_pruned
 from gsprune.pruner.part import Part
 from gsprune.pruner.rule import Rule, check_kind
 from gsprune.ranking.exchange import exchange
+from gsprune.ranking.patterns import Pattern
 from gsprune.repair.least_squares import least_squares
 from gsprune.schedules import OneShot
 from gsprune.structures.running import to_device_of
@@ -122,6 +124,7 @@ class Cut:
         return html_table((f"Cut of {type(self.model).__name__}", f"by {self.criterion}"), self.rows())
 
 
+@overload
 def cut(
     model: nn.Module,
     batches: Iterable[Any],
@@ -131,6 +134,7 @@ def cut(
     params: float | None = None,
     latency: float | None = None,
     sparsity: float | None = None,
+    pattern: None = None,
     criterion: Criterion | None = None,
     rules: Sequence[Rule] | None = None,
     kinds: Sequence[str] | None = None,
@@ -141,12 +145,53 @@ def cut(
     evaluate: Evaluate | None = None,
     example_input: Any = None,
     progress: bool | Report = True,
-) -> Cut:
+) -> Cut: ...
+@overload
+def cut(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    *,
+    sparsity: float | None = None,
+    pattern: str | Pattern,
+    scope: WeightScope | None = None,
+    criterion: Criterion | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    repair: Repair | None = "least_squares",
+    calibration: int = 512,
+    progress: bool | Report = True,
+) -> PrunedWeights: ...
+def cut(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    sparsity: float | None = None,
+    pattern: str | Pattern | None = None,
+    scope: WeightScope | None = None,
+    criterion: Criterion | None = None,
+    rules: Sequence[Rule] | None = None,
+    kinds: Sequence[str] | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    repair: Repair | None = "least_squares",
+    calibration: int = 512,
+    evaluate: Evaluate | None = None,
+    example_input: Any = None,
+    progress: bool | Report = True,
+) -> Cut | PrunedWeights:
     """Make a trained network smaller: score its units, choose, cut, repair. No training.
 
     Units are scored by what the loss would lose if they went and their readers were refitted (`gsprune.criteria.OBS`),
     divided by what they cost where a budget is given. The smaller network is a copy. The layers that read what went
     are refitted to the dense network's outputs (`gsprune.repair.least_squares`).
+
+    With a `pattern` single weights are zeroed instead (`gsprune.cutting.weights.prune_weights`), and what is left of
+    each row is refitted.
 
     Args:
         model: stays as it is.
@@ -154,8 +199,11 @@ def cut(
             which labels are drawn from the network's own predictions.
         loss: loss(outputs, targets) -> scalar.
         macs, params, latency: share of the dense network's cost that may stay, in (0, 1).
-        sparsity: share of units that goes, in every structure.
-        criterion: how to score; None: `OBS` where the repair is least squares, else `Fisher`.
+        sparsity: share of units that goes, in every structure; with a pattern, of weights.
+        pattern: "1x1" (single weights), a tile "NxM", or a block "N:M"; None: whole units.
+        scope: of a pattern: "row", "layer" or "global"; None: what is usual for the criterion.
+        criterion: how to score; None: `OBS` where the repair is least squares, else `Fisher`; `SparseGPT` with a
+            pattern.
         rules: what to cut, each with its own amount, instead of all settings above and below up to `exclude`.
         kinds, include, exclude: as of `gsprune.Rule`.
         repair: "least_squares" or None.
@@ -178,9 +226,31 @@ def cut(
         >>> found = cut(net, [(x, y)], F.cross_entropy, macs=0.5)
         >>> found.model[0], net[0]
         (Linear(in_features=4, out_features=4, bias=True), Linear(in_features=4, out_features=8, bias=True))
+        >>> sparse = cut(net, [x], pattern="2:4")
+        >>> sparse.report.sparsity, int(sparse.model[0].weight.count_nonzero())
+        (0.5, 16)
     """
     given = {"macs": macs, "params": params, "latency": latency, "sparsity": sparsity}
     check_repair(repair)
+    if pattern is not None:
+        units = {"macs": macs, "params": params, "latency": latency, "rules": rules, "kinds": kinds}
+        _refuse_of_units({**units, "evaluate": evaluate, "example_input": example_input}, pattern)
+        with shown(progress) as report:
+            return prune_weights(
+                model,
+                batches,
+                criterion,
+                loss=loss,
+                sparsity=sparsity,
+                pattern=pattern,
+                scope=scope,
+                repair=repair is not None,
+                include=include,
+                exclude=exclude,
+                calibration=calibration,
+                progress=report,
+            )
+    _refuse_of_weights(criterion, scope)
     if rules is None:
         name, share = _amount(given)
         chosen = [one_rule(name, share, criterion, repair, kinds=kinds, include=include, exclude=exclude)]
@@ -341,6 +411,20 @@ def one_rule(name: str, share: float, criterion: Criterion | None, repair: Repai
         criterion = OBS() if repair == "least_squares" else Fisher()
     how: dict[str, Any] = {"target_sparsity": share} if name == "sparsity" else {"budget": {name: share}}
     return Rule(criterion, schedule=OneShot(), structured=True, **how, **settings)
+
+
+def _refuse_of_units(given: Mapping[str, Any], pattern: str | Pattern) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"pattern={pattern!r} prunes single weights, where {name} has no effect: leave it out")
+
+
+def _refuse_of_weights(criterion: Criterion | None, scope: WeightScope | None) -> None:
+    if scope is not None:
+        raise ValueError(f"scope={scope!r} is of single weights: give a pattern too, such as '1x1', or leave it out")
+    if isinstance(criterion, Criterion) and not criterion.scores_units:
+        name = type(criterion).__name__
+        raise ValueError(f"{name} scores single weights: say which with a pattern, '1x1' or '2:4'")
 
 
 def _amount(given: Mapping[str, float | None]) -> tuple[str, float]:

@@ -27,6 +27,7 @@ from gsprune.ranking.patterns import Block, Pattern, Tile, parse_pattern
 from gsprune.ranking.selection import pruned_count, select
 from gsprune.repair.calibrating import held_back_split
 from gsprune.repair.gram import Moments, matrix_of
+from gsprune.repair.least_squares import checked_damping
 from gsprune.repair.report import LayerRepair, RepairReport
 from gsprune.repair.support import DAMPING, Choose, Site, Walked, as_matrix, as_weight, find_sites, walk
 from gsprune.schedules import OneShot
@@ -101,7 +102,7 @@ def prune_weights(
     exclude: Sequence[str] = (),
     calibration: int = 512,
     held_back: float = 0.2,
-    damping: float = DAMPING,
+    damping: Sequence[float] = DAMPING,
     progress: Progress | None = None,
 ) -> PrunedWeights:
     """Prune single weights of a trained network, and refit what is left to the dense network's outputs.
@@ -128,7 +129,7 @@ def prune_weights(
         include, exclude: `*` patterns for names of tensors or layers; exclude wins.
         calibration: how many samples are read.
         held_back: share of the samples that judges each refit.
-        damping: of the refit, as a share of the mean square of what the layer reads.
+        damping: of the refit, to choose from, as shares of the mean square of what a layer reads.
         progress: lines_by_reason what is being done, and the share of it that is.
 
     Raises:
@@ -145,9 +146,8 @@ def prune_weights(
     criterion = SparseGPT() if criterion is None else criterion
     pattern = parse_pattern(pattern)
     scope, share = _checked(model, criterion, sparsity, pattern, scope)
+    damping = checked_damping(damping)
     settings = _Settings(pattern, scope, share, [*include], [*exclude], damping if repair else None)
-    if not damping >= 0:
-        raise ValueError(f"damping is {damping}: it must be 0 or more")
     data = batches if isinstance(batches, Calibration) else Calibration(batches, loss, samples=calibration)
     inputs, is_held_back = held_back_split([(example, None) for example in data.inputs()], held_back)
     seen = _Seen(model, _working_copy(model), inputs, is_held_back, progress or _silent)
@@ -174,7 +174,7 @@ class _Settings:
     share: float
     include: list[str]
     exclude: list[str]
-    damping: float | None  # None: no refit
+    damping: Sequence[float] | None  # None: no refit
 
     @property
     def by_row(self) -> bool:
@@ -242,7 +242,7 @@ class _Seen:
     held_back: Sequence[bool]
     progress: Progress
 
-    def walk(self, sites: Sequence[Site], choose: Choose, damping: float | None, what: str) -> Walked:
+    def walk(self, sites: Sequence[Site], choose: Choose, damping: Sequence[float] | None, what: str) -> Walked:
         return walk(
             self.dense,
             self.small,

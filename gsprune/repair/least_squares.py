@@ -74,7 +74,7 @@ def least_squares(
     >>> [layer.name for layer in report.repaired], torch.allclose(small(x), dense(x), atol=1e-5)
     (['1'], True)
     """
-    damping = _checked(damping)
+    damping = checked_damping(damping)
     inputs, is_held_back = held_back_split(batches, held_back)
     wanted, left = _layers(small, dense, plan, layers)
     if not any(is_held_back):
@@ -107,7 +107,7 @@ def _restore(small: nn.Module, values: Mapping[str, Sequence[Tensor]]) -> None:
             tensor.copy_(value)
 
 
-def _checked(damping: Sequence[float]) -> list[float]:
+def checked_damping(damping: Sequence[float]) -> list[float]:
     values = [damping] if isinstance(damping, int | float) else [*damping]
     if not values or not all(isinstance(v, int | float) and 0 <= v < math.inf for v in values):
         raise ValueError(f"damping is {damping!r}: it must be a list of numbers from 0")

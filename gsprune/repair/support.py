@@ -17,15 +17,15 @@ from torch.utils.hooks import RemovableHandle
 
 from gsprune.repair.calibrating import held_back_split
 from gsprune.repair.gram import Moments, error, matrix_of, moments_of, why_no_matrix, write_matrix
-from gsprune.repair.least_squares import WIDEST
+from gsprune.repair.least_squares import WIDEST, checked_damping
 from gsprune.repair.lockstep import CalledAgainError, Visit, lockstep
 from gsprune.repair.report import LayerRepair, RepairReport
 from gsprune.structures.example import Example
 from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import hooked
 
-DAMPING = 1e-2
-STEPS = 32  # of conjugate gradients at most
+DAMPING = (1e-2, 1e-1)
+STEPS = 16  # of conjugate gradients at most
 EVERY = 4  # steps between two looks at the held-back part
 Choose = Callable[["Site", Any, Moments], tuple[Tensor, Tensor | None]]
 
@@ -36,7 +36,7 @@ def masked_least_squares(
     batches: Iterable[Any],
     masks: Mapping[str, Tensor],
     *,
-    damping: float = DAMPING,
+    damping: Sequence[float] = DAMPING,
     held_back: float = 0.2,
 ) -> RepairReport:
     """Refit what the masks keep of single weights, in place, to the outputs of the dense network's layers.
@@ -53,7 +53,7 @@ def masked_least_squares(
         dense: the network before; it is not changed.
         batches: inputs as the networks are called with, or pairs or mappings with labels, which are not used.
         masks: tensor name -> bool, True = kept, as `Pruner.masks` gives them.
-        damping: lambda, as a share of the mean square of the columns.
+        damping: values of lambda to choose from, as shares of the mean square of the columns.
         held_back: the share of samples that judges.
 
     Raises:
@@ -66,12 +66,11 @@ def masked_least_squares(
     >>> small, masks = nn.Linear(3, 2), {"weight": torch.tensor([[True, False, False], [False, True, True]])}
     >>> _ = small.load_state_dict(dense.state_dict())
     >>> _ = small.weight.data.mul_(masks["weight"])
-    >>> report = masked_least_squares(small, dense, [x], masks, damping=1e-9)
+    >>> report = masked_least_squares(small, dense, [x], masks, damping=[1e-9])
     >>> torch.allclose(small(x), dense(x), atol=1e-4), int(small.weight.count_nonzero())
     (True, 3)
     """
-    if not damping >= 0:
-        raise ValueError(f"damping is {damping}: it must be 0 or more")
+    damping = checked_damping(damping)
     shapes = {name: parameter.shape for name, parameter in small.named_parameters(remove_duplicate=False)}
     for name, mask in masks.items():
         if shapes.get(name) != mask.shape:
@@ -169,7 +168,7 @@ def walk(
     sites: Sequence[Site],
     choose: Choose,
     *,
-    damping: float | None = DAMPING,
+    damping: Sequence[float] | None = DAMPING,
     progress: Callable[[float], None] | None = None,
 ) -> Walked:
     """Visit the sites in the order of the pass; at each, choose what stays, and refit that.
@@ -220,7 +219,7 @@ class _Visitor:
         self,
         sites: Mapping[str, Site],
         choose: Choose,
-        damping: float | None,
+        damping: Sequence[float] | None,
         progress: Callable[[float], None] | None,
     ) -> None:
         self._sites, self._choose, self._damping, self._progress = sites, choose, damping, progress
@@ -278,14 +277,14 @@ def refit_support(
     judge: Moments,
     keep_gok: Tensor,
     start_gok: Tensor | None,
-    damping: float | None,
+    damping: Sequence[float] | None,
 ) -> LayerRepair:
     """Zero what is not kept, and refit the rest where that lowers the error on the other part; in place.
 
     Args:
         fit, judge: y is what the layer lacks as it is.
         start_gok: weights to begin from; None: the layer's own.
-        damping: of the fit; None: no fit, the weights to begin from are taken.
+        damping: of the fit, to choose from; None: no fit, the weights to begin from are taken.
     """
     old = matrix_of(layer).to(fit.xx.device).double()
     keep = keep_gok.to(old.device)
@@ -306,19 +305,22 @@ def refit_support(
         reason = None if damping is None else "there is one sample only, and none can be held back to judge by"
         _write(layer, old, keep, begun)
         return LayerRepair(name, masked[2], begun[2], reason=reason)
-    best, seen = min(masked, begun, key=lambda found: found[2]), begun[2]
+    best, chosen = min(masked, begun, key=lambda found: found[2]), None
     double = layer.weight.dtype is torch.float64
-    for weight in _conjugate(fit, keep, begun[0], damping, has_bias=has_bias, double=double):
-        shift = fit.mean_y - (weight @ fit.mean_x[:, :, None])[:, :, 0] if has_bias else none
-        found = change(old + weight, shift)
-        best = min(best, found, key=lambda found: found[2])
-        if not found[2] < seen:
-            break
-        seen = found[2]
+    for value in damping:
+        seen = begun[2]
+        for weight in _conjugate(fit, keep, begun[0], value, has_bias=has_bias, double=double):
+            shift = fit.mean_y - (weight @ fit.mean_x[:, :, None])[:, :, 0] if has_bias else none
+            found = change(old + weight, shift)
+            if found[2] < best[2]:
+                best, chosen = found, value
+            if not found[2] < seen:
+                break
+            seen = found[2]
     _write(layer, old, keep, best)
     if best is masked:
         return LayerRepair(name, masked[2], masked[2], reason="no fit lowers its error on the held-back samples")
-    return LayerRepair(name, masked[2], best[2], damping)
+    return LayerRepair(name, masked[2], best[2], chosen)
 
 
 def _write(layer: Any, old: Tensor, keep: Tensor, found: tuple[Tensor, Tensor, float]) -> None:

@@ -16,7 +16,7 @@ from facts import refused, warned
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gsprune import Pruner, load_masks, save_masks
+from gsprune import Pruner, cut, load_masks, save_masks
 from gsprune.criteria import OBS, Abs, Criterion, Elementwise, Magnitude, Random, SparseGPT, Wanda
 from gsprune.cutting.weights import prune_weights
 from gsprune.ranking.patterns import Block
@@ -423,6 +423,38 @@ def test_the_report_tells_what_went_and_what_came_back() -> None:
         assert fact in text, text
 
 
+@pytest.mark.parametrize("repair", ["least_squares", None])
+def test_cut_with_a_pattern_is_the_same(repair: Any) -> None:
+    told: list[str] = []
+    batches = [data(50, 12)]
+    one = cut(mlp(), batches, pattern="2:4", repair=repair, progress=lambda what, share: told.append(what))
+    other = prune_weights(mlp(), batches, SparseGPT(), pattern="2:4", repair=repair is not None)
+    assert all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+    assert told == ["pruning"] * 3
+    found = cut(mlp(), batches, sparsity=0.25, pattern="1x1", criterion=Wanda(), scope="layer", exclude=["4"])
+    assert found.report.sparsity == 0.25
+    assert set(found.masks) == {"0.weight", "2.weight"}
+
+
+def test_cut_refuses_what_says_nothing_of_single_weights() -> None:
+    model, x = mlp(), data(20, 12)
+    for setting in ({"macs": 0.5}, {"rules": []}, {"kinds": ["neurons"]}, {"evaluate": float}):
+        with refused("2:4", next(iter(setting))):
+            cut(model, [x], pattern="2:4", **setting)  # type: ignore[call-overload]
+    with refused("Wanda", "pattern"):
+        cut(model, [x], sparsity=0.5, criterion=Wanda())
+    with refused("scope", "row", "pattern"):
+        cut(model, [x], sparsity=0.5, scope="row")  # type: ignore[call-overload]
+
+
+def test_a_layer_alone_is_a_network_too() -> None:
+    layer = nn.Linear(12, 5).double()
+    pruned = prune_weights(layer, [data(60, 12)], Wanda(), sparsity=0.5)
+    assert set(pruned.masks) == {"weight"}
+    assert pruned.report.repair.repaired[0].after < pruned.report.repair.repaired[0].before
+
+
 def test_wrong_input_is_refused() -> None:
     model, x = mlp(), data(20, 12)
     pairs = labelled(x, 6)
@@ -436,7 +468,7 @@ def test_wrong_input_is_refused() -> None:
     with refused("scope", "column"):
         prune_weights(model, [x], Wanda(), sparsity=0.5, scope="column")  # type: ignore[arg-type]
     with refused("damping", -1):
-        prune_weights(model, [x], Wanda(), sparsity=0.5, damping=-1)
+        prune_weights(model, [x], Wanda(), sparsity=0.5, damping=[-1])
     with refused("held_back", 1.5):
         prune_weights(model, [x], Wanda(), sparsity=0.5, held_back=1.5)
     for criterion in (Abs(), OBS()):

@@ -60,7 +60,7 @@ def test_every_row_is_the_least_squares_solution_on_what_it_keeps(kind: str) -> 
     bias = None if layer.bias is None else layer.bias.detach().clone().view(keep.shape[:2])
     now = torch.einsum("mgk,gok->mgo", rows, old) + (0 if bias is None else bias)
     fit.add(rows, given - now)
-    refit_support("layer", layer, fit, fit, keep, None, 1e-12)
+    refit_support("layer", layer, fit, fit, keep, None, [1e-12])
     for g in range(keep.shape[0]):
         for o in range(keep.shape[1]):
             columns = rows[:, g][:, keep[g, o]]
@@ -88,7 +88,7 @@ def test_the_ridge_is_that_of_the_equation() -> None:
     old = layer.weight.detach().clone()
     fit = Moments.none(1, 6, 1)
     fit.add(x[:, None], (y - x @ old.T)[:, None])
-    refit_support("layer", layer, fit, fit, keep, None, 0.3)
+    refit_support("layer", layer, fit, fit, keep, None, [0.3])
     kept = x[:, keep[0, 0]]
     ridge = 0.3 * float((x * x).sum(0).mean()) * torch.eye(4, dtype=DOUBLE)
     solved = torch.linalg.solve(kept.T @ kept + ridge, kept.T @ y + ridge @ old[:, keep[0, 0]].T)
@@ -134,7 +134,7 @@ def test_a_refit_that_helps_no_held_back_sample_is_dropped() -> None:
     masked = old * keep[0]
     lost = torch.einsum("mgk,gok->mgo", x, (masked - old)[None])
     judge.add(x, 2 * lost - y)
-    found = refit_support("layer", layer, fit, judge, keep, None, 1e-6)
+    found = refit_support("layer", layer, fit, judge, keep, None, [1e-6])
     assert torch.equal(layer.weight, masked)
     assert found.reason is not None
     zero = torch.zeros(1, 2, dtype=DOUBLE)
@@ -202,7 +202,7 @@ def test_a_layer_that_runs_twice_is_left_and_the_others_are_repaired() -> None:
 def test_wrong_input_is_refused() -> None:
     dense, small, masks = network()
     with refused("damping", -1):
-        masked_least_squares(small, dense, [random(9, 12)], masks, damping=-1)
+        masked_least_squares(small, dense, [random(9, 12)], masks, damping=[-1])
     with refused("nothing", "Sequential"):
         masked_least_squares(small, dense, [random(9, 12)], {"nothing": masks["0.weight"]})
     with refused("2.weight", [6, 24], [2, 2]):
