@@ -20,6 +20,7 @@ from gsprune.repair.lockstep import Visit
 from gsprune.structures.matrices import is_conv1d
 
 POSITIONS = 200_000  # rows of a layer that are read, over all batches
+FLAT = 1e-3  # a smaller slope of a norm makes nothing up
 _CONV = nn.modules.conv._ConvNd
 
 
@@ -119,6 +120,14 @@ def error(moments: Moments, weight: Tensor, bias: Tensor) -> Tensor:
     spread = ((weight @ moments.xx - 2 * moments.yx) * weight).sum(2) + moments.yy
     shift = (weight @ moments.mean_x[:, :, None])[:, :, 0] + bias - moments.mean_y
     return spread.clamp(min=0) / max(1, moments.n) + shift**2
+
+
+LACKS_NOTHING = "its output is the dense layer's"
+
+
+def noise(dtype: torch.dtype) -> float:
+    """The relative mean square error that sums have in this type: a smaller one is none."""
+    return (4 * torch.finfo(dtype).eps) ** 2
 
 
 # ---- layers as matrices
@@ -230,12 +239,23 @@ class Seen(NamedTuple):
     variance: float
 
 
-def moments_of(visit: Visit, *, kept: Tensor | None = None, residual: bool = False, most: int = POSITIONS) -> Seen:
+def moments_of(
+    visit: Visit,
+    *,
+    kept: Tensor | None = None,
+    residual: bool = False,
+    slope: Tensor | None = None,
+    most: int = POSITIONS,
+) -> Seen:
     """Of a visited layer, x what the small one reads and y what the dense one gave.
+
+    Where the visit has a residual stream, y is the dense sum less the small network's stream: what was lost before is
+    made up for.
 
     Args:
         kept: of the dense layer's output channels, those that the small layer has.
         residual: y is the dense output less what the small layer gives now, so that small errors stay exact.
+        slope: of each output channel, what a norm between the layer and the sum multiplies it by.
         most: rows that are read, over all batches.
     """
     small: Any = visit.small
@@ -249,10 +269,24 @@ def moments_of(visit: Visit, *, kept: Tensor | None = None, residual: bool = Fal
         rows = None if rows is None else rows.to(x.device)
         read, given = read_rows(small, x, rows), given_rows(small, y, rows, kept)
         whole.add(read[:, :, :0], given)
+        if visit.streams and visit.streams[i][0].shape == y.shape:
+            given = given + _lost(small, visit.streams[i], rows, kept, slope)
         (judge if visit.held_back[i] else fit).add(
             read, _residual(small, weight, read, given, device) if residual else given
         )
     return Seen(fit, judge, float(whole.yy.sum()) / max(1, whole.n))
+
+
+def _lost(
+    small: Any, streams: tuple[Tensor, Tensor], rows: Tensor | None, kept: Tensor | None, slope: Tensor | None
+) -> Tensor:
+    """What the dense stream holds more than the small one, as the layer would have to give it."""
+    dense, now = (given_rows(small, streams[0], rows, kept), given_rows(small, streams[1], rows))
+    lost = dense - now
+    if slope is None:
+        return lost
+    slope = slope.view(lost.shape[1:])
+    return torch.where(slope.abs() > FLAT, lost / slope, 0.0)
 
 
 def _residual(small: Any, weight: Tensor, read: Tensor, given: Tensor, device: torch.device) -> Tensor:

@@ -11,13 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.repair.calibrating import held_back_split
-from gsprune.repair.gram import Seen, error, matrix_of, moments_of, solve, why_no_matrix, write_matrix
+from gsprune.repair.gram import (
+    LACKS_NOTHING,
+    Seen,
+    error,
+    matrix_of,
+    moments_of,
+    noise,
+    solve,
+    why_no_matrix,
+    write_matrix,
+)
 from gsprune.repair.lockstep import CalledAgainError, Visit, lockstep
+from gsprune.repair.norms import NORMS, How, refit_norm, slope_of, why_no_norm
+from gsprune.repair.observing import Observed, Stream, observe
 from gsprune.repair.report import LayerRepair, RepairReport
+from gsprune.repair.undoing import undone_on_error
 from gsprune.surgery.cut_plan import CutPlan
 from gsprune.text.names import joined
 
 Which = Literal["consumers", "all"]
+_TWICE = "it is called more than once in a pass"
 DAMPING = (1e-3, 1e-2, 1e-1)
 WIDEST = 8192  # columns of a group: a Gram matrix of them takes half a gigabyte
 
@@ -30,7 +44,9 @@ def least_squares(
     *,
     damping: Sequence[float] = DAMPING,
     held_back: float = 0.2,
-    layers: Which | Sequence[str] = "consumers",
+    layers: Which | Sequence[str] = "all",
+    norms: How | None = "affine",
+    streams: bool = True,
 ) -> RepairReport:
     """Refit layers of a cut network, in place, to the outputs of the dense network's layers on some samples.
 
@@ -48,7 +64,11 @@ def least_squares(
         batches: inputs as the networks are called with, or pairs or mappings with labels, which are not used.
         damping: values of lambda to choose from, as shares of the mean square of the columns.
         held_back: the share of samples that chooses and judges.
-        layers: "consumers", those that lost columns; "all"; or names of modules.
+        layers: "all"; "consumers", those that lost columns; or names of modules.
+        norms: whether the scale and shift of normalisation layers are fitted ("affine"), or a BatchNorm's "statistics"
+            are re-estimated; None leaves them.
+        streams: whether a layer that adds into a residual stream makes up for what the stream has lost before:
+            its y is the dense sum less the small network's stream.
 
     Returns:
         The error of each layer's output before and after, and why a layer was left as it was.
@@ -76,35 +96,23 @@ def least_squares(
     """
     damping = checked_damping(damping)
     inputs, is_held_back = held_back_split(batches, held_back)
-    wanted, left = _layers(small, dense, plan, layers)
+    seen = observe(dense, inputs[0])
+    meant = _meant(small, plan, layers, norms)
+    left = _left(small, dense, plan, meant, norms, seen)
     if not any(is_held_back):
-        why = "there is one sample only, and none can be held back to judge by"
-        return RepairReport(tuple(LayerRepair(name, reason=why) for name in [*left, *wanted]))
-    before = {
-        name: [t.detach().clone() for t in small.get_submodule(name)._parameters.values() if t is not None]
-        for name in wanted
-    }
+        left |= dict.fromkeys(meant, "there is one sample only, and none can be held back to judge by")
+    order = [*seen.order, *(name for name in meant if name not in seen.order)]  # an attention does not call its parts
     while True:
-        repair, why_left = _Repair(plan, damping), dict(left)
+        repair, why_left = _Repair(small, plan, damping, norms, seen.streams if streams else {}), dict(left)
+        wanted = [name for name in order if name in meant and name not in left]
+        watched = {name: seen.streams[name].place for name in wanted if streams and name in seen.streams}
         try:
-            lockstep(dense, small, inputs, wanted, repair, held_back=is_held_back, left=why_left)
-        except BaseException as problem:
-            _restore(small, before)
-            if not isinstance(problem, CalledAgainError):
-                raise
-            left[problem.name] = "it is called more than once in a pass"
-            wanted = [name for name in wanted if name != problem.name]
+            with undone_on_error(small, wanted):
+                lockstep(dense, small, inputs, wanted, repair, held_back=is_held_back, watched=watched, left=why_left)
+        except CalledAgainError as error:
+            left[error.name] = _TWICE
             continue
-        found = [*repair.layers, *(LayerRepair(name, reason=why) for name, why in why_left.items())]
-        return RepairReport(tuple(found))
-
-
-@torch.no_grad()
-def _restore(small: nn.Module, values: Mapping[str, Sequence[Tensor]]) -> None:
-    for name, tensors in values.items():
-        here = [t for t in small.get_submodule(name)._parameters.values() if t is not None]
-        for tensor, value in zip(here, tensors, strict=True):
-            tensor.copy_(value)
+        return RepairReport((*repair.layers, *(LayerRepair(name, reason=why) for name, why in why_left.items())))
 
 
 def checked_damping(damping: Sequence[float]) -> list[float]:
@@ -117,38 +125,50 @@ def checked_damping(damping: Sequence[float]) -> list[float]:
 # ---- which layers
 
 
-def _layers(
-    small: nn.Module, dense: nn.Module, plan: CutPlan | None, layers: Which | Sequence[str]
-) -> tuple[list[str], dict[str, str]]:
-    """Names of the modules to repair, and others that were meant -> why they are left."""
-    modules, kept = dict(small.named_modules()), plan.kept if plan else {}
-    if isinstance(layers, str):
-        if layers not in ("consumers", "all"):
-            raise ValueError(f'layers is {layers!r}: it must be "consumers", "all" or a list of names')
-        lost = {name.rpartition(".")[0] for name, cuts in kept.items() if 1 in cuts}
-        is_all = layers == "all" or plan is None
-        meant = [name for name, m in modules.items() if name in lost or (is_all and why_no_matrix(m) is None)]
-    else:
-        meant = [*layers]
-        for name in meant:
+def _meant(small: nn.Module, plan: CutPlan | None, layers: Which | Sequence[str], norms: How | None) -> list[str]:
+    """Names of the modules to repair, if they can be."""
+    modules = dict(small.named_modules())
+    if not isinstance(layers, str):
+        for name in layers:
             if name not in modules:
                 raise ValueError(f"layers names {name!r}, which is no module of {type(small).__name__}")
+        return [*layers]
+    if layers not in ("consumers", "all"):
+        raise ValueError(f'layers is {layers!r}: it must be "consumers", "all" or a list of names')
+    lost = {name.rpartition(".")[0] for name, cuts in plan.kept.items() if 1 in cuts} if plan else set()
+    is_all = layers == "all" or plan is None
+    return [
+        name
+        for name, m in modules.items()
+        if name in lost or (is_all and why_no_matrix(m) is None) or (norms and isinstance(m, NORMS))
+    ]
+
+
+def _left(
+    small: nn.Module, dense: nn.Module, plan: CutPlan | None, meant: Sequence[str], norms: How | None, seen: Observed
+) -> dict[str, str]:
+    """Those of the modules that cannot be repaired -> why."""
+    modules, left = dict(small.named_modules()), dict[str, str]()
     owners = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
-    reasons = {name: _why_not(modules[name], owners) for name in meant}
     for name in meant:
-        if reasons[name] is None:
-            _check_fits(name, modules[name], dense, kept)
-    return [n for n in meant if reasons[n] is None], {n: why for n, why in reasons.items() if why is not None}
+        module = modules[name]
+        reason = why_no_norm(module, norms or "affine") if isinstance(module, NORMS) else _why_not(module)
+        if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
+            reason = reason or "it shares its weight with another module"
+        if seen.calls[name] > 1:
+            reason = reason or _TWICE
+        if reason is not None:
+            left[name] = reason
+        elif not isinstance(module, NORMS):
+            _check_fits(name, module, dense, plan.kept if plan else {})
+    return left
 
 
-def _why_not(module: Any, owners: Mapping[int, int]) -> str | None:
+def _why_not(module: Any) -> str | None:
     reason = why_no_matrix(module)
-    if reason is not None:
-        return reason
-    if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
-        return "it shares its weight with another module"
-    columns = matrix_of(module).shape[2]
-    return f"it has {columns} columns, more than {WIDEST}" if columns > WIDEST else None
+    if reason is None and (columns := matrix_of(module).shape[2]) > WIDEST:
+        return f"it has {columns} columns, more than {WIDEST}"
+    return reason
 
 
 def _check_fits(name: str, module: Any, dense: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
@@ -170,18 +190,32 @@ def _check_fits(name: str, module: Any, dense: nn.Module, kept: Mapping[str, Map
 class _Repair:
     """Refits each visited layer, and notes how that went."""
 
-    def __init__(self, plan: CutPlan | None, damping: Sequence[float]) -> None:
-        self._kept, self._damping = plan.kept if plan else {}, damping
+    def __init__(
+        self,
+        small: nn.Module,
+        plan: CutPlan | None,
+        damping: Sequence[float],
+        norms: How | None,
+        streams: Mapping[str, Stream],
+    ) -> None:
+        self._small, self._kept, self._damping = small, plan.kept if plan else {}, damping
+        self._norms, self._streams = norms, streams
         self.layers: list[LayerRepair] = []
 
     def __call__(self, visit: Visit) -> None:
         kept = self._kept.get(joined(visit.name, "weight"), {}).get(0)
-        self.layers.append(refit(visit.name, visit.small, moments_of(visit, kept=kept, residual=True), self._damping))
+        if self._norms and isinstance(visit.small, NORMS):
+            self.layers.append(refit_norm(visit, kept, self._norms))
+            return
+        norm = self._streams[visit.name].norm if visit.streams else None
+        slope = None if norm is None else slope_of(self._small.get_submodule(norm))
+        seen = moments_of(visit, kept=kept, residual=True, slope=slope)
+        self.layers.append(refit(visit.name, visit.small, seen, self._damping))
 
 
 @torch.no_grad()
 def refit(name: str, layer: Any, seen: Seen, damping: Sequence[float]) -> LayerRepair:
-    """Change a layer by what it lacks, the y of the moments; each group where its error falls on the held-back part."""
+    """Change a layer by what it lacks, y of the moments; each group where its error falls on the held-back part."""
     fit, judge = seen.fit, seen.judge
     if not (fit.is_finite and judge.is_finite):
         return LayerRepair(name, reason="what it reads or should give is not finite")
@@ -201,6 +235,8 @@ def refit(name: str, layer: Any, seen: Seen, damping: Sequence[float]) -> LayerR
         )
     size = seen.variance or 1.0
     was, now = (float(part.sum()) / size for part in (before, best))
+    if was <= noise(matrix_of(layer).dtype):
+        return LayerRepair(name, was, was, reason=LACKS_NOTHING)
     if not now < was:
         return LayerRepair(name, was, was, reason="no fit lowers its error on the held-back samples")
     old = matrix_of(layer)

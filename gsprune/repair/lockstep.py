@@ -50,7 +50,7 @@ class Visit:
     """
 
     name: str
-    dense: nn.Module
+    dense: nn.Module | None
     small: nn.Module
     inputs: list[Tensor]
     dense_inputs: list[Tensor]
@@ -68,7 +68,7 @@ class CalledAgainError(RuntimeError):
 
 
 def lockstep(
-    dense: nn.Module,
+    dense: nn.Module | None,
     small: nn.Module,
     batches: Sequence[Example],
     names: Sequence[str],
@@ -85,6 +85,7 @@ def lockstep(
     network's.
 
     Args:
+        dense: None: the small one runs alone.
         batches: what the networks are called with, on any device.
         names: modules of both networks, each called once in a pass; of two that passes reach in another order the
             first is left.
@@ -110,13 +111,14 @@ def lockstep(
     >>> torch.equal(small[0].weight, dense[0].weight)
     True
     """
-    for model in (dense, small):
+    models = [model for model in (dense, small) if model is not None]
+    for model in models:
         refuse_wrapped(model)
-    own = {id(parameter) for parameter in dense.parameters()}
-    if any(id(parameter) in own for parameter in small.parameters()):
+    own = {id(parameter) for parameter in small.parameters()}
+    if dense is not None and any(id(parameter) in own for parameter in dense.parameters()):
         raise ValueError("the dense network and the small one share parameters: they must be networks of their own")
     run = _Lockstep(dense, small, names, visit, list(held_back), watched or {}, {} if left is None else left)
-    with evaluating([dense, small]), same_randomness(dense), no_fast_path(), torch.no_grad():
+    with evaluating(models), same_randomness(small), no_fast_path(), torch.no_grad():
         return run(batches)
 
 
@@ -240,7 +242,7 @@ class _Lockstep:
 
     def __init__(
         self,
-        dense: nn.Module,
+        dense: nn.Module | None,
         small: nn.Module,
         names: Sequence[str],
         visit: Callable[[Visit], None],
@@ -258,16 +260,16 @@ class _Lockstep:
     def __call__(self, batches: Sequence[Example]) -> list[str]:
         before = torch.get_num_threads()
         threads = max(1, min(before, POOLED // max(1, 2 * len(batches))))
-        pairs: list[tuple[_Runner, _Runner]] = []
+        dense: list[_Runner] = []
+        small: list[_Runner] = []
         try:
             with ExitStack() as stack:
                 stack.enter_context(hooked(self._hooks()))
                 for seed, batch in enumerate(batches):
-                    pair = tuple(
-                        self._runner(model, batch, seed, threads, stack) for model in (self._dense, self._small)
-                    )
-                    pairs.append(pair)  # type: ignore[arg-type]
-                self._run(pairs, before)
+                    if self._dense is not None:
+                        dense.append(self._runner(self._dense, batch, seed, threads, stack))
+                    small.append(self._runner(self._small, batch, seed, threads, stack))
+                self._run(dense, small, before)
         finally:
             if torch.get_num_threads() != before:
                 torch.set_num_threads(before)
@@ -280,12 +282,13 @@ class _Lockstep:
         self._runners[runner.ident] = runner
         return runner
 
-    def _run(self, pairs: Sequence[tuple[_Runner, _Runner]], threads: int) -> None:
-        while self._wanted and pairs:
-            for runner in (runner for pair in pairs for runner in pair):
-                if runner.at is None or runner.at not in self._wanted:
+    def _run(self, dense: Sequence[_Runner], small: Sequence[_Runner], threads: int) -> None:
+        runners = [*dense, *small]
+        while self._wanted and runners:
+            for runner in runners:
+                if runner.at not in self._wanted:
                     self._resume(runner)
-            places = {runner.at for pair in pairs for runner in pair}
+            places = {runner.at for runner in runners}
             here = min((place for place in places if place is not None), key=self._names.index, default=None)
             if here is None:
                 self._leave(self._wanted, "a pass does not reach it")
@@ -293,11 +296,11 @@ class _Lockstep:
                 self._leave({here}, "the passes of the two networks, or of the batches, differ there")
             else:
                 torch.set_num_threads(threads)
-                self._visit(self._seen(here, pairs))
+                self._visit(self._seen(here, dense, small))
                 self._visited.append(here)
                 self._wanted.discard(here)
-        if pairs and self._visited:  # one batch goes on to its end: no visited layer may be called again
-            self._resume(pairs[0][0])
+        if self._visited:  # one batch goes on to its end: no visited layer may be called again
+            self._resume(runners[0])
 
     def _resume(self, runner: _Runner) -> None:
         runner.resume()
@@ -311,33 +314,41 @@ class _Lockstep:
             self._left[name] = why
             self._wanted.discard(name)
 
-    def _seen(self, name: str, pairs: Sequence[tuple[_Runner, _Runner]]) -> Visit:
+    def _seen(self, name: str, dense: Sequence[_Runner], small: Sequence[_Runner]) -> Visit:
         place = self._watched.pop(name, None)
         streams = [
-            (dense.noted.pop(place), small.noted.pop(place))
-            for dense, small in pairs
-            if place is not None and place in dense.noted and place in small.noted
+            (_as_projected(self._small, name, a.noted[place]), _as_projected(self._small, name, b.noted[place]))
+            for a, b in zip(dense, small, strict=False)
+            if place is not None and place in a.noted and place in b.noted
         ]
+        self._forget(place, (*dense, *small))
         return Visit(
             name,
-            _home(self._dense, name)[0],
+            self._dense and home_of_layer(self._dense, name)[0],
             self._small.get_submodule(name),
-            [small.read for _, small in pairs if small.read is not None],
-            [dense.read for dense, _ in pairs if dense.read is not None],
-            [dense.gave for dense, _ in pairs if dense.gave is not None],
+            [runner.read for runner in small if runner.read is not None],
+            [runner.read for runner in dense if runner.read is not None],
+            [runner.gave for runner in dense if runner.gave is not None],
             self._held_back,
-            streams if len(streams) == len(pairs) else [],
+            streams if len(streams) == len(small) else [],
         )
+
+    def _forget(self, place: Place | None, runners: Sequence[_Runner]) -> None:
+        if place is not None and place not in self._watched.values():
+            for runner in runners:
+                runner.noted.pop(place, None)
 
     # ---- hooks
 
     def _hooks(self) -> Iterator[RemovableHandle]:
         for place in dict.fromkeys(self._watched.values()):
             for model in (self._dense, self._small):
+                assert model is not None
                 yield from self._watch(model.get_submodule(place.module), place)
         for name in sorted(self._wanted):
-            home, is_attention = _home(self._dense, name)
-            yield home.register_forward_hook(partial(self._after, name, is_attention), with_kwargs=True)
+            if self._dense is not None:
+                home, is_attention = home_of_layer(self._dense, name)
+                yield home.register_forward_hook(partial(self._after, name, is_attention), with_kwargs=True)
             yield self._small.get_submodule(name).register_forward_pre_hook(
                 partial(self._before, name), with_kwargs=True
             )
@@ -359,8 +370,8 @@ class _Lockstep:
 
     def _after(self, name: str, is_attention: bool, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         gave = next(tensors_in(output), None)
-        if is_attention and gave is not None and gave.dim() == 3 and not module.batch_first:
-            gave = gave.transpose(0, 1)  # as its output projection gives it
+        if is_attention and gave is not None:
+            gave = _as_projected(self._small, name, gave)
         self._stop(name, next(tensors_in((args, kwargs)), None), gave)
 
     def _stop(self, name: str, read: Tensor | None, gave: Tensor | None) -> None:
@@ -373,7 +384,15 @@ class _Lockstep:
             runner.stop(name, read, gave)
 
 
-def _home(dense: nn.Module, name: str) -> tuple[nn.Module, bool]:
+def _as_projected(model: nn.Module, name: str, outside: Tensor) -> Tensor:
+    """A tensor beside an `nn.MultiheadAttention` in the order of its output projection: batch, token, feature."""
+    path, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(path)
+    is_turned = leaf == "out_proj" and isinstance(parent, nn.MultiheadAttention) and not parent.batch_first
+    return outside.transpose(0, 1) if is_turned and outside.dim() == 3 else outside
+
+
+def home_of_layer(dense: nn.Module, name: str) -> tuple[nn.Module, bool]:
     """The module whose output is that of the layer, and whether that is an attention that does not call the layer."""
     path, _, leaf = name.rpartition(".")
     parent = dense.get_submodule(path)

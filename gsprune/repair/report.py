@@ -53,7 +53,7 @@ class RepairReport:
         return {layer.name: layer.reason for layer in self.layers if layer.reason is not None}
 
     def __repr__(self) -> str:
-        lines = [self._summary(), *_aligned([_HEAD, *self._rows()])] if self.repaired else [self._summary()]
+        lines = [self._summary(), *_aligned([_HEAD, *self._rows()])] if self._rows() else [self._summary()]
         left = ["Left as they were:", *(f"  {text}" for text in lines_by_reason(self.left))] if self.left else []
         return "\n".join([*lines, *left])
 
@@ -62,8 +62,8 @@ class RepairReport:
         return html_table(_HEAD, rows)
 
     def _summary(self) -> str:
-        done = self.repaired
-        first = f"Repaired {len(done)} of {len(self.layers)} layer{'s' if len(self.layers) != 1 else ''}"
+        first = f"Repaired {len(self.repaired)} of {len(self.layers)} layer{'s' if len(self.layers) != 1 else ''}"
+        done = [layer for layer in self.repaired if not math.isnan(layer.after)]
         if not done:
             return first
         before, after = (_median([getattr(layer, side) for layer in done]) for side in ("before", "after"))
@@ -80,6 +80,7 @@ class RepairReport:
                 "" if layer.damping is None else f"{layer.damping:g}",
             )
             for layer in self.repaired
+            if not math.isnan(layer.after)
         ]
 
 

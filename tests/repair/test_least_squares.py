@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gsprune.discovery.find import find_structures
 from gsprune.repair import RepairReport, least_squares
+from gsprune.repair.gram import LACKS_NOTHING
 from gsprune.surgery.cut_plan import CutPlan
 from gsprune.surgery.shrink import mask_units, shrink
 
@@ -87,6 +88,8 @@ def test_linear_layers_are_those_of_numpy() -> None:
     before = copy.deepcopy(small)
     report = least_squares(small, dense, [x], plan, damping=EXACT)
     assert [layer.name for layer in report.repaired] == ["2", "4"]
+    assert report.layers[0].name == "0"
+    assert report.layers[0].reason == LACKS_NOTHING
     for name in ("2", "4"):  # each reads what the repaired layers before it give
         read, gave = read_by(small, name, fit_part(x)), read_by(dense, name, fit_part(x), gave=True)
         kept = plan.kept[f"{name}.weight"].get(0)
@@ -210,13 +213,11 @@ def test_masked_equals_cut_after_repair(name: str) -> None:
     report = least_squares(small, dense, [x], plan)
     assert report.repaired
     tensors = dict(masked.named_parameters())
-    for key in (f"{layer.name}.{leaf}" for layer in report.repaired for leaf in ("weight", "bias")):
-        if key not in tensors:
-            continue
+    for key, value in small.named_parameters():
         kept = plan.kept.get(key, {})
         places = [kept.get(dim, torch.arange(size)) for dim, size in enumerate(tensors[key].shape)]
         with torch.no_grad():
-            tensors[key][torch.meshgrid(*places, indexing="ij")] = small.get_parameter(key)
+            tensors[key][torch.meshgrid(*places, indexing="ij")] = value
     torch.testing.assert_close(masked(x), small(x), rtol=0, atol=1e-10)
 
 
@@ -266,7 +267,7 @@ def test_it_comes_nearer_to_the_dense_network_on_other_data() -> None:
 def test_singular_moments_do_no_harm(inputs: Tensor) -> None:
     dense, small, plan, _ = cut(nets.mlp(), vectors())
     found = errors(least_squares(small, dense, [inputs], plan, damping=[0.0, 1e-2]))
-    assert set(found) == {"2", "4"}
+    assert set(found) == {"0", "2", "4"}
     assert all(after <= before for before, after in found.values())
     assert all(bool(p.isfinite().all()) for p in small.parameters())
 
@@ -280,7 +281,7 @@ def test_of_one_sample_nothing_is_held_back_and_nothing_repaired() -> None:
     before = copy.deepcopy(small)
     report = least_squares(small, dense, [vectors(1)], plan)
     assert unchanged(small, before)
-    assert set(report.left) == {"2", "4"}
+    assert set(report.left) == {"0", "2", "4"}
 
 
 def test_values_that_are_not_finite_leave_the_layer() -> None:
@@ -289,16 +290,16 @@ def test_values_that_are_not_finite_leave_the_layer() -> None:
     x[3, 2] = math.nan
     report = least_squares(small, dense, [x], plan)
     assert unchanged(small, before)
-    assert set(report.left) == {"2", "4"}
+    assert set(report.left) == {"0", "2", "4"}
 
 
 def test_half_precision() -> None:
     x = images()
     dense, small, plan, _ = cut(nets.ResNet(), x)
     dense, small = dense.to(torch.float16), small.to(torch.float16)
-    found = errors(least_squares(small, dense, x.half().split(4), plan))
-    assert found
-    assert all(after < before for before, after in found.values())
+    report = least_squares(small, dense, x.half().split(4), plan)
+    assert {"conv1", "conv2", "head"} <= {layer.name for layer in report.repaired}
+    assert all(layer.after < layer.before for layer in report.repaired)
 
 
 def test_the_dense_network_stays_as_it_was() -> None:
