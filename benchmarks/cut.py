@@ -35,7 +35,9 @@ from torch import nn
 
 RESULTS = Path(__file__).with_name("cut.json")
 SHARES = (0.5, 0.25, 0.125)  # of the MACs that stay: 2x, 4x, 8x fewer
-SEEDS = 5
+SEEDS = 5  # of calibration data, without training
+TUNED_SEEDS = 3
+LANGUAGE_SEEDS = 2
 NEAR = 0.03  # how far from the wanted share the MACs may be, of it
 LANGUAGE = "smollm2"
 QUARTER = 0.25  # of all neurons of smollm2's MLPs go
@@ -128,12 +130,12 @@ def compare(name: str, results: Results, given: argparse.Namespace) -> None:
     if (dense := Results.key(name, "dense")) not in results:
         results.add(dense, metric=one.evaluate(one.model, tests), macs=bench.macs)
     shares = SHARES if name != LANGUAGE else (quarter(bench),)
-    for seed in range(given.seeds):
+    for seed in range(given.seeds if name != LANGUAGE else min(given.seeds, LANGUAGE_SEEDS)):
         batches = one.calibration(seed)
         for label, method in methods_of(name, bench, given.packages).items():
             if given.methods and not any(fnmatch.fnmatch(label, pattern) for pattern in given.methods):
                 continue
-            stages = ["cut"] + ["tuned"] * (given.tuned and label in TUNED and name != LANGUAGE)
+            stages = ["cut"] + ["tuned"] * (given.tuned and label in TUNED and name != LANGUAGE and seed < TUNED_SEEDS)
             missing = [s for s in shares if any(Results.key(name, s, label, g, seed) not in results for g in stages)]
             if missing:
                 run(bench, label, method, batches, seed, missing, stages, tests, results)
@@ -243,7 +245,7 @@ def weights(results: Results, given: argparse.Namespace) -> None:
         "Wanda": {"criterion": Wanda(), "repair": False},
         "Wanda, repaired": {"criterion": Wanda()},
     }
-    for seed in range(given.seeds):
+    for seed in range(min(given.seeds, LANGUAGE_SEEDS)):
         batches = one.calibration(seed)
         for pattern, options in (("50 %", {"sparsity": 0.5}), ("2:4", {"pattern": "2:4"})):
             for label, way in ways.items():

@@ -237,7 +237,7 @@ def efficientnet_mnist(cache: Path) -> Task:
         return ((x - 0.45) / 0.225).expand(-1, 3, -1, -1)
 
     train, test = (mnist(cache, part, prepare) for part in ("train", "t10k"))
-    test = Data(test.inputs[:2000], test.targets[:2000], prepare=prepare)
+    test = Data(test.inputs[:1000], test.targets[:1000], prepare=prepare)
     model = EfficientNet.from_name("efficientnet-lite0", num_classes=10, image_size=64, dropout_rate=0.0)
     model._global_params = model._global_params._replace(drop_connect_rate=0.0)
     weights = torch.load(next((cache / "efficientnet").glob("*.pth")), weights_only=True)
