@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -13,9 +13,24 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from gsprune.cost.budgets import KINDS
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import OBS, Criterion, Fisher
+from gsprune.cutting.bounds import check_confidence
 from gsprune.cutting.calibration import Calibration, Loss
+from gsprune.cutting.how_much import (
+    SHARES,
+    Evaluate,
+    HowMuch,
+    check_enough,
+    check_max_drop,
+    compared,
+    is_of_samples,
+    largest_cut,
+    number_of,
+    value_of,
+    values_of,
+)
 from gsprune.cutting.progress import Line, Report, silent
 from gsprune.cutting.scoring import gate_gradients, readers, sharing_copy, unit_scores
 from gsprune.cutting.weights import PrunedWeights, WeightScope, prune_weights
@@ -38,7 +53,6 @@ if TYPE_CHECKING:
     from gsprune.repair.report import RepairReport
 
 Repair = Literal["least_squares"]
-Evaluate = Callable[[nn.Module], Any]
 REPAIRS = ("least_squares",)
 
 
@@ -68,6 +82,8 @@ class Cut:
     structures  what the masks are of
     skipped     what cannot be cut -> why
     dense, small   cost and loss of both networks
+    how_much    what it costs of what `evaluate` measures, how sure that is, and what was tried; None where that is not
+                known: without `evaluate`, or where it gave one number and nothing was searched for
     criterion   what scored
     repaired    layer by layer, what the repair did; None without one
     samples     of calibration data
@@ -85,6 +101,7 @@ class Cut:
     repaired: RepairReport | None
     samples: int
     seconds: float
+    how_much: HowMuch | None = None
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the network as `gsprune.save_pruned` does; `gsprune.load_pruned` reads it."""
@@ -106,8 +123,10 @@ class Cut:
             rows.append(
                 ("loss", f"{self.dense.loss:.4g} -> {self.small.loss:.4g} on the {self.samples} calibration samples")
             )
-        if isinstance(self.dense.value, float) and isinstance(self.small.value, float):
-            rows.append(("evaluate", f"{self.dense.value:.4g} -> {self.small.value:.4g}"))
+        if self.how_much is not None:
+            rows.append(("evaluate", str(self.how_much)))
+        elif (before := number_of(self.dense.value)) is not None and (after := number_of(self.small.value)) is not None:
+            rows.append(("evaluate", f"{before:.4g} -> {after:.4g}"))
         if self.repaired is not None:
             rows.append(("repaired", str(self.repaired)))
         if self.skipped:
@@ -134,6 +153,9 @@ def cut(
     params: float | None = None,
     latency: float | None = None,
     sparsity: float | None = None,
+    max_drop: float | None = None,
+    evaluate: Evaluate | None = None,
+    confidence: float = 0.95,
     pattern: None = None,
     criterion: Criterion | None = None,
     rules: Sequence[Rule] | None = None,
@@ -142,7 +164,6 @@ def cut(
     exclude: Sequence[str] = (),
     repair: Repair | None = "least_squares",
     calibration: int = 512,
-    evaluate: Evaluate | None = None,
     example_input: Any = None,
     progress: bool | Report = True,
 ) -> Cut: ...
@@ -171,6 +192,9 @@ def cut(
     params: float | None = None,
     latency: float | None = None,
     sparsity: float | None = None,
+    max_drop: float | None = None,
+    evaluate: Evaluate | None = None,
+    confidence: float = 0.95,
     pattern: str | Pattern | None = None,
     scope: WeightScope | None = None,
     criterion: Criterion | None = None,
@@ -180,7 +204,6 @@ def cut(
     exclude: Sequence[str] = (),
     repair: Repair | None = "least_squares",
     calibration: int = 512,
-    evaluate: Evaluate | None = None,
     example_input: Any = None,
     progress: bool | Report = True,
 ) -> Cut | PrunedWeights:
@@ -193,6 +216,10 @@ def cut(
     With a `pattern` single weights are zeroed instead (`gsprune.cutting.weights.prune_weights`), and what is left of
     each row is refitted.
 
+    With `max_drop` it is the largest cut of those to 94, 88, 83, ... % of the MACs that is certified to lose no more.
+    They are made and evaluated from the mildest on, until one is not certified (`gsprune.cutting.how_much`). Samples
+    that `evaluate` reads must not be in `batches`: a repaired network is better on samples that repaired it.
+
     Args:
         model: stays as it is.
         batches: pairs (inputs, targets); or mappings, for networks that return their own loss; or inputs alone, for
@@ -200,6 +227,11 @@ def cut(
         loss: loss(outputs, targets) -> scalar.
         macs, params, latency: share of the dense network's cost that may stay, in (0, 1).
         sparsity: share of units that goes, in every structure; with a pattern, of weights.
+        max_drop: points of 100 that `evaluate` may fall by, instead of a share.
+        evaluate: network -> one value for each sample in [0, 1], higher is better, always of the same samples, as
+            `gsprune.cutting.how_much.right_or_wrong(batches)` gives: then the drop is bounded with the confidence. Or
+            one number, which is shown of both networks; it certifies nothing, and `max_drop` takes it for true.
+        confidence: of the bound of the drop, in [0.5, 1).
         pattern: "1x1" (single weights), a tile "NxM", or a block "N:M"; None: whole units.
         scope: of a pattern: "row", "layer" or "global"; None: what is usual for the criterion.
         criterion: how to score; None: `OBS` where the repair is least squares, else `Fisher`; `SparseGPT` with a
@@ -208,13 +240,13 @@ def cut(
         kinds, include, exclude: as of `gsprune.Rule`.
         repair: "least_squares" or None.
         calibration: samples that are read.
-        evaluate: evaluate(network) -> a number that is shown of both networks.
         example_input: what the network is traced with; None: two samples of the calibration data.
         progress: a line on the terminal, nothing, or a function of (what, share done).
 
     Raises:
         ValueError: a setting out of its range or without effect; no batches, or batches without what the loss needs;
-            nothing can be cut; the budget is below what can stay.
+            nothing can be cut; the budget is below what can stay; `max_drop` cannot be certified even of the smallest
+            cut, with the drop that can and the samples it takes.
 
     Source: Kwon et al., "A fast post-training pruning framework for transformers", 2022, for the masks and their
     rearrangement; Hassibi and Stork, "Optimal brain surgeon", 1993, for removal with repair.
@@ -230,11 +262,12 @@ def cut(
         >>> sparse.report.sparsity, int(sparse.model[0].weight.count_nonzero())
         (0.5, 16)
     """
-    given = {"macs": macs, "params": params, "latency": latency, "sparsity": sparsity}
+    given = {"macs": macs, "params": params, "latency": latency, "sparsity": sparsity, "max_drop": max_drop}
     check_repair(repair)
+    check_confidence(confidence)
     if pattern is not None:
-        units = {"macs": macs, "params": params, "latency": latency, "rules": rules, "kinds": kinds}
-        _refuse_of_units({**units, "evaluate": evaluate, "example_input": example_input}, pattern)
+        units = {"macs": macs, "params": params, "latency": latency, "max_drop": max_drop, "evaluate": evaluate}
+        _refuse_of_units({**units, "rules": rules, "kinds": kinds, "example_input": example_input}, pattern)
         with shown(progress) as report:
             return prune_weights(
                 model,
@@ -253,12 +286,77 @@ def cut(
     _refuse_of_weights(criterion, scope)
     if rules is None:
         name, share = _amount(given)
+        if name == "max_drop":
+            check_max_drop(share)
+            name, share = "macs", SHARES[0]
         chosen = [one_rule(name, share, criterion, repair, kinds=kinds, include=include, exclude=exclude)]
     else:
         chosen = _checked_rules(rules, {**given, "criterion": criterion})
+    if max_drop is not None and evaluate is None:
+        raise ValueError(f"max_drop={max_drop:g} needs evaluate, which says what a network loses")
+    check_model(model)
     with shown(progress) as report:
+        report("evaluating the dense network", 0.0)
+        base = None if evaluate is None else value_of(evaluate, model)
+        if max_drop is not None:
+            check_enough(values_of(base), max_drop, confidence)
         cutter = Cutter(model, batches, loss, chosen, samples=calibration, example_input=example_input, report=report)
-        return cutter.cut(chosen, repair=repair, evaluate=evaluate)
+        if max_drop is not None:
+            assert evaluate is not None
+            return _within(cutter, chosen[0], base, evaluate, max_drop, confidence, repair=repair)
+        found = cutter.cut(chosen, repair=repair)
+        if evaluate is None:
+            return found
+        report("evaluating the cut network", 0.0)
+        return evaluated(found, base, value_of(evaluate, found.model), confidence)
+
+
+def _within(
+    cutter: Cutter,
+    rule: Rule,
+    base: Any,
+    evaluate: Evaluate,
+    max_drop: float,
+    confidence: float,
+    *,
+    repair: Repair | None,
+) -> Cut:
+    """The largest cut by a rule that loses at most `max_drop` points."""
+    given: dict[int, Any] = {}
+
+    def cut_to(share: float) -> tuple[Cut, nn.Module]:
+        found = cutter.cut([replace(rule, budget={"macs": share})], repair=repair)
+        return found, found.model
+
+    def measure(network: nn.Module) -> Any:
+        given[id(network)] = value_of(evaluate, network)
+        return given[id(network)]
+
+    found, how_much = largest_cut(
+        values_of(base), cut_to, measure, max_drop=max_drop, confidence=confidence, note=cutter.report
+    )
+    return replace(
+        found,
+        dense=replace(found.dense, value=base),
+        small=replace(found.small, value=given[id(found.model)]),
+        how_much=how_much,
+        seconds=cutter.seconds,
+    )
+
+
+def evaluated(found: Cut, base: Any, value: Any, confidence: float) -> Cut:
+    """The same cut with what `evaluate` gave of the dense network and of the small one; a bound, of values of samples.
+
+    Raises:
+        ValueError: they are of different samples.
+    """
+    found = replace(found, dense=replace(found.dense, value=base), small=replace(found.small, value=value))
+    if not is_of_samples(base):
+        return found
+    of, share = "params", found.small.params / found.dense.params
+    if found.dense.macs and found.small.macs:
+        of, share = "macs", found.small.macs / found.dense.macs
+    return replace(found, how_much=compared(values_of(base), values_of(value), share, confidence, of=KINDS[of]))
 
 
 class Cutter:
@@ -282,13 +380,11 @@ class Cutter:
         example_input: Any = None,
         report: Report = silent,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
+        check_model(model)
         from gsprune.discovery.find import find_structures  # heavy: imports torch-pruning
 
         self._since = time.perf_counter()
-        refuse_wrapped(model)
-        self.model, self._report = model, report
+        self.model, self.report = model, report
         self.data = batches if isinstance(batches, Calibration) else Calibration(batches, loss, samples=samples)
         if any(_needs_loss(rule.criterion) for rule in rules) or loss is not None:
             self.data.check_loss()
@@ -303,9 +399,12 @@ class Cutter:
         self.scores = [self._scored(self._part(rule)) for rule in rules]
         self.dense = self._size(model)
 
-    def cut(
-        self, rules: Sequence[Rule], *, repair: Repair | None = "least_squares", evaluate: Evaluate | None = None
-    ) -> Cut:
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.perf_counter() - self._since
+
+    def cut(self, rules: Sequence[Rule], *, repair: Repair | None = "least_squares") -> Cut:
         """The network that these rules leave.
 
         Raises:
@@ -320,16 +419,13 @@ class Cutter:
             for target, keep in zip(part.unit_targets, masks, strict=True):
                 structures.append(target.structure)
                 keeps.append(self._exchanged(rule.criterion, target.name, keep.reshape(-1).cpu()))
-        self._report("cutting", 0.0)
+        self.report("cutting", 0.0)
         check_shrink(self.model, structures, keeps, example_input=self.example)
         plan = plan_cut(structures, keeps)
         small = copy_of(self.model)
         apply_cut(small, plan)
         small.eval()
         repaired = self._repair(small, plan, repair)
-        dense, after = self.dense, self._size(small)
-        if evaluate is not None:
-            dense, after = replace(dense, value=evaluate(self.model)), replace(after, value=evaluate(small))
         names = " and ".join(dict.fromkeys(type(rule.criterion).__name__ for rule in rules))
         return Cut(
             model=small,
@@ -337,12 +433,12 @@ class Cutter:
             keeps={s.name: keep for s, keep in zip(structures, keeps, strict=True)},
             structures=structures,
             skipped=self.found.skipped,
-            dense=dense,
-            small=after,
+            dense=self.dense,
+            small=self._size(small),
             criterion=names,
             repaired=repaired,
             samples=self.data.size,
-            seconds=time.perf_counter() - self._since,
+            seconds=self.seconds,
         )
 
     def structures(self, rule: Rule) -> list[Structure]:
@@ -357,7 +453,7 @@ class Cutter:
         size = self.data.size
 
         def note(done: int) -> None:
-            self._report("scoring", done / size)
+            self.report("scoring", done / size)
 
         criterion = part.criterion
         if not criterion.reads_inputs and criterion.of_gates(torch.zeros(1, 1)) is None:
@@ -381,7 +477,7 @@ class Cutter:
 
     def _repair(self, small: nn.Module, plan: CutPlan, repair: Repair | None) -> RepairReport | None:
         inputs = self.data.inputs()
-        self._report("repairing", 0.0)
+        self.report("repairing", 0.0)
         if repair == "least_squares":
             return least_squares(small, self.model, inputs, plan)
         return None
@@ -397,6 +493,13 @@ class Cutter:
         if not (self.data.labelled and self.data.has_loss):
             return None
         return self.data.mean_loss(model)
+
+
+def check_model(model: nn.Module) -> None:
+    """ValueError for what is no network, or a wrapper around one."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
+    refuse_wrapped(model)
 
 
 def check_repair(repair: str | None) -> None:
@@ -437,6 +540,8 @@ def _amount(given: Mapping[str, float | None]) -> tuple[str, float]:
 
 def _checked_rules(rules: Sequence[Rule], others: Mapping[str, Any]) -> list[Rule]:
     named = [name for name, value in others.items() if value is not None]
+    if "max_drop" in named:
+        raise ValueError("rules and max_drop both say how much to cut: set one of them")
     if named:
         raise ValueError(f"rules and {named[0]} both say what to cut: set {named[0]} in a rule")
     if not rules:

@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from gsprune.cost.budgets import KINDS
 from gsprune.criteria import Criterion
+from gsprune.cutting.bounds import check_confidence
 from gsprune.cutting.calibration import Loss
-from gsprune.cutting.cut import Cut, Cutter, Evaluate, Repair, Size, check_repair, one_rule, shown
+from gsprune.cutting.cut import Cut, Cutter, Repair, Size, check_model, check_repair, evaluated, one_rule, shown
+from gsprune.cutting.how_much import Evaluate, largest_cut, number_of, value_of, values_of
 from gsprune.cutting.progress import Report
 from gsprune.text.display import html_table, percent
 
@@ -42,11 +45,39 @@ class CutFamily:
     def __getitem__(self, number: int) -> Cut:
         return self.cuts[number]
 
+    def within(self, max_drop: float, confidence: float = 0.95) -> Cut:
+        """The largest of these cuts that is certified to lose at most `max_drop` points of what `evaluate` measures.
+
+        They are tried from the mildest on, until one is not certified (`gsprune.cutting.how_much`).
+
+        Raises:
+            ValueError: nothing was evaluated; none of them is certified, with what could be.
+        """
+        if self.dense.value is None:
+            raise ValueError(
+                f"max_drop={max_drop:g} needs evaluate, which says what a network loses: give it to cut_family"
+            )
+        left = {
+            (1 - share if self.kind == "sparsity" else share): cut
+            for share, cut in zip(self.shares, self.cuts, strict=True)
+        }
+        values = {id(cut.model): cut.small.value for cut in self.cuts}
+        found, how_much = largest_cut(
+            values_of(self.dense.value),
+            lambda share: (left[share], left[share].model),
+            lambda network: values[id(network)],
+            max_drop=max_drop,
+            confidence=confidence,
+            shares=[*left],
+            of=KINDS.get(self.kind, "units"),
+        )
+        return replace(found, how_much=how_much)
+
     def rows(self) -> list[dict[str, float]]:
-        """Each cut as numbers: the budget, what is left of parameters and MACs in (0, 1], loss, and what `evaluate`
-        gave where that is a number."""
+        """Each cut as numbers: the budget, what is left of parameters and MACs in (0, 1], loss, the mean of what
+        `evaluate` gave, and the points of it that are lost at most, each cut taken alone."""
         return [{"dense": 1.0, **_numbers(self.dense, self.dense)}] + [
-            {self.kind: share, **_numbers(cut.small, self.dense)}
+            {self.kind: share, **_numbers(cut.small, self.dense), **_bound(cut)}
             for share, cut in zip(self.shares, self.cuts, strict=True)
         ]
 
@@ -86,6 +117,7 @@ def cut_family(
     repair: Repair | None = "least_squares",
     calibration: int = 512,
     evaluate: Evaluate | None = None,
+    confidence: float = 0.95,
     example_input: Any = None,
     progress: bool | Report = True,
 ) -> CutFamily:
@@ -109,20 +141,23 @@ def cut_family(
     given = {"macs": macs, "params": params, "latency": latency, "sparsity": sparsity}
     kind, shares = _checked(given)
     check_repair(repair)
+    check_confidence(confidence)
     rules = [
         one_rule(kind, share, criterion, repair, kinds=kinds, include=include, exclude=exclude) for share in shares
     ]
+    check_model(model)
     with shown(progress) as report:
+        base = None if evaluate is None else value_of(evaluate, model)
         cutter = Cutter(
             model, batches, loss, rules[:1], samples=calibration, example_input=example_input, report=report
         )
         cuts = []
         for number, rule in enumerate(rules):
             report("cutting", number / len(rules))
-            cuts.append(cutter.cut([rule], repair=repair, evaluate=None))
-        if evaluate is not None:
-            dense = replace(cutter.dense, value=evaluate(model))
-            cuts = [replace(c, dense=dense, small=replace(c.small, value=evaluate(c.model))) for c in cuts]
+            found = cutter.cut([rule], repair=repair)
+            if evaluate is not None:
+                found = evaluated(found, base, value_of(evaluate, found.model), confidence)
+            cuts.append(found)
     return CutFamily(kind, tuple(shares), tuple(cuts))
 
 
@@ -139,14 +174,19 @@ def _checked(given: dict[str, Sequence[float] | None]) -> tuple[str, list[float]
     return name, sorted(shares, reverse=name != "sparsity")
 
 
+def _bound(cut: Cut) -> dict[str, float]:
+    bound = None if cut.how_much is None else cut.how_much.chosen.bound
+    return {} if bound is None else {"drop_at_most": bound}
+
+
 def _numbers(size: Size, dense: Size) -> dict[str, float]:
     found = {"params": size.params / dense.params}
     if size.macs and dense.macs:
         found["macs"] = size.macs / dense.macs
     if size.loss is not None:
         found["loss"] = size.loss
-    if isinstance(size.value, float | int):
-        found["evaluate"] = float(size.value)
+    if (value := number_of(size.value)) is not None:
+        found["evaluate"] = value
     return {f"{name}_left" if name in ("params", "macs") else name: value for name, value in found.items()}
 
 

@@ -29,13 +29,11 @@ from gsprune.structures.example import call, inputs_and_labels, logits_of, map_t
 from gsprune.structures.running import device_of, evaluating
 from gsprune.text.display import html_table, percent
 
-__all__ = ["SHARES", "Evaluate", "HowMuch", "Trial", "largest_cut", "repeated", "right_or_wrong"]
+__all__ = ["SHARES", "Evaluate", "HowMuch", "Trial", "compared", "largest_cut", "repeated", "right_or_wrong"]
 
 Evaluate = Callable[[nn.Module], Any]
 Network = TypeVar("Network")
-SHARES = tuple(
-    round(0.94**k, 3) for k in range(1, 39)
-)  # of the dense cost that stay: 94 % to 9.5 %, 6 % fewer each time
+SHARES = tuple(round(0.94**k, 3) for k in range(1, 39))  # of the dense cost that stay: 6 % fewer each time
 
 
 @dataclass(frozen=True)
@@ -57,26 +55,30 @@ class Trial:
 
 @dataclass(frozen=True)
 class HowMuch:
-    """The search for the largest cut.
+    """What a cut costs of what `evaluate` measures, how sure that is, and the search that led to it.
 
-    max_drop     points that may be lost, of 100
-    confidence   that no more is lost
-    samples      that certify; None: `evaluate` gave a plain number, and nothing is certain
+    max_drop     points that may be lost, of 100; None: nothing was searched for
+    confidence   that no more is lost than the bound of `chosen` says
+    samples      that say so; None: `evaluate` gave a plain number, and nothing is certain
     dense        the dense network's value, in [0, 1]
     trials       in the order they were made
     chosen       the trial that is the answer
+    of           what the shares are of: "MACs", "parameters", "milliseconds" or "units"
+    ended        why the search went no further, where no more could go
     """
 
-    max_drop: float
+    max_drop: float | None
     confidence: float
     samples: int | None
     dense: float
     trials: tuple[Trial, ...]
     chosen: Trial
+    of: str = "MACs"
+    ended: str | None = None
 
     @property
     def certified(self) -> bool:
-        """Whether the drop of the answer is within `max_drop` with the confidence."""
+        """Whether there is a bound that holds with the confidence."""
         return self.samples is not None
 
     def __str__(self) -> str:
@@ -85,7 +87,7 @@ class HowMuch:
             return f"{change}; no guarantee: evaluate gave one number, and not one a sample"
         assert self.chosen.bound is not None
         return (
-            f"{change}; at most {self.chosen.bound:.2f} points lost at {_confidence(self.confidence)} "
+            f"{change}; at most {_up(self.chosen.bound)} points lost at {_confidence(self.confidence)} "
             f"({self.samples:,} samples: {self.chosen.lost} lost, {self.chosen.gained} gained)"
         )
 
@@ -93,36 +95,60 @@ class HowMuch:
         head, *rows = self._table()
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-        return "\n".join([str(self), *lines])
+        return "\n".join([str(self), *map(str.rstrip, lines), *([self.ended] if self.ended else [])])
 
     def _repr_html_(self) -> str:
         head, *rows = self._table()
         return html_table(head, rows)
 
     def _table(self) -> list[list[str]]:
-        rows = [["cost", "value", "lost", "gained", "drop at most", ""]]
+        rows = [[self.of, "value", "lost", "gained", "drop at most", ""]]
         for trial in sorted(self.trials, key=lambda trial: -trial.share):
             counts = ["-" if n is None else f"{n:,}" for n in (trial.lost, trial.gained)]
-            bound = "-" if trial.bound is None else f"{trial.bound:.2f}"
+            bound = "-" if trial.bound is None else _up(trial.bound)
             rows.append(
                 [percent(trial.share), f"{100 * trial.value:.2f}", *counts, bound, "chosen" * (trial is self.chosen)]
             )
         return rows
 
 
+def value_of(evaluate: Evaluate, model: nn.Module) -> Any:
+    """What `evaluate` gives of a network in evaluation mode."""
+    with evaluating([model]):
+        return evaluate(model)
+
+
+def compared(base: np.ndarray, values: np.ndarray, share: float, confidence: float, *, of: str = "MACs") -> HowMuch:
+    """A cut that was not searched for: what it costs on these samples, and at most.
+
+    >>> right = np.array([1, 1, 0, 1] * 100)
+    >>> print(compared(right, right, 0.5, 0.95))
+    75.00 -> 75.00; at most 0.76 points lost at 95 % confidence (400 samples: 0 lost, 0 gained)
+    """
+    trial = _trial(share, base, values, 100 * drop_bound(base, values, confidence))
+    return HowMuch(None, confidence, len(base), float(np.mean(base)), (trial,), trial, of)
+
+
+def _trial(share: float, base: np.ndarray, values: np.ndarray, bound: float) -> Trial:
+    lost, gained = int((values < base).sum()), int((values > base).sum())
+    return Trial(share, float(np.mean(values)), lost, gained, bound)
+
+
 def largest_cut(
-    dense: nn.Module,
+    base: np.ndarray,
     cut_to: Callable[[float], tuple[Network, nn.Module]],
     evaluate: Evaluate,
     *,
     max_drop: float,
     confidence: float = 0.95,
     shares: Sequence[float] = SHARES,
+    of: str = "MACs",
     note: Callable[[str, float], None] | None = None,
 ) -> tuple[Network, HowMuch]:
     """The largest cut that loses at most `max_drop` points of what `evaluate` gives, with that confidence.
 
     Args:
+        base: what `evaluate` gives of the dense network, as `values_of` reads it.
         cut_to: share of the cost that stays -> whatever describes the cut, and the network; it may raise a ValueError
             where no more can go, which ends the search.
         evaluate: network -> one value a sample in [0, 1], always of the same samples in the same order, as
@@ -130,16 +156,15 @@ def largest_cut(
             for granted that a larger cut loses more. Higher is better.
         max_drop: points of 100, in (0, 100).
         shares: what is tried, falling.
+        of: what they are shares of.
         note: told what is being done, and the share of the tries that were made.
 
     Raises:
         ValueError: no cut can be certified: the error says what could be, and with how many samples. What `evaluate`
             gave is not as above.
     """
-    check_max_drop(max_drop)
-    check_confidence(confidence)
-    search = _Search(cut_to, evaluate, max_drop, confidence, shares, note or (lambda what, share: None))
-    base = values_of(evaluate(dense))
+    check_enough(base, max_drop, confidence)
+    search = _Search(cut_to, evaluate, max_drop, confidence, shares, of, note or (lambda what, share: None))
     return search.walk(base) if base.ndim else search.bisect(float(base))
 
 
@@ -156,15 +181,15 @@ class _Search(Generic[Network]):
         max_drop: float,
         confidence: float,
         shares: Sequence[float],
+        of: str,
         note: Callable[[str, float], None],
     ) -> None:
-        self.cut_to, self.evaluate, self.shares, self.note = cut_to, evaluate, shares, note
+        self.cut_to, self.evaluate, self.shares, self.of, self.note = cut_to, evaluate, shares, of, note
         self.max_drop, self.confidence = max_drop, confidence
         self.trials: list[Trial] = []
+        self.ended: str | None = None
 
     def walk(self, base: np.ndarray) -> tuple[Network, HowMuch]:
-        check_values(base)
-        check_samples(base, self.max_drop, self.confidence)
         best: tuple[Network, Trial] | None = None
         for number, share in enumerate(self.shares):
             tried = self._try(number, share, none_yet=best is None)
@@ -172,15 +197,15 @@ class _Search(Generic[Network]):
                 break
             found, values = tried
             if not values.ndim:
-                raise ValueError(f"evaluate gave {len(base):,} values of the dense network and one number of a cut one")
+                raise ValueError(f"evaluate gave {len(base):,} values of the dense network and one number of a cut")
             bound = 100 * drop_bound(base, values, self.confidence)
             is_within = certifies(base, values, self.max_drop / 100, self.confidence)
             bound = min(bound, self.max_drop) if is_within else bound  # the test is finer than the bound
-            lost, gained = int((values < base).sum()), int((values > base).sum())
-            self.trials.append(Trial(share, float(values.mean()), lost, gained, bound))
+            self.trials.append(_trial(share, base, values, bound))
             if not is_within:
                 if best is None:
-                    raise ValueError(_refusal(base, values, bound, share, self.max_drop, self.confidence))
+                    smallest = f"the smallest cut (to {percent(share)} of the {self.of})"
+                    raise ValueError(_refusal(base, values, bound, smallest, self.max_drop, self.confidence))
                 break
             best = found, self.trials[-1]
         assert best is not None
@@ -197,9 +222,7 @@ class _Search(Generic[Network]):
                 continue
             found, values = tried
             if values.ndim:
-                raise ValueError(
-                    f"evaluate gave one number of the dense network and {len(values):,} values of a cut one"
-                )
+                raise ValueError(f"evaluate gave one number of the dense network and {len(values):,} values of a cut")
             trial = Trial(self.shares[middle], float(values))
             self.trials.append(trial)
             drop = 100 * (base - trial.value)
@@ -207,7 +230,7 @@ class _Search(Generic[Network]):
                 low, best = middle + 1, (found, trial)
             elif best is None:
                 raise ValueError(
-                    f"the smallest cut, to {percent(trial.share)} of the cost, loses {drop:.2f} points, more than "
+                    f"the smallest cut, to {percent(trial.share)} of the {self.of}, loses {drop:.2f} points, more than "
                     f"max_drop={self.max_drop:g}"
                 )
             else:
@@ -217,22 +240,28 @@ class _Search(Generic[Network]):
 
     def _try(self, number: int, share: float, *, none_yet: bool) -> tuple[Network, np.ndarray] | None:
         """A cut and its values; None where no more can go."""
-        self.note(f"trying {percent(share)} of the cost", number / len(self.shares))
+        self.note(f"trying {percent(share)} of the {self.of}", number / len(self.shares))
         try:
             found, network = self.cut_to(share)
-        except ValueError:
+        except ValueError as error:
             if none_yet:
                 raise
+            self.ended = f"{percent(share)} of the {self.of} cannot be reached: {error}"
             return None
         return found, values_of(self.evaluate(network))
 
     def _found(self, best: tuple[Network, Trial], dense: float, samples: int | None) -> tuple[Network, HowMuch]:
         found, chosen = best
-        return found, HowMuch(self.max_drop, self.confidence, samples, dense, tuple(self.trials), chosen)
+        trials = tuple(self.trials)
+        return found, HowMuch(self.max_drop, self.confidence, samples, dense, trials, chosen, self.of, self.ended)
 
 
-def check_samples(base: np.ndarray, max_drop: float, confidence: float) -> None:
-    """ValueError where so few samples cannot certify the bound even of a network that answers like the dense one."""
+def check_enough(base: np.ndarray, max_drop: float, confidence: float) -> None:
+    """ValueError where samples cannot certify the bound even of a network that answers like the dense one."""
+    check_max_drop(max_drop)
+    check_confidence(confidence)
+    if not base.ndim:
+        return
     n, drop = len(base), max_drop / 100
     binary = bool(np.isin(base, (0, 1)).all())
     least = least_samples(drop, confidence) if binary else math.ceil(-2 * math.log(1 - confidence) / drop)
@@ -244,12 +273,12 @@ def check_samples(base: np.ndarray, max_drop: float, confidence: float) -> None:
 
 
 def _refusal(
-    base: np.ndarray, values: np.ndarray, bound: float, share: float, max_drop: float, confidence: float
+    base: np.ndarray, values: np.ndarray, bound: float, smallest: str, max_drop: float, confidence: float
 ) -> str:
     drops = base - values
     text = (
         f"with {len(base):,} samples a drop of {max_drop:g} points cannot be certified at {_confidence(confidence)} "
-        f"even of the smallest cut (to {percent(share)} of the cost)"
+        f"even of {smallest}"
     )
     loss = 100 * float(drops.mean())
     if loss >= max_drop:
@@ -276,16 +305,46 @@ def _wanted(drops: np.ndarray, bound: float, drop: float, confidence: float) -> 
 
 
 def _points(share: float) -> str:
-    """Rounded up.
-
-    >>> _points(0.0181201)
-    '1.82'
     """
-    return f"{math.ceil(1e4 * share - 1e-9) / 100:g}"
+    >>> _points(0.018001)
+    '1.81'
+    """
+    return f"{float(_up(100 * share)):g}"
+
+
+def _up(points: float) -> str:
+    """Two digits, rounded up, as a bound is.
+
+    >>> _up(1.7901), _up(0.5)
+    ('1.80', '0.50')
+    """
+    return f"{math.ceil(100 * points - 1e-7) / 100:.2f}"
 
 
 def _confidence(confidence: float) -> str:
     return f"{100 * confidence:g} % confidence"
+
+
+def is_of_samples(given: Any) -> bool:
+    """Whether `evaluate` gave a value for each sample, and not one number.
+
+    >>> is_of_samples([1.0, 0.0]), is_of_samples(torch.tensor(0.5)), is_of_samples(0.5)
+    (True, False, False)
+    """
+    return np.ndim(given.detach().cpu() if isinstance(given, Tensor) else given) > 0
+
+
+def number_of(given: Any) -> float | None:
+    """What `evaluate` gave as one number: the mean of values of samples; None for what is no number.
+
+    >>> number_of([1.0, 0.5]), number_of(23), number_of(None)
+    (0.75, 23.0, None)
+    """
+    try:
+        values = np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=float)
+    except (TypeError, ValueError):
+        return None
+    return float(values.mean()) if values.size and np.isfinite(values).all() else None
 
 
 def values_of(given: Any) -> np.ndarray:

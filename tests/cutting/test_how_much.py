@@ -9,7 +9,7 @@ from facts import refused
 from torch import nn
 
 from gsprune.cutting.bounds import certifies, drop_bound
-from gsprune.cutting.how_much import HowMuch, largest_cut, repeated, right_or_wrong
+from gsprune.cutting.how_much import HowMuch, largest_cut, repeated, right_or_wrong, values_of
 
 
 class Answers(nn.Module):
@@ -39,7 +39,8 @@ def search(
             raise ValueError("no more can go")
         return share, Answers(cuts[share])
 
-    return largest_cut(Answers(dense), cut_to, lambda model: model.values, shares=[*cuts], **{"max_drop": 2, **how})
+    how = {"max_drop": 2, **how}
+    return largest_cut(values_of(dense), cut_to, lambda model: model.values, shares=[*cuts], **how)
 
 
 def test_the_answer_is_the_last_cut_before_the_first_that_is_not_certified() -> None:
@@ -51,7 +52,7 @@ def test_the_answer_is_the_last_cut_before_the_first_that_is_not_certified() -> 
     assert found.chosen.bound == pytest.approx(100 * drop_bound(answers(1000, 0), answers(1000, 5, 2)), abs=1e-9)
     assert found.certified
     assert found.trials[0].bound < found.trials[1].bound < 2 < found.trials[2].bound
-    assert f"at most {found.chosen.bound:.2f} points" in str(found)
+    assert f"at most {np.ceil(100 * found.chosen.bound) / 100:.2f} points" in str(found)
     assert "95 % confidence (1,000 samples: 5 lost, 2 gained)" in str(found)
     assert "chosen" in repr(found)
     assert "<td>chosen</td>" in found._repr_html_()
@@ -60,6 +61,8 @@ def test_the_answer_is_the_last_cut_before_the_first_that_is_not_certified() -> 
 def test_a_cut_that_cannot_be_made_ends_the_walk() -> None:
     share, found = search(answers(1000, 0), {0.9: answers(1000, 0), 0.5: None})
     assert (share, len(found.trials)) == (0.9, 1)
+    assert found.ended == "50.0 % of the MACs cannot be reached: no more can go"
+    assert found.ended in repr(found)
     with refused("no more can go"):
         search(answers(1000, 0), {0.9: None})
 
