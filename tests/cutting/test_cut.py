@@ -209,7 +209,7 @@ PAIR = [(torch.randn(8, 6), torch.arange(8) % 3)]
         ({"macs": 0.5, "calibration": 0}, ["calibration", "0"]),
         ({"macs": 0.5, "kinds": ["heads"]}, ["heads", "neurons"]),
         ({"macs": 0.5, "include": ["nose"]}, ["nose"]),
-        ({"macs": 0.5, "criterion": Elementwise()}, ["Elementwise", "units"]),
+        ({"macs": 0.5, "criterion": Elementwise()}, ["Elementwise", "weights"]),
         ({"macs": 0.5, "rules": [Rule(Fisher(), target_sparsity=0.5)]}, ["rules", "macs"]),
         ({"rules": []}, ["rules is empty"]),
         ({"rules": ["all"]}, ["rules[0]", "str"]),
