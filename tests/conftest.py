@@ -1,4 +1,4 @@
-"""What every test shares: the reference application's configuration, composed without running a job."""
+"""What many tests share: the reference application's configuration, composed without running a job, and jobs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from interrupted import AtStep
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,3 +43,37 @@ def compose_config() -> Iterator[Callable[..., DictConfig]]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield lambda *overrides: compose("config", overrides=list(overrides))
+
+
+# --- jobs that end early; what they import is heavy ----------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a job that nothing has disturbed."""
+    from interrupted import go
+
+    folder = tmp_path_factory.mktemp("whole")
+    go(folder)
+    return folder
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> AtStep:
+    from interrupted import AtStep
+
+    return AtStep(monkeypatch)
+
+
+@pytest.fixture
+def crashed(tmp_path: Path, at_step: AtStep) -> Path:
+    """The folder of a job that has crashed in its third epoch, with the checkpoints of the first two."""
+    from interrupted import Crash, crash, go, names
+
+    folder = tmp_path / "run"
+    at_step.do(12, crash)
+    with pytest.raises(Crash):
+        go(folder)
+    assert names(folder) == ["epoch_0001_step_000000", "epoch_0002_step_000000"]
+    at_step.do(0, crash)
+    return folder
