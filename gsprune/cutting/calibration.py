@@ -105,6 +105,13 @@ class Calibration:
         """What the network is called with, batch by batch, on the CPU."""
         return [batch.inputs for batch in self.batches]
 
+    def calls(self) -> list[Example]:
+        """The same with labels, of networks that return their own loss: encoder-decoders read their labels."""
+        return [
+            batch.targets if self._loss is None and isinstance(batch.targets, Mapping) else batch.inputs
+            for batch in self.batches
+        ]
+
     def cut_into(self, size: int) -> Iterator[Batch]:
         """The same samples in batches of at most `size`."""
         for batch in self.batches:

@@ -149,7 +149,7 @@ def prune_weights(
     damping = checked_damping(damping)
     settings = _Settings(pattern, scope, share, [*include], [*exclude], damping if repair else None)
     data = batches if isinstance(batches, Calibration) else Calibration(batches, loss, samples=calibration)
-    inputs, is_held_back = held_back_split([(example, None) for example in data.inputs()], held_back)
+    inputs, is_held_back = held_back_split([(example, None) for example in data.calls()], held_back)
     seen = _Seen(model, _working_copy(model), inputs, is_held_back, progress or _silent)
     if isinstance(criterion, Activations):
         found = _by_inputs(seen, criterion, settings)

@@ -283,6 +283,23 @@ def test_a_transformer_of_pytorch_with_padding() -> None:
     assert pruned.report.sparsity == 0.5
 
 
+def test_an_encoder_decoder_that_reads_its_labels() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    tokens = torch.arange(96).view(12, 8) % 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruned = prune_weights(model, [{"input_ids": tokens, "labels": tokens}], SparseGPT(), sparsity=0.5)
+    assert {name for name in pruned.masks if "EncDecAttention" in name} == {
+        f"decoder.block.0.layer.1.EncDecAttention.{part}.weight" for part in "qkvo"
+    }
+    assert pruned.report.sparsity == 0.5
+
+
 class Odd(nn.Module):
     """A recurrent layer, experts in one tensor, and a linear layer."""
 
