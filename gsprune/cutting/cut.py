@@ -39,6 +39,7 @@ from gsprune.pruner.part import Part
 from gsprune.pruner.rule import Rule, check_kind
 from gsprune.ranking.exchange import exchange
 from gsprune.ranking.patterns import Pattern
+from gsprune.repair.batchnorm import batchnorm
 from gsprune.repair.least_squares import least_squares
 from gsprune.schedules import OneShot
 from gsprune.structures.running import to_device_of
@@ -52,8 +53,8 @@ from gsprune.text.display import html_table, percent
 if TYPE_CHECKING:
     from gsprune.repair.report import RepairReport
 
-Repair = Literal["least_squares"]
-REPAIRS = ("least_squares",)
+Repair = Literal["least_squares", "batchnorm"]
+REPAIRS = ("least_squares", "batchnorm")
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def cut(
             pattern.
         rules: what to cut, each with its own amount, instead of all settings above and below up to `exclude`.
         kinds, include, exclude: as of `gsprune.Rule`.
-        repair: "least_squares" or None.
+        repair: "least_squares" (weights, and norms where that helps), "batchnorm" (statistics alone) or None.
         calibration: samples that are read.
         example_input: what the network is traced with; None: two samples of the calibration data.
         progress: a line on the terminal, nothing, or a function of (what, share done).
@@ -480,7 +481,7 @@ class Cutter:
         self.report("repairing", 0.0)
         if repair == "least_squares":
             return least_squares(small, self.model, inputs, plan)
-        return None
+        return batchnorm(small, inputs, dense=self.model, plan=plan) if repair == "batchnorm" else None
 
     def _size(self, model: nn.Module) -> Size:
         try:

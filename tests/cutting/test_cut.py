@@ -96,6 +96,24 @@ def test_repair_brings_the_loss_back(mlp) -> None:
     assert "OBS" in best.criterion
 
 
+def test_batchnorm_alone() -> None:
+    model, x, y = taught(nets.ResNet(), (3, 8, 8), 3)
+    bare = cut(model, [(x, y)], F.cross_entropy, macs=0.5, repair=None, progress=False)
+    found = cut(model, [(x, y)], F.cross_entropy, macs=0.5, repair="batchnorm", progress=False)
+    assert found.repaired is not None
+    for name, value in found.model.named_parameters():
+        kept = found.plan.kept.get(name, {})
+        assert list(value.shape) == [
+            len(kept[d]) if d in kept else n for d, n in enumerate(model.get_parameter(name).shape)
+        ]
+    names = [layer.name for layer in found.repaired.repaired]
+    assert {*names} <= {"bn", "bn1", "bn2"}
+    for name in names:
+        assert not torch.equal(
+            found.model.get_submodule(name).running_mean, bare.model.get_submodule(name).running_mean
+        )
+
+
 @pytest.mark.parametrize("criterion", [Fisher(), Abs(), Weighted(), Magnitude(), Random(), OBS()], ids=repr)
 def test_every_criterion_of_units(mlp, criterion) -> None:
     model, x, y = mlp
