@@ -72,11 +72,12 @@ class CriterionTester:
     """Conformance of a criterion.
 
     A subclass sets `make` and overrides `weight`, `unit` or both: the slow version of a score of a network with
-    gradients, in float64. For what is cumulative that is the magnitude of one step.
+    gradients, in float64. For what is cumulative that is what one step adds: a magnitude, unless it is signed.
     """
 
     make: ClassVar[Callable[..., Criterion]]
     by_rows: ClassVar[bool] = True  # whether a weight's score depends on its own row alone
+    decays: ClassVar[Sequence[float]]
 
     def weight(self, model: nn.Module, name: str, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -88,7 +89,8 @@ class CriterionTester:
         """Tests of what the criterion does not have are none of its tests."""
         criterion, decays = cls.make(), "decay" in inspect.signature(cls.make).parameters
         cls.ways = ["weights"] * criterion.scores_weights + ["units"] * criterion.scores_units
-        cls.decays: Sequence[float] = [1.0, 0.9, 0.3] if decays else [1.0]
+        if "decays" not in vars(cls):
+            cls.decays = [1.0, 0.9, 0.3] if decays else [1.0]
         for name, has in {
             "test_the_other_way_is_refused": len(cls.ways) == 1,
             "test_rows_in_parts_give_the_scores_of_the_whole": criterion.scores_weights and cls.by_rows,
@@ -123,7 +125,8 @@ class CriterionTester:
             given = criterion.weights(weight.detach(), weight.grad, name=name, out=out)
             torch.testing.assert_close(given.float(), score.float())
         rtol = 1e-9 if score.dtype == torch.float64 and way == "units" else 1e-6
-        torch.testing.assert_close(score.double().abs(), expected, rtol=rtol, atol=rtol * float(expected.max()))
+        score = score.double() if criterion.signed else score.double().abs()
+        torch.testing.assert_close(score, expected, rtol=rtol, atol=rtol * float(expected.max()))
 
     def test_the_other_way_is_refused(self) -> None:
         criterion = type(self).make()
@@ -201,8 +204,12 @@ class CriterionTester:
                 {n: p + 1e-4 * p.grad for n, p in model.named_parameters()}  # type: ignore[operator]
             )
             pruner.on_step_begin(0)
+        running = {name: reference.accumulate(changes, decay) for name, changes in steps.items()}
+        if (spread_decay := criterion.spread_decay) is not None:
+            running |= {f"{n}:spread": reference.spread(changes, decay, spread_decay) for n, changes in steps.items()}
+        assert pruner.scores().keys() == running.keys()
         for name, score in pruner.scores().items():
-            slow = reference.accumulate(steps[name], decay) * pruner.masks()[name]
+            slow = running[name] * pruner.masks()[name.removesuffix(":spread")]
             torch.testing.assert_close(score, slow.float(), rtol=1e-5, atol=1e-6)
 
     def test_gradients_of_zero_score_zero(self, way: str) -> None:

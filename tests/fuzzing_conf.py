@@ -26,7 +26,18 @@ GROUPS = {
     "model": ("convnet", "convnet", "convnet", "lenet_300_100", "lenet_300_100", "vit_tiny", "vit_tiny"),
     "optimizer": ("sgd", "adamw"),
     "lr_schedule": ("cosine", "constant"),
-    "pruner": ("weighted", "abs", "fisher", "elementwise", "magnitude", "random", "none", "units_and_weights"),
+    "pruner": (
+        "weighted",
+        "abs",
+        "fisher",
+        "elementwise",
+        "movement",
+        "platon",
+        "magnitude",
+        "random",
+        "none",
+        "units_and_weights",
+    ),
     "pruner/schedule": ("cubic", "linear", "cosine", "exponential", "one_shot"),
     "trainer": ("default",),
     "tracking": ("none",),
@@ -36,7 +47,7 @@ RARE = {  # expensive, in need of files, or unknown
     "model": ("resnet18", "mobilenet_v3_small", "hf_sequence_classification", "resnet_18"),
     "optimizer": ("adam",),
     "lr_schedule": ("step",),
-    "pruner": ("movement", "heads_and_neurons"),
+    "pruner": ("moovement", "heads_and_neurons"),
     "pruner/schedule": ("log",),
     "trainer": ("fast",),
     "tracking": ("wandb",),
@@ -89,11 +100,12 @@ VALUES: dict[str, tuple[str, ...]] = {
     "lr_schedule.warmup": ("0", "0.5", "1"),
     "lr_schedule.final_ratio": ("0", "0.1"),
     "pruner.target_sparsity": ("0.5", "0.9", "0", "0.97", "1"),
-    "pruner.scope": ("local", "global", "both"),
+    "pruner.scope": ("local", "global", "isomorphic", "both"),
     "pruner.pattern": ("1x1", "4x1", "2x2", "2:4", "4x", "0x0", "3:2"),
     "pruner.per_channel": ("true", "false"),
     "pruner.structured": ("true", "false", "null"),
     "pruner.min_kept": ("1", "2", "9999"),
+    "pruner.min_share": ("null", "0", "0.2", "1"),
     "pruner.include": ("['*']", "['*conv*']", "[nothing]", "[0]"),
     "pruner.exclude": ("[]", "['*']", "['*head*']", "[null]"),
     "pruner.keep.channels": ("1", "2", "99"),
@@ -168,7 +180,7 @@ def _belongs(key: str, options: dict[str, str]) -> bool:
     if name == "max_train":
         return options[group] in ("cifar10", "cifar100", "mnist", "fashion_mnist")
     if key == "pruner.criterion.decay":
-        return options["pruner"] in ("weighted", "abs", "fisher", "elementwise", "none")
+        return options["pruner"] in ("weighted", "abs", "fisher", "elementwise", "movement", "platon", "none")
     if key == "pruner.criterion.normalize":
         return options["pruner"] in ("weighted", "abs", "fisher", "none")
     if key == "pruner.criterion.seed":

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gsprune import Pruner, collectives
 from gsprune.collectives import agreed, broadcast, check_masks, gathered, rank
-from gsprune.criteria import Criterion, Elementwise, Magnitude, Random, Weighted
+from gsprune.criteria import PLATON, Criterion, Elementwise, Magnitude, Movement, Random, Weighted
 from gsprune.schedules import Linear, OneShot
 from gsprune.training import data_parallel
 from gsprune.training.data_parallel import local_batches
@@ -304,6 +304,8 @@ def gradients(model: nn.Module, step: int) -> dict[str, Tensor]:
 CRITERIA: Mapping[str, Callable[[], Criterion]] = {
     "elementwise": Elementwise,
     "magnitude": Magnitude,
+    "movement": Movement,
+    "platon": PLATON,
     "random": Random,
 }
 
@@ -376,6 +378,8 @@ CASES = [
     ("elementwise", "global", 1),
     ("elementwise", "local", 1),
     ("elementwise", "global", 5),
+    ("platon", "global", 1),
+    ("movement", "local", 1),
     ("magnitude", "global", 1),
     ("random", "local", 1),
 ]

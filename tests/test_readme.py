@@ -33,13 +33,13 @@ def test_the_loop_of_ten_lines_makes_the_model_smaller() -> None:
 @pytest.mark.slow
 def test_the_criterion_of_your_own_prunes(tmp_path: Path) -> None:
     """The file and the YAML of the README, beside the application's own configuration."""
-    (code,) = [block for block in blocks("python") if "class Movement" in block]
+    (code,) = [block for block in blocks("python") if "class Damage" in block]
     (yaml,) = blocks("yaml")
     (tmp_path / "my_criteria.py").write_text(code)
     (tmp_path / "pruner").mkdir()
-    (tmp_path / "pruner" / "movement.yaml").write_text(yaml)
+    (tmp_path / "pruner" / "damage.yaml").write_text(yaml)
     overrides = (
-        f"hydra.searchpath=[file://{tmp_path}] pruner=movement pruner.target_sparsity=0.75 model.width=4 tracking=none "
+        f"hydra.searchpath=[file://{tmp_path}] pruner=damage pruner.target_sparsity=0.75 model.width=4 tracking=none "
         f"trainer.dense_epochs=1 trainer.prune_epochs=2 trainer.latency_repeats=0 hydra.run.dir={tmp_path}/out"
     )
     run = train(tmp_path, *overrides.split(), PYTHONPATH=str(tmp_path))
@@ -50,7 +50,7 @@ def test_the_criterion_of_your_own_prunes(tmp_path: Path) -> None:
 def test_every_command_line_composes(compose_config: object) -> None:
     """Every `python train.py ...` of the README and of what it says of long runs, without running it."""
     found = re.findall(r"`python train\.py ([^`]+)`", README + LONG_RUNS)
-    commands = [command for command in found if command != "pruner=movement"]  # not there yet
+    commands = [command for command in found if command != "pruner=damage"]  # not there yet
     assert len(commands) >= 10
     for command in commands:
         overrides = re.findall(r'"[^"]*"|\S+', command)
@@ -87,7 +87,7 @@ def test_links_pictures_and_paths_are_there(page: str) -> None:
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
         assert (ROOT / target).exists(), target
     for name in re.findall(r"`((?:gsprune|tests|benchmarks|conf)/[\w./]+)`", text):
-        assert (ROOT / name).exists() or name == "conf/pruner/movement.yaml", name
+        assert (ROOT / name).exists() or name == "conf/pruner/damage.yaml", name
 
 
 def test_the_tree_names_every_folder() -> None:

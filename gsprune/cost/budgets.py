@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.cost.costs import make_cost
-from gsprune.ranking.selection import PRUNED, select
+from gsprune.ranking.selection import PRUNED, least_kept, select
 from gsprune.structures.structure import Structure
 
 CostKind = Literal["macs", "params", "latency"]
@@ -69,6 +69,9 @@ class Budget:
         structures: what can be removed from it.
         example_input: what MACs and milliseconds are those of.
         min_kept: units kept at least in each structure.
+        min_share: share of its units kept at least in each structure, in [0, 1).
+        together: numbers of the structures that are ranked together, each in one of these lists, which all lose about
+            the same share of their units; None: all of them.
 
     Raises:
         ValueError: even with all that can be removed gone, more than the share stays.
@@ -89,9 +92,14 @@ class Budget:
         example_input: Any,
         *,
         min_kept: int = 1,
+        min_share: float = 0.0,
+        together: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self.kind, self.share, self.structures, self.min_kept = kind, share, structures, min_kept
-        self._least = [min(min_kept, structure.units) for structure in structures]
+        self.kind, self.share, self.structures = kind, share, structures
+        self._least = [least_kept(structure.units, min_kept, min_share) for structure in structures]
+        self._by_share = self._least != [least_kept(structure.units, min_kept) for structure in structures]
+        self._floor_text = floor_text(min_kept, min_share if self._by_share else 0.0)
+        self._together = [range(len(structures))] if together is None else together
         self._checked = 1.0  # the wanted share at the last look at the clock, and what was found
         self._reached: float | None = None
         self._cost = make_cost(kind, model, structures, example_input)
@@ -103,8 +111,8 @@ class Budget:
         """As in "50 % of the MACs"."""
         return f"{_percent(self.share)} of the {KINDS[self.kind]}"
 
-    def cut(self, scores: Sequence[Tensor], wanted: float) -> list[Tensor]:
-        """What stays of one ranking over all structures so that the cost is `wanted`, or a little more on the way.
+    def cut(self, scores: Sequence[Tensor], wanted: float, *, by_cost: bool = False) -> list[Tensor]:
+        """What stays of a ranking of the structures so that the cost is `wanted`, or a little more on the way.
 
         The lowest scores go, as many as needed, at least those that are -inf already. What is gone stays gone, so only
         the cut to the budget itself may fall below what is wanted: it is the nearest, and where the next unit of the
@@ -115,11 +123,15 @@ class Budget:
         Args:
             scores: of each structure's units, (units,).
             wanted: share of the dense network's cost, in (0, 1].
+            by_cost: rank by the score divided by what a unit costs (`prices`), for scores that are 0 or more and
+                estimate the change of the loss.
 
         Returns:
             bool (units,) of each structure, True = kept.
         """
         device, scores = scores[0].device, [score.cpu() for score in scores]
+        if by_cost:
+            scores = [score / price for score, price in zip(scores, self.prices(), strict=True)]
         is_final = self._is_final(wanted)
         if not self._cost.clocked:
             keeps = self._ranked(scores, wanted)
@@ -129,6 +141,24 @@ class Budget:
         else:
             keeps = self._ranked(scores, wanted if is_final else max(wanted, self.share + GUARD))
         return [keep.to(device) for keep in keeps]
+
+    def prices(self) -> list[float]:
+        """What a unit of each structure costs of the dense network, as a share of its cost: the mean over its units.
+
+        What saves nothing is priced at a thousandth of the mean price: it goes last.
+
+        >>> from gsprune.discovery.find import find_structures
+        >>> net, x = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 6)), torch.ones(1, 4)
+        >>> budget = Budget("macs", 0.3, net, find_structures(net, x).structures, x)
+        >>> [round(price, 9) for price in budget.prices()]  # of 100 MACs a unit has 4 + 6
+        [0.1]
+        """
+        whole = [torch.ones(structure.units, dtype=torch.bool) for structure in self.structures]
+        saved = [1 - self._cost([*whole[:i], floor, *whole[i + 1 :]]) for i, floor in enumerate(self._floor())]
+        gone = [max(1, int((~floor).sum())) for floor in self._floor()]
+        prices = [max(0.0, share) / count for share, count in zip(saved, gone, strict=True)]
+        least = 1e-3 * sum(prices) / len(prices)
+        return [max(price, least) or 1.0 for price in prices]
 
     def even(self, wanted: float | None = None) -> list[Tensor]:
         """The first units of each structure, about the same share of all: what stays if nobody knows the scores."""
@@ -149,7 +179,7 @@ class Budget:
         unsteady = "the machine is too busy to time it, " if self._cost.clocked else ""
         return (
             f"{_percent(reached)} of the network's {KINDS[self.kind]} stay instead of {_percent(self.share)}: "
-            f"{unsteady}its units are too coarse, or min_kept={self.min_kept} allows no more"
+            f"{unsteady}its units are too coarse, or {self._floor_text} allows no more"
         )
 
     def bounds(self) -> list[tuple[int, int]]:
@@ -174,13 +204,24 @@ class Budget:
         gone = sum(int((row == PRUNED).sum()) for row in rows)
 
         def keeps(k: int) -> list[Tensor]:
-            found = select(rows, k, min_kept=self.min_kept)
-            return [self._rounded(i, row, keep) for i, (row, keep) in enumerate(zip(rows, found, strict=True))]
+            return [self._rounded(i, rows[i], keep) for i, keep in enumerate(self._selected(rows, k))]
 
         dearer, best = self._around(keeps, gone, sum(row.numel() for row in rows), wanted)
         if not self._is_final(wanted):
             return dearer
         return best if self._off(best, wanted) <= CLEAR * wanted else self._refined(rows, dearer, best, wanted)
+
+    def _selected(self, rows: Sequence[Tensor], k: int) -> list[Tensor]:
+        """The k lowest scores go, of several rankings the same share of each; what is gone already stays gone."""
+        found, total = [*rows], sum(row.numel() for row in rows)
+        for turn, ranking in enumerate(self._together):
+            part = [rows[i] for i in ranking]
+            gone, units = sum(int((row == PRUNED).sum()) for row in part), sum(row.numel() for row in part)
+            lost = math.floor(k * units / total + (turn + 0.5) / len(self._together))  # rankings of one size take turns
+            keeps = select(part, min(units, max(gone, lost)), min_kept=[self._least[i] for i in ranking])
+            for i, keep in zip(ranking, keeps, strict=True):
+                found[i] = keep
+        return found
 
     def _is_final(self, wanted: float) -> bool:
         return wanted <= self.share + 1e-9
@@ -276,7 +317,8 @@ class Budget:
         if floor > most:
             raise ValueError(
                 f"budget asks for {self}, but {_percent(floor)} stay with everything gone that can be removed "
-                f"(min_kept={self.min_kept} in each of {len(self.structures)} structures): ask for a larger share"
+                f"({self._floor_text} in each of {len(self.structures)} structures): ask for a larger share"
+                + (" or a smaller min_share" if self._by_share else "")
             )
 
     def _bounds(self, i: int) -> tuple[int, int]:
@@ -301,6 +343,15 @@ def _nearest_to(count: int, widths: Sequence[int]) -> int:
     at = bisect_left(widths, count)
     near = widths[max(0, at - 1) : at + 1]
     return min(near, key=lambda width: (abs(width - count), -width))
+
+
+def floor_text(min_kept: int, min_share: float) -> str:
+    """What stays at least in each tensor or structure, for messages.
+
+    >>> floor_text(1, 0.0), floor_text(2, 0.1)
+    ('min_kept=1', 'min_kept=2 and min_share=0.1')
+    """
+    return f"min_kept={min_kept}" + (f" and min_share={min_share:g}" if min_share else "")
 
 
 def _percent(share: float) -> str:

@@ -1,7 +1,8 @@
 """Criteria: weights and gradients in, scores out. A score estimates how much a removal changes the loss.
 
-One file a family: `elementwise` (single weights), `gate_gradients` (units: `Abs`, `Weighted`), `fisher` (units,
-squared), `surgeon` (units, with refitted readers), `activations` (single weights, by what layers read), `baselines`.
+One file a family: `elementwise`, `movement` (single weights), `gate_gradients` (units: `Abs`, `Weighted`), `fisher`
+(units, squared), `platon` (both, with a second average), `surgeon` (units, with refitted readers), `activations`
+(single weights, by what layers read), `baselines`.
 """
 
 from gsprune.criteria.activations import Activations, SparseGPT, Wanda
@@ -10,11 +11,14 @@ from gsprune.criteria.baselines import Magnitude, Random
 from gsprune.criteria.elementwise import Elementwise
 from gsprune.criteria.fisher import Fisher
 from gsprune.criteria.gate_gradients import Abs, GateGradient, Weighted
+from gsprune.criteria.movement import Movement
+from gsprune.criteria.platon import PLATON
 from gsprune.criteria.surgeon import OBS
 from gsprune.moved import handed_on
 
 __all__ = [
     "OBS",
+    "PLATON",
     "Abs",
     "Activations",
     "Criterion",
@@ -22,6 +26,7 @@ __all__ = [
     "Fisher",
     "GateGradient",
     "Magnitude",
+    "Movement",
     "Random",
     "SparseGPT",
     "Wanda",

@@ -22,7 +22,9 @@ class Criterion:
 
     A *cumulative* criterion returns the signed first-order change of the loss in this step; the pruner adds its
     magnitude to the running score, S <- decay * S + abs(change), so the sum over a unit's entries is inside the abs
-    and the sum over steps outside it. Any other criterion returns the score itself and is asked when a mask is due.
+    and the sum over steps outside it; a `signed` one's is added as it is. With a `spread_decay` the pruner keeps a
+    second running average, of how far the changes lie from the first, U <- spread_decay * U + abs(abs(change) -
+    (1 - decay) * S), and ranks by S * U. Any other criterion returns the score itself, when a mask is due.
 
     To add one: subclass, override `weights` or `units` (or both) and set the flags beside them.
 
@@ -36,10 +38,12 @@ class Criterion:
     scores_weights: ClassVar[bool] = False
     scores_units: ClassVar[bool] = False
     cumulative: ClassVar[bool] = True  # accumulated over steps; otherwise computed when a mask is due
+    signed: ClassVar[bool] = False  # the change is added to the running score with its sign
     degree: ClassVar[int] = 1  # of the change in the gradient: a gradient scaler's scale is divided out as often
     calibrated: ClassVar[bool] = False  # an estimate of the loss change itself, which may be divided by a unit's cost
     reads_inputs: ClassVar[bool] = False  # scores by what layers read: for `gsprune.cut`, not while training
-    normalize: bool = False  # divide a structure's scores by their L2 norm before a global ranking
+    normalize: bool = False  # divide a structure's scores by their mean before several structures are ranked together
+    spread_decay: float | None = None  # of the second running average; None: there is none
 
     def __init__(self, *, decay: float = 1.0) -> None:
         if not 0 < decay <= 1:

@@ -27,7 +27,7 @@ class Abs(GateGradient):
 
     Args:
         decay: d in (0, 1] of S <- d * S + s; 1 is the ancestor's plain sum.
-        normalize: divide each structure's scores by their L2 norm before a global ranking.
+        normalize: divide each structure's scores by their mean before several structures are ranked together.
 
     Source: Michel et al., "Are sixteen heads really better than one?", 2019, equation 2, for heads (there through a
     head mask); Molchanov et al., "Pruning convolutional neural networks", 2017, for channels.
@@ -60,7 +60,7 @@ class Weighted(GateGradient):
 
     Args:
         decay: d in (0, 1] of S <- d * S + s; 1 is the ancestor's plain sum.
-        normalize: divide each structure's scores by their L2 norm before a global ranking.
+        normalize: divide each structure's scores by their mean before several structures are ranked together.
 
     Source: Intel Neural Compressor's `weighted_gradient`; Molchanov et al., "Importance estimation", 2019, section 3.1.
 

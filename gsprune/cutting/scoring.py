@@ -84,10 +84,13 @@ def unit_scores(
     """Scores of units by a criterion, (u,) float32 on the CPU.
 
     A cumulative criterion is asked after each small batch: S <- S + abs(change). The network does not change
-    meanwhile, so every sample counts alike and `decay` has no part in it.
+    meanwhile, so every sample counts alike and `decay` has no part in it; but one that has a second running average
+    (`PLATON`) keeps its decays, and has that average here as "<structure>:spread".
     """
     twin = sharing_copy(model, requires_grad=False)
     targets = UnitTargets([UnitTarget(structure, twin) for structure in structures])
+    if averages := criterion.spread_decay is not None:
+        targets.keep_spread()
     if not criterion.cumulative:
         with torch.no_grad():
             targets.compute_(criterion)
@@ -101,11 +104,12 @@ def unit_scores(
             twin.zero_grad(set_to_none=True)
             calibration.loss(twin, batch.to(device)).backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
-                targets.accumulate_(criterion, Verdict(targets.probe(criterion), 1.0))
+                finite = targets.probe(criterion)
+                targets.accumulate_(criterion, Verdict(finite, criterion, decay=None if averages else 1.0))
             done += batch.size
             if progress is not None:
                 progress(done)
-    return {target.name: target.score.cpu() for target in targets.targets}
+    return {name: running.cpu() for target in targets.targets for name, running in target.running.items()}
 
 
 def sharing_copy(model: nn.Module, *, requires_grad: bool) -> nn.Module:

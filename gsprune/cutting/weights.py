@@ -292,7 +292,8 @@ def _with_values_of(model: nn.Module, small: nn.Module) -> nn.Module:
 def _by_gradients(seen: _Seen, criterion: Criterion, settings: _Settings, data: Calibration) -> _Found:
     """Masks from scores of the dense network; then the refit, layer by layer."""
     summed = copy.copy(criterion)
-    summed.decay = 1.0  # the network does not change meanwhile: every batch counts alike
+    if criterion.spread_decay is None:
+        summed.decay = 1.0  # the network does not change meanwhile: every batch counts alike
     rule = Rule(
         summed,
         structured=False,
@@ -403,7 +404,7 @@ class _Chooser:
         if isinstance(self._criterion, SparseGPT):
             return self._swept(self._criterion, layer, fit, self._shares.get(site.tensor, self._settings.share))
         if not self._is_ranked:
-            target.load(as_weight(layer, self._score(layer, fit)), torch.ones_like(target.keep))
+            target.load({target.name: as_weight(layer, self._score(layer, fit))}, torch.ones_like(target.keep))
             (keep_rn,) = _select([target], self._settings.share)
             target.set_keep(keep_rn)
         return as_matrix(layer, target.keep), None

@@ -50,8 +50,10 @@ class RulePlan:
 
     criterion     its class
     structured    units are removed, or single weights are zeroed
-    scope         "local": counts are exact; "global": one ranking over all entries, of which only bounds are known
+    scope         "local": counts are exact; "global": one ranking over all entries, "isomorphic": one over each set of
+                  entries that are alike, of which only bounds are known
     pattern, per_channel, min_kept   the rule's settings
+    min_share     share of its units or weights that each entry keeps at least
     entries       structures or tensors, in the model's order
     total         units or weights of all entries
     kept          how many of them stay (exact in both scopes, save where `min_kept` outweighs an N:M pattern: at least;
@@ -74,6 +76,7 @@ class RulePlan:
     pattern: str
     per_channel: bool
     min_kept: int
+    min_share: float
     entries: tuple[Entry, ...]
     total: int
     kept: int

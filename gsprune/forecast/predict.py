@@ -7,13 +7,13 @@ pruner is changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from gsprune.cost.budgets import Budget
+from gsprune.cost.budgets import Budget, floor_text
 from gsprune.cost.counting import count_macs_by_module, count_parameters, named_layers
 from gsprune.forecast.plan import Cost, Entry, PruningPlan, RulePlan
 from gsprune.pruner.part import Part
@@ -190,7 +190,13 @@ def _bounds(part: Part) -> tuple[list[tuple[int, int]], int]:
     if part.rule.ranking == "local":
         counts = [_local(t, share, part.rule.min_kept) for t, share in zip(part.targets, shares, strict=True)]
         return [(count, count) for count in counts], sum(counts)
-    return _global(part.targets, shares[0], part.rule.min_kept)
+    found, kept = [(0, 0)] * len(part.targets), 0
+    for ranking in part.together:
+        bounds, count = _one_ranking([part.targets[i] for i in ranking], shares[0], part.least)
+        kept += count
+        for i, bound in zip(ranking, bounds, strict=True):
+            found[i] = bound
+    return found, kept
 
 
 def _local(target: Target, share: float, min_kept: int) -> int:
@@ -200,13 +206,15 @@ def _local(target: Target, share: float, min_kept: int) -> int:
     return (n - min(pruned, n - min(min_kept, n))) * rows * size
 
 
-def _global(targets: Sequence[Target], share: float, min_kept: int) -> tuple[list[tuple[int, int]], int]:
+def _one_ranking(
+    targets: Sequence[Target], share: float, least_of: Callable[[int], int]
+) -> tuple[list[tuple[int, int]], int]:
     groups = [target.groups().numel() for target in targets]
     sizes = [target.total // n for target, n in zip(targets, groups, strict=True)]
     gone = [target.pruned // size for target, size in zip(targets, sizes, strict=True)]
-    floors = [max(min(min_kept, n), _fixed(t, n)) for t, n in zip(targets, groups, strict=True)]
+    floors = [max(least_of(n), _fixed(t, n)) for t, n in zip(targets, groups, strict=True)]
     total = max(sum(groups) - max(pruned_count(share, sum(groups)), sum(gone)), sum(floors))
-    is_loose = any(0 < _fixed(t, n) < min(min_kept, n) for t, n in zip(targets, groups, strict=True))
+    is_loose = any(0 < _fixed(t, n) < least_of(n) for t, n in zip(targets, groups, strict=True))
     tops = [n - old for n, old in zip(groups, gone, strict=True)]
     bounds = []
     for floor, top, size in zip(floors, tops, sizes, strict=True):
@@ -254,13 +262,14 @@ def _settings(part: Part, entries: Sequence[Entry], kept: int) -> dict[str, Any]
         "pattern": _notation(first.pattern) if isinstance(first, WeightTarget) else "1x1",
         "per_channel": isinstance(first, WeightTarget) and first.per_channel,
         "min_kept": part.rule.min_kept,
+        "min_share": part.min_share,
         "entries": tuple(entries),
         "total": sum(entry.total for entry in entries),
         "kept": kept,
         "collapsing": _foreseen(part),
         "coverage": part.coverage,
         "schedule": tuple(_points(part)),
-        "notes": tuple(_budget_notes(part.budget) if part.budget else _notes(part, entries, kept)),
+        "notes": tuple(_budget_notes(part.budget, part.rule.ranking) if part.budget else _notes(part, entries, kept)),
         "budget": {part.budget.kind: part.budget.share} if part.budget else {},
     }
 
@@ -332,10 +341,16 @@ def _marks(schedule: Schedule) -> list[float]:
     return [schedule.start_epoch] if end is None else [schedule.start_epoch, end]
 
 
-def _budget_notes(budget: Budget) -> Iterable[str]:
+_TOGETHER = {"global": "The structures", "isomorphic": "Structures that are alike"}  # scope -> what is ranked together
+
+
+def _budget_notes(budget: Budget, scope: str) -> Iterable[str]:
+    if scope == "local":
+        yield f"Every structure loses about the same share of its units, until {budget} are left."
+        return
     yield (
-        f"The structures are ranked together, and the ranking is cut where {budget} are left: the scores will say how "
-        f"many units of which structure that takes, so there are only bounds for each."
+        f"{_TOGETHER[scope]} are ranked together, and the ranking is cut where {budget} are left: the scores will say "
+        f"how many units of which structure that takes, so there are only bounds for each."
     )
 
 
@@ -345,13 +360,13 @@ def _notes(part: Part, entries: Sequence[Entry], kept: int) -> Iterable[str]:
     if total - kept < asked - max(1.0, 0.01 * asked):  # the warning that the pruner would give in the end
         yield (
             f"{1 - kept / total:.1%} instead of {part.target_sparsity or 0:.1%} will be reached: "
-            f"min_kept={part.rule.min_kept} in each of {len(entries)} {things} allows no more.".replace("%", " %")
-        )
+            f"{floor_text(part.rule.min_kept, part.min_share)} in each of {len(entries)} {things} allows no more."
+        ).replace("%", " %")
     if any(entry.kept is None for entry in entries):
-        units = "units" if part.units else "weights"
+        units, ranked = ("units", _TOGETHER[part.rule.ranking]) if part.units else ("weights", "The tensors")
         yield (
-            f"The {things} are ranked together: the scores will say where the {kept:,} {units} that stay are, so there "
-            f"are only bounds for each. scope=local gives each its own share."
+            f"{ranked} are ranked together: the scores will say where the {kept:,} {units} that stay are, so there are "
+            f"only bounds for each. scope=local gives each its own share."
         )
     if not part.units and part.coverage < 1:
         yield (f"The tensors hold {percent(part.coverage)} of the model's matrix weights: sparsity is that of them.")

@@ -26,7 +26,7 @@ class SavedScores(NamedTuple):
 
 
 def save_scores(path: str | os.PathLike[str], scores: Mapping[str, Tensor], *, criterion: str, steps: int) -> None:
-    """Write the scores of `Pruner.scores()`: finite float32 tensors, 0 or more.
+    """Write the scores of `Pruner.scores()`: finite float32 tensors.
 
     Args:
         criterion: the class name of the criterion, as "Weighted"; of several "Abs+Weighted".
@@ -47,8 +47,8 @@ def save_scores(path: str | os.PathLike[str], scores: Mapping[str, Tensor], *, c
     for name, score in scores.items():
         if score.dtype != torch.float32:
             raise ValueError(f"score {name!r} is {score.dtype}, but scores are torch.float32")
-        if not bool((score.isfinite() & (score >= 0)).all()):
-            raise ValueError(f"score {name!r} holds a value that is negative or not finite")
+        if not bool(score.isfinite().all()):
+            raise ValueError(f"score {name!r} holds a value that is not finite")
     tensors = {
         name: score.detach().cpu().clone(memory_format=torch.contiguous_format) for name, score in scores.items()
     }

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gsprune.cost.budgets import Budget
+from gsprune.cost.budgets import Budget, floor_text
 from gsprune.pruner.find_targets import unit_targets, weight_targets
 from gsprune.pruner.rule import Rule
 from gsprune.pruner.targets import Share, Target, Targets, Verdict, sum_of
 from gsprune.pruner.units import UnitTarget
 from gsprune.pruner.weights import WeightTarget
 from gsprune.ranking.patterns import parse_pattern
-from gsprune.ranking.selection import pruned_count
+from gsprune.ranking.selection import least_kept, pruned_count
 from gsprune.schedules import Cubic, OneShot, Ramp, Schedule
+from gsprune.structures.alike import alike
 from gsprune.structures.matrices import coverage, warn_of_little
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Part:
         rule: the settings.
         all, targets: what is pruned, together and one by one.
         schedules: of each target.
+        together: numbers of the targets of each ranking.
+        min_share: share of each target's groups that stays at least.
         skipped: structures or tensors that cannot be pruned -> why.
         left_out: structures that could be, but for include, exclude, kinds and keep.
         coverage: share of the model's matrix weights that is targeted.
@@ -69,12 +72,16 @@ class Part:
                 model, pattern, include=rule.include, exclude=rule.exclude, per_channel=rule.per_channel
             )
         self.targets: Sequence[Target] = self.all.targets
+        if rule.criterion.spread_decay is not None:
+            self.all.keep_spread()
         self._check_trainable()
         tensors = targeted(model, self.targets)
         self.coverage = coverage(model, tensors)
         if not rule.units:
             warn_of_little(model, self.skipped, tensors, self.coverage, stacklevel=3)
         self.schedules = [_schedule_for(target, schedule, rule.counts) for target in self.targets]
+        self.together = self._rankings(model)
+        self.min_share = rule.floor(None if rule.goal is not None or rule.counts else schedule.final)
         self.updates = 0
         self._applied = [0.0] * len(self.targets)  # sparsity each target's mask was last made for
         self._scored = torch.zeros((), dtype=torch.int64, device=self.all.score.device)  # batches that counted
@@ -87,7 +94,15 @@ class Part:
         self.budget: Budget | None = None
         if rule.goal is not None:
             structures = [target.structure for target in self.unit_targets]
-            self.budget = Budget(*rule.goal, model, structures, example_input, min_kept=rule.min_kept)
+            self.budget = Budget(
+                *rule.goal,
+                model,
+                structures,
+                example_input,
+                min_kept=rule.min_kept,
+                min_share=self.min_share,
+                together=self.together,
+            )
 
     # ---- what there is to see
 
@@ -165,20 +180,24 @@ class Part:
             if found_inf is not None:
                 finite = finite & (found_inf.reshape(()) == 0)
             self._note_present(first=held is None or self._counted is None)
-            verdict = Verdict(finite, self.criterion.decay, grad_scale, degree=self.criterion.degree)
-            self.all.accumulate_(self.criterion, verdict)
+            self.all.accumulate_(self.criterion, Verdict(finite, self.criterion, grad_scale))
             if any(self.all.present):
                 self._count(finite, once=held is not None)
 
     def scores(self) -> dict[str, Tensor]:
         """The running scores; what is pruned has 0."""
-        return {t.name: t.outside(t.score.masked_fill(~t.keep, 0.0)) for t in self.targets}
+        return {
+            name: t.outside(running.masked_fill(~t.keep, 0.0))
+            for t in self.targets
+            for name, running in t.running.items()
+        }
 
     def take_scores(self, scores: Mapping[str, Tensor]) -> None:
         """Replace the running scores by checked ones; zeros everywhere count as no scores."""
         with torch.no_grad():
             for target in self.targets:
-                target.score.copy_(target.here(scores[target.name]))
+                for name, running in target.running.items():
+                    running.copy_(target.here(scores[name]))
             self._scored.fill_(int(self.all.any_score()))
             self.all.settle_()
         if int(self._scored):
@@ -314,7 +333,8 @@ class Part:
         for target in self.targets:
             keep = masks[target.name]
             target.check(keep, keep)
-            target.load(torch.zeros_like(target.outside(target.score)), keep)
+            zeros = torch.zeros_like(target.outside(target.score))
+            target.load(dict.fromkeys(target.running, zeros), keep)
         self.schedules = [OneShot(target_sparsity=target.pruned / target.total) for target in self.targets]
         self._applied = [schedule.final for schedule in self.schedules]
         self.updates = 1
@@ -332,8 +352,8 @@ class Part:
         if reached < asked - slack:
             warnings.warn(
                 f"the sparsity reached is {float(self.share):.3f} instead of {self.target_sparsity:.3f}: "
-                f"min_kept={self.rule.min_kept} in each of {len(self.targets)} tensors or structures, or the "
-                f"pattern, allows no more",
+                f"{floor_text(self.rule.min_kept, self.min_share)} in each of {len(self.targets)} tensors or "
+                f"structures, or the pattern, allows no more",
                 stacklevel=4,
             )
 
@@ -362,7 +382,8 @@ class Part:
         what = f"{value:g}" if len(set(flat.values())) == 1 else "one number in each"
         why = "the loss does not depend on it, or its gradients are too small for their type"
         why = why if self.criterion.cumulative else "its weights are all equal"
-        told_apart = self.rule.ranking == "global" and len(set(flat.values())) > 1  # one tensor from another
+        numbers = [[flat.get(self.targets[i].name) for i in ranking] for ranking in self.together]
+        told_apart = any(len({*values} - {None}) > 1 for values in numbers)  # one tensor from another
         groups_of = zip(self.targets, groups, strict=True)
         if not told_apart and len(flat) == sum(t.total - t.pruned > len(g) for t, g in groups_of):
             raise ValueError(
@@ -374,22 +395,37 @@ class Part:
             warnings.warn(
                 f"all scores of {fresh[0]}{more} are equal ({flat[fresh[0]]:g}), so which of them are pruned is "
                 f"arbitrary: {why}",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _select(self, groups: Sequence[Tensor], wanted: Sequence[float]) -> list[Tensor]:
-        if self.rule.ranking == "global":
-            ranked = [_normalized(group) if self.criterion.normalize else group for group in groups]
-            if self.budget is not None:
-                return self.budget.cut([group.reshape(-1) for group in ranked], 1 - wanted[0])
-            return self._ranked([group.reshape(1, -1) for group in ranked], wanted[0], self.targets)
-        return [
-            self._ranked([group], share, [target])[0]
-            for group, share, target in zip(groups, wanted, self.targets, strict=True)
-        ]
+        if self.criterion.normalize:
+            groups = [_normalized(group) for group in groups]
+        if self.budget is not None:
+            scores = [group.reshape(-1) for group in groups]
+            return self.budget.cut(
+                scores, 1 - wanted[0], by_cost=self.criterion.calibrated and not self.criterion.normalize
+            )
+        if self.rule.ranking != "local":
+            groups = [group.reshape(1, -1) for group in groups]
+        keeps = [*groups]
+        for ranking in self.together:
+            ranked, targets = [groups[i] for i in ranking], [self.targets[i] for i in ranking]
+            found = self.all.select(ranked, wanted[ranking[0]], targets, least=self.least)
+            for i, keep in zip(ranking, found, strict=True):
+                keeps[i] = keep
+        return keeps
 
-    def _ranked(self, groups: Sequence[Tensor], share: float, targets: Sequence[Target]) -> list[Tensor]:
-        return self.all.select(groups, share, targets, min_kept=self.rule.min_kept)
+    def least(self, groups: int) -> int:
+        """How many of the groups that a target has in a ranking stay in any case."""
+        return least_kept(groups, self.rule.min_kept, self.min_share)
+
+    def _rankings(self, model: nn.Module) -> list[list[int]]:
+        if self.rule.ranking == "local":
+            return [[i] for i in range(len(self.targets))]
+        if self.rule.ranking == "global":
+            return [[*range(len(self.targets))]]
+        return alike(model, [target.structure for target in self.unit_targets])
 
     # ---- a resumed run
 
@@ -398,7 +434,7 @@ class Part:
         measured = self.budget.state_dict() if self.budget is not None else {}
         return {
             "criterion": self.criterion_name,
-            "scores": {target.name: target.outside(target.score.clone()) for target in self.targets},
+            "scores": {name: t.outside(running.clone()) for t in self.targets for name, running in t.running.items()},
             "masks": self.masks(),
             "applied": list(self._applied),
             "scored": int(self._scored),
@@ -421,17 +457,18 @@ class Part:
             )
         scores, masks = state["scores"], state["masks"]
         names = {target.name for target in self.targets}
-        odd = sorted((set(scores) ^ names) | (set(masks) ^ names))
+        running = {name for target in self.targets for name in target.running}
+        odd = sorted((set(scores) ^ running) | (set(masks) ^ names))
         if odd or len(state["applied"]) != len(names):
             name = odd[0] if odd else "one of them"
             raise ValueError(f"the saved state and this pruner do not have the same targets: {name} is in one only")
         for target in self.targets:
-            target.check(scores[target.name], masks[target.name])
+            target.check(*(scores[name] for name in target.running), masks[target.name])
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state that was checked."""
         for target in self.targets:
-            target.load(state["scores"][target.name], state["masks"][target.name])
+            target.load(state["scores"], state["masks"][target.name])
         if self.budget is not None and "budget" in state:
             self.budget.load_state_dict(state["budget"])
         self._applied = list(state["applied"])
@@ -505,6 +542,7 @@ def _checked(target: Target) -> Tensor:
 
 
 def _normalized(group: Tensor) -> Tensor:
-    """Scores divided by the L2 norm of those that are not pruned."""
-    norm = group.masked_fill(group.isneginf(), 0).norm()
-    return group / norm if norm > 0 else group
+    """Scores divided by the mean of those that are not pruned: their L2 norm would starve structures of many units."""
+    gone = group.isneginf()
+    mean = group.masked_fill(gone, 0).sum() / (~gone).sum()
+    return group / mean if mean > 0 else group

@@ -47,6 +47,7 @@ class Pruner(Attachable):
         abs           s_u = abs(sum of w[:, u] * g[:, u])                 over the columns that read unit u
         weighted      s_u = abs(sum of w[u, :] * g[u, :] + b[u] * g_b[u])  over the rows that compute it, or over the
                       affine pair of a BatchNorm behind them
+        movement      S <- decay * S - w * g, with its sign               for each weight
         fisher        s_u = (sum of w[:, u] * g[:, u])^2                  over the columns that read unit u
 
     A tensor whose gradient is None in a step (a dropped layer, an unused expert) keeps its score: nothing is added, and
@@ -438,7 +439,11 @@ class Pruner(Attachable):
         return masks
 
     def scores(self) -> dict[str, Tensor]:
-        """The running scores, float32, with the names and shapes of `dense_masks`: 0 or more, 0 for what is pruned."""
+        """The running scores, float32, with the names and shapes of `dense_masks`; 0 for what is pruned.
+
+        0 or more, but for a criterion that keeps the sign (`Movement`). A second running average (`PLATON`'s) is there
+        beside the score, as "<name>:spread".
+        """
         return {name: score for part in self.parts for name, score in part.scores().items()}
 
     def load_scores(self, scores: Scores) -> None:

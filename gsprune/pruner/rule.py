@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from torch import Tensor
 
@@ -18,7 +18,8 @@ from gsprune.ranking.patterns import Pattern, parse_pattern
 from gsprune.schedules import Cubic, Schedule
 from gsprune.structures.structure import Kind
 
-Scope = Literal["local", "global"]
+Scope = Literal["local", "global", "isomorphic"]
+FLOOR = 0.1  # the share of each structure that stays at least where structures are ranked together
 Scores = Mapping[str, Tensor] | str | os.PathLike[str]  # as `Pruner.scores` gives them, or a file of them
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -34,19 +35,23 @@ class Rule:
         schedule: training progress -> sparsity, from `gsprune.schedules`. None: the pruner's, or `Cubic()`.
         budget: share of the dense network's cost that may stay, as {"macs": 0.5}, {"params": 0.3} or {"latency": 0.6}
             (of a forward pass of `example_input`, on the model's device), instead of a share of units. All structures
-            are ranked together, and the ranking is cut where the budget is met. The schedule then says what share of
-            the cost is gone. Needs units. A latency budget takes some seconds to measure, and measures again during
-            training; a resumed run does that too, so it continues bit-identically only between two measurements. With
-            several rules each budget counts as if the other rules removed nothing.
+            are ranked together (unless `scope` says otherwise; scores that estimate the loss change, `Fisher`'s, are
+            divided by what a unit costs), and the ranking is cut where the budget is met. The schedule then says what
+            share of the cost is gone. Needs units. A latency budget takes some seconds to measure, and measures again
+            during training; a resumed run does that too, so it continues bit-identically only between two measurements.
+            With several rules each budget counts as if the other rules removed nothing.
         keep: units to keep in every structure of a kind, as {"heads": 8, "neurons": 600}, instead of a share;
             kinds not named stay whole.
         kinds: kinds of units to prune, of "channels", "neurons" and "heads"; None: all, or those that `keep` names.
         structured: prune units, which are cut out in the end, or single weights. None: the criterion's own way.
         pattern: selection groups of single weights: "1x1", a tile "NxM", or a block "N:M".
         per_channel: every output channel (row of tiles) reaches the sparsity, not only every tensor.
-        scope: "local", every tensor or structure reaches the sparsity, or "global", one ranking over all.
-            None: global for weights and under a `budget`, local for units.
+        scope: "local", every tensor or structure reaches the sparsity; "global", one ranking over all; "isomorphic",
+            for units, one ranking over each set of structures that are alike (`gsprune.structures.alike`), and each
+            set reaches the sparsity. None: global for weights and under a `budget`, local for units.
         min_kept: groups kept at least in every tensor or structure.
+        min_share: share of the groups kept at least in every tensor or structure, in [0, 1), where several are ranked
+            together. None: a tenth for units (half of what stays of all, if that is less), 0 for single weights.
         include, exclude: `*` patterns for names of tensors, modules or structures; exclude wins.
         scores: initial running scores, as `Pruner.scores()` gives them, or the path of a file of them. The first mask
             update then needs no batch. No effect on a criterion that accumulates nothing.
@@ -72,6 +77,7 @@ class Rule:
     per_channel: bool = False
     scope: Scope | None = None
     min_kept: int = 1
+    min_share: float | None = None
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     scores: Scores | None = field(default=None, repr=False)
@@ -81,6 +87,7 @@ class Rule:
         check_kind("schedule", self.schedule or Cubic(), Schedule)
         check_number("target_sparsity", self.target_sparsity)
         check_number("min_kept", self.min_kept, whole=True, is_open=False)
+        check_number("min_share", self.min_share)
         _check_types(self)
         _check_amount(self)
         _check_settings(self)
@@ -105,6 +112,20 @@ class Rule:
         """What `keep` counts: kind of units -> how many stay."""
         return {kind: count for kind, count in (self.keep or {}).items() if count is not None}
 
+    def floor(self, final: float | None) -> float:
+        """`min_share`, with what None means filled in; `final` is the sparsity wanted in the end, None under a budget.
+
+        Raises:
+            ValueError: `min_share` leaves less to prune than that.
+        """
+        if self.min_share is None:
+            return 0.0 if not self.units or self.ranking == "local" else min(FLOOR, (1 - (final or 0)) / 2)
+        if final is not None and self.min_share > 1 - final:
+            raise ValueError(
+                f"min_share is {self.min_share:g}, but {final:g} of all is to go: it must be at most {1 - final:g}"
+            )
+        return self.min_share
+
     @property
     def share(self) -> float | None:
         """The sparsity that the rule asks for; None: the schedule's own."""
@@ -123,6 +144,7 @@ class Settings(TypedDict, total=False):
     per_channel: bool
     scope: Scope | None
     min_kept: int
+    min_share: float | None
     include: Sequence[str]
     exclude: Sequence[str]
 
@@ -183,8 +205,6 @@ def _check_amount(rule: Rule) -> None:
             raise ValueError(f"{given} and keep={counts} {both}")
         if share is not None:
             raise ValueError(f"{given} and target_sparsity={share} {both}")
-        if rule.scope == "local":
-            raise ValueError(f"{given} cuts one ranking over all structures: set scope to global, or leave it open")
     if counts and share is not None:
         raise ValueError(f"keep={counts} and target_sparsity={share} {both}")
     fixed = parse_pattern(rule.pattern).final_sparsity
@@ -202,19 +222,32 @@ def _check_settings(rule: Rule) -> None:
     if not (criterion.scores_units if units else criterion.scores_weights):
         what, other = ("units", "false") if units else ("single weights", "true")
         raise ValueError(f"{name} cannot score {what}: set structured={other} or take another criterion")
-    if rule.ranking not in ("local", "global"):
-        raise ValueError(f'scope is {rule.scope!r}: it must be "local" or "global"')
+    if rule.ranking not in get_args(Scope):
+        raise ValueError(f'scope is {rule.scope!r}: it must be "local", "global" or "isomorphic"')
+    if rule.ranking == "isomorphic" and not units:
+        raise ValueError(
+            f"scope isomorphic ranks like structures, but {name} prunes single weights here: set it to local"
+        )
     if rule.min_kept < 1:
         raise ValueError(f"min_kept is {rule.min_kept}: it must be 1 or more")
+    if rule.min_share is not None and not 0 <= rule.min_share < 1:
+        raise ValueError(f"min_share is {rule.min_share}: it must be in [0, 1)")
+    if rule.min_share and rule.ranking == "local" and rule.goal is None:
+        raise ValueError(
+            f"min_share={rule.min_share:g} has no effect under scope local, where all keep the same share: set scope "
+            f"to global or isomorphic"
+        )
     if counts and not units:
         raise ValueError(f"keep={counts} counts units, but {name} prunes single weights here")
     if rule.kinds is not None and not units:
         raise ValueError(f"kinds={[*rule.kinds]} names units, but {name} prunes single weights here")
     if rule.kinds is not None and counts:
         raise ValueError("kinds and keep both name what to prune: give one of them")
-    if counts and rule.ranking == "global":
-        raise ValueError("keep counts units in each structure, which a global scope does not: set scope to local")
-    if rule.per_channel and rule.ranking == "global":
+    if counts and rule.ranking != "local":
+        raise ValueError(
+            f"keep counts units in each structure, which a scope of {rule.ranking} does not: set scope to local"
+        )
+    if rule.per_channel and rule.ranking != "local":
         raise ValueError("per_channel needs scope local: with one ranking over all, channels do not reach a sparsity")
     if units and (rule.per_channel or parse_pattern(rule.pattern) != parse_pattern("1x1")):
         raise ValueError(
@@ -222,6 +255,6 @@ def _check_settings(rule: Rule) -> None:
         )
     if criterion.normalize and rule.ranking == "local":
         raise ValueError(
-            "normalize has no effect under scope local, where it divides each structure by its own norm: set scope to "
-            "global"
+            "normalize has no effect under scope local, where it divides each structure by its own mean: set scope to "
+            "global or isomorphic"
         )

@@ -10,7 +10,7 @@ runs, in the order of the processes, so an index in the whole tensor grows with 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -72,7 +72,7 @@ class ShardedWeight(WeightTarget):
         self._take(keep_rn.reshape(self.keep.shape))
 
     def groups(self) -> Tensor:
-        return self.score.reshape(1, self.score.numel())  # also of no rows
+        return self.ranked.reshape(1, self.score.numel())  # also of no rows
 
     def best(self, groups: Tensor) -> float:
         highest = groups.max() if groups.numel() else groups.new_tensor(-math.inf)
@@ -126,15 +126,20 @@ class ShardedWeights(WeightTargets):
         return bool(found)
 
     def select(
-        self, groups: Sequence[Tensor], share: float, targets: Sequence[Target], *, min_kept: int
+        self, groups: Sequence[Tensor], share: float, targets: Sequence[Target], *, least: Callable[[int], int]
     ) -> list[Tensor]:
         totals = [target.total for target in targets]
         k = max(pruned_count(share, sum(totals)), sum(target.pruned for target in targets))
-        return select(groups, k, totals=totals, group=self.group, min_kept=min_kept)
+        return select(groups, k, totals=totals, group=self.group, min_kept=[*map(least, totals)])
 
 
 def select(
-    scores: Sequence[Tensor], k: int, *, totals: Sequence[int], group: dist.ProcessGroup | None, min_kept: int = 0
+    scores: Sequence[Tensor],
+    k: int,
+    *,
+    totals: Sequence[int],
+    group: dist.ProcessGroup | None,
+    min_kept: int | Sequence[int] = 0,
 ) -> list[Tensor]:
     """`selection.select` for one row of which each process has a piece of every part; every process calls it.
 
@@ -149,7 +154,8 @@ def select(
     Returns:
         This process's pieces of the masks.
     """
-    kept = [min(min_kept, total) for total in totals]
+    wanted = [min_kept] * len(totals) if isinstance(min_kept, int) else min_kept
+    kept = [min(least, total) for least, total in zip(wanted, totals, strict=True)]
     if len(scores) == 1:
         k = min(k, totals[0] - kept[0])
     keeps = _select(scores, k, sum(totals), group)

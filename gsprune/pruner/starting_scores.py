@@ -42,10 +42,12 @@ def load_scores(parts: Sequence[Part], scores: Scores, *, stacklevel: int) -> No
         where, (scores, source, _) = f"the scores of {os.fspath(scores)}", file.load_scores(scores)
     if not isinstance(scores, Mapping):
         raise ValueError(f"scores is a {type(scores).__name__}: it must map names to tensors, or be the path of a file")
-    for target in (target for part in counting for target in part.targets):
-        if fault := _fault(target, scores):
-            raise ValueError(f"{where} do not fit: {fault}")
-    names = {target.name for part in parts for target in part.targets}
+    for part in counting:
+        for target in part.targets:
+            for running in target.running:
+                if fault := _fault(running, target, scores, signed=part.criterion.signed):
+                    raise ValueError(f"{where} do not fit: {fault}")
+    names = {running for part in parts for target in part.targets for running in target.running}
     if extra := [other for other in scores if other not in names]:
         raise ValueError(f"{where} do not fit: they have one of {extra[0]!r}, which is not pruned here")
     if source != name:
@@ -54,9 +56,8 @@ def load_scores(parts: Sequence[Part], scores: Scores, *, stacklevel: int) -> No
         part.take_scores(scores)
 
 
-def _fault(target: Target, scores: Mapping[str, Tensor]) -> str | None:
-    """Why the scores do not fit the target."""
-    name = target.name
+def _fault(name: str, target: Target, scores: Mapping[str, Tensor], *, signed: bool) -> str | None:
+    """Why the scores of that name do not fit the target."""
     if name not in scores:
         near = difflib.get_close_matches(name, map(str, scores), n=1)
         hint = f"; the nearest is {near[0]!r}" if near else ""
@@ -71,6 +72,6 @@ def _fault(target: Target, scores: Mapping[str, Tensor]) -> str | None:
     score = target.here(score)
     if not bool(score.isfinite().all()):
         return f"{name!r} holds a value that is not finite"
-    if bool((score < 0).any()):
+    if not signed and bool((score < 0).any()):
         return f"{name!r} holds a negative value"
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 
 from gsprune.criteria import Criterion
 from gsprune.ranking.blocks import Scratch
-from gsprune.ranking.selection import pruned_count, select
+from gsprune.ranking.selection import PRUNED, pruned_count, select
 
 if TYPE_CHECKING:
     from gsprune.structures.structure import Member, Structure
 
-_MAGNITUDE_BITS = 0x7FFFFFFF  # all of a float32 but its sign
+_ALL_BITS, _MAGNITUDE_BITS = -1, 0x7FFFFFFF  # of a float32: all, and all but its sign
 
 
 class Verdict:
@@ -32,23 +32,35 @@ class Verdict:
 
     A batch that does not count adds nothing, and no score decays: the bits of magnitudes are masked to 0 (0 * inf is
     NaN), and the factor of the running score is 1. Gradients that are scaled make the change too large by the scale to
-    the power of `degree`.
+    the power of the criterion's `degree`. `decay` is the criterion's own, unless another is given.
     """
 
-    def __init__(self, finite: Tensor, decay: float, grad_scale: Tensor | None = None, *, degree: int = 1) -> None:
-        self.grad_scale = None if grad_scale is None else grad_scale**degree
-        bits = torch.full_like(finite, _MAGNITUDE_BITS, dtype=torch.int32)
-        self.finite = finite
+    def __init__(
+        self, finite: Tensor, criterion: Criterion, grad_scale: Tensor | None = None, *, decay: float | None = None
+    ) -> None:
+        self.finite, self._newest = finite, 1 - criterion.decay  # the share of the newest change in an average
+        self.grad_scale = None if grad_scale is None else grad_scale**criterion.degree
+        bits = torch.full_like(finite, _ALL_BITS if criterion.signed else _MAGNITUDE_BITS, dtype=torch.int32)
         self.bits = torch.where(finite, bits, torch.zeros_like(bits))
-        factor = torch.full_like(finite, decay, dtype=torch.float32)
-        self.decay = torch.where(finite, factor, torch.ones_like(factor))
+        self.decay = self._factor(criterion.decay if decay is None else decay)
+        self.spread_decay = self._factor(criterion.spread_decay or 1.0)
 
-    def add_(self, score: Tensor, change: Tensor) -> None:
-        """score <- decay * score + abs(change); overwrites `change` (both float32)."""
+    def add_(self, score: Tensor, change: Tensor, spread: Tensor | None = None) -> None:
+        """score <- decay * score + abs(change), and so the spread; overwrites `change` (all float32)."""
+        self._add_(score, change, self.decay, self.grad_scale)
+        if spread is not None:
+            change.sub_(score, alpha=self._newest)
+            self._add_(spread, change, self.spread_decay, None)
+
+    def _add_(self, running: Tensor, change: Tensor, decay: Tensor, grad_scale: Tensor | None) -> None:
         change.view(torch.int32).bitwise_and_(self.bits)
-        if self.grad_scale is not None:
-            change.div_(self.grad_scale)
-        torch.addcmul(change, score, self.decay, out=score)
+        if grad_scale is not None:
+            change.div_(grad_scale)
+        torch.addcmul(change, running, decay, out=running)
+
+    def _factor(self, decay: float) -> Tensor:
+        factor = torch.full_like(self.finite, decay, dtype=torch.float32)
+        return torch.where(self.finite, factor, torch.ones_like(factor))
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class Target(ABC):
         name: of the tensor or structure.
         of: what is pruned here: weights, channels, neurons or heads.
         score: running score S, float32: of the weight's shape, or (units,). -inf where pruned.
+        spread: of the same shape, the second running average of a criterion that has one.
         keep: mask of the same shape, True = kept.
         total, pruned: number of weights or units, and how many are pruned.
         due: whether the next probe looks at it: of several optimizers each step has its own part.
@@ -94,6 +107,7 @@ class Target(ABC):
 
     name: str
     score: Tensor
+    spread: Tensor | None = None
     keep: Tensor
     total: int
     pruned: int = 0
@@ -129,6 +143,11 @@ class Target(ABC):
     def mask(self, network: nn.Module) -> None:
         """Zero what is pruned in the model, or in a copy of it. In the end and at updates: it also zeroes a NaN."""
 
+    @property
+    def ranked(self) -> Tensor:
+        """What is ranked, of the score's shape; -inf where pruned."""
+        return self.score if self.spread is None else (self.score * self.spread).masked_fill_(~self.keep, PRUNED)
+
     @abstractmethod
     def groups(self) -> Tensor:
         """Scores of the selection groups, (r, n)."""
@@ -162,15 +181,21 @@ class Target(ABC):
         """The lowest and the highest group score of what is not pruned."""
         return -self.best(-groups.masked_fill(groups.isneginf(), math.inf)), self.best(groups)
 
-    def check(self, score: Tensor, keep: Tensor) -> None:
-        """Raise a ValueError if a saved score or mask has another shape."""
-        for saved in (score, keep):
-            if saved.shape != self.shape:
-                raise ValueError(f"{self.name} has shape {_dims(self.shape)}, the saved state {_dims(saved.shape)}")
+    @property
+    def running(self) -> dict[str, Tensor]:
+        """All that is kept of its scores, by name: the running score, and its spread where there is one."""
+        return {self.name: self.score} | ({f"{self.name}:spread": self.spread} if self.spread is not None else {})
 
-    def load(self, score: Tensor, keep: Tensor) -> None:
-        """Take over a saved score and mask of this target's shape."""
-        self.score.copy_(self.here(score))
+    def check(self, *saved: Tensor) -> None:
+        """Raise a ValueError if a saved score or mask has another shape."""
+        for one in saved:
+            if one.shape != self.shape:
+                raise ValueError(f"{self.name} has shape {_dims(self.shape)}, the saved state {_dims(one.shape)}")
+
+    def load(self, scores: Mapping[str, Tensor], keep: Tensor) -> None:
+        """Take over saved scores, named as in `running`, and a mask, all of this target's shape."""
+        for name, running in self.running.items():
+            running.copy_(self.here(scores[name]))
         self._take(self.here(keep))
 
     def _take(self, keep: Tensor) -> None:
@@ -184,11 +209,13 @@ class Targets(ABC):
     Attributes:
         targets: the single ones, in the model's order.
         score, keep: all scores (float32) and all masks (bool), one after the other.
+        spread: as the scores, where the criterion has a second running average.
     """
 
     def __init__(self, targets: Sequence[Target], total: int, device: torch.device) -> None:
         self.targets = targets
         self.score = torch.zeros(total, device=device)
+        self.spread: Tensor | None = None
         self.keep = torch.ones(total, dtype=torch.bool, device=device)
         self.present = [False] * len(targets)  # in the step that was probed last
         self.scratch = Scratch()
@@ -196,6 +223,11 @@ class Targets(ABC):
     @abstractmethod
     def _share_out(self) -> None:
         """Make the targets' scores and masks views of the flat ones."""
+
+    def keep_spread(self) -> None:
+        """Keep a second running average beside every score."""
+        self.spread = torch.zeros_like(self.score)
+        self._share_out()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Pickling gives every view a memory of its own."""
@@ -218,15 +250,19 @@ class Targets(ABC):
         return bool(self.score.any())
 
     def select(
-        self, groups: Sequence[Tensor], share: float, targets: Sequence[Target], *, min_kept: int
+        self, groups: Sequence[Tensor], share: float, targets: Sequence[Target], *, least: Callable[[int], int]
     ) -> list[Tensor]:
-        """What to keep of some targets' groups, ranked together, to prune that share of them."""
+        """What to keep of some targets' groups, ranked together, to prune that share of them.
+
+        Args:
+            least: groups in a row of a target -> how many of them stay in any case.
+        """
         n, rows = sum(group.shape[1] for group in groups), len(groups[0])
         gone = sum(target.pruned * group.numel() // target.total for target, group in zip(targets, groups, strict=True))
         k = max(pruned_count(share, n), gone // rows)  # what is pruned stays pruned
         protected = [target.protected(group) for target, group in zip(targets, groups, strict=True)]
         known = [safe for safe in protected if safe is not None]
-        return select(groups, k, protected=known or None, min_kept=min_kept)
+        return select(groups, k, protected=known or None, min_kept=[least(group.shape[1]) for group in groups])
 
     @abstractmethod
     def probe(self, criterion: Criterion) -> Tensor:

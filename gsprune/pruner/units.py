@@ -88,7 +88,7 @@ class UnitTarget(Target):
         self._rows = {}
 
     def groups(self) -> Tensor:
-        return self.score.reshape(1, -1)
+        return self.ranked.reshape(1, -1)
 
     def set_keep(self, keep_rn: Tensor) -> None:
         self._take(keep_rn.reshape(-1))
@@ -138,7 +138,9 @@ class UnitTargets(Targets):
     def _share_out(self) -> None:
         start = 0
         for target in self.targets:
-            target.score, target.keep = (flat[start : start + target.total] for flat in (self.score, self.keep))
+            own = slice(start, start + target.total)
+            target.score, target.keep = self.score[own], self.keep[own]
+            target.spread = None if self.spread is None else self.spread[own]
             start += target.total
 
     def probe(self, criterion: Criterion) -> Tensor:
@@ -159,7 +161,7 @@ class UnitTargets(Targets):
         ends = list(itertools.accumulate(target.total for target in self.targets))
         places = zip(self.targets, ends, self.present, strict=True)
         for lo, hi in merged_runs([(end - target.total, end) for target, end, here in places if here]):
-            verdict.add_(self.score[lo:hi], self._changes[lo:hi])
+            verdict.add_(self.score[lo:hi], self._changes[lo:hi], None if self.spread is None else self.spread[lo:hi])
 
     def compute_(self, criterion: Criterion) -> None:
         for target in self.targets:
@@ -168,6 +170,8 @@ class UnitTargets(Targets):
 
     def settle_(self) -> None:
         self.score.masked_fill_(~self.keep, PRUNED)
+        if self.spread is not None:
+            self.spread.masked_fill_(~self.keep, 0)
 
     def apply_(self) -> None:
         for target in self.targets:

@@ -78,7 +78,7 @@ class WeightTarget(Target):
         weight.masked_fill_(~self.keep.to(weight.device), 0)
 
     def groups(self) -> Tensor:
-        groups = self.pattern.to_groups(self._outputs_first(self.score))
+        groups = self.pattern.to_groups(self._outputs_first(self.ranked))
         return groups if self.per_channel else groups.reshape(1, -1)
 
     def protected(self, groups: Tensor) -> Tensor | None:
@@ -142,6 +142,8 @@ class WeightTargets(Targets):
             stop = start + weight.numel()
             target.score = self.score[start:stop].as_strided(weight.shape, weight.stride())
             target.keep = self.keep[start:stop].as_strided(weight.shape, weight.stride())
+            if self.spread is not None:
+                target.spread = self.spread[start:stop].as_strided(weight.shape, weight.stride())
             start = stop
 
     def probe(self, criterion: Criterion) -> Tensor:
@@ -166,7 +168,8 @@ class WeightTargets(Targets):
                     out.copy_(change)
                 filled.append((at, at + hi - lo))
             for lo, hi in merged_runs(filled):
-                verdict.add_(self.score[start + lo : start + hi], changes[lo:hi])
+                own = slice(start + lo, start + hi)
+                verdict.add_(self.score[own], changes[lo:hi], None if self.spread is None else self.spread[own])
 
     def compute_(self, criterion: Criterion) -> None:
         for target in self.targets:
@@ -177,6 +180,8 @@ class WeightTargets(Targets):
         for start, stop, _ in self._blocks:
             # 1 / mask - 1 is 0 where kept and inf where pruned; a third of the time of a masked fill
             self.score[start:stop].sub_(self._mask(start, stop).reciprocal_().sub_(1))
+            if self.spread is not None:
+                self.spread[start:stop].masked_fill_(~self.keep[start:stop], 0)
 
     def apply_(self) -> None:
         weights = [target.line() for target in self.targets] if self.pruned else []

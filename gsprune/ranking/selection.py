@@ -28,8 +28,18 @@ def pruned_count(sparsity: float, n: int) -> int:
     return math.floor(sparsity * n + 0.5)
 
 
+def least_kept(n: int, min_kept: int, min_share: float = 0.0) -> int:
+    """Groups of `n` that stay at least: `min_kept` of them, and that share, rounded up.
+
+    Example:
+        >>> [least_kept(n, 2, 0.1) for n in (1, 4, 20, 30, 31)]
+        [1, 2, 2, 3, 4]
+    """
+    return min(n, max(min_kept, math.ceil(min_share * n - 1e-9)))
+
+
 def select(
-    scores: Sequence[Tensor], k: int, *, protected: Sequence[Tensor] | None = None, min_kept: int = 0
+    scores: Sequence[Tensor], k: int, *, protected: Sequence[Tensor] | None = None, min_kept: int | Sequence[int] = 0
 ) -> list[Tensor]:
     """Prune the k lowest-scored groups of every row of one ranking over all parts: exactly k, whatever the ties.
 
@@ -40,7 +50,8 @@ def select(
         scores: parts (r, n_i), float, higher is kept; -inf (`PRUNED`) goes first. Never NaN. Left as they are.
         k: groups to prune in each row, over all parts.
         protected: parts (r, n_i), bool: True is kept in any case, equally many in each row. None: nothing is.
-        min_kept: groups kept at least in each row of each part (all of them in a part that has fewer).
+        min_kept: groups kept at least in each row of each part (all of them in a part that has fewer); one number, or
+            one for each part.
 
     Returns:
         Parts (r, n_i), bool, True = kept.
@@ -50,7 +61,8 @@ def select(
         >>> [select([scores], k)[0].int().tolist() for k in (1, 2, 3)]
         [[[1, 1, 1, 0]], [[1, 0, 1, 0]], [[1, 0, 0, 0]]]
     """
-    kept = [min(min_kept, score.shape[1]) for score in scores]
+    wanted = [min_kept] * len(scores) if isinstance(min_kept, int) else min_kept
+    kept = [min(least, score.shape[1]) for least, score in zip(wanted, scores, strict=True)]
     if len(scores) == 1:
         k = min(k, scores[0].shape[1] - kept[0])
     keeps = _select(scores, k, protected)

@@ -52,7 +52,7 @@ NOT_DENSE = (
     "trainer.latency_seconds",
 )
 # Settings that do not change the scores on the dense network: when and how much to prune.
-NOT_SCORES = ("target_sparsity", "budget", "target", "schedule", "scope", "min_kept", "scores", "shrink")
+NOT_SCORES = ("target_sparsity", "budget", "target", "schedule", "scope", "min_kept", "min_share", "scores", "shrink")
 CONTROL = "gsprune.pruner.pruner.no_pruning"  # its settings change nothing
 FILES = ("model.weights", "pruner.scores")
 SCORES = "checkpoint/scores.safetensors"  # in the output directory of a job

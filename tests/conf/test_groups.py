@@ -53,7 +53,7 @@ def targets(config: Any) -> list[str]:
 
 
 def test_nothing_is_missing_from_the_groups() -> None:
-    own = ["abs", "elementwise", "fisher", "magnitude", "none", "random", "weighted"]
+    own = ["abs", "elementwise", "fisher", "magnitude", "movement", "none", "platon", "random", "weighted"]
     assert sorted([*own, *SEVERAL]) == PRUNERS
     assert SCHEDULES == ["cosine", "cubic", "exponential", "linear", "one_shot"]
     assert options("model") == [
@@ -239,6 +239,8 @@ def test_the_defaults(compose_config: Compose) -> None:
         ("abs", "gsprune.Pruner", "Abs", 0.5, 0.95),
         ("weighted", "gsprune.Pruner", "Weighted", 0.5, 0.95),
         ("fisher", "gsprune.Pruner", "Fisher", 0.5, 0.95),
+        ("movement", "gsprune.Pruner", "Movement", 0.9, 1.0),
+        ("platon", "gsprune.Pruner", "PLATON", 0.9, 0.85),
         ("magnitude", "gsprune.Pruner", "Magnitude", 0.9, None),
         ("random", "gsprune.Pruner", "Random", 0.9, None),
         ("none", "gsprune.pruner.pruner.no_pruning", "Weighted", 0.0, 0.95),

@@ -28,7 +28,17 @@ CLASSES = [
     *(f"gsprune.schedules.{name}" for name in ("OneShot", "Ramp", "Linear", "Cubic", "Cosine", "Exponential")),
     *(
         f"gsprune.criteria.{name}"
-        for name in ("Abs", "Elementwise", "Fisher", "GateGradient", "Magnitude", "Random", "Weighted")
+        for name in (
+            "Abs",
+            "Elementwise",
+            "Fisher",
+            "GateGradient",
+            "Magnitude",
+            "Movement",
+            "PLATON",
+            "Random",
+            "Weighted",
+        )
     ),
     "gsprune.training.trainer.Trainer",
 ]

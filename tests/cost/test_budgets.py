@@ -26,7 +26,7 @@ from gsprune.app.configuration import run_name
 from gsprune.cost import budgets, costs, latency, latency_tables
 from gsprune.cost.budgets import Budget, read_budget
 from gsprune.cost.counting import count_macs, count_parameters
-from gsprune.criteria import Elementwise, Magnitude, Weighted
+from gsprune.criteria import Abs, Elementwise, Fisher, Magnitude, Weighted
 from gsprune.discovery.find import find_structures
 from gsprune.forecast import predict
 from gsprune.pruner.pruner import no_pruning
@@ -178,6 +178,82 @@ def test_a_unit_too_large_for_the_rest_gives_way_to_smaller_ones() -> None:
 
     assert cut(73 - 13) == [[True, True, False, True, True], [True] * 8]
     assert cut(73 - 6) == [[True] * 5, [False] + [True] * 7]
+
+
+def pyramid(*widths: int) -> tuple[nn.Module, Tensor, tuple[Structure, ...]]:
+    layers = [nn.Linear(i, o, bias=False) for i, o in itertools.pairwise(widths)]
+    net = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
+    x = torch.ones(1, widths[0])
+    return net, x, find_structures(net, x).structures
+
+
+def test_a_share_of_every_structure_stays_under_a_budget() -> None:
+    net, x, structures = pyramid(10, 20, 20, 4)
+    scores = [torch.linspace(1, 2, 20), torch.linspace(10, 20, 20)]
+
+    def kept(**floor: Any) -> list[int]:
+        return [int(keep.sum()) for keep in Budget("params", 0.2, net, structures, x, **floor).cut(scores, 0.2)]
+
+    assert [kept(), kept(min_share=0.2), kept(min_share=0.3)] == [[2, 19], [4, 12], [6, 8]]
+    assert Budget("params", 0.2, net, structures, x, min_share=0.2).bounds()[0][0] == 4
+
+
+def test_a_unit_is_ranked_by_its_score_for_its_price() -> None:
+    """A unit of the first structure costs 30 + 8, of the second 8 + 2: at the same score the first go first."""
+    net, x, structures = pyramid(30, 8, 8, 2)
+    scores = [torch.linspace(1, 2, 8), torch.linspace(1, 2, 8)]
+    parameters = 30 * 8 + 8 * 8 + 8 * 2
+    share = (30 * 4 + 4 * 8 + 8 * 2) / parameters
+    budget = Budget("params", share, net, structures, x)
+    assert budget.prices() == pytest.approx([(30 + 8) / parameters, (8 + 2) / parameters])
+    by_score, by_cost = (budget.cut(scores, share, by_cost=by_cost) for by_cost in (False, True))
+    assert [int(keep.sum()) for keep in by_score] == [5, 3]
+    assert [int(keep.sum()) for keep in by_cost] == [4, 8]
+    ratio = 38 / 10  # a score so much higher outweighs the price
+    assert [int(k.sum()) for k in budget.cut([ratio * scores[0], scores[1]], share, by_cost=True)] == [5, 3]
+
+
+def test_what_saves_nothing_goes_last() -> None:
+    net, x, structures = pyramid(30, 8, 8, 2)
+
+    class Free(costs.Cost):
+        def _parts(self, keeps: Any) -> float:
+            return 0.2 + 0.8 * int(keeps[0].sum()) / 8
+
+    budget = Budget("params", 0.5, net, structures, x)
+    budget._cost = Free(structures)
+    assert budget.prices()[0] == pytest.approx(0.1)
+    assert budget.prices()[1] == pytest.approx(0.1 / 2000)
+
+
+@pytest.mark.parametrize("scope", ["local", "isomorphic"])
+def test_a_budget_is_met_under_every_scope(scope: Any) -> None:
+    """Under local scope all lose the same share, whatever the scores."""
+    torch.manual_seed(0)
+    model, x = Net(32), nets.images(1)
+    dense = copy.deepcopy(model)
+    pruner = Pruner(
+        model, Weighted(), budget={"macs": 0.5}, scope=scope, schedule=Cubic(end_epoch=2), steps_per_epoch=4,
+        example_input=x,
+    )  # fmt: skip
+    train(model, pruner)
+    assert count_macs(model, x) / count_macs(dense, x) == pytest.approx(0.5, rel=0.02)
+    shares = [float(mask.float().mean()) for mask in pruner.masks().values()]
+    if scope == "local":
+        assert max(shares) - min(shares) < 0.1
+    else:
+        assert [len(ranking) for ranking in pruner.parts[0].together] == [1, 2]  # the stream, the two blocks' insides
+
+
+def test_fishers_scores_are_divided_by_the_price_and_others_are_not() -> None:
+    kept = {}
+    for criterion in (Abs(), Fisher(), Fisher(normalize=True)):
+        net, x, _ = pyramid(30, 8, 8, 2)
+        pruner = Pruner(net, criterion, budget={"params": 168 / 320}, schedule=OneShot(), example_input=x)
+        pruner.load_scores({name: torch.linspace(1, 2, 8) for name in pruner.masks()})
+        pruner.on_step_begin(0)
+        kept[str(criterion)] = [int(mask.sum()) for mask in pruner.masks().values()]
+    assert [*kept.values()] == [[5, 3], [4, 8], [5, 3]]
 
 
 def test_a_count_that_is_off_is_corrected_with_a_smaller_copy() -> None:
@@ -540,14 +616,15 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"budget": {"macs": 0.5}, "keep": {"channels": 4, "heads": None}},
         "budget={macs: 0.5} and keep={'channels': 4} both say how much stays: set only one of them",
     ),
-    "local": (
-        {"budget": {"params": 0.25}, "scope": "local"},
-        "budget={params: 0.25} cuts one ranking over all structures: set scope to global, or leave it open",
-    ),
     "too little": (
         {"budget": {"params": 0.1}, "min_kept": 12},
         "budget asks for 10 % of the parameters, but 63.7 % stay with everything gone that can be removed "
         "(min_kept=12 in each of 3 structures): ask for a larger share",
+    ),
+    "too high a floor": (
+        {"budget": {"params": 0.1}, "min_share": 0.75},
+        "budget asks for 10 % of the parameters, but 57.9 % stay with everything gone that can be removed "
+        "(min_kept=1 and min_share=0.75 in each of 3 structures): ask for a larger share or a smaller min_share",
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +14,14 @@ import pytest
 import reference
 import torch
 from conformance import CriterionTester
+from facts import refused
 from torch import Tensor, nn
 
-from gsprune.criteria import Abs, Criterion, Elementwise, Fisher, Magnitude, Random, Weighted
+from gsprune import Pruner
+from gsprune.criteria import PLATON, Abs, Criterion, Elementwise, Fisher, Magnitude, Movement, Random, Weighted
 from gsprune.discovery.find import find_structures
 from gsprune.ranking.blocks import BLOCK, dot_along
+from gsprune.schedules import OneShot
 from gsprune.structures.structure import Structure
 
 DOUBLE = torch.float64
@@ -59,17 +63,17 @@ def with_gradients(model: nn.Module) -> tuple[Structure, ...]:
     return found
 
 
-def movement() -> type[Criterion]:
+def damage() -> type[Criterion]:
     """The criterion of the README."""
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Movement" in block]
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Damage" in block]
     module = ModuleType("my_criteria")
     sys.modules["my_criteria"] = module  # pickle looks there
     exec(code, vars(module))
-    return module.Movement
+    return module.Damage
 
 
-Movement = movement()
+Damage = damage()
 
 
 class TestElementwise(CriterionTester):
@@ -79,11 +83,29 @@ class TestElementwise(CriterionTester):
         return reference.weight_gates(model, name, x).abs()
 
 
+class TestDamage(CriterionTester):
+    make = Damage
+
+    def weight(self, model: nn.Module, name: str, x: Tensor) -> Tensor:
+        return reference.weight_gates(model, name, x).square()
+
+
 class TestMovement(CriterionTester):
     make = Movement
 
     def weight(self, model: nn.Module, name: str, x: Tensor) -> Tensor:
-        return (-reference.weight_gates(model, name, x)).clamp(min=0)
+        return -reference.weight_gates(model, name, x)
+
+
+class TestPLATON(CriterionTester):
+    make = PLATON
+    decays = (0.9, 0.3)
+
+    def weight(self, model: nn.Module, name: str, x: Tensor) -> Tensor:
+        return reference.weight_gates(model, name, x).abs()
+
+    def unit(self, model: nn.Module, structure: Structure, x: Tensor) -> Tensor:
+        return reference.unit_gates(model, structure.consumers, x).abs()
 
 
 class TestAbs(CriterionTester):
@@ -153,6 +175,50 @@ def test_naive_row_sums_vanish_with_eps(normed: str) -> None:
 def test_elementwise_literal() -> None:
     w, g = torch.tensor([[1.0, -2.0], [0.5, 0.0]]), torch.tensor([[-3.0, 1.0], [4.0, 7.0]])
     assert Elementwise().weights(w, g).abs().tolist() == [[3.0, 2.0], [2.0, 0.0]]
+
+
+def test_movement_keeps_what_is_led_away_from_zero_and_not_what_is_large() -> None:
+    net = nn.Linear(4, 1, bias=False)
+    pruner = Pruner(net, Movement(decay=0.5), target_sparsity=0.5, schedule=OneShot())
+    for weight, grad in (
+        ([5.0, 1.0, -1.0, -9.0], [1.0, -4.0, 2.0, -1.0]),
+        ([5.0, 1.0, -1.0, -9.0], [1.0, 1.0, 2.0, 0.0]),
+    ):
+        net.weight.data, net.weight.grad = torch.tensor([weight]), torch.tensor([grad])
+        pruner.on_before_optimizer_step()
+    assert pruner.scores()["weight"].tolist() == [[-7.5, 1.0, 3.0, -4.5]]
+    pruner.on_step_begin(0)
+    assert pruner.masks()["weight"].tolist() == [[False, True, True, False]]
+    assert pruner.scores()["weight"].tolist() == [[0.0, 1.0, 3.0, 0.0]]
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_platon_ranks_by_sensitivity_times_uncertainty(units: bool) -> None:
+    """Against averages with their factors 1 - d, of weights and of units; three are of equal sensitivity."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1, bias=False))
+    options = {"example_input": torch.zeros(1, 3), "structured": units, "include": ["0" if units else "2.weight"]}
+    criterion = PLATON(decay=0.7, spread_decay=0.8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # how little of the model is targeted
+        pruner = Pruner(net, criterion, target_sparsity=0.5, schedule=OneShot(), **options)
+    steps = torch.rand(6, 8)
+    steps[:, 1:3] = torch.tensor([0.3, 0.6])
+    net[2].weight.data.fill_(1.0)
+    for step in steps:
+        net[2].weight.grad = step[None].clone()
+        pruner.on_before_optimizer_step()
+    expected = reference.platon(steps.tolist(), 0.7, 0.8)
+    best = sorted(range(8), key=lambda i: -expected[i])[:4]
+    pruner.on_step_begin(0)
+    (mask,) = pruner.masks().values()
+    assert mask.flatten().nonzero().flatten().tolist() == sorted(best)
+
+
+@pytest.mark.parametrize(("name", "value"), [("decay", 1.0), ("spread_decay", 1.0), ("spread_decay", 0.0)])
+def test_an_average_needs_a_decay_below_1(name: str, value: float) -> None:
+    with refused(f"{name} is {value}", "below 1"):
+        PLATON(**{name: value})
 
 
 def test_magnitude_of_units_is_the_norm_of_their_rows() -> None:

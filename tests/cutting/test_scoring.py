@@ -6,12 +6,13 @@ import copy
 
 import nets
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from facts import refused
 from torch import Tensor, nn
 
-from gsprune.criteria import Abs, Fisher, Magnitude, Random, Weighted
+from gsprune.criteria import PLATON, Abs, Fisher, Magnitude, Random, Weighted
 from gsprune.cutting.calibration import Calibration
 from gsprune.cutting.scoring import gate_gradients, unit_scores
 from gsprune.discovery.find import find_structures
@@ -165,6 +166,18 @@ def test_scores_are_sums_over_single_samples() -> None:
     drawn = unit_scores(model, structures, Random(seed=1), singles)["0"]
     assert torch.equal(drawn, unit_scores(model, structures, Random(seed=1), singles)["0"])
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_second_average_keeps_its_decays() -> None:
+    torch.manual_seed(0)
+    model, x, y = nets.mlp(), torch.randn(9, 6), torch.arange(9) % 3
+    structures = find_structures(model, x[:2]).structures
+    singles = Calibration([(x[i : i + 1], y[i : i + 1]) for i in range(9)], F.cross_entropy)
+    found = unit_scores(model, structures, PLATON(decay=0.7, spread_decay=0.9), singles)
+    for name, gates in gate_gradients(model, structures, singles).items():
+        steps = [*gates.abs()]
+        torch.testing.assert_close(found[name], reference.accumulate(steps, 0.7).float())
+        torch.testing.assert_close(found[f"{name}:spread"], reference.spread(steps, 0.7, 0.9).float())
 
 
 def test_labels_drawn_from_predictions() -> None:

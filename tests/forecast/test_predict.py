@@ -136,6 +136,9 @@ GLOBAL = {
         {"pattern": "1:4", "min_kept": 40, "scope": "global"},
     ),
     "units": (conv_model, Weighted, DIGIT, {"target_sparsity": 0.5, "scope": "global"}),
+    "min_share": (conv_model, Weighted, DIGIT, {"target_sparsity": 0.6, "scope": "global", "min_share": 0.3}),
+    "min_share of weights": (mlp, Elementwise, torch.ones(1, 8), {"target_sparsity": 0.6, "min_share": 0.25}),
+    "structures that are alike": (nets.ViT, Weighted, SMALL, {"target_sparsity": 0.6, "scope": "isomorphic"}),
 }
 
 
@@ -163,6 +166,29 @@ def test_bounds_are_as_tight_as_the_total_allows():
     planned = plan(model, make(model, Elementwise(), target_sparsity=0.9, min_kept=10), torch.ones(1, 8))
     assert planned.kept == 45
     assert [(e.least, e.most) for e in planned.entries] == [(10, 25), (10, 25), (10, 25)]
+
+
+def test_a_share_of_every_structure_is_in_the_bounds():
+    model = conv_model()  # 32 + 64 + 64 channels, of which 64 stay
+    settings = {"target_sparsity": 0.6, "scope": "global"}
+    planned = plan(model, make(model, Weighted(), DIGIT, **settings), DIGIT)
+    assert (planned.min_share, planned.scope) == (0.1, "global")
+    assert [(e.least, e.most) for e in planned.entries] == [(4, 32), (7, 53), (7, 53)]
+    planned = plan(model, make(model, Weighted(), DIGIT, **settings, min_share=0.3), DIGIT)
+    assert [(e.least, e.most) for e in planned.entries] == [(10, 24), (20, 34), (20, 34)]
+
+
+def test_structures_that_are_alike_share_their_count_and_the_plan_says_so():
+    model = nets.ViT()  # 4 heads and 10 neurons in each of two blocks
+    planned = plan(model, make(model, Abs(), SMALL, target_sparsity=0.5, scope="isomorphic"), SMALL)
+    assert [(e.name, e.least, e.most) for e in planned.entries] == [
+        ("blocks.0.attn", 1, 3),
+        ("blocks.0.fc1", 1, 9),
+        ("blocks.1.attn", 1, 3),
+        ("blocks.1.fc1", 1, 9),
+    ]
+    assert planned.kept == 4 + 10
+    assert planned.notes[0].startswith("Structures that are alike are ranked together")
 
 
 def test_the_extreme_scores_reach_the_bounds():

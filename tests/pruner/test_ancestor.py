@@ -57,7 +57,7 @@ def test_every_recorded_case_is_covered() -> None:
 def test_elementwise_scores(case: str) -> None:
     conf, array, keys = load(case)
     for name in conf["conf"]["names"]:
-        verdict, score = Verdict(COUNTED, 1.0), None
+        verdict, score = Verdict(COUNTED, Elementwise(decay=1.0)), None
         for epoch, step in steps(keys):
             weight, grad = array(f"e{epoch}/s{step}/w_pre/{name}"), array(f"e{epoch}/s{step}/grad/{name}")
             score = torch.zeros_like(weight) if score is None else score
@@ -117,7 +117,7 @@ def test_unit_scores(case: str) -> None:
     compared = 0
     for layer in (0, 1):
         for criterion, structure, importance in bert_structures(conf, layer):
-            verdict, score = Verdict(COUNTED, 1.0), torch.zeros(structure.units)
+            verdict, score = Verdict(COUNTED, criterion), torch.zeros(structure.units)
             for step in range(conf["steps"]):
                 read = lambda name, step=step: (array(f"init/{name}"), array(f"e0/s{step}/grad/{name}"))  # noqa: E731
                 verdict.add_(score, criterion.units(structure, read))

@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -339,7 +339,86 @@ def test_normalize_makes_a_global_ranking_fair() -> None:
         pruner.on_before_optimizer_step()
         pruner.on_step_begin(1)
         kept.append(pruner.report()["kept/0"])
-    assert kept == [5.0, 3.0]  # of 12, 6 go; the other structure keeps its min_kept of 1
+    assert kept == [5.0, 2.0]  # of 12, 6 go; the other structure keeps its min_kept of 1
+
+
+def test_scores_are_normalized_by_their_mean_and_so_a_wide_structure_is_not_starved() -> None:
+    """All units of both structures score the same: by the L2 norm the wide one's would lie below the narrow one's."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 2))
+    pruner = Pruner(
+        model,
+        Abs(normalize=True),
+        target_sparsity=0.5,
+        scope="global",
+        schedule=OneShot(),
+        example_input=torch.ones(1, 4),
+    )
+    ramp = torch.linspace(1, 2, 40)
+    pruner.load_scores({"0": 100 * torch.tensor([1.0, 1.25, 1.75, 2.0]), "2": ramp})
+    pruner.on_step_begin(0)
+    assert pruner.report() | {"kept/0": 2.0, "kept/2": 20.0} == pruner.report()
+
+
+# ---- what stays of every structure, and which are ranked together
+
+
+def one_shot(scores: Mapping[str, Tensor], **settings: Any) -> dict[str, int]:
+    """Units kept of a pyramid of layers with those scores."""
+    widths = [len(score) for score in scores.values()]
+    layers = [nn.Linear(i, o) for i, o in itertools.pairwise([4, *widths, 2])]
+    model = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
+    pruner = Pruner(model, Abs(), schedule=OneShot(), example_input=torch.ones(1, 4), **settings)
+    pruner.load_scores(scores)
+    pruner.on_step_begin(0)
+    return {name: int(mask.sum()) for name, mask in pruner.masks().items()}
+
+
+WEAK = {"0": torch.linspace(1, 2, 20), "2": torch.linspace(10, 20, 20), "4": torch.linspace(10, 20, 20)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"target_sparsity": 0.5}, [2, 14, 14]),  # a tenth of the weak structure
+        ({"target_sparsity": 0.9}, [1, 2, 3]),  # a tenth of all stays: half of that at least in each
+        ({"target_sparsity": 0.5, "min_share": 0.25}, [5, 12, 13]),
+        ({"target_sparsity": 0.5, "min_share": 0.0}, [1, 14, 15]),
+        ({"target_sparsity": 0.5, "min_share": 0.0, "min_kept": 3}, [3, 13, 14]),
+        ({"target_sparsity": 0.5, "min_kept": 3}, [3, 13, 14]),
+    ],
+)
+def test_a_share_of_every_structure_stays_in_a_ranking_of_all(settings: dict[str, Any], kept: list[int]) -> None:
+    found = one_shot(WEAK, scope="global", **settings)
+    assert [found["0"], *sorted((found["2"], found["4"]))] == kept
+
+
+def test_the_floor_of_single_weights_is_what_is_asked_for() -> None:
+    model = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10))
+    for share, left in ((None, 1), (0.0, 1), (0.05, 5)):
+        pruner = Pruner(model, Elementwise(), target_sparsity=0.9, schedule=OneShot(), min_share=share)
+        pruner.load_scores({"0.weight": torch.rand(10, 10), "2.weight": 2 + torch.rand(10, 10)})
+        pruner.on_step_begin(0)
+        assert [int(mask.sum()) for mask in pruner.masks().values()] == [left, 20 - left]
+
+
+def test_like_structures_are_ranked_together_and_each_set_reaches_the_sparsity() -> None:
+    """Heads score a thousandth of what neurons do; among the heads the second block's score more."""
+    model = nets.ViT()
+    pruner = Pruner(
+        model, Abs(), target_sparsity=0.5, scope="isomorphic", schedule=OneShot(), example_input=nets.images(2)
+    )
+    assert [[pruner.targets[i].name for i in names] for names in pruner.parts[0].together] == [
+        ["blocks.0.attn", "blocks.1.attn"],
+        ["blocks.0.fc1", "blocks.1.fc1"],
+    ]
+    ramp = torch.linspace(1, 2, 10)
+    heads = 1e-3 * ramp[:4]
+    pruner.load_scores(
+        {"blocks.0.attn": heads, "blocks.1.attn": 2 * heads, "blocks.0.fc1": 2 * ramp, "blocks.1.fc1": ramp}
+    )
+    pruner.on_step_begin(0)
+    kept = {name: int(mask.sum()) for name, mask in pruner.masks().items()}
+    assert kept == {"blocks.0.attn": 1, "blocks.0.fc1": 9, "blocks.1.attn": 3, "blocks.1.fc1": 1}
 
 
 # ---- the end of training
@@ -843,9 +922,14 @@ INPUT = torch.zeros(2, 6)
         ),
         (
             lambda: build(Abs(), keep={"neurons": 2}, scope="global", example_input=INPUT),
-            "keep counts units in each structure, which a global scope does not: set scope to local",
+            "keep counts units in each structure, which a scope of global does not: set scope to local",
         ),
-        (lambda: build(scope="everywhere"), 'scope is \'everywhere\': it must be "local" or "global"'),
+        (lambda: build(scope="everywhere"), 'scope is \'everywhere\': it must be "local", "global" or "isomorphic"'),
+        (lambda: build(min_share="0.1"), "min_share is '0.1', a str: it must be a number"),
+        (
+            lambda: build(min_share=0.2, target_sparsity=0.9),
+            "min_share is 0.2, but 0.9 of all is to go: it must be at most 0.1",
+        ),
         (lambda: build(min_kept=0), "min_kept is 0: it must be 1 or more"),
         (lambda: build(steps_per_epoch=0), "steps_per_epoch is 0: it must be 1 or more"),
         (lambda: build(include="0"), "include is '0': it must be a list of patterns, ['0']"),
@@ -1218,6 +1302,9 @@ def test_an_update_that_prunes_nothing_more_is_none() -> None:
         (lambda: build(Abs(), pattern="2x2", example_input=INPUT), "pattern and per_channel are for single weights"),
         (lambda: build(Abs(), per_channel=True, example_input=INPUT), "pattern and per_channel are for single weights"),
         (lambda: build(shrink="each_update"), "shrink=each_update has no effect on single weights"),
+        (lambda: build(scope="isomorphic"), "scope isomorphic ranks like structures, but Elementwise prunes single"),
+        (lambda: build(min_share=1.0), r"min_share is 1.0: it must be in \[0, 1\)"),
+        (lambda: build(min_share=0.2, scope="local"), "min_share=0.2 has no effect under scope local"),
         (lambda: build(Abs(normalize=True), example_input=INPUT), "normalize has no effect under scope local"),
         (lambda: build(model=nn.Sequential(nn.Linear(0, 4))), r"0\.weight"),
         (lambda: build(model=nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64))), r"0\.weight.*complex"),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from gsprune.criteria import Abs, Criterion, Elementwise, Weighted
+from gsprune.criteria import PLATON, Abs, Criterion, Elementwise, Weighted
 from gsprune.discovery.find import find_structures
 from gsprune.pruner.targets import Target, Targets, Verdict, cut_in_blocks, sum_of
 from gsprune.pruner.units import UnitTarget, UnitTargets
@@ -16,7 +16,7 @@ from gsprune.pruner.weights import WeightTarget, WeightTargets
 from gsprune.ranking.patterns import Tile
 
 
-@pytest.mark.parametrize("criterion", [Elementwise(), Abs(), Weighted()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("criterion", [Elementwise(), PLATON(), Abs(), Weighted()], ids=lambda c: type(c).__name__)
 def test_a_step_on_cuda_mixes_no_devices_and_waits_for_nothing(criterion: Criterion) -> None:
     """Fake tensors know their device and refuse every read of a value."""
     structures = find_structures(nets.ResNet(), nets.images(2)).structures
@@ -32,7 +32,9 @@ def test_a_step_on_cuda_mixes_no_devices_and_waits_for_nothing(criterion: Criter
                 assert isinstance(target, UnitTarget)
                 target._rows = {m: target._row(m, m.index[:1].flatten()) for m in target.placed.consumers}
         targets.targets[0].pruned = 1
-        verdict = Verdict(targets.probe(criterion), criterion.decay)
+        if criterion.spread_decay is not None:
+            targets.keep_spread()
+        verdict = Verdict(targets.probe(criterion), criterion)
         targets.accumulate_(criterion, verdict)
         targets.settle_()
         targets.apply_()

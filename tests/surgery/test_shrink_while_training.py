@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gsprune import Pruner
-from gsprune.criteria import Abs, Criterion, Magnitude, Weighted
+from gsprune.criteria import PLATON, Abs, Criterion, Fisher, Magnitude, Weighted
 from gsprune.schedules import Linear, OneShot
 from gsprune.surgery.apply import apply_cut
 
@@ -155,7 +155,7 @@ def test_the_model_is_smaller_after_each_update() -> None:
     assert {name: mask.shape for name, mask in run.pruner.masks().items()} == {"stem": (8,), "conv1": (6,)}
 
 
-@pytest.mark.parametrize("criterion", [Weighted(decay=0.9), Abs(normalize=False), Magnitude()])
+@pytest.mark.parametrize("criterion", [Weighted(decay=0.9), Abs(normalize=False), PLATON(), Magnitude()])
 def test_masks_are_those_of_the_masked_run(criterion: Criterion) -> None:
     masked = Run("mobile", "adam", "at_end", copy.deepcopy(criterion))
     cut = Run("mobile", "adam", "each_update", copy.deepcopy(criterion))
@@ -165,15 +165,16 @@ def test_masks_are_those_of_the_masked_run(criterion: Criterion) -> None:
         assert torch.equal(cut.pruner.masks()[name], mask), name
 
 
-def test_a_resumed_run_goes_on_as_if_it_had_never_stopped() -> None:
-    whole = Run("resnet", "adam", "each_update")
+@pytest.mark.parametrize("make", [Weighted, PLATON, Fisher])
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(make: Callable[[], Criterion]) -> None:
+    whole = Run("resnet", "adam", "each_update", make())
     whole.train()
-    first = Run("resnet", "adam", "each_update")
+    first = Run("resnet", "adam", "each_update", make())
     first.train(last=1)
     saved = copy.deepcopy(
         (first.pruner.state_dict(), first.model.state_dict(), first.optimizer.state_dict(), first.schedule.state_dict())
     )
-    again = Run("resnet", "adam", "each_update")
+    again = Run("resnet", "adam", "each_update", make())
     again.pruner.load_state_dict(saved[0])
     again.model.load_state_dict(saved[1])
     again.optimizer.load_state_dict(saved[2])
