@@ -17,7 +17,7 @@ from omegaconf import MISSING
 
 from gsprune.conf.signatures import REQUIRED, settings
 
-FROM_THE_LOOP = {"model", "example_input", "optimizer", "steps_per_epoch", "epochs", "copies"}  # not from a file
+FROM_THE_LOOP = {"model", "example_input", "optimizer", "steps_per_epoch", "epochs", "copies", "repair"}  # no settings
 
 
 def schema(

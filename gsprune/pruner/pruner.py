@@ -22,6 +22,7 @@ from gsprune.criteria import Criterion, Magnitude
 from gsprune.pruner.attaching import Attachable
 from gsprune.pruner.describe import as_html, describe
 from gsprune.pruner.part import Part, check_counts, targeted
+from gsprune.pruner.repairing import Repairs
 from gsprune.pruner.rule import Rule, Scores, Settings, check_number, takes_settings
 from gsprune.pruner.starting_scores import load_scores, names_of_criteria
 from gsprune.pruner.targets import Share, Target, sum_of
@@ -33,6 +34,7 @@ from gsprune.surgery.copies import check_copies
 from gsprune.surgery.optimizers import Optimizers, check_follows, held, names_of
 
 if TYPE_CHECKING:
+    from gsprune.repair import Repair, RepairReport
     from gsprune.surgery.cut_plan import CutPlan
 
 When = Literal["at_end", "each_update"]
@@ -99,6 +101,8 @@ class Pruner(Attachable):
             the whole process again: set `update_frequency` to a whole epoch.
         copies: networks of the same architecture that are masked and cut with the model, such as the `.module` of an
             EMA's `AveragedModel`. They are masked at each update and in the end: an average of zeros stays zero.
+        repair: `gsprune.repair.Repair(batches)`: after each mask update of units the layers left are refitted to the
+            network as it was before the update, the copies' to theirs. The optimizer's state stays.
         target: the former name of `budget`, for one release.
 
     Attributes:
@@ -151,6 +155,7 @@ class Pruner(Attachable):
         epochs: float | None = None,
         shrink: When = "at_end",
         copies: Sequence[nn.Module] = (),
+        repair: Repair | None = None,
         target: Mapping[CostKind, float | None] | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -183,6 +188,7 @@ class Pruner(Attachable):
         check_together(self.parts, shrink)
         self._shrinker = make_shrinker(model, self.parts, example_input=example_input, copies=copies)
         self._sizes = dense_sizes(model, self.parts)
+        self._repairs = Repairs(repair, model, copies, self.parts) if repair is not None else None
         self.coverage = coverage(model, targeted(model, self.targets)) if self.parts else 0.0
         self.epoch, self.step, self.updates = 0, 0, 0
         self._handles: list[Any] = []
@@ -352,6 +358,11 @@ class Pruner(Attachable):
     def plan(self) -> CutPlan | None:
         """What was cut out of the dense model so far; None before the first cut."""
         return self._shrinker.plan if self._shrinker else None
+
+    @property
+    def repaired(self) -> RepairReport | None:
+        """What the last repair did, layer by layer; None without one."""
+        return self._repairs.report if self._repairs is not None else None
 
     @property
     def budget(self) -> Budget | None:
@@ -535,11 +546,16 @@ class Pruner(Attachable):
             return
         self._follow()
         patience = 0 if progress is None else self.steps_per_epoch or 0
-        fewer_units = self._update_parts([(part, wanted) for part, wanted in due if part.units], patience)
+        units = [(part, wanted) for part, wanted in due if part.units]
+        if units and self._repairs is not None:
+            self._repairs.keep()
+        fewer_units = self._update_parts(units, patience)
         if fewer_units and self.shrink == "each_update":
             self._cut()
         elif fewer_units:
             self._drop_along()
+        if self._repairs is not None:
+            self._mend(self._repairs, fewer_units)
         if self._update_parts([(part, wanted) for part, wanted in due if not part.units], patience) or fewer_units:
             self.updates += 1
 
@@ -557,6 +573,14 @@ class Pruner(Attachable):
             part.drop(kept)
             for copy in self.copies:
                 part.mask(copy)
+
+    def _mend(self, repairs: Repairs, fewer_units: bool) -> None:
+        """Repair what the last mask update took, if it took anything."""
+        is_cut = self.shrink == "each_update"
+        plan = self._shrinker.step if is_cut and self._shrinker else next_cut(self.parts)
+        if fewer_units and plan is not None:
+            repairs.mend(plan, is_cut=is_cut)
+        repairs.forget()
 
     def _finish_masks(self) -> None:
         if not self.finished:

@@ -45,7 +45,7 @@ def held_back_split(batches: Iterable[Any], share: float) -> tuple[list[Example]
         return inputs, [number in chosen for number in range(len(inputs))]
     parts, held_back = [], []
     for batch in inputs:
-        size = _samples(batch)
+        size = samples_in(batch)
         chosen = _spread(size, share) if size > 1 else set()
         for is_held_back in (False, True) if chosen else (False,):
             indices = [i for i in range(size) if (i in chosen) == is_held_back]
@@ -62,7 +62,7 @@ def _spread(count: int, share: float) -> set[int]:
     return {int((i + 0.5) * count / wanted) for i in range(wanted)}
 
 
-def _samples(batch: Example) -> int:
+def samples_in(batch: Example) -> int:
     """The length of the first dimension that all tensors share; 1 where there is none."""
     lengths = {len(tensor) for tensor in tensors_in(batch, floating=False) if tensor.dim()}
     return lengths.pop() if len(lengths) == 1 else 1

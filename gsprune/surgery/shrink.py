@@ -71,6 +71,7 @@ class Shrinker:
         structures: those of the dense network, whose units the masks are of.
         here: the same structures in the model as it is now.
         plan: what stays of the dense network; None before the first cut.
+        step: what the last cut left of the network before it.
 
     Args:
         copies: networks of the same architecture that are cut along, as the average of an EMA.
@@ -99,6 +100,7 @@ class Shrinker:
         self.model, self.structures, self.copies, self.example_input = model, structures, copies, example_input
         self.here: Sequence[Structure] = structures
         self.plan: CutPlan | None = None
+        self.step: CutPlan | None = None
         self._kept = [torch.ones(structure.units, dtype=torch.bool) for structure in structures]
 
     def cut(self, keeps: Sequence[Tensor], *, optimizer: Optimizers | None = None, drop_state: bool = False) -> None:
@@ -111,9 +113,9 @@ class Shrinker:
         plan = plan_cut(self.structures, kept)
         if not all(new.all() for new in news):
             options: dict[str, Any] = {"optimizer": optimizer, "drop_state": drop_state}
-            step = shrink(self.model, self.here, news, example_input=self.example_input, **options)
+            self.step = shrink(self.model, self.here, news, example_input=self.example_input, **options)
             for copy in self.copies:
-                apply_cut(copy, step)
+                apply_cut(copy, self.step)
             forget_compiled()
         self.here = [_narrowed(s, keep, plan) for s, keep in zip(self.structures, kept, strict=True)]
         self._kept, self.plan = kept, plan
