@@ -28,13 +28,14 @@ from gsprune.pruner.starting_scores import load_scores, names_of_criteria
 from gsprune.pruner.targets import Share, Target, sum_of
 from gsprune.pruner.together import check_together, dense_sizes, make_shrinker, mixed_share, next_cut
 from gsprune.pruner.units import UnitTarget
+from gsprune.repair.calibrated import Repair
 from gsprune.schedules import OneShot, Schedule
 from gsprune.structures.matrices import coverage
 from gsprune.surgery.copies import check_copies
 from gsprune.surgery.optimizers import Optimizers, check_follows, held, names_of
 
 if TYPE_CHECKING:
-    from gsprune.repair import Repair, RepairReport
+    from gsprune.repair.report import RepairReport
     from gsprune.surgery.cut_plan import CutPlan
 
 When = Literal["at_end", "each_update"]
