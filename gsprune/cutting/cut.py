@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -33,6 +34,7 @@ from gsprune.cutting.how_much import (
 )
 from gsprune.cutting.progress import Line, Report, silent
 from gsprune.cutting.scoring import gate_gradients, readers, sharing_copy, unit_scores
+from gsprune.cutting.settled import Settled
 from gsprune.cutting.weights import PrunedWeights, WeightScope, prune_weights
 from gsprune.formats.network import save_pruned
 from gsprune.pruner.part import Part
@@ -88,6 +90,8 @@ class Cut:
     criterion   what scored
     repaired    layer by layer, what the repair did; None without one
     samples     of calibration data
+    scored      of these, those that scored: fewer, where more would not have changed what is kept
+    settled     batches after which that was so; None: all scored
     seconds     the whole call took
     """
 
@@ -101,6 +105,8 @@ class Cut:
     criterion: str
     repaired: RepairReport | None
     samples: int
+    scored: int
+    settled: int | None
     seconds: float
     how_much: HowMuch | None = None
 
@@ -128,6 +134,9 @@ class Cut:
             rows.append(("evaluate", str(self.how_much)))
         elif (before := number_of(self.dense.value)) is not None and (after := number_of(self.small.value)) is not None:
             rows.append(("evaluate", f"{before:.4g} -> {after:.4g}"))
+        if self.scored < self.samples:
+            done = f"by {self.scored:,} of {self.samples:,} samples"
+            rows.append(("scored", f"{done}: what is kept was settled after {self.settled} batches"))
         if self.repaired is not None:
             rows.append(("repaired", str(self.repaired)))
         if self.skipped:
@@ -240,7 +249,8 @@ def cut(
         rules: what to cut, each with its own amount, instead of all settings above and below up to `exclude`.
         kinds, include, exclude: as of `gsprune.Rule`.
         repair: "least_squares" (weights, and norms where that helps), "batchnorm" (statistics alone) or None.
-        calibration: samples that are read.
+        calibration: samples that are read. Scoring takes fewer once the kept set is settled: at least 99 % the same
+            over three doublings of the batches.
         example_input: what the network is traced with; None: two samples of the calibration data.
         progress: a line on the terminal, nothing, or a function of (what, share done).
 
@@ -301,7 +311,17 @@ def cut(
         base = None if evaluate is None else value_of(evaluate, model)
         if max_drop is not None:
             check_enough(values_of(base), max_drop, confidence)
-        cutter = Cutter(model, batches, loss, chosen, samples=calibration, example_input=example_input, report=report)
+        settle = [] if max_drop is not None else [[rule] for rule in chosen]
+        cutter = Cutter(
+            model,
+            batches,
+            loss,
+            chosen,
+            samples=calibration,
+            settle=settle,
+            example_input=example_input,
+            report=report,
+        )
         if max_drop is not None:
             assert evaluate is not None
             return _within(cutter, chosen[0], base, evaluate, max_drop, confidence, repair=repair)
@@ -365,9 +385,12 @@ class Cutter:
 
     Args:
         rules: whose criteria score; `cut` takes rules with the same criteria and other amounts.
+        settle: for each of these, rules whose kept sets end its scoring once they are settled; empty: all samples
+            score.
 
     Attributes:
         scores: of each rule: structure name -> (units,).
+        scored, settled: samples that scored, and batches.
     """
 
     def __init__(
@@ -378,6 +401,7 @@ class Cutter:
         rules: Sequence[Rule],
         *,
         samples: int,
+        settle: Sequence[Sequence[Rule]] = (),
         example_input: Any = None,
         report: Report = silent,
     ) -> None:
@@ -397,7 +421,9 @@ class Cutter:
             self.data = self.data.drawn_from(model)
         self.gates: dict[str, Tensor] = {}  # gate gradients of single samples, of criteria that are read off them
         self._twin = sharing_copy(model, requires_grad=True)
-        self.scores = [self._scored(self._part(rule)) for rule in rules]
+        self.scored, self.settled = 0, 0
+        settled = [*settle, *[()] * (len(rules) - len(settle))]
+        self.scores = [self._scored(self._part(rule), stop) for rule, stop in zip(rules, settled, strict=True)]
         self.dense = self._size(model)
 
     @property
@@ -439,6 +465,8 @@ class Cutter:
             criterion=names,
             repaired=repaired,
             samples=self.data.size,
+            scored=self.scored or self.data.size,
+            settled=self.settled if self.scored < self.data.size else None,
             seconds=self.seconds,
         )
 
@@ -449,7 +477,7 @@ class Cutter:
     def _part(self, rule: Rule) -> Part:
         return Part(rule, self._twin, example_input=self.example, epochs=None, found=self.found)
 
-    def _scored(self, part: Part) -> dict[str, Tensor]:
+    def _scored(self, part: Part, settle: Sequence[Rule]) -> dict[str, Tensor]:
         structures = [target.structure for target in part.unit_targets]
         size = self.data.size
 
@@ -457,19 +485,48 @@ class Cutter:
             self.report("scoring", done / size)
 
         criterion = part.criterion
+        counted = [rule for rule in settle if rule.goal is None or rule.goal[0] != "latency"]  # a clock takes seconds
+        settled = Settled(partial(self._kept, [self._part(rule) for rule in counted])) if counted else None
         if not criterion.reads_inputs and criterion.of_gates(torch.zeros(1, 1)) is None:
-            return unit_scores(self.model, structures, criterion, self.data, progress=note)
+            found = unit_scores(self.model, structures, criterion, self.data, progress=note, stop=settled)
+            self._note_scored(settled)
+            return found
         new = [s for s in structures if s.name not in self.gates]
-        self.gates |= gate_gradients(self.model, new, self.data, progress=note) if new else {}
+        if new:
+            stop = None if settled is None else lambda n, rows: settled(n, lambda: self._by_gates(criterion, rows()))
+            self.gates |= gate_gradients(self.model, new, self.data, progress=note, stop=stop)
+            self._note_scored(settled)
         if not criterion.reads_inputs:
             return {s.name: _of_gates(criterion, self.gates[s.name]) for s in structures}
-        found = readers(self.model, structures, self.data)
+        reading = readers(self.model, structures, self.data)
         return {
-            s.name: criterion.of_readers(found[s.name], self.gates[s.name]).cpu()
-            if found[s.name]
+            s.name: criterion.of_readers(reading[s.name], self.gates[s.name]).cpu()
+            if reading[s.name]
             else _of_gates(Fisher(), self.gates[s.name])
             for s in structures
         }
+
+    def _by_gates(self, criterion: Criterion, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Running scores: where a criterion reads inputs, too, those of `Fisher`, which the same gradients settle."""
+        of = Fisher() if criterion.reads_inputs else criterion
+        return {name: _of_gates(of, gates_bu) for name, gates_bu in {**self.gates, **rows}.items()}
+
+    def _kept(self, parts: Sequence[Part], scores: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """What parts keep by running scores; None where these say nothing yet."""
+        found: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            try:
+                part.take_scores(scores)
+                masks = part.choose([schedule.final for schedule in part.schedules])
+            except ValueError:
+                return None
+            found |= {f"{number} {t.name}": keep for t, keep in zip(part.unit_targets, masks, strict=True)}
+        return found
+
+    def _note_scored(self, settled: Settled | None) -> None:
+        batches = self.data.batches[: settled.after if settled is not None else None]
+        self.scored = max(self.scored, sum(batch.size for batch in batches))
+        self.settled = max(self.settled, len(batches))
 
     def _exchanged(self, criterion: Criterion, name: str, keep: Tensor) -> Tensor:
         """The set-aware choice of as many units, where scores are second moments of gates."""

@@ -149,7 +149,14 @@ def cut_family(
     with shown(progress) as report:
         base = None if evaluate is None else value_of(evaluate, model)
         cutter = Cutter(
-            model, batches, loss, rules[:1], samples=calibration, example_input=example_input, report=report
+            model,
+            batches,
+            loss,
+            rules[:1],
+            samples=calibration,
+            settle=[[rules[0], rules[-1]]],
+            example_input=example_input,
+            report=report,
         )
         cuts = []
         for number, rule in enumerate(rules):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ from gsprune.surgery.narrow_attention import narrow
 SMALL = 4  # samples in a batch whose gradient of the weights stands for a sample's
 ROWS = 50_000  # of what a layer reads, that its second moments are taken of
 Progress = Callable[[int], None]  # told how many samples are done
+Stop = Callable[[int, Callable[[], Mapping[str, Tensor]]], bool]  # batches done, what they gave -> whether it is enough
 
 
 def gate_gradients(
@@ -37,13 +39,14 @@ def gate_gradients(
     calibration: Calibration,
     *,
     progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Tensor]:
     """Gradient of a gate on each unit's output, sample by sample: g_bu = sum over consumers of w[:, u] * g_b[:, u].
 
     The same number is the sum over positions of x * dL/dx, x being what the consumer reads of unit u: one backward
     pass of a batch gives the rows of all its samples, and no gradient of a weight is computed. Samples are taken one
     by one where a batch mixes them (checked on the first batch), and consumers that are not called as modules are
-    read through the gradient of their weight.
+    read through the gradient of their weight. `stop` is asked after each batch, with the rows so far.
 
     Returns:
         Structure name -> float32 (b, u) on the CPU. The network is not changed.
@@ -57,20 +60,26 @@ def gate_gradients(
     with evaluating([twin]), no_fast_path(), same_randomness(twin):
         reader = _Reader(twin, structures)
         adds_up = _adds_up(reader, calibration)
-        for batch in calibration.batches:
+        for number, batch in enumerate(calibration.batches, start=1):
             if adds_up == "alone":
-                rows += [reader.read(calibration, batch.rows(i, i + 1)) for i in range(batch.size)]
+                rows.extend(reader.read(calibration, batch.rows(i, i + 1)) for i in range(batch.size))
             else:
                 factor = batch.size if adds_up == "mean" else 1
                 rows.append({name: g_bu * factor for name, g_bu in reader.read(calibration, batch).items()})
             done += batch.size
             if progress is not None:
                 progress(done)
-    gates = {s.name: torch.cat([row[s.name] for row in rows]) for s in structures}
+            if stop is not None and stop(number, lambda: _stacked(rows)):
+                break
+    gates = _stacked(rows)
     for name, g_bu in gates.items():
         if not g_bu.isfinite().all():
             raise ValueError(f"a gradient of {name} is not finite: the loss or the weights are too large")
     return gates
+
+
+def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def unit_scores(
@@ -80,12 +89,14 @@ def unit_scores(
     calibration: Calibration,
     *,
     progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Tensor]:
     """Scores of units by a criterion, (u,) float32 on the CPU.
 
     A cumulative criterion is asked after each small batch: S <- S + abs(change). The network does not change
     meanwhile, so every sample counts alike and `decay` has no part in it; but one that has a second running average
-    (`PLATON`) keeps its decays, and has that average here as "<structure>:spread".
+    (`PLATON`) keeps its decays, and has that average here as "<structure>:spread". `stop` is asked after each batch of
+    the calibration data, with the scores so far.
     """
     twin = sharing_copy(model, requires_grad=False)
     targets = UnitTargets([UnitTarget(structure, twin) for structure in structures])
@@ -94,11 +105,12 @@ def unit_scores(
     if not criterion.cumulative:
         with torch.no_grad():
             targets.compute_(criterion)
-        return {target.name: target.score.cpu() for target in targets.targets}
+        return _scores(targets)
     for target in targets.targets:
         for parameter in target.scored(criterion).values():
             parameter.requires_grad_(True)
     done, device = 0, device_of(twin)
+    ends = {end: number for number, end in enumerate(accumulate(b.size for b in calibration.batches), start=1)}
     with evaluating([twin]), no_fast_path(), same_randomness(twin), torch.enable_grad():
         for batch in calibration.cut_into(SMALL):
             twin.zero_grad(set_to_none=True)
@@ -109,6 +121,12 @@ def unit_scores(
             done += batch.size
             if progress is not None:
                 progress(done)
+            if stop is not None and done in ends and stop(ends[done], lambda: _scores(targets)):
+                break
+    return _scores(targets)
+
+
+def _scores(targets: UnitTargets) -> dict[str, Tensor]:
     return {name: running.cpu() for target in targets.targets for name, running in target.running.items()}
 
 

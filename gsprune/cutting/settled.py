@@ -18,7 +18,8 @@ class Settled:
     when the overlap, |both kept| / |kept|, was at least 99 % three times in a row: over three doublings.
 
     Args:
-        keep: running scores -> masks, as bool tensors by name; asked at powers of two alone.
+        keep: running scores -> masks, as bool tensors by name; asked at powers of two alone. None: these scores say
+            nothing yet, and the row begins anew.
         overlap: least share of the kept set that stays, in (0, 1].
         doublings: how many times in a row.
 
@@ -36,7 +37,7 @@ class Settled:
     """
 
     def __init__(
-        self, keep: Callable[[Any], Mapping[str, Tensor]], *, overlap: float = 0.99, doublings: int = 3
+        self, keep: Callable[[Any], Mapping[str, Tensor] | None], *, overlap: float = 0.99, doublings: int = 3
     ) -> None:
         if not 0 < overlap <= 1:
             raise ValueError(f"overlap is {overlap!r}: it must be in (0, 1]")
@@ -55,6 +56,9 @@ class Settled:
         if batches < 1 or batches & (batches - 1):
             return False
         masks = self._keep(scores())
+        if masks is None:
+            self._before, self._row = None, 0
+            return False
         kept = torch.cat([masks[name].flatten().cpu() for name in sorted(masks)])
         if self._before is not None and self._before[0] * 2 == batches:
             count = int(kept.sum())

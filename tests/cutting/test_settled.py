@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import nets
 import pytest
 import torch
+import torch.nn.functional as F
 from facts import refused
 from torch import Tensor
 
+import gsprune
+from gsprune.criteria import OBS, Abs, Criterion, Fisher, Magnitude, Weighted
 from gsprune.cutting.settled import Settled
 
 
@@ -60,6 +66,55 @@ def test_a_doubling_that_was_not_seen_does_not_count() -> None:
     assert not settled(1, lambda: kept(0))
     assert not settled(4, lambda: kept(0))
     assert settled(8, lambda: kept(0))
+
+
+def test_scores_that_say_nothing_begin_the_row_anew() -> None:
+    settled = Settled(lambda scores: scores, doublings=1)  # type: ignore[arg-type]
+    masks = {"a": kept(0)}
+    assert not settled(1, lambda: masks)
+    assert not settled(2, lambda: None)
+    assert not settled(4, lambda: masks)
+    assert settled(8, lambda: masks)
+
+
+# ---- in gsprune.cut
+
+
+def batches(count: int, *, alike: bool) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    found = [(torch.randn(6, 6, generator=generator), torch.arange(6) % 3) for _ in range(count)]
+    return found[:1] * count if alike else found
+
+
+def cut(data: list[tuple[Tensor, Tensor]], criterion: Criterion, **how: Any) -> gsprune.cutting.cut.Cut:
+    torch.manual_seed(0)
+    return gsprune.cut(nets.mlp(), data, F.cross_entropy, criterion=criterion, progress=False, **how)
+
+
+@pytest.mark.parametrize("criterion", [Fisher(), Abs(), Weighted(), OBS()], ids=lambda c: type(c).__name__)
+def test_scoring_stops_after_8_batches_that_say_the_same(criterion: Criterion) -> None:
+    found = cut(batches(20, alike=True), criterion, macs=0.5)
+    assert (found.scored, found.samples) == (48, 120)
+    assert "by 48 of 120 samples: what is kept was settled after 8 batches" in repr(found)
+    short = cut(batches(8, alike=True), criterion, macs=0.5)
+    assert (short.scored, short.samples) == (48, 48)
+    assert (found.settled, short.settled) == (8, None)
+    assert "settled" not in repr(short)
+    assert all(torch.equal(keep, short.keeps[name]) for name, keep in found.keeps.items())
+
+
+def test_scoring_goes_on_where_batches_disagree_and_where_no_batch_scores() -> None:
+    found = cut(batches(10, alike=False), Fisher(), sparsity=0.5)
+    assert found.scored == found.samples == 60
+    assert cut(batches(10, alike=True), Magnitude(), sparsity=0.5).scored == 60
+
+
+def test_a_family_is_settled_where_its_mildest_and_its_largest_cut_are() -> None:
+    data, seen = batches(20, alike=True), []
+    torch.manual_seed(0)
+    family = gsprune.cut_family(nets.mlp(), data, F.cross_entropy, macs=[0.8, 0.3], progress=False)
+    seen = [found.scored for found in family]
+    assert seen == [48, 48]
 
 
 def test_its_numbers_are_checked() -> None:
