@@ -30,6 +30,31 @@ def test_the_loop_of_ten_lines_makes_the_model_smaller() -> None:
     assert [tuple(p.shape) for p in model.parameters()] == [(32, 20), (32,), (2, 32), (2,)]
 
 
+PAGE = (ROOT / "docs" / "trained_networks.md").read_text(encoding="utf8")
+SNIPPETS = [
+    *(block for block in blocks("python") if "gsprune.cut(" in block),
+    *re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_a_trained_network_is_cut_as_the_page_says(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on a network without training; in its own directory, where it may write."""
+    if "import timm" in code:
+        pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(code, names)
+    net, found = names["net"], names.get("cut") or names["sparse"]
+    assert isinstance(net, torch.nn.Module)
+    model = found.model  # type: ignore[attr-defined]
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    left = sum(p.numel() for p in model.parameters()) - zeros
+    assert left < 0.98 * sum(p.numel() for p in net.parameters())
+
+
 @pytest.mark.slow
 def test_the_criterion_of_your_own_prunes(tmp_path: Path) -> None:
     """The file and the YAML of the README, beside the application's own configuration."""
