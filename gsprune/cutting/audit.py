@@ -191,11 +191,12 @@ def audit(
         cutter = Cutter(model, scoring, loss, rules, samples=scoring.size, example_input=example, report=report)
         if not measuring.labelled:
             measuring = measuring.drawn_from(model)
+        ranked = [cutter.ranked(number, rule) for number, rule in enumerate(rules)]
         drawn = _drawn(cutter.structures(rules[0]), units, seed)
         dense, changes = _changes(model, drawn, measuring, report)
     scores = {
         name: tuple(float(found[structure.name][unit]) for structure, unit in drawn)
-        for name, found in zip(named, cutter.scores, strict=True)
+        for name, found in zip(named, ranked, strict=True)
     }
     removals = tuple(
         Removal(structure.name, structure.kind, unit, change)

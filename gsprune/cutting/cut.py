@@ -474,6 +474,12 @@ class Cutter:
         """What a rule can cut, in the model's order."""
         return [target.structure for target in self._part(rule).unit_targets]
 
+    def ranked(self, number: int, rule: Rule) -> dict[str, Tensor]:
+        """What the units of each structure are ranked by, (units,), from the scores of that number."""
+        part = self._part(rule)
+        part.take_scores(self.scores[number])
+        return {target.name: target.ranked.cpu() for target in part.unit_targets}
+
     def _part(self, rule: Rule) -> Part:
         return Part(rule, self._twin, example_input=self.example, epochs=None, found=self.found)
 

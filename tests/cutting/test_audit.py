@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from facts import refused
 from torch import Tensor, nn
 
-from gsprune.criteria import Abs, Criterion, Magnitude
+from gsprune.criteria import PLATON, Abs, Criterion, Magnitude
 from gsprune.criteria.base import Read
 from gsprune.cutting.audit import Audit, audit, ranks, removed, spearman
 from gsprune.cutting.calibration import Calibration
-from gsprune.cutting.scoring import gate_gradients
+from gsprune.cutting.scoring import gate_gradients, unit_scores
 from gsprune.discovery.find import find_structures
 from gsprune.structures.structure import Structure
 from gsprune.surgery.apply import apply_cut
@@ -130,6 +130,16 @@ def test_a_criterion_that_knows_all_has_the_correlation_1_and_its_opposite_minus
     rows = run(model, criteria=told, units=100).rows()
     assert rows[0].size == (1.0, 1.0, 1.0)
     assert rows[1].signed == (-1.0, -1.0, -1.0)
+
+
+def test_a_score_of_two_averages_is_judged_by_their_product() -> None:
+    found = run(mlp(), criteria=[PLATON()], units=100)
+    first, _ = Calibration(samples(), F.cross_entropy).split(20)
+    model = mlp()
+    scores = unit_scores(model, find_structures(model, torch.zeros(2, 6)).structures, PLATON(), first)
+    for number, removal in enumerate(found.removals):
+        both = [scores[name][removal.unit] for name in (removal.structure, f"{removal.structure}:spread")]
+        assert found.scores["PLATON"][number] == pytest.approx(float(both[0] * both[1]), rel=1e-5)
 
 
 def test_units_are_drawn_in_turns_from_all_structures_and_the_seed_says_which() -> None:
