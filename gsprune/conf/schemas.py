@@ -100,6 +100,7 @@ SCHEMAS = {
     "gsprune_elementwise": schema("gsprune.criteria.Elementwise"),
     "gsprune_gate": schema("gsprune.criteria.GateGradient", overrides=_BASE),
     "gsprune_fisher": schema("gsprune.criteria.Fisher"),
+    "gsprune_obs": schema("gsprune.criteria.OBS"),
     "gsprune_movement": schema("gsprune.criteria.Movement"),
     "gsprune_platon": schema("gsprune.criteria.PLATON"),
     "gsprune_magnitude": schema("gsprune.criteria.Magnitude"),

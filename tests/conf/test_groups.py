@@ -53,7 +53,7 @@ def targets(config: Any) -> list[str]:
 
 
 def test_nothing_is_missing_from_the_groups() -> None:
-    own = ["abs", "elementwise", "fisher", "magnitude", "movement", "none", "platon", "random", "weighted"]
+    own = ["abs", "elementwise", "fisher", "magnitude", "movement", "none", "obs", "platon", "random", "weighted"]
     assert sorted([*own, *SEVERAL]) == PRUNERS
     assert SCHEDULES == ["cosine", "cubic", "exponential", "linear", "one_shot"]
     assert options("model") == [
@@ -240,6 +240,7 @@ def test_the_defaults(compose_config: Compose) -> None:
         ("weighted", "gsprune.Pruner", "Weighted", 0.5, 0.95),
         ("fisher", "gsprune.Pruner", "Fisher", 0.5, 0.95),
         ("movement", "gsprune.Pruner", "Movement", 0.9, 1.0),
+        ("obs", "gsprune.Pruner", "OBS", 0.5, None),
         ("platon", "gsprune.Pruner", "PLATON", 0.9, 0.85),
         ("magnitude", "gsprune.Pruner", "Magnitude", 0.9, None),
         ("random", "gsprune.Pruner", "Random", 0.9, None),

@@ -35,6 +35,7 @@ CLASSES = [
             "GateGradient",
             "Magnitude",
             "Movement",
+            "OBS",
             "PLATON",
             "Random",
             "Weighted",
