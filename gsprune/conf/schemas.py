@@ -37,7 +37,7 @@ def schema(
         overrides: name -> type and default of keys that the signature does not have, or not in a form for files.
 
     >>> schema("gsprune.criteria.Abs")()
-    AbsConfig(_target_='gsprune.criteria.Abs', decay=0.95, normalize=False)
+    AbsConfig(_target_='gsprune.criteria.Abs', decay=0.95, normalize=None)
     """
     parts = chain(*(settings(made, without={*FROM_THE_LOOP, *without}) for made in (target, *others)))
     found = {part.name: (part.type, part.default) for part in parts}

@@ -4,7 +4,7 @@ A default is written in one place, the signature of the class. Its source is par
 composes the configuration for `--help` and for shell completion too, and importing torch takes seconds.
 
 >>> [tuple(setting) for setting in settings("gsprune.criteria.Weighted")]
-[('decay', <class 'float'>, 0.95), ('normalize', <class 'bool'>, False)]
+[('decay', <class 'float'>, 0.95), ('normalize', bool | None, None)]
 """
 
 from __future__ import annotations

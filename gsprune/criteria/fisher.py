@@ -19,7 +19,8 @@ class Fisher(GateGradient):
 
     Args:
         decay: d in (0, 1] of S <- d * S + s; 1 is the plain sum, for a network that is trained already.
-        normalize: divide each structure's scores by their mean before several structures are ranked together.
+        normalize: divide each structure's scores by their mean before several structures are ranked together, which
+            None does not: these scores can be compared as they are.
 
     Source: Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018; Kwon et al., "A fast
     post-training pruning framework for transformers", 2022, for heads and neurons.

@@ -17,7 +17,7 @@ class GateGradient(Criterion):
 
     scores_units = True
 
-    def __init__(self, *, decay: float = 0.95, normalize: bool = False) -> None:
+    def __init__(self, *, decay: float = 0.95, normalize: bool | None = None) -> None:
         super().__init__(decay=decay)
         self.normalize = normalize
 
@@ -27,7 +27,8 @@ class Abs(GateGradient):
 
     Args:
         decay: d in (0, 1] of S <- d * S + s; 1 is the ancestor's plain sum.
-        normalize: divide each structure's scores by their mean before several structures are ranked together.
+        normalize: divide each structure's scores by their mean before several structures are ranked together, which
+            None does too.
 
     Source: Michel et al., "Are sixteen heads really better than one?", 2019, equation 2, for heads (there through a
     head mask); Molchanov et al., "Pruning convolutional neural networks", 2017, for channels.
@@ -60,7 +61,8 @@ class Weighted(GateGradient):
 
     Args:
         decay: d in (0, 1] of S <- d * S + s; 1 is the ancestor's plain sum.
-        normalize: divide each structure's scores by their mean before several structures are ranked together.
+        normalize: divide each structure's scores by their mean before several structures are ranked together, which
+            None does too.
 
     Source: Intel Neural Compressor's `weighted_gradient`; Molchanov et al., "Importance estimation", 2019, section 3.1.
 

@@ -399,13 +399,12 @@ class Part:
             )
 
     def _select(self, groups: Sequence[Tensor], wanted: Sequence[float]) -> list[Tensor]:
-        if self.criterion.normalize:
+        if self.rule.normalizes:
             groups = [_normalized(group) for group in groups]
         if self.budget is not None:
             scores = [group.reshape(-1) for group in groups]
-            return self.budget.cut(
-                scores, 1 - wanted[0], by_cost=self.criterion.calibrated and not self.criterion.normalize
-            )
+            by_cost = self.criterion.calibrated and not self.rule.normalizes
+            return self.budget.cut(scores, 1 - wanted[0], by_cost=by_cost)
         if self.rule.ranking != "local":
             groups = [group.reshape(1, -1) for group in groups]
         keeps = [*groups]

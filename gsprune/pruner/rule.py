@@ -112,6 +112,13 @@ class Rule:
         """What `keep` counts: kind of units -> how many stay."""
         return {kind: count for kind, count in (self.keep or {}).items() if count is not None}
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether scores are divided by their structure's mean: the criterion's `normalize`, with None filled in."""
+        if self.criterion.normalize is None:
+            return self.ranking != "local" and not self.criterion.calibrated
+        return self.criterion.normalize
+
     def floor(self, final: float | None) -> float:
         """`min_share`, with what None means filled in; `final` is the sparsity wanted in the end, None under a budget.
 

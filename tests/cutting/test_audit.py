@@ -200,7 +200,7 @@ def test_what_cannot_be_audited_is_refused() -> None:
 
 def test_criteria_of_one_class_are_told_apart_by_their_settings() -> None:
     found = run(mlp(), criteria=[Abs(), Abs(decay=0.5), Magnitude()], units=4)
-    assert [*found.scores] == ["Abs(decay=0.95, normalize=False)", "Abs(decay=0.5, normalize=False)", "Magnitude"]
+    assert [*found.scores] == ["Abs(decay=0.95, normalize=None)", "Abs(decay=0.5, normalize=None)", "Magnitude"]
 
 
 # ---- rank correlation

@@ -327,7 +327,7 @@ def test_a_kept_count_for_each_kind() -> None:
 def test_normalize_makes_a_global_ranking_fair() -> None:
     """One structure's scores are a thousand times the other's: without the norm it keeps everything."""
     kept = []
-    for normalize in (False, True):
+    for normalize in (False, True, None):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
         pruner = Pruner(
@@ -339,7 +339,7 @@ def test_normalize_makes_a_global_ranking_fair() -> None:
         pruner.on_before_optimizer_step()
         pruner.on_step_begin(1)
         kept.append(pruner.report()["kept/0"])
-    assert kept == [5.0, 2.0]  # of 12, 6 go; the other structure keeps its min_kept of 1
+    assert kept == [5.0, 2.0, 2.0]  # of 12, 6 go; the other structure keeps its min_kept of 1
 
 
 def test_scores_are_normalized_by_their_mean_and_so_a_wide_structure_is_not_starved() -> None:
@@ -367,7 +367,8 @@ def one_shot(scores: Mapping[str, Tensor], **settings: Any) -> dict[str, int]:
     widths = [len(score) for score in scores.values()]
     layers = [nn.Linear(i, o) for i, o in itertools.pairwise([4, *widths, 2])]
     model = nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())][:-1])
-    pruner = Pruner(model, Abs(), schedule=OneShot(), example_input=torch.ones(1, 4), **settings)
+    criterion = Abs(normalize=False)
+    pruner = Pruner(model, criterion, schedule=OneShot(), example_input=torch.ones(1, 4), **settings)
     pruner.load_scores(scores)
     pruner.on_step_begin(0)
     return {name: int(mask.sum()) for name, mask in pruner.masks().items()}
@@ -404,9 +405,8 @@ def test_the_floor_of_single_weights_is_what_is_asked_for() -> None:
 def test_like_structures_are_ranked_together_and_each_set_reaches_the_sparsity() -> None:
     """Heads score a thousandth of what neurons do; among the heads the second block's score more."""
     model = nets.ViT()
-    pruner = Pruner(
-        model, Abs(), target_sparsity=0.5, scope="isomorphic", schedule=OneShot(), example_input=nets.images(2)
-    )
+    settings: dict[str, Any] = {"target_sparsity": 0.5, "scope": "isomorphic", "example_input": nets.images(2)}
+    pruner = Pruner(model, Abs(normalize=False), schedule=OneShot(), **settings)
     assert [[pruner.targets[i].name for i in names] for names in pruner.parts[0].together] == [
         ["blocks.0.attn", "blocks.1.attn"],
         ["blocks.0.fc1", "blocks.1.fc1"],
@@ -1330,7 +1330,7 @@ def test_a_repr_is_a_few_lines() -> None:
     pruner.attach(sgd(pruner.model))
     pruner.skipped = {}
     assert repr(pruner).splitlines() == [
-        "Pruner of 8 neurons in 1 structure, by Abs(decay=0.95, normalize=False), local",
+        "Pruner of 8 neurons in 1 structure, by Abs(decay=0.95, normalize=None), local",
         "  pruned: 0 of 8 (0.0 %), wanted: 50.0 %; the mask is not final",
         "  at epoch 0, 0 mask updates, attached to SGD",
     ]
