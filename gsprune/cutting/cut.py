@@ -138,7 +138,7 @@ class Cut:
             done = f"by {self.scored:,} of {self.samples:,} samples"
             rows.append(("scored", f"{done}: what is kept was settled after {self.settled} batches"))
         if self.repaired is not None:
-            rows.append(("repaired", str(self.repaired)))
+            rows.append(("repaired", f"{str(self.repaired).splitlines()[0]} (see .repaired)"))
         if self.skipped:
             rows.append(("left out", f"{len(self.skipped)}, such as {next(iter(self.skipped))!r} (see .skipped)"))
         return [*rows, ("seconds", f"{self.seconds:.1f}")]
