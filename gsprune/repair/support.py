@@ -308,8 +308,8 @@ def refit_support(
     best, chosen = min(masked, begun, key=lambda found: found[2]), None
     double = layer.weight.dtype is torch.float64
     for value in damping:
-        seen = begun[2]
-        for weight in _conjugate(fit, keep, begun[0], value, has_bias=has_bias, double=double):
+        seen = masked[2]
+        for weight in _conjugate(fit, keep, masked[0], value, has_bias=has_bias, double=double):
             shift = fit.mean_y - (weight @ fit.mean_x[:, :, None])[:, :, 0] if has_bias else none
             found = change(old + weight, shift)
             if found[2] < best[2]:
