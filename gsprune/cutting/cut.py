@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -343,15 +344,19 @@ def _within(
     repair: Repair | None,
 ) -> Cut:
     """The largest cut by a rule that loses at most `max_drop` points."""
-    given: dict[int, Any] = {}
+    latest: list[Cut] = []  # the last one that was made
+    given: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
     def cut_to(share: float) -> tuple[Cut, nn.Module]:
-        found = cutter.cut([replace(rule, budget={"macs": share})], repair=repair)
-        return found, found.model
+        rules = [replace(rule, budget={"macs": share})]
+        if not latest or not all(map(torch.equal, cutter.chosen(rules)[1], latest[0].keeps.values())):
+            latest[:] = [cutter.cut(rules, repair=repair)]  # of coarse units two budgets may be one network
+        return latest[0], latest[0].model
 
     def measure(network: nn.Module) -> Any:
-        given[id(network)] = value_of(evaluate, network)
-        return given[id(network)]
+        if network not in given:
+            given[network] = value_of(evaluate, network)
+        return given[network]
 
     found, how_much = largest_cut(
         values_of(base), cut_to, measure, max_drop=max_drop, confidence=confidence, note=cutter.report
@@ -359,7 +364,7 @@ def _within(
     return replace(
         found,
         dense=replace(found.dense, value=base),
-        small=replace(found.small, value=given[id(found.model)]),
+        small=replace(found.small, value=given[found.model]),
         how_much=how_much,
         seconds=cutter.seconds,
     )
@@ -437,15 +442,7 @@ class Cutter:
         Raises:
             ValueError: as of `gsprune.cut`.
         """
-        structures: list[Structure] = []
-        keeps: list[Tensor] = []
-        for number, rule in enumerate(rules):
-            part = self._part(rule)
-            part.take_scores(self.scores[number])
-            masks = part.choose([schedule.final for schedule in part.schedules])
-            for target, keep in zip(part.unit_targets, masks, strict=True):
-                structures.append(target.structure)
-                keeps.append(self._exchanged(rule.criterion, target.name, keep.reshape(-1).cpu()))
+        structures, keeps = self.chosen(rules)
         self.report("cutting", 0.0)
         check_shrink(self.model, structures, keeps, example_input=self.example)
         plan = plan_cut(structures, keeps)
@@ -469,6 +466,19 @@ class Cutter:
             settled=self.settled if self.scored < self.data.size else None,
             seconds=self.seconds,
         )
+
+    def chosen(self, rules: Sequence[Rule]) -> tuple[list[Structure], list[Tensor]]:
+        """What rules cut, and what they keep of each: bool (units,)."""
+        structures: list[Structure] = []
+        keeps: list[Tensor] = []
+        for number, rule in enumerate(rules):
+            part = self._part(rule)
+            part.take_scores(self.scores[number])
+            masks = part.choose([schedule.final for schedule in part.schedules])
+            for target, keep in zip(part.unit_targets, masks, strict=True):
+                structures.append(target.structure)
+                keeps.append(self._exchanged(rule.criterion, target.name, keep.reshape(-1).cpu()))
+        return structures, keeps
 
     def structures(self, rule: Rule) -> list[Structure]:
         """What a rule can cut, in the model's order."""

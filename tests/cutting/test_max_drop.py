@@ -68,6 +68,22 @@ def test_the_answer_is_that_of_cuts_made_one_by_one(trained: nn.Module) -> None:
     assert all(torch.equal(value, before[key]) for key, value in trained.state_dict().items())
 
 
+def test_budgets_that_leave_the_same_network_are_evaluated_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))  # four units: at most four networks
+    x, y = samples(300, seed=1)
+    calls: list[int] = []
+
+    def evaluate(network: nn.Module) -> Tensor:
+        calls.append(network[0].out_features)
+        return torch.ones(300)
+
+    found = gsprune.cut(model, [(x, y)], F.cross_entropy, max_drop=5, evaluate=evaluate, progress=False)
+    assert calls == [4, *sorted(set(calls[1:]), reverse=True)]
+    assert len(found.how_much.trials) > len(calls)
+    assert found.model[0].out_features == calls[-1] == 1
+
+
 def test_a_share_with_values_of_samples_tells_its_bound(trained: nn.Module) -> None:
     found = run(trained, macs=0.6, confidence=0.9)
     evaluate = right_or_wrong([samples(2000, seed=3)])
