@@ -89,7 +89,9 @@ class _State:
         mean = gram.diagonal().mean()
         damped = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (damping * mean + 1e-30)
         self.inverse = torch.linalg.inv(damped)
-        self.weight, self.columns = reader.weight.double().clone(), reader.columns
+        weight, self.columns = reader.weight.double(), reader.columns
+        is_tall = weight.shape[0] > weight.shape[1]  # W and R of W = Q R cost the same, and R is smaller
+        self.weight: Tensor = torch.linalg.qr(weight, mode="r").R if is_tall else weight.clone()
 
     def only(self, units: Tensor) -> _State:
         """What is needed to remove these units alone; its columns are counted anew."""

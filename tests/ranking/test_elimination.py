@@ -27,6 +27,11 @@ def test_prices_are_those_of_refitting_from_scratch(units: int, width: int, othe
         torch.testing.assert_close(eliminate(readers), wanted, rtol=1e-6, atol=1e-9 * float(wanted.max()))
 
 
+def test_more_outputs_than_columns() -> None:
+    one = reader(8, 2, 90)
+    torch.testing.assert_close(eliminate([one]), reference.eliminate([one], 1e-2), rtol=1e-6, atol=1e-8)
+
+
 def test_a_cut_at_any_count_is_the_one_of_the_elimination() -> None:
     one = reader(40, 1, 6)
     price = eliminate([one])
