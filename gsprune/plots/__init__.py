@@ -1,1 +1,1 @@
-"""Pictures of a run and of a sweep."""
+"""Pictures of a run, of a sweep, of an audit and of a sensitivity scan."""
