@@ -45,8 +45,8 @@ def masked_least_squares(
 
         (W', b') = argmin  sum over samples of |W' x' + b' - y|^2  +  lambda |W' - W|^2,  W' = 0 where pruned
 
-    for every row at once by conjugate gradients, which end where the error on held-back samples grows; the fit is kept
-    only where that error fell.
+    for every row at once by conjugate gradients from the masked weights, which end where the error on held-back samples
+    grows: with few samples the way there is a better answer than its end. A fit is kept only where that error fell.
 
     Args:
         small: a network whose masked weights are 0.
@@ -175,8 +175,8 @@ def walk(
 
     Args:
         choose: of a site, its layer and the moments of the fitting part (y: what the layer lacks as it is): the mask
-            (g, o, k), and the weights to begin from (None: the layer's own, masked).
-        damping: of the fits; None: no fit, weights are those that `choose` gives.
+            (g, o, k), and the criterion's own new weights, if it has some.
+        damping: of the fits; None: no fit, weights are the criterion's or the layer's own.
         progress: told the share of the sites that is done.
 
     Everything is as it was after an error.
@@ -257,10 +257,10 @@ class _Visitor:
         elif not (fit.is_finite and judge.is_finite):
             self.layers.append(LayerRepair(site.tensor, reason="what it reads or should give is not finite"))
         else:
-            keep, start = self._choose(site, layer, fit)
+            keep, offer = self._choose(site, layer, fit)
             self.keeps[site.tensor] = as_weight(layer, keep)
             size = variance or 1.0
-            found = refit_support(site.tensor, layer, fit, judge, keep, start, self._damping)
+            found = refit_support(site.tensor, layer, fit, judge, keep, offer, self._damping)
             self.layers.append(replace(found, before=found.before / size, after=found.after / size))
         if self._progress is not None:
             self._progress(len(self.layers) / len(self._sites))
@@ -276,15 +276,15 @@ def refit_support(
     fit: Moments,
     judge: Moments,
     keep_gok: Tensor,
-    start_gok: Tensor | None,
+    offer_gok: Tensor | None,
     damping: Sequence[float] | None,
 ) -> LayerRepair:
     """Zero what is not kept, and refit the rest where that lowers the error on the other part; in place.
 
     Args:
         fit, judge: y is what the layer lacks as it is.
-        start_gok: weights to begin from; None: the layer's own.
-        damping: of the fit, to choose from; None: no fit, the weights to begin from are taken.
+        offer_gok: weights that are taken where they are better than any fit; None: there are none.
+        damping: of the fit, to choose from; None: no fit, the offer is taken, or the layer's own weights.
     """
     old = matrix_of(layer).to(fit.xx.device).double()
     keep = keep_gok.to(old.device)
@@ -300,12 +300,12 @@ def refit_support(
         return weight, shift, float(error(judge, weight, shift).sum())
 
     masked = change(old, none)
-    begun = masked if start_gok is None else change(start_gok.to(old.device).double(), none)
+    offered = masked if offer_gok is None else change(offer_gok.to(old.device).double(), none)
     if damping is None or not judge.n:
         reason = None if damping is None else "there is one sample only, and none can be held back to judge by"
-        _write(layer, old, keep, begun)
-        return LayerRepair(name, masked[2], begun[2], reason=reason)
-    best, chosen = min(masked, begun, key=lambda found: found[2]), None
+        _write(layer, old, keep, offered)
+        return LayerRepair(name, masked[2], offered[2], reason=reason)
+    best, chosen = min(masked, offered, key=lambda found: found[2]), None
     double = layer.weight.dtype is torch.float64
     for value in damping:
         seen = masked[2]
