@@ -2,7 +2,7 @@
 
 A layer is seen as one matrix a group: g groups (1, but for grouped convolutions) of o outputs and k columns. Its m rows
 are samples, tokens or output positions. A convolution's columns are in * kh * kw of its group, unfolded.
-Moments are float64, summed up batch by batch; no activations are kept.
+Moments are float64, summed up batch by batch from centred rows; no activations are kept.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ class Moments:
         m = len(x)
         if m == 0:
             return
+        work = _work(torch.promote_types(x.dtype, y.dtype), self.xx.device)
         x, y = (_double(rows, self.xx.device) for rows in (x, y))
         mean_x, mean_y = x.mean(0), y.mean(0)
-        x, y = (x - mean_x).transpose(0, 1), (y - mean_y).transpose(0, 1)  # (g, m, .)
+        x, y = ((rows - mean).transpose(0, 1).to(work) for rows, mean in ((x, mean_x), (y, mean_y)))  # (g, m, .)
         step_x, step_y, share = mean_x - self.mean_x, mean_y - self.mean_y, self.n * m / (self.n + m)
-        self.xx += x.mT @ x + share * step_x[:, :, None] * step_x[:, None]
-        self.yx += y.mT @ x + share * step_y[:, :, None] * step_x[:, None]
-        self.yy += (y * y).sum(1) + share * step_y**2
+        self.xx += (x.mT @ x).double() + share * step_x[:, :, None] * step_x[:, None]
+        self.yx += (y.mT @ x).double() + share * step_y[:, :, None] * step_x[:, None]
+        self.yy += y.double().square().sum(1) + share * step_y**2
         self.mean_x += step_x * (m / (self.n + m))
         self.mean_y += step_y * (m / (self.n + m))
         self.n += m
@@ -69,15 +70,20 @@ class Moments:
         return bool(self.xx.isfinite().all() & self.yx.isfinite().all() & self.yy.isfinite().all())
 
 
+def _work(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a batch's products are computed in: float32 takes half the time on a CPU; a GPU may round it to less."""
+    return torch.float64 if dtype == torch.float64 or device.type != "cpu" else torch.float32
+
+
 def _double(rows: Tensor, device: torch.device) -> Tensor:
     return rows.to(device).double()  # to the CPU first: MPS has no float64
 
 
-def solve(moments: Moments, prior: Tensor, damping: float, *, has_bias: bool = True) -> tuple[Tensor, Tensor]:
+def solve(moments: Moments, prior: Tensor | None, damping: float, *, has_bias: bool = True) -> tuple[Tensor, Tensor]:
     """(W, b) = argmin sum of |W x + b - y|^2 + lambda |W - prior|^2, in float64; without a bias, b is 0.
 
     Args:
-        prior: (g, o, k).
+        prior: (g, o, k); None: 0.
         damping: lambda, as a share of the mean of the Gram matrix's diagonal; more where that is singular all the same.
 
     Raises:
@@ -90,12 +96,15 @@ def solve(moments: Moments, prior: Tensor, damping: float, *, has_bias: bool = T
     """
     if not moments.is_finite:
         raise ValueError("the moments are not finite: what the layer reads or should give is not")
-    prior = _double(prior, moments.xx.device)
     xx, yx = moments.xx, moments.yx
     if not has_bias:
         xx = xx + moments.n * moments.mean_x[:, :, None] * moments.mean_x[:, None]
         yx = yx + moments.n * moments.mean_y[:, :, None] * moments.mean_x[:, None]
-    weight = prior + _solved(xx, yx - prior @ xx, damping)
+    if prior is None:
+        weight = _solved(xx, yx, damping)
+    else:
+        prior = _double(prior, xx.device)
+        weight = prior + _solved(xx, yx - prior @ xx, damping)
     bias = moments.mean_y - (weight @ moments.mean_x[:, :, None])[:, :, 0]
     return weight, bias if has_bias else torch.zeros_like(bias)
 
@@ -231,6 +240,17 @@ def choose_rows(counts: Sequence[int], most: int = POSITIONS) -> list[Tensor | N
     ]
 
 
+def rows_of(visit: Visit, counts: Sequence[int], most: int = POSITIONS) -> list[Tensor | None]:
+    """Which of the rows of each batch are read, on the device of what the layer reads; None: all. Padding is not."""
+    real: list[Tensor | None] = [None] * len(counts)
+    for i, (x, mask) in enumerate(zip(visit.inputs, visit.tokens, strict=False)):
+        if mask is not None and x.shape[:2] == mask.shape and counts[i] == mask.numel():
+            real[i] = mask.flatten().nonzero().flatten().to(x.device)
+    left = [count if rows is None else len(rows) for count, rows in zip(counts, real, strict=True)]
+    chosen = [c if c is None else c.to(x.device) for c, x in zip(choose_rows(left, most), visit.inputs, strict=True)]
+    return [c if rows is None else rows if c is None else rows[c] for c, rows in zip(chosen, real, strict=True)]
+
+
 class Seen(NamedTuple):
     """The moments of a visited layer on the two parts, and the variance of the dense output, its channels added up."""
 
@@ -264,9 +284,8 @@ def moments_of(
     device = weight.device if weight.device.type != "mps" else torch.device("cpu")
     fit, judge = (Moments.none(groups, columns, outputs, device) for _ in range(2))
     whole = Moments.none(groups, 0, outputs, device)
-    chosen = choose_rows([positions(small, y) for y in visit.outputs], most)
+    chosen = rows_of(visit, [positions(small, y) for y in visit.outputs], most)
     for i, (x, y, rows) in enumerate(zip(visit.inputs, visit.outputs, chosen, strict=True)):
-        rows = None if rows is None else rows.to(x.device)
         read, given = read_rows(small, x, rows), given_rows(small, y, rows, kept)
         whole.add(read[:, :, :0], given)
         if visit.streams and visit.streams[i][0].shape == y.shape:
@@ -290,6 +309,7 @@ def _lost(
 
 
 def _residual(small: Any, weight: Tensor, read: Tensor, given: Tensor, device: torch.device) -> Tensor:
-    weight, read, given = (_double(value, device) for value in (weight, read, given))
+    work = _work(given.dtype, device)
+    weight, read, given = (value.to(device).to(work) for value in (weight, read, given))
     lacking = given - (read.transpose(0, 1) @ weight.mT).transpose(0, 1)
-    return lacking if small.bias is None else lacking - _double(small.bias.detach(), device).view(given.shape[1:])
+    return lacking if small.bias is None else lacking - small.bias.detach().to(device).to(work).view(given.shape[1:])

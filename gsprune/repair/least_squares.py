@@ -223,9 +223,13 @@ def refit(name: str, layer: Any, seen: Seen, damping: Sequence[float]) -> LayerR
         return LayerRepair(name, reason="no sample reaches it")
     weight, bias = torch.zeros_like(fit.yx), torch.zeros_like(fit.yy)
     before = best = error(judge, weight, bias).sum(1)  # of each group
+    size = seen.variance or 1.0
+    was = float(before.sum()) / size
+    if was <= noise(matrix_of(layer).dtype):
+        return LayerRepair(name, was, was, reason=LACKS_NOTHING)
     chosen = torch.zeros_like(best)
     for value in damping:
-        change, shift = _rounded(layer, *solve(fit, torch.zeros_like(weight), value, has_bias=layer.bias is not None))
+        change, shift = _rounded(layer, *solve(fit, None, value, has_bias=layer.bias is not None))
         after = error(judge, change, shift).sum(1)
         is_better = after < best
         best, chosen = torch.where(is_better, after, best), torch.where(is_better, value, chosen)
@@ -233,10 +237,7 @@ def refit(name: str, layer: Any, seen: Seen, damping: Sequence[float]) -> LayerR
             torch.where(is_better[:, None, None], change, weight),
             torch.where(is_better[:, None], shift, bias),
         )
-    size = seen.variance or 1.0
-    was, now = (float(part.sum()) / size for part in (before, best))
-    if was <= noise(matrix_of(layer).dtype):
-        return LayerRepair(name, was, was, reason=LACKS_NOTHING)
+    now = float(best.sum()) / size
     if not now < was:
         return LayerRepair(name, was, was, reason="no fit lowers its error on the held-back samples")
     old = matrix_of(layer)

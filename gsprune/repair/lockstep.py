@@ -46,6 +46,7 @@ class Visit:
     dense_inputs   what the dense layer has read
     outputs        what the dense layer gave
     held_back      whether the batch is of the held-back part
+    tokens         bool (samples, tokens), False where the batch says that one is padding; None where it says nothing
     streams        (dense, small) tensors at the place that was watched for this layer; empty without one
     """
 
@@ -56,6 +57,7 @@ class Visit:
     dense_inputs: list[Tensor]
     outputs: list[Tensor]
     held_back: list[bool]
+    tokens: list[Tensor | None] = field(default_factory=list)
     streams: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -254,10 +256,12 @@ class _Lockstep:
         self._names, self._wanted = [*names], set(names)
         self._watched, self._left = dict(watched), left
         self._visited: list[str] = []
+        self._tokens: list[Tensor | None] = []
         self._runners: dict[int, _Runner] = {}  # by the number of their thread
         self._again: str | None = None
 
     def __call__(self, batches: Sequence[Example]) -> list[str]:
+        self._tokens = [_tokens_of(batch) for batch in batches]
         before = torch.get_num_threads()
         threads = max(1, min(before, POOLED // max(1, 2 * len(batches))))
         dense: list[_Runner] = []
@@ -330,6 +334,7 @@ class _Lockstep:
             [runner.read for runner in dense if runner.read is not None],
             [runner.gave for runner in dense if runner.gave is not None],
             self._held_back,
+            self._tokens,
             streams if len(streams) == len(small) else [],
         )
 
@@ -382,6 +387,11 @@ class _Lockstep:
             self._again = name
         elif name in self._wanted and read is not None:
             runner.stop(name, read, gave)
+
+
+def _tokens_of(batch: Example) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _as_projected(model: nn.Module, name: str, outside: Tensor) -> Tensor:

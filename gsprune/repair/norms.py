@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gsprune.repair.gram import LACKS_NOTHING, POSITIONS, Moments, choose_rows, error, noise, solve
+from gsprune.repair.gram import LACKS_NOTHING, Moments, error, noise, rows_of, solve
 from gsprune.repair.lockstep import Visit
 from gsprune.repair.report import LayerRepair
 
@@ -108,7 +108,7 @@ def _statistics(now: _Affine, fit: Moments) -> _Affine:
 
 def _fitted(now: _Affine, fit: Moments, *, has_bias: bool) -> _Affine:
     """The scale and shift that add what the output lacks, the y of the moments."""
-    change, shift = solve(fit, torch.zeros_like(fit.yx), DAMPING, has_bias=has_bias)
+    change, shift = solve(fit, None, DAMPING, has_bias=has_bias)
     slope, shift = now.slope + change[:, 0, 0], now.shift + shift[:, 0]
     return replace(now, weight=slope * (now.var + now.eps).sqrt(), bias=shift + now.mean * slope)
 
@@ -138,7 +138,7 @@ def _moments(norm: Any, visit: Visit, kept: Tensor | None) -> tuple[Moments, Mom
     fit, judge = (Moments.none(channels, 1, 1, device) for _ in range(2))
     whole = Moments.none(channels, 0, 1, device)
     now = _Affine.of(norm, device)
-    chosen = choose_rows([x.numel() // channels for x in visit.inputs], POSITIONS)
+    chosen = rows_of(visit, [x.numel() // channels for x in visit.inputs])
     for i, (x, rows) in enumerate(zip(visit.inputs, chosen, strict=True)):
         read = _rows(norm, x if isinstance(norm, BATCH) else type(norm).forward(norm, x), rows).to(device).double()
         lacking = torch.zeros_like(read)

@@ -376,3 +376,27 @@ def test_what_is_refused() -> None:
         least_squares(small, dense, [vectors()], None)
     with refused("share parameters"):
         least_squares(dense, dense, [vectors()], None)
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+def test_padding_is_not_fitted() -> None:
+    """What stands at padded positions does not change the repair."""
+    x = torch.randn(40, 5, 4, dtype=torch.float64)
+    mask = (torch.arange(5) < torch.randint(2, 6, (40, 1))).long()
+    dense = Padded().double()
+    small, other = copy.deepcopy(dense), copy.deepcopy(dense)
+    for model in (small, other):
+        with torch.no_grad():
+            model.b.weight[:, :6] = 0
+    least_squares(small, dense, [{"x": x, "attention_mask": mask}])
+    least_squares(other, dense, [{"x": x + 100 * (1 - mask[:, :, None]), "attention_mask": mask}])
+    assert not torch.equal(small.b.weight, dense.b.weight)
+    torch.testing.assert_close(small.b.weight, other.b.weight, rtol=0, atol=1e-12)
