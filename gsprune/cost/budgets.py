@@ -102,6 +102,7 @@ class Budget:
         self._together = [range(len(structures))] if together is None else together
         self._checked = 1.0  # the wanted share at the last look at the clock, and what was found
         self._reached: float | None = None
+        self._prices: list[float] = []  # once they were asked for
         self._cost = make_cost(kind, model, structures, example_input)
         self._settled(self.even, share)
         self._cost.forget()
@@ -131,7 +132,8 @@ class Budget:
         """
         device, scores = scores[0].device, [score.cpu() for score in scores]
         if by_cost:
-            scores = [score / price for score, price in zip(scores, self.prices(), strict=True)]
+            self._prices = self._prices or self.prices()
+            scores = [score / price for score, price in zip(scores, self._prices, strict=True)]
         is_final = self._is_final(wanted)
         if not self._cost.clocked:
             keeps = self._ranked(scores, wanted)
@@ -153,9 +155,9 @@ class Budget:
         >>> [round(price, 9) for price in budget.prices()]  # of 100 MACs a unit has 4 + 6
         [0.1]
         """
-        whole = [torch.ones(structure.units, dtype=torch.bool) for structure in self.structures]
-        saved = [1 - self._cost([*whole[:i], floor, *whole[i + 1 :]]) for i, floor in enumerate(self._floor())]
-        gone = [max(1, int((~floor).sum())) for floor in self._floor()]
+        whole, floors = [torch.ones(s.units, dtype=torch.bool) for s in self.structures], self._floor()
+        saved = [1 - self._cost([*whole[:i], floor, *whole[i + 1 :]]) for i, floor in enumerate(floors)]
+        gone = [max(1, int((~floor).sum())) for floor in floors]
         prices = [max(0.0, share) / count for share, count in zip(saved, gone, strict=True)]
         least = 1e-3 * sum(prices) / len(prices)
         return [max(price, least) or 1.0 for price in prices]
@@ -195,7 +197,7 @@ class Budget:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what another process has measured."""
         self._cost.load_state_dict(state["cost"])
-        self._checked, self._reached = state["checked"], state["reached"]
+        self._checked, self._reached, self._prices = state["checked"], state["reached"], []
 
     # ---- inside
 
