@@ -41,6 +41,8 @@ GROUPS = {
     "pruner/schedule": ("cubic", "linear", "cosine", "exponential", "one_shot"),
     "trainer": ("default",),
     "tracking": ("none",),
+    "mode": ("train", "train", "cut"),
+    "cut": ("default",),
 }
 RARE = {  # expensive, in need of files, or unknown
     "dataset": ("cifar10", "cifar100", "mnist", "fashion_mnist", "imagefolder", "text_classification", "digit"),
@@ -51,6 +53,8 @@ RARE = {  # expensive, in need of files, or unknown
     "pruner/schedule": ("log",),
     "trainer": ("fast",),
     "tracking": ("wandb",),
+    "mode": ("prune",),
+    "cut": ("fast",),
     "+experiment": ("smoke", "digits", "nothing"),
 }
 OWN = {  # keys that not every option of their group has
@@ -137,6 +141,13 @@ VALUES: dict[str, tuple[str, ...]] = {
     "trainer.dense_scores": ("true", "false"),
     "trainer.dense_epochs": ("0", "1"),
     "trainer.prune_epochs": ("0", "1", "2"),
+    "trainer.distill": ("0", "0.5", "1"),
+    "trainer.distill_temperature": ("2", "0"),
+    "cut.repair": ("least_squares", "null", "magic"),
+    "cut.calibration": ("8", "100000", "0"),
+    "cut.max_drop": ("40", "0.5", "0"),
+    "cut.confidence": ("0.9", "1"),
+    "cut.curve": ("[0.9, 0.5]", "[]", "[2]"),
     "sweep.resume": ("true", "false"),
     "sweep": ("null", "1"),
 }

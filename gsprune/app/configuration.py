@@ -150,7 +150,8 @@ def run_name(cfg: DictConfig) -> str | None:
     chosen = HydraConfig.get().runtime.choices
     share, budget = wanted_sparsity(cfg.pruner), budget_of(cfg.pruner)
     wanted = [f"{kind} {left:g}" for kind, left in budget.items()] or ([f"{share:g}"] if share else [])
-    pruner = " ".join([chosen["pruner"], *(wanted if chosen["pruner"] != "none" else ())])
+    cut = ["cut"] if cfg.get("mode") == "cut" else []
+    pruner = " ".join([*cut, chosen["pruner"], *(wanted if chosen["pruner"] != "none" else ())])
     return f"{pruner}, seed {cfg.seed}, {chosen['model']}, {chosen['dataset']}"  # a table cuts the end off
 
 

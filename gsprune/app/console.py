@@ -42,6 +42,9 @@ class Progress:
     def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
         """A phase of that many epochs starts, after `done` steps of it; `of` is what its sparsity counts."""
 
+    def part(self, what: str, share: float) -> None:
+        """So much of something that is no training is done, from 0 to 1; "" when all is."""
+
     def on_step(self, totals: Totals) -> None:
         """After an optimizer step. `totals` are those of the epoch; reading them waits for the device."""
 
@@ -57,10 +60,17 @@ class Lines(Progress):
 
     def __init__(self, epochs: int) -> None:
         self._name, self._epochs = "", epochs
+        self._part, self._since = "", 0.0
         self._of: str | None = None
 
     def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
         self._name, self._of = name, of
+
+    def part(self, what: str, share: float) -> None:
+        if what != self._part:
+            if self._part:
+                print(f"cut    {self._part:<24}{time.monotonic() - self._since:6.1f} s", flush=True)
+            self._part, self._since = what, time.monotonic()
 
     def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         print(f"{self._name:<5}  {epoch_line(epoch, self._epochs, values, of=self._of)}", flush=True)
@@ -79,6 +89,7 @@ class Bar(Progress):
             console=Console(file=sys.stdout, highlight=False),
         )
         self._task: TaskID | None = None
+        self._parts: dict[str, TaskID] = {}
         self._read_at, self._sparsity = 0.0, 0.0
 
     def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
@@ -86,6 +97,15 @@ class Bar(Progress):
             return
         self._rich.start()
         self._task = self._rich.add_task(name, total=epochs * steps_per_epoch, completed=done, values="")
+
+    def part(self, what: str, share: float) -> None:
+        for name, task in self._parts.items():
+            self._rich.update(task, completed=share if name == what else 1.0)
+        if not what:
+            self._rich.stop()
+        elif what not in self._parts:
+            self._rich.start()
+            self._parts[what] = self._rich.add_task("cut", total=1.0, values=what)
 
     def on_step(self, totals: Totals) -> None:
         assert self._task is not None
@@ -162,6 +182,8 @@ def print_summary(
 ) -> None:
     """Print dense and pruned side by side, where the files are, and how to open them in MLflow."""
     Console(file=sys.stdout, highlight=False, markup=False).print(summary_table(result))
+    if result.get("cut") is not None:
+        print(cut_line(result["cut"]))
     if (line := unfair_line(result)) is not None:
         print(line)
     if (result["latency_note"] or "").startswith(NOT_HERE):
@@ -213,6 +235,26 @@ def chance_line(result: Mapping[str, Any]) -> str | None:
     return f"{text} {found['classes']} classes{', ' if found['dense'] else ': '}{why}."
 
 
+def cut_line(cut: Mapping[str, Any]) -> str:
+    """What was done to the network, in a line.
+
+    >>> found = {"criterion": "Fisher", "calibration": 512, "repaired": {"fc": [0.2, 0.1]}, "seconds": 3.21}
+    >>> cut_line({**found, "not_repaired": {}})
+    'Cut by Fisher on 512 training samples in 3.2 s; 1 layer repaired.'
+    """
+    count = len(cut["repaired"])
+    left = f", {len(cut['not_repaired'])} left as they were" if cut["not_repaired"] else ""
+    done = f"{count} layer{'s' * (count != 1)} repaired{left}"
+    text = f"Cut by {cut['criterion']} on {cut['calibration']} training samples in {cut['seconds']:.1f} s; {done}."
+    sure = cut.get("how_much")
+    if sure is None or sure["bound"] is None:
+        return text
+    return (
+        f"{text} It loses at most {sure['bound']:.2f} points, with {100 * sure['confidence']:g} % confidence "
+        f"({sure['samples']} validation samples)."
+    )
+
+
 def unfair_line(result: Mapping[str, Any]) -> str | None:
     """A line where the dense network has trained for fewer epochs than the pruned one; None where it has not.
 
@@ -224,6 +266,8 @@ def unfair_line(result: Mapping[str, Any]) -> str | None:
         return None
     epochs = "epoch" if dense == 1 else "epochs"
     text = f"This run has trained the dense network for {dense} {epochs} and the pruned one for {pruned}"
+    if result.get("mode") == "cut":
+        return f"{text}: the fair control is mode=train pruner=none, with the same epochs."
     return f"{text}: the fair control is pruner=none."
 
 

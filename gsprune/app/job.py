@@ -17,11 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from gsprune import collectives
 from gsprune.app import forecast_tables
 from gsprune.app.configuration import build, check_objective, check_plan, from_command, is_timed
+from gsprune.app.cut_settings import check_mode, is_cut, wanted
 from gsprune.app.memory import explain_out_of_memory
 from gsprune.app.output_dir import finished_here, finished_in_sweep, locked
 from gsprune.app.processes import for_torchrun, run_in_processes, run_under_torchrun
 from gsprune.app.stages.checkpoint import JobCheckpoints
 from gsprune.app.stages.context import Context
+from gsprune.app.stages.cutting import cut_network
 from gsprune.app.stages.dense import train_dense
 from gsprune.app.stages.history import History
 from gsprune.app.stages.lifecycle import fail, finish, mark_running, open_record, write_files
@@ -104,6 +106,7 @@ def rehearse(cfg: DictConfig, *, here: bool) -> None:
     if not here:
         OmegaConf.update(cfg, "trainer.device", "cpu")
     check_objective(cfg.objective, trainer := build(cfg.trainer))
+    check_mode(cfg)
     check_teacher(cfg, trainer)
     for group in ("pruner", "optimizer", "lr_schedule"):
         build(cfg[group])
@@ -148,9 +151,14 @@ def _stages(job: Context) -> dict[str, Any]:
     open_record(job, checkpoints, history, before)
     training = Training(job, setup, history, checkpoints)
     dense = train_dense(training)
-    phase = build_pruning_phase(training, dense)
-    score(training, phase, dense)
+    if is_cut(job.cfg):
+        phase = cut_network(training, dense)
+    else:
+        phase = build_pruning_phase(training, dense)
+        score(training, phase, dense)
     prune(training, phase)
     measure(job, setup, history, dense, phase.pruner)
+    if is_cut(job.cfg):
+        job.result |= wanted(job.cfg)
     write_files(job, setup.model, history, phase.pruner, baseline=dense.val_accuracy)
     return finish(job, history)

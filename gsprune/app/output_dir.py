@@ -47,7 +47,7 @@ def locked(folder: Path, *, seconds: float | None = None) -> Iterator[None]:
 
 def remove_temporary(folder: Path) -> None:
     """Remove temporary files of processes that were killed while they wrote a run's files."""
-    for place in (".", "checkpoint", "masks", "figures", "figures/masks"):
+    for place in (".", "checkpoint", "checkpoint/cut", "masks", "figures", "figures/masks"):
         remove_leftovers(folder / place)
 
 

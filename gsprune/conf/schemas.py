@@ -25,6 +25,7 @@ def schema(
     *others: str,
     name: str = "",
     without: Collection[str] = (),
+    also: Collection[str] = (),
     overrides: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> type:
     """A dataclass `<Class>Config` with the settings of the class `target`, for `OmegaConf.structured`.
@@ -34,12 +35,14 @@ def schema(
         others: classes whose settings `target` takes as keywords.
         name: instead of the name of the class.
         without: settings that have no key.
+        also: settings that have one, though their names are of those that no file gives a pruner.
         overrides: name -> type and default of keys that the signature does not have, or not in a form for files.
 
     >>> schema("gsprune.criteria.Abs")()
     AbsConfig(_target_='gsprune.criteria.Abs', decay=0.95, normalize=None)
     """
-    parts = chain(*(settings(made, without={*FROM_THE_LOOP, *without}) for made in (target, *others)))
+    keyless = {*FROM_THE_LOOP, *without} - {*also}
+    parts = chain(*(settings(made, without=keyless) for made in (target, *others)))
     found = {part.name: (part.type, part.default) for part in parts}
     keys = {"_target_": (str, target), **(overrides or {}), **found, **(overrides or {})}
     return _dataclass(name or target.rpartition(".")[2], {key: _field(key, *of) for key, of in keys.items()})
@@ -106,6 +109,7 @@ SCHEMAS = {
     "gsprune_magnitude": schema("gsprune.criteria.Magnitude"),
     "gsprune_random": schema("gsprune.criteria.Random"),
     "gsprune_trainer": schema("gsprune.training.trainer.Trainer"),
+    "gsprune_cut": schema("gsprune.app.cut_settings.CutSettings", also={"repair"}),
 }
 
 

@@ -41,6 +41,8 @@ NOT_HASHED = (
 )
 # Settings that do not change the dense network: those of the second phase and of measurements.
 NOT_DENSE = (
+    "mode",
+    "cut",
     "pruner",
     "trainer.prune_epochs",
     "trainer.prune_lr",

@@ -37,7 +37,7 @@ PRUNERS = options("pruner", ROOT / "gsprune/conf")
 SEVERAL = ("heads_and_neurons", "units_and_weights")
 SINGLE = [option for option in PRUNERS if option not in SEVERAL]
 SCHEDULES = options("pruner/schedule", ROOT / "gsprune/conf")
-GROUPS = ("dataset", "model", "optimizer", "lr_schedule", "trainer", "tracking")
+GROUPS = ("dataset", "model", "optimizer", "lr_schedule", "trainer", "tracking", "mode", "cut")
 CHOICES = [
     *((group, option) for group in GROUPS for option in options(group)),
     *(("pruner", option) for option in PRUNERS),
@@ -369,8 +369,21 @@ def test_unknown_options_are_refused_with_the_known_ones(override: str, sentence
     assert "Available options" in str(caught.value)
 
 
-def test_the_trainers_file_is_the_schema(compose_config: Compose) -> None:
+def test_the_files_of_trainer_and_cut_are_their_schemas(compose_config: Compose) -> None:
     assert compose_config().trainer == OmegaConf.structured(schemas.TrainerConfig)
+    assert compose_config("mode=cut").cut == OmegaConf.structured(schemas.SCHEMAS["gsprune_cut"])
+
+
+def test_modes_differ_in_training_and_in_repair(compose_config: Compose) -> None:
+    found = {mode: compose_config(f"mode={mode}") for mode in options("mode")}
+    assert {
+        mode: (cfg.mode, cfg.trainer.dense_epochs, cfg.trainer.prune_epochs, cfg.cut.repair)
+        for mode, cfg in found.items()
+    } == {
+        "train": ("train", 6, 8, None),
+        "cut": ("cut", 0, 0, "least_squares"),
+    }
+    assert compose_config() == found["train"]
 
 
 def test_registering_again_changes_nothing(compose_config: Compose) -> None:

@@ -41,6 +41,7 @@ CLASSES = [
             "Weighted",
         )
     ),
+    "gsprune.app.cut_settings.CutSettings",
     "gsprune.training.trainer.Trainer",
 ]
 OTHER_THAN_THE_CLASS = {  # files that overrule a default on purpose
@@ -51,7 +52,12 @@ OTHER_THAN_THE_CLASS = {  # files that overrule a default on purpose
     "pruner/units_and_weights.yaml: target_sparsity": 0.9,
 }
 # what people read, and lists, whose criteria have no schema and are shown by `--cfg job` as they are written
-REPEATING = {"trainer/default.yaml", "pruner/heads_and_neurons.yaml", "pruner/units_and_weights.yaml"}
+REPEATING = {
+    "cut/default.yaml",
+    "trainer/default.yaml",
+    "pruner/heads_and_neurons.yaml",
+    "pruner/units_and_weights.yaml",
+}
 
 
 @pytest.mark.parametrize("target", CLASSES)
@@ -110,6 +116,8 @@ def from_files() -> Iterator[tuple[str, bool, str, Any, Any]]:
             extended = [str(part) for part in config.get("defaults", ()) if str(part).startswith("/gsprune_")]
             if "/gsprune_trainer@_here_" in extended:
                 config["_target_"] = "gsprune.training.trainer.Trainer"
+            if "/gsprune_cut@_here_" in extended:
+                config["_target_"] = "gsprune.app.cut_settings.CutSettings"
             for node in nodes(config):
                 if not node["_target_"].startswith("gsprune."):
                     continue

@@ -73,6 +73,7 @@ class Context:
         sweep: that the job belongs to.
         first: whether this process is the first of the job's: the one that writes, tracks and prints.
         result: what `result.json` holds, in the order of its keys.
+        numbers: what a stage measures besides, for the tracker.
         watch: seconds by part of the job.
         progress, tracker: silent until `set_up` and `open_record` replace them in the first process.
         save_model: writes the newest network; a job that fails calls it. None while there is nothing worth keeping.
@@ -90,6 +91,7 @@ class Context:
         self.tracker: Tracker = SilentTracker(folder)
         self.save_model: Callable[[], None] | None = None
         self.result = _new_result(cfg)
+        self.numbers: dict[str, float] = {}
 
     def count_seconds(self) -> None:
         self.result["timings"] = self.watch.read()

@@ -139,7 +139,8 @@ def _write_figures(job: Context, history: History, pruner: Any, baseline: float 
     write("sparsity_by_layer.png", run_figures.save_layer_sparsity, pruner.shares(), pruner.share)
     if history.picture is not None:  # of the last masks
         write("masks.png", drawing.save_picture, history.picture)
-    write("history.png", run_figures.save_history, rows, baseline=baseline, of=counts(pruner))
+    if history.rows:  # a cut without training has none
+        write("history.png", run_figures.save_history, rows, baseline=baseline, of=counts(pruner))
 
 
 def finish(job: Context, history: History) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def finish(job: Context, history: History) -> dict[str, Any]:
 def _track_numbers(job: Context, history: History) -> None:
     known = {**dict.fromkeys(NUMBERS), **history.last}  # a number that the last epoch has logged is not repeated
     final = {name: job.result[name] for name in NUMBERS if job.result[name] != known[name]}
-    job.tracker.log_metrics(final, step=job.result["epochs"])
+    job.tracker.log_metrics(final | job.numbers, step=job.result["epochs"])
     if job.result["latency_note"] is not None:
         job.tracker.log_tags({"latency_note": job.result["latency_note"]})
     if job.result["sparsity_of"]:

@@ -30,27 +30,32 @@ def build_pruning_phase(training: Training, dense: Dense) -> Phase:
     optimizer, lr_schedule, pruner = setup.build_pruning()
     job.save_model = lambda: save_model(job, setup.model, pruner)
     epochs, offset = setup.trainer.prune_epochs, setup.trainer.dense_epochs
-    return Phase("prune", epochs, offset, optimizer, lr_schedule, pruner, _teacher(setup, dense))
+    return Phase("prune", epochs, offset, optimizer, lr_schedule, pruner, teacher_of(setup, dense))
 
 
-def _teacher(setup: Setup, dense: Dense) -> nn.Module | None:
-    """The dense network on the device, where `trainer.distill` asks for it.
-
-    Raises:
-        ValueError: it was not trained here, and is no better than guessing.
-    """
+def teacher_of(setup: Setup, dense: Dense) -> nn.Module | None:
+    """The dense network on the device, where `trainer.distill` asks for it; as of `check_trained`."""
     if not setup.trainer.distill:
         return None
+    check_trained(setup, dense, why=f"the teacher of trainer.distill={setup.trainer.distill}")
+    return dense.model.to(setup.trainer.torch_device)
+
+
+def check_trained(setup: Setup, dense: Dense, *, why: str) -> None:
+    """Refuse a dense network that was not trained here and is no better than guessing; warn of one that was.
+
+    Args:
+        why: what it is needed as.
+    """
     samples, accuracy = len(getattr(setup.data.val, "dataset", ())), dense.val_accuracy or 0.0
     if is_guessing(accuracy, samples=samples, classes=setup.classes):
         what = (
-            f"the dense network, the teacher of trainer.distill={setup.trainer.distill}, has a validation accuracy of "
-            f"{percent(accuracy)}, no better than guessing among {setup.classes} classes"
+            f"the dense network, {why}, has a validation accuracy of {percent(accuracy)}, no better than guessing "
+            f"among {setup.classes} classes"
         )
         if setup.trainer.dense_epochs == 0:
             raise ValueError(f"{what}: give a trained one with model.weights, or trainer.dense_epochs")
         log.warning("%s", what)
-    return dense.model.to(setup.trainer.torch_device)
 
 
 def score(training: Training, phase: Phase, dense: Dense) -> None:

@@ -6,10 +6,11 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
@@ -20,12 +21,17 @@ from torch.optim import Optimizer
 from gsprune import collectives
 from gsprune.app.configuration import TIMED, build, check_objective, complete, is_timed, objective_names
 from gsprune.app.console import Progress, make_progress
+from gsprune.app.cut_settings import check_mode, curve_rules, is_cut, is_random, rules_of, settings_of, single_weights
 from gsprune.app.memory import is_out_of_memory
 from gsprune.app.stages.context import Context
+from gsprune.criteria import Fisher
+from gsprune.cutting.how_much import check_enough
 from gsprune.files.disk import refusing
 from gsprune.forecast import predict
 from gsprune.formats.network import load_state
 from gsprune.formats.tensors import state_tensors
+from gsprune.pruner.pruner import Pruner
+from gsprune.repair.calibrated import Repair
 from gsprune.settings.hydra_files import refuse_passwords
 from gsprune.settings.identity import SCORES, config_hash, scores_path
 from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors
@@ -85,10 +91,31 @@ class Setup:
         """Optimizer, learning-rate schedule and pruner of the pruning phase."""
         epochs = self.trainer.prune_epochs
         optimizer, lr_schedule = self.build_optimizer(epochs=epochs, lr=self.trainer.prune_lr)
-        example = self.latency_example if is_timed(self.cfg.pruner) else self.example
-        settings = {"example_input": example, "steps_per_epoch": self.steps_per_epoch, "epochs": epochs}
+        settings = {"example_input": self.traced, "steps_per_epoch": self.steps_per_epoch, "epochs": epochs}
+        if (by := settings_of(self.cfg).repair) is not None:
+            self.seed(2)  # as for scoring; the phase that trains is seeded after it
+            settings["repair"] = Repair(self.data.train, by=by, samples=settings_of(self.cfg).calibration)
         pruner = complete("pruner", build(self.cfg.pruner), self.model, optimizer=optimizer, **settings)
         return optimizer, lr_schedule, pruner
+
+    def build_cutting(self) -> Pruner:
+        """A pruner of what `mode=cut` will cut, which only says what that is."""
+        if single_weights(self.cfg) is not None:
+            return complete("pruner", build(self.cfg.pruner), self.model)  # type: ignore[no-any-return]
+        curve_rules(self.cfg)
+        if (settings := settings_of(self.cfg)).max_drop is not None:
+            samples = np.ones(len(self.data.val.dataset))
+            check_enough(samples, settings.max_drop, settings.confidence)
+        rules = [  # a pruner takes no criterion that reads inputs; the cut does
+            replace(rule, criterion=Fisher()) if rule.criterion.reads_inputs else rule
+            for rule in rules_of(self.cfg.pruner)
+        ]
+        return Pruner(self.model, rules=rules, example_input=self.traced)
+
+    @property
+    def traced(self) -> Any:
+        """The input that a network is traced and timed with."""
+        return self.latency_example if is_timed(self.cfg.pruner) else self.example
 
 
 def set_up(job: Context) -> Setup:
@@ -98,6 +125,7 @@ def set_up(job: Context) -> Setup:
         ValueError: a mistake in the configuration, in one sentence.
     """
     check_seed(job)
+    check_mode(job.cfg)
     cfg, trainer = job.cfg, build(job.cfg.trainer)
     check_objective(cfg.objective, trainer)
     _fetch_scores(job)
@@ -134,14 +162,14 @@ def check_pruning(job: Context, setup: Setup) -> None:
     """Build the pruning phase once and drop it, so that a mistake in it is found before the dense phase trains."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come when it is built for good
-        _, _, pruner = setup.build_pruning()
+        pruner = setup.build_cutting() if is_cut(job.cfg) else setup.build_pruning()[-1]
     timed = [name for name in objective_names(job.cfg.objective) if name in TIMED]
     if timed and not pruner.structured:
         raise ValueError(
             f"objective={timed[0]} has no value without units: single weights change no shape and save no time, "
             f"so take pruner=abs or weighted, or another objective"
         )
-    if setup.trainer.prune_epochs == 0 and pruner.horizon != 0:
+    if setup.trainer.prune_epochs == 0 and pruner.horizon != 0 and not is_cut(job.cfg):
         raise ValueError(
             "trainer.prune_epochs=0 leaves no gradient to score by: it must be 1 or more, or pruner=none or magnitude"
         )
@@ -158,8 +186,7 @@ def check_teacher(cfg: DictConfig, trainer: Trainer) -> None:
     given = f"trainer.distill={trainer.distill}"
     if trainer.prune_epochs == 0:
         raise ValueError(f"{given} has no effect with trainer.prune_epochs=0: it is a part of that phase's loss")
-    named = "weights" in cfg.model and not cfg.model.get("pretrained")  # a network of one's own may load its own
-    if trainer.dense_epochs == 0 and named and cfg.model.weights is None:
+    if trainer.dense_epochs == 0 and is_random(cfg):
         raise ValueError(
             f"{given} needs a trained dense network to learn from, and with trainer.dense_epochs=0 it is random: give "
             f"model.weights"
