@@ -550,7 +550,7 @@ class Cutter:
         return exchange(self.gates[name], removed) if isinstance(criterion, Fisher) and removed else keep
 
     def _repair(self, small: nn.Module, plan: CutPlan, repair: Repair | None) -> RepairReport | None:
-        inputs = self.data.inputs()
+        inputs = self.data.calls()
         self.report("repairing", 0.0)
         if repair == "least_squares":
             return least_squares(small, self.model, inputs, plan)

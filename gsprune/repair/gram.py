@@ -20,6 +20,7 @@ from gsprune.repair.lockstep import Visit
 from gsprune.structures.matrices import is_conv1d
 
 POSITIONS = 200_000  # rows of a layer that are read, over all batches
+OWN_PASS = "its output is not its weight times its input: it has a forward pass of its own"
 FLAT = 1e-3  # a smaller slope of a norm makes nothing up
 _CONV = nn.modules.conv._ConvNd
 
@@ -218,6 +219,50 @@ def _patches(module: Any, x: Tensor) -> Tensor:
         ),
         x.storage_offset(),
     )
+
+
+def multiplies(module: Any, x: Tensor, y: Tensor) -> bool:
+    """Whether what a layer gave is its weight times what it read, and its bias: looked at in a few rows.
+
+    It is not where a forward pass of its own pads the input or computes another weight.
+
+    >>> layer, x = nn.Linear(2, 2), torch.ones(3, 2)
+    >>> multiplies(layer, x, layer(x)), multiplies(layer, x, 2 * layer(x))
+    (True, False)
+    """
+    count = positions(module, y)
+    if isinstance(module, _CONV):
+        wanted = [
+            (side + 2 * pad - step * (kernel - 1) - 1) // stride + 1 if isinstance(pad, int) else side
+            for side, pad, step, kernel, stride in zip(
+                x.shape[-len(module.kernel_size) :],
+                _paddings(module),
+                module.dilation,
+                module.kernel_size,
+                module.stride,
+                strict=True,
+            )
+        ]
+        if wanted != [*y.shape[-len(wanted) :]]:
+            return False
+    elif x.shape[:-1] != y.shape[:-1]:
+        return False
+    rows = torch.arange(0, count, max(1, count // 64), device=x.device)
+    read, given = read_rows(module, x, rows), given_rows(module, y, rows)
+    found = (read.transpose(0, 1).double() @ matrix_of(module).double().mT).transpose(0, 1)
+    if module.bias is not None:
+        found = found + module.bias.detach().double().view(found.shape[1:])
+    if not (given.isfinite().all() and found.isfinite().all()):
+        return True  # nothing says that it is not
+    tolerance = min(0.05, 50 * torch.finfo(y.dtype).eps ** 0.75)
+    return torch.allclose(found, given.double(), rtol=0, atol=tolerance * max(1e-30, float(found.abs().max())))
+
+
+def _paddings(module: Any) -> list[int | None]:
+    """On either side of each dimension; None where that keeps the size ("same")."""
+    if module.padding == "same":
+        return [None] * len(module.kernel_size)
+    return [0] * len(module.kernel_size) if module.padding == "valid" else [*module.padding]
 
 
 # ---- the moments of a visited layer

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from gsprune.repair.calibrating import held_back_split
 from gsprune.repair.gram import (
     LACKS_NOTHING,
+    OWN_PASS,
     Seen,
     error,
     matrix_of,
     moments_of,
+    multiplies,
     noise,
     solve,
     why_no_matrix,
@@ -206,6 +208,11 @@ class _Repair:
         kept = self._kept.get(joined(visit.name, "weight"), {}).get(0)
         if self._norms and isinstance(visit.small, NORMS):
             self.layers.append(refit_norm(visit, kept, self._norms))
+            return
+        if type(visit.dense) is type(visit.small) and not multiplies(
+            visit.dense, visit.dense_inputs[0], visit.outputs[0]
+        ):
+            self.layers.append(LayerRepair(visit.name, reason=OWN_PASS))
             return
         norm = self._streams[visit.name].norm if visit.streams else None
         slope = None if norm is None else slope_of(self._small.get_submodule(norm))

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from gsprune.repair.calibrating import held_back_split
-from gsprune.repair.gram import Moments, error, matrix_of, moments_of, why_no_matrix, write_matrix
+from gsprune.repair.gram import OWN_PASS, Moments, error, matrix_of, moments_of, multiplies, why_no_matrix, write_matrix
 from gsprune.repair.least_squares import WIDEST, checked_damping
 from gsprune.repair.lockstep import CalledAgainError, Visit, lockstep
 from gsprune.repair.report import LayerRepair, RepairReport
@@ -251,6 +251,9 @@ class _Visitor:
             outputs = [dense(x) for x in visit.dense_inputs]
             visit = replace(visit, dense=dense, small=_packed(visit.small), outputs=outputs)
         layer: Any = visit.small
+        if type(visit.dense) is type(layer) and not multiplies(visit.dense, visit.dense_inputs[0], visit.outputs[0]):
+            self.layers.append(LayerRepair(site.tensor, reason=OWN_PASS))
+            return
         fit, judge, variance = moments_of(visit, residual=True)
         if not fit.n:
             self.layers.append(LayerRepair(site.tensor, reason="no sample reaches it"))

@@ -1,0 +1,146 @@
+"""One set of second moments for all cuts of a network: of what its layers read before any cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gsprune.repair.calibrating import held_back_split
+from gsprune.repair.gram import (
+    OWN_PASS,
+    POSITIONS,
+    Moments,
+    Seen,
+    choose_rows,
+    matrix_of,
+    multiplies,
+    positions,
+    read_rows,
+    why_no_matrix,
+)
+from gsprune.repair.least_squares import DAMPING, refit
+from gsprune.repair.observing import observe
+from gsprune.repair.report import LayerRepair, RepairReport
+from gsprune.structures.attention import no_fast_path
+from gsprune.structures.example import call
+from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
+from gsprune.surgery.cut_plan import CutPlan
+from gsprune.text.names import joined
+
+WIDEST = 4096  # columns of a layer whose moments are kept: they take 0.3 GB
+
+
+class SharedMoments:
+    """Refits the consumers of any cut of a network from one pass of the network itself.
+
+    With x what a layer reads in the dense network, S the columns that stay and C the second moment of x about its mean
+
+        W' = W C[:, S] (C[S, S] + lambda)^-1
+
+    so the moments of every cut are a part of those of the dense network. What a cut changes before the layer is not
+    seen: `least_squares` fits better, at the price of one pass of both networks a cut.
+
+    Args:
+        dense: not changed.
+        batches: as of `least_squares`.
+        names: modules whose columns may go.
+        held_back: share of samples that chooses lambda and judges.
+
+    >>> dense, x = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), torch.randn(50, 2)
+    >>> small = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    >>> kept = torch.tensor([0, 2])
+    >>> plan = CutPlan({"1.weight": {1: kept}}, {"1.weight": {1: 3}}, {})
+    >>> _ = small[1].load_state_dict({"weight": dense[1].weight[:, kept].detach(), "bias": dense[1].bias.detach()})
+    >>> [layer.name for layer in SharedMoments(dense, [x], ["1"]).refit(small, plan).repaired]
+    ['1']
+    """
+
+    def __init__(
+        self, dense: nn.Module, batches: Iterable[Any], names: Sequence[str], *, held_back: float = 0.2
+    ) -> None:
+        self._dense, self._names = dense, list(names)
+        inputs, is_held_back = held_back_split(batches, held_back)
+        seen, modules = observe(dense, inputs[0]), dict(dense.named_modules())
+        owners = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
+        self.left = {name: why for name in names if (why := _why_not(modules[name], owners, seen.calls[name]))}
+        if not any(is_held_back):
+            self.left |= dict.fromkeys(names, "there is one sample only, and none can be held back to judge by")
+        self._moments: dict[str, tuple[Moments, Moments]] = {}
+        device = device_of(dense)
+        total = sum(1 for _ in inputs)
+
+        def note(name: str, module: Any, args: tuple[Any, ...], output: Tensor, is_judge: bool) -> None:
+            columns, count = matrix_of(module).shape[2], positions(module, output)
+            home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+            parts = self._moments.setdefault(name, tuple(Moments.none(1, columns, 0, home) for _ in range(2)))  # type: ignore[arg-type]
+            chosen = choose_rows([count], max(1, POSITIONS // total))[0]
+            if name in self.left or not multiplies(module, args[0], output):
+                self.left[name] = OWN_PASS
+                return
+            rows = read_rows(module, args[0], None if chosen is None else chosen.to(args[0].device))
+            parts[is_judge].add(rows, rows.new_zeros(len(rows), 1, 0))
+
+        wanted = [name for name in names if name not in self.left]
+        with evaluating([dense]), no_fast_path(), same_randomness(dense), torch.no_grad():
+            for batch, is_judge in zip(inputs, is_held_back, strict=True):
+                hooks = (
+                    modules[name].register_forward_hook(
+                        lambda m, args, out, name=name, is_judge=is_judge: note(name, m, args, out, is_judge)
+                    )
+                    for name in wanted
+                )
+                with hooked(hooks):
+                    call(dense, to_device_of(dense, batch))
+        self.left |= {name: "a pass does not reach it" for name in wanted if name not in self._moments}
+
+    def refit(self, small: nn.Module, plan: CutPlan, *, damping: Sequence[float] = DAMPING) -> RepairReport:
+        """Change, in place, the layers of the network that `plan` left of the dense one."""
+        found: list[LayerRepair] = []
+        for name in self._names:
+            cuts = plan.kept.get(joined(name, "weight"), {})
+            if 1 not in cuts:
+                continue
+            if name in self.left:
+                found.append(LayerRepair(name, reason=self.left[name]))
+                continue
+            layer: Any = small.get_submodule(name)
+            width = matrix_of(self._dense.get_submodule(name)).shape[2] // plan.sizes[joined(name, "weight")][1]
+            columns = (cuts[1][:, None] * width + torch.arange(width)).flatten()
+            dense: Any = self._dense.get_submodule(name)
+            rows = cuts.get(0, torch.arange(len(dense.weight)))
+            parts = [_lacking(part, columns, dense, rows, layer) for part in self._moments[name]]
+            variance = float(parts[1][1].sum()) / max(1, parts[1][0].n)
+            found.append(refit(name, layer, Seen(parts[0][0], parts[1][0], variance), damping))
+        return RepairReport(tuple(found))
+
+
+def _why_not(module: nn.Module, owners: Counter[int], calls: int) -> str | None:
+    reason = why_no_matrix(module)
+    if reason is None and getattr(module, "groups", 1) > 1:
+        reason = "it is a grouped convolution"
+    if reason is None and (columns := matrix_of(module).shape[2]) > WIDEST:
+        reason = f"it has {columns} columns, more than {WIDEST}"
+    if reason is None and any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
+        reason = "it shares its weight with another module"
+    return reason or ("it is called more than once in a pass" if calls > 1 else None)
+
+
+def _lacking(seen: Moments, columns: Tensor, dense: Any, rows: Tensor, layer: Any) -> tuple[Moments, Tensor]:
+    """Moments of x, the columns that stay, and of y, what the layer lacks; beside the dense output's own, (1, o)."""
+    device = seen.xx.device
+    columns, rows = columns.to(device), rows.to(device)
+    before, now = (matrix_of(module).to(device).double() for module in (dense, layer))
+    lacking = before[:, rows]
+    whole = ((lacking @ seen.xx) * lacking).sum(2)
+    lacking = lacking.index_add(2, columns, -now)  # y = (W - W_now at the columns that stay) x
+    cross = lacking @ seen.xx
+    mean = (lacking @ seen.mean_x[:, :, None])[:, :, 0]
+    if layer.bias is not None:
+        mean = mean + (dense.bias.detach().to(device)[rows] - layer.bias.detach().to(device)).double()
+    inner = seen.xx[:, columns][:, :, columns]
+    kept = Moments(seen.n, seen.mean_x[:, columns], mean, inner, cross[:, :, columns], (cross * lacking).sum(2))
+    return kept, whole
