@@ -1,7 +1,7 @@
 """Cutting trained networks: `gsprune.cut` against its rivals, without training and after two epochs.
 
     python benchmarks/cut.py                                  # all; goes on where a run before was ended
-    python benchmarks/cut.py --quick                          # one seed on digits, a minute
+    python benchmarks/cut.py --quick                          # one seed on digits, two minutes
     python benchmarks/cut.py --tasks minilm_r8 --seeds 2 --methods gsprune FLAP
     python benchmarks/cut.py --table                          # only the tables of what was measured
 
@@ -56,6 +56,7 @@ def own(**options: Any) -> Method:
 
         one = bench.task
         given = {"calibration": one.samples, "include": one.include, "progress": False, **options}
+        given["example_input"] = one.example  # what MACs are counted on for all methods
         return lambda macs: gsprune.cut(one.model, batches, one.loss, macs=macs, **given).model
 
     return prepare
@@ -338,7 +339,7 @@ def verdict(results: Results, name: str, share: float, stage: str, labels: Seque
     if not found:
         return ""
     mean, low, high, rival = min(found)
-    text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) to {rival}"
+    text = f"{round(mean, 1) + 0.0:+.1f} ({low:+.1f} to {high:+.1f}) to {rival}"
     behind = [m for _, _, high, m in found if high < 0]
     return ("first: " if mean > 0 else "tied: " if not behind else "behind: ") + text
 
