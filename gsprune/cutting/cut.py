@@ -44,6 +44,7 @@ from gsprune.ranking.exchange import exchange
 from gsprune.ranking.patterns import Pattern
 from gsprune.repair.batchnorm import batchnorm
 from gsprune.repair.least_squares import least_squares
+from gsprune.repair.shared import SharedMoments
 from gsprune.schedules import OneShot
 from gsprune.structures.running import to_device_of
 from gsprune.structures.structure import Found, Structure
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from gsprune.repair.report import RepairReport
 
 Repair = Literal["least_squares", "batchnorm"]
+FamilyRepair = Literal["shared", "least_squares", "batchnorm"]
 REPAIRS = ("least_squares", "batchnorm")
 
 
@@ -429,6 +431,7 @@ class Cutter:
         self.scored, self.settled = 0, 0
         settled = [*settle, *[()] * (len(rules) - len(settle))]
         self.scores = [self._scored(self._part(rule), stop) for rule, stop in zip(rules, settled, strict=True)]
+        self._shared: SharedMoments | None = None
         self.dense = self._size(model)
 
     @property
@@ -436,8 +439,8 @@ class Cutter:
         """Since it began."""
         return time.perf_counter() - self._since
 
-    def cut(self, rules: Sequence[Rule], *, repair: Repair | None = "least_squares") -> Cut:
-        """The network that these rules leave.
+    def cut(self, rules: Sequence[Rule], *, repair: FamilyRepair | None = "least_squares") -> Cut:
+        """The network that these rules leave; "shared" repairs by moments that all cuts have in common.
 
         Raises:
             ValueError: as of `gsprune.cut`.
@@ -549,9 +552,16 @@ class Cutter:
         removed = int((~keep).sum())
         return exchange(self.gates[name], removed) if isinstance(criterion, Fisher) and removed else keep
 
-    def _repair(self, small: nn.Module, plan: CutPlan, repair: Repair | None) -> RepairReport | None:
+    def _repair(self, small: nn.Module, plan: CutPlan, repair: FamilyRepair | None) -> RepairReport | None:
         inputs = self.data.calls()
         self.report("repairing", 0.0)
+        if repair == "shared":
+            if self._shared is None:
+                chosen = {name for scores in self.scores for name in scores}
+                tensors = [m.tensor for s in self.found.structures if s.name in chosen for m in s.consumers]
+                names = dict.fromkeys(tensor.rpartition(".")[0] for tensor in tensors)
+                self._shared = SharedMoments(self.model, inputs, list(names))
+            return self._shared.refit(small, plan)
         if repair == "least_squares":
             return least_squares(small, self.model, inputs, plan)
         return batchnorm(small, inputs, dense=self.model, plan=plan) if repair == "batchnorm" else None
@@ -576,16 +586,18 @@ def check_model(model: nn.Module) -> None:
     refuse_wrapped(model)
 
 
-def check_repair(repair: str | None) -> None:
+def check_repair(repair: str | None, allowed: Sequence[str] = REPAIRS) -> None:
     """ValueError for what is no repair."""
-    if repair is not None and repair not in REPAIRS:
-        raise ValueError(f"repair is {repair!r}: it must be {', '.join(map(repr, REPAIRS))} or None")
+    if repair is not None and repair not in allowed:
+        raise ValueError(f"repair is {repair!r}: it must be {', '.join(map(repr, allowed))} or None")
 
 
-def one_rule(name: str, share: float, criterion: Criterion | None, repair: Repair | None, **settings: Any) -> Rule:
+def one_rule(
+    name: str, share: float, criterion: Criterion | None, repair: FamilyRepair | None, **settings: Any
+) -> Rule:
     """The rule that the settings of `cut` describe; without a criterion the one that fits the repair."""
     if criterion is None:
-        criterion = OBS() if repair == "least_squares" else Fisher()
+        criterion = OBS() if repair in ("least_squares", "shared") else Fisher()
     how: dict[str, Any] = {"target_sparsity": share} if name == "sparsity" else {"budget": {name: share}}
     return Rule(criterion, schedule=OneShot(), structured=True, **how, **settings)
 

@@ -12,7 +12,18 @@ from gsprune.cost.budgets import KINDS
 from gsprune.criteria import Criterion
 from gsprune.cutting.bounds import check_confidence
 from gsprune.cutting.calibration import Loss
-from gsprune.cutting.cut import Cut, Cutter, Repair, Size, check_model, check_repair, evaluated, one_rule, shown
+from gsprune.cutting.cut import (
+    REPAIRS,
+    Cut,
+    Cutter,
+    FamilyRepair,
+    Size,
+    check_model,
+    check_repair,
+    evaluated,
+    one_rule,
+    shown,
+)
 from gsprune.cutting.how_much import Evaluate, largest_cut, number_of, value_of, values_of
 from gsprune.cutting.progress import Report
 from gsprune.text.display import html_table, percent
@@ -114,7 +125,7 @@ def cut_family(
     kinds: Sequence[str] | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
-    repair: Repair | None = "least_squares",
+    repair: FamilyRepair | None = "shared",
     calibration: int = 512,
     evaluate: Evaluate | None = None,
     confidence: float = 0.95,
@@ -125,6 +136,8 @@ def cut_family(
 
     Args:
         macs, params, latency, sparsity: several values of the settings of `gsprune.cut`; one of the four.
+        repair: "shared" refits the readers of what went by second moments that are taken once, in the dense network;
+            "least_squares" refits each cut as `gsprune.cut` does, which fits better and takes a pass a cut.
         others: as of `gsprune.cut`.
 
     Raises:
@@ -140,7 +153,7 @@ def cut_family(
     """
     given = {"macs": macs, "params": params, "latency": latency, "sparsity": sparsity}
     kind, shares = _checked(given)
-    check_repair(repair)
+    check_repair(repair, ("shared", *REPAIRS))
     check_confidence(confidence)
     rules = [
         one_rule(kind, share, criterion, repair, kinds=kinds, include=include, exclude=exclude) for share in shares
