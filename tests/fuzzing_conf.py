@@ -49,7 +49,7 @@ RARE = {  # expensive, in need of files, or unknown
     "model": ("resnet18", "mobilenet_v3_small", "hf_sequence_classification", "resnet_18"),
     "optimizer": ("adam",),
     "lr_schedule": ("step",),
-    "pruner": ("moovement", "heads_and_neurons"),
+    "pruner": ("moovement", "heads_and_neurons", "obs"),
     "pruner/schedule": ("log",),
     "trainer": ("fast",),
     "tracking": ("wandb",),

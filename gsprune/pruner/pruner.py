@@ -173,7 +173,7 @@ class Pruner(Attachable):
                 name = type(rule.criterion).__name__
                 other = "Elementwise" if rule.criterion.scores_weights else "Fisher"
                 raise ValueError(
-                    f"{name} scores by what layers read, which a training loop does not collect: take gsprune.cut, or "
+                    f"{name} scores by what layers read, which a training loop does not collect: take gsprune.cut (mode=cut), or "
                     f"a criterion of gradients such as {other}"
                 )
             own = rule if schedule is None or rule.schedule is not None else replace(rule, schedule=schedule)
