@@ -173,8 +173,8 @@ class Pruner(Attachable):
                 name = type(rule.criterion).__name__
                 other = "Elementwise" if rule.criterion.scores_weights else "Fisher"
                 raise ValueError(
-                    f"{name} scores by what layers read, which a training loop does not collect: take gsprune.cut (mode=cut), or "
-                    f"a criterion of gradients such as {other}"
+                    f"{name} scores by what layers read, which a training loop does not collect: take gsprune.cut "
+                    f"(mode=cut), or a criterion of gradients such as Fisher"
                 )
             own = rule if schedule is None or rule.schedule is not None else replace(rule, schedule=schedule)
             with self._numbered(number):
