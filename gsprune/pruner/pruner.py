@@ -174,7 +174,7 @@ class Pruner(Attachable):
                 other = "Elementwise" if rule.criterion.scores_weights else "Fisher"
                 raise ValueError(
                     f"{name} scores by what layers read, which a training loop does not collect: take gsprune.cut "
-                    f"(mode=cut), or a criterion of gradients such as Fisher"
+                    f"(mode=cut), or a criterion of gradients such as {other}"
                 )
             own = rule if schedule is None or rule.schedule is not None else replace(rule, schedule=schedule)
             with self._numbered(number):
