@@ -10,6 +10,7 @@ import html
 import logging
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -107,10 +108,13 @@ def logger(name: str) -> Adapter:
     return _Logger(logging.getLogger(name), {})
 
 
+_FRAMES = 1 if sys.version_info >= (3, 11) else 3  # before 3.11 the frames of `logging` itself count
+
+
 class _Logger(Adapter):
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         if self.isEnabledFor(level):
-            kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the caller's line, not this one
+            kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + _FRAMES  # the caller's line, not this one
             kinds = (str, BaseException, os.PathLike)
             super().log(level, msg, *(one_line(str(x), 4000) if isinstance(x, kinds) else x for x in args), **kwargs)
 
