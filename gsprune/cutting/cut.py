@@ -563,7 +563,7 @@ class Cutter:
                 self._shared = SharedMoments(self.model, inputs, list(names))
             return self._shared.refit(small, plan)
         if repair == "least_squares":
-            return least_squares(small, self.model, inputs, plan)
+            return least_squares(small, self.model, inputs, plan, progress=partial(self.report, "repairing"))
         return batchnorm(small, inputs, dense=self.model, plan=plan) if repair == "batchnorm" else None
 
     def _size(self, model: nn.Module) -> Size:

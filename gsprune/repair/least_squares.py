@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -49,6 +49,7 @@ def least_squares(
     layers: Which | Sequence[str] = "all",
     norms: How | None = "affine",
     streams: bool = True,
+    progress: Callable[[float], None] | None = None,
 ) -> RepairReport:
     """Refit layers of a cut network, in place, to the outputs of the dense network's layers on some samples.
 
@@ -71,6 +72,7 @@ def least_squares(
             are re-estimated; None leaves them.
         streams: whether a layer that adds into a residual stream makes up for what the stream has lost before:
             its y is the dense sum less the small network's stream.
+        progress: told the share of the layers that is done, in (0, 1].
 
     Returns:
         The error of each layer's output before and after, and why a layer was left as it was.
@@ -108,9 +110,15 @@ def least_squares(
         repair, why_left = _Repair(small, plan, damping, norms, seen.streams if streams else {}), dict(left)
         wanted = [name for name in order if name in meant and name not in left]
         watched = {name: seen.streams[name].place for name in wanted if streams and name in seen.streams}
+
+        def visit(visited: Visit, repair: _Repair = repair, count: int = len(wanted)) -> None:
+            repair(visited)
+            if progress is not None:
+                progress(len(repair.layers) / count)
+
         try:
             with undone_on_error(small, wanted):
-                lockstep(dense, small, inputs, wanted, repair, held_back=is_held_back, watched=watched, left=why_left)
+                lockstep(dense, small, inputs, wanted, visit, held_back=is_held_back, watched=watched, left=why_left)
         except CalledAgainError as error:
             left[error.name] = _TWICE
             continue

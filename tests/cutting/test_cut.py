@@ -176,6 +176,10 @@ def test_what_is_shown(mlp) -> None:
     assert "<table>" in found._repr_html_()
     assert {what for what, _ in steps} >= {"scoring", "cutting", "repairing"}
     assert all(0 <= share <= 1 for _, share in steps)
+    repairing = [share for what, share in steps if what == "repairing"]
+    assert repairing == sorted(repairing)
+    assert len(repairing) > 2
+    assert repairing[-1] == 1
 
 
 def test_a_family_is_what_single_cuts_are(mlp) -> None:
