@@ -5,6 +5,7 @@ Legend: b = samples, u = units of a structure.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -28,6 +29,8 @@ from gsprune.structures.twin import copy_of
 from gsprune.surgery.narrow_attention import narrow
 
 SMALL = 4  # samples in a batch whose gradient of the weights stands for a sample's
+NARROW = 1024  # columns up to which a linear layer is seen as it is
+WIDE = 8192  # columns of a reader whose second moments are taken: half a gigabyte
 ROWS = 50_000  # of what a layer reads, that its second moments are taken of
 Progress = Callable[[int], None]  # told how many samples are done
 Stop = Callable[[int, Callable[[], Mapping[str, Tensor]]], bool]  # batches done, what they gave -> whether it is enough
@@ -158,13 +161,15 @@ def readers(
     """Structure name -> each of its consumers as a matrix, with the second moments of what it reads.
 
     Moments are about the mean where the consumer has a bias, which makes up for a mean. A convolution is seen as one
-    matrix (o * kernel, in) that reads the channels of a position: its offsets read nearly the same distribution. Rows
-    are samples, tokens or positions, at most `ROWS`. Consumers that are not called as modules are left out.
+    matrix (o * kernel, in) that reads the channels of a position: its offsets read nearly the same distribution. So is
+    a wide linear layer behind a flattening, whose columns are the positions of channels. Rows are samples, tokens or
+    positions, at most `ROWS`. Consumers that are wider than `WIDE` or not called as modules are left out.
     """
     twin, device = sharing_copy(model, requires_grad=False), device_of(model)
     modules = dict(twin.named_modules())
     names = dict.fromkeys(m.tensor.rpartition(".")[0] for s in structures for m in s.consumers)
-    names = {name: None for name in names if why_no_matrix(modules[name]) is None}
+    folds = _folds(modules, structures)
+    names = {n: None for n in names if why_no_matrix(modules[n]) is None and _columns(modules[n], folds.get(n)) <= WIDE}
     moments: dict[str, Moments] = {}
     home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
     done = 0
@@ -172,6 +177,8 @@ def readers(
     def note(name: str, module: Any, args: tuple[Any, ...], size: int) -> None:
         rows = args[0].movedim(1, -1) if isinstance(module, nn.modules.conv._ConvNd) else args[0]
         rows = rows.reshape(-1, rows.shape[-1])
+        if name in folds:
+            rows = rows[:, folds[name].T.to(rows.device)].flatten(0, 1)  # (samples * positions, units)
         chosen = choose_rows([len(rows)], max(1, ROWS * size // calibration.size))[0]
         rows = (rows if chosen is None else rows[chosen.to(rows.device)])[:, None]
         if name not in moments:
@@ -194,16 +201,43 @@ def readers(
     found: dict[str, list[Reader]] = {}
     for structure in structures:
         members = [m for m in structure.consumers if m.tensor.rpartition(".")[0] in moments]
-        found[structure.name] = [_as_reader(modules[m.tensor.rpartition(".")[0]], m, moments) for m in members]
+        found[structure.name] = [_as_reader(modules, m, moments, folds) for m in members]
     return found
 
 
-def _as_reader(module: Any, member: Member, moments: Mapping[str, Moments]) -> Reader:
-    seen = moments[member.tensor.rpartition(".")[0]]
+def _folds(modules: Mapping[str, nn.Module], structures: Sequence[Structure]) -> dict[str, Tensor]:
+    """Wide linear layers all of whose columns are positions of one structure's units -> these, (units, positions)."""
+    members = [(m.tensor.rpartition(".")[0], m) for s in structures for m in s.consumers]
+    owners = Counter(name for name, _ in members)
+    return {
+        name: m.index
+        for name, m in members
+        if isinstance(modules[name], nn.Linear)
+        and owners[name] == 1
+        and m.index.shape[1] > 1
+        and m.index.numel() == m.size > NARROW
+    }
+
+
+def _columns(module: Any, fold: Tensor | None) -> int:
+    if fold is not None:
+        return len(fold)
+    return int(module.weight.shape[1]) if isinstance(module, nn.modules.conv._ConvNd) else matrix_of(module).shape[2]
+
+
+def _as_reader(
+    modules: Mapping[str, nn.Module], member: Member, moments: Mapping[str, Moments], folds: Mapping[str, Tensor]
+) -> Reader:
+    name = member.tensor.rpartition(".")[0]
+    module: Any = modules[name]
+    seen = moments[name]
     gram = seen.xx[0] / max(1, seen.n)
     if module.bias is None:
         gram = gram + seen.mean_x[0][:, None] * seen.mean_x[0]
     weight = module.weight.detach()
+    if name in folds:
+        matrix = weight[:, folds[name].T.to(weight.device)].flatten(0, 1)  # (outputs * positions, units)
+        return Reader(matrix.to(gram.device), gram, torch.arange(matrix.shape[1], device=gram.device)[:, None])
     matrix = weight.flatten(2).movedim(2, 1).flatten(0, 1) if weight.dim() > 2 else matrix_of(module)[0]
     return Reader(matrix.to(gram.device), gram, member.index.to(gram.device))
 

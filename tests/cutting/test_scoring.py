@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from facts import refused
 from torch import Tensor, nn
 
-from gsprune.criteria import PLATON, Abs, Fisher, Magnitude, Random, Weighted
+from gsprune.criteria import OBS, PLATON, Abs, Fisher, Magnitude, Random, Weighted
+from gsprune.cutting import scoring
 from gsprune.cutting.calibration import Calibration
-from gsprune.cutting.scoring import gate_gradients, unit_scores
+from gsprune.cutting.scoring import gate_gradients, readers, unit_scores
 from gsprune.discovery.find import find_structures
 
 
@@ -235,3 +236,22 @@ def test_a_gradient_that_is_not_finite_is_an_error() -> None:
     structures = find_structures(model, torch.zeros(1, 6)).structures
     with refused("not finite"):
         gate_gradients(model, structures, Calibration([(x, torch.zeros(2).long())], F.cross_entropy))
+
+
+def test_a_wide_layer_behind_a_flattening_reads_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its columns are positions of channels: moments are of the channels, and not of all columns."""
+    torch.manual_seed(0)
+    model, x = nets.flat(), torch.randn(30, 3, 8, 8)
+    structures = find_structures(model, x[:2]).structures
+    (whole,) = readers(model, structures, Calibration([x]))["0"]
+    assert (whole.gram.shape, whole.columns.shape) == ((256, 256), (4, 64))
+    monkeypatch.setattr(scoring, "NARROW", 100)
+    (folded,) = readers(model, structures, Calibration([x]))["0"]
+    assert (folded.gram.shape, folded.weight.shape, folded.columns.shape) == ((4, 4), (3 * 64, 4), (4, 1))
+    rows = model[:3](x).flatten(2).movedim(1, 2).reshape(-1, 4).detach().double()
+    rows = rows - rows.mean(0)
+    torch.testing.assert_close(folded.gram, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-8)
+    assert folded.weight.square().sum() == pytest.approx(float(model[4].weight.square().sum()), rel=1e-6)
+    assert OBS().of_readers([folded], torch.rand(5, 4)).isfinite().all()
+    monkeypatch.setattr(scoring, "WIDE", 3)
+    assert readers(model, structures, Calibration([x]))["0"] == []
