@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -198,10 +199,18 @@ def readers(
             done += batch.size
             if progress is not None:
                 progress(done)
+    members = {s.name: [m for m in s.consumers if m.tensor.rpartition(".")[0] in moments] for s in structures}
+    uses = Counter(m.tensor for found in members.values() for m in found)
+    first: dict[str, Reader] = {}  # of matrices that read several structures: these share the moments
     found: dict[str, list[Reader]] = {}
-    for structure in structures:
-        members = [m for m in structure.consumers if m.tensor.rpartition(".")[0] in moments]
-        found[structure.name] = [_as_reader(modules, m, moments, folds) for m in members]
+    for name, mine in members.items():
+        found[name] = []
+        for m in mine:
+            reader = first[m.tensor] if m.tensor in first else _as_reader(modules, m, moments, folds)
+            if uses[m.tensor] > 1:
+                first.setdefault(m.tensor, reader)
+                reader = replace(reader, columns=m.index.to(reader.gram.device))
+            found[name].append(reader)
     return found
 
 

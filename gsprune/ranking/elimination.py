@@ -6,7 +6,7 @@ Legend: u = units, w = positions of a unit, k = columns of a reader, o = its out
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ class Reader:
     weight    (o, k)
     gram      (k, k): the second moment of x, E[x x^T]
     columns   (u, w) int64: which columns read each unit
+    inverses  damping -> inverse of the damped gram: one for all structures that a matrix reads
     """
 
     weight: Tensor
     gram: Tensor
     columns: Tensor
+    inverses: dict[float, Tensor] = field(default_factory=dict, repr=False)
 
 
 def eliminate(readers: Sequence[Reader], *, damping: float = 1e-2) -> Tensor:
@@ -80,18 +82,17 @@ def eliminate(readers: Sequence[Reader], *, damping: float = 1e-2) -> Tensor:
 
 
 class _State:
-    """A reader with the columns that are left: inverse of the damped Gram matrix, refitted weight."""
+    """A reader with the columns of units that are left: their part of the inverse Gram matrix, the refitted weight."""
 
     def __init__(self, reader: Reader, damping: float) -> None:
-        gram = reader.gram.double()
-        if not gram.isfinite().all():
-            raise ValueError("the second moments of a layer's inputs are not finite")
-        mean = gram.diagonal().mean()
-        damped = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (damping * mean + 1e-30)
-        self.inverse = torch.linalg.inv(damped)
-        weight, self.columns = reader.weight.double(), reader.columns
+        flat = reader.columns.flatten()  # the others stay: what happens to them changes no price
+        if damping not in reader.inverses:
+            reader.inverses[damping] = _inverse(reader.gram.double(), damping)
+        weight = reader.weight[:, flat].double()
         is_tall = weight.shape[0] > weight.shape[1]  # W and R of W = Q R cost the same, and R is smaller
-        self.weight: Tensor = torch.linalg.qr(weight, mode="r").R if is_tall else weight.clone()
+        self.weight: Tensor = torch.linalg.qr(weight, mode="r").R if is_tall else weight
+        self.inverse = reader.inverses[damping][flat][:, flat]
+        self.columns = torch.arange(len(flat), device=flat.device).reshape(reader.columns.shape)
 
     def only(self, units: Tensor) -> _State:
         """What is needed to remove these units alone; its columns are counted anew."""
@@ -123,6 +124,14 @@ class _State:
         self.weight = self.weight[:, left].sub_(self.weight[:, flat] @ rows)
         self.inverse = self.inverse[left][:, left].sub_(gone[:, left].T @ rows)
         self.columns = (left.cumsum(0) - 1)[self.columns]  # of units that are gone: never read again
+
+
+def _inverse(gram: Tensor, damping: float) -> Tensor:
+    if not gram.isfinite().all():
+        raise ValueError("the second moments of a layer's inputs are not finite")
+    ridge = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (damping * gram.diagonal().mean() + 1e-30)
+    inverse: Tensor = torch.linalg.inv(gram + ridge)
+    return inverse
 
 
 def _costs(states: Sequence[_State], units: Tensor) -> Tensor:
