@@ -187,7 +187,7 @@ def audit(
         for c in named.values()
     ]
     with shown(progress) as report:
-        example = data.example if example_input is None else example_input
+        example = data.example_for(model) if example_input is None else example_input
         cutter = Cutter(model, scoring, loss, rules, samples=scoring.size, example_input=example, report=report)
         if not measuring.labelled:
             measuring = measuring.drawn_from(model)

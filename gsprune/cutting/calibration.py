@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, call, inputs_and_labels, logits_of, map_tensors, plain, tensors_in
-from gsprune.structures.running import device_of, evaluating, same_randomness
+from gsprune.structures.running import device_of, evaluating, outputs, same_randomness
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -100,6 +100,17 @@ class Calibration:
     def example(self) -> Example:
         """Two samples (one, where there are no more), to trace a network with."""
         return self.batches[0].rows(0, 2).inputs
+
+    def example_for(self, model: nn.Module, samples: int = 2) -> Example:
+        """The same where the network runs on inputs alone; with labels where it does not, as encoder-decoders."""
+        batch = self.batches[0].rows(0, samples)
+        if self._loss is None and isinstance(batch.targets, Mapping):
+            try:
+                with evaluating([model]):
+                    outputs(model, batch.to(device_of(model)).inputs)
+            except Exception:
+                return batch.targets
+        return batch.inputs
 
     def inputs(self) -> list[Example]:
         """What the network is called with, batch by batch, on the CPU."""

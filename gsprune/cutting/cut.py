@@ -420,7 +420,7 @@ class Cutter:
         self.data = batches if isinstance(batches, Calibration) else Calibration(batches, loss, samples=samples)
         if any(_needs_loss(rule.criterion) for rule in rules) or loss is not None:
             self.data.check_loss()
-        example = self.data.example if example_input is None else example_input
+        example = self.data.example_for(model) if example_input is None else example_input
         self.example = to_device_of(model, example)
         report("finding what can be cut", 0.0)
         self.found: Found = find_structures(model, self.example)
@@ -553,7 +553,7 @@ class Cutter:
         return exchange(self.gates[name], removed) if isinstance(criterion, Fisher) and removed else keep
 
     def _repair(self, small: nn.Module, plan: CutPlan, repair: FamilyRepair | None) -> RepairReport | None:
-        inputs = self.data.calls()
+        inputs = [(example, None) for example in self.data.calls()]  # pairs: labels that are read are inputs
         self.report("repairing", 0.0)
         if repair == "shared":
             if self._shared is None:
@@ -568,7 +568,7 @@ class Cutter:
 
     def _size(self, model: nn.Module) -> Size:
         try:
-            macs = count_macs(model, to_device_of(model, self.data.batches[0].rows(0, 1).inputs))
+            macs = count_macs(model, to_device_of(model, self.data.example_for(model, 1)))
         except Exception:
             macs = None
         return Size(count_parameters(model), macs or None, self._loss(model))

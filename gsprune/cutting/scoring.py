@@ -24,7 +24,7 @@ from gsprune.ranking.elimination import Reader
 from gsprune.repair.gram import Moments, choose_rows, matrix_of, why_no_matrix
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import call
-from gsprune.structures.running import device_of, evaluating, hooked, same_randomness
+from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
 from gsprune.structures.structure import Member, Structure
 from gsprune.structures.twin import copy_of
 from gsprune.surgery.narrow_attention import narrow
@@ -187,7 +187,7 @@ def readers(
         moments[name].add(rows, rows.new_zeros(len(rows), 1, 0))
 
     with evaluating([twin]), no_fast_path(), same_randomness(twin), torch.no_grad():
-        for batch in calibration.batches:
+        for batch, example in zip(calibration.batches, calibration.calls(), strict=True):
             hooks = (
                 modules[name].register_forward_pre_hook(
                     lambda m, args, name=name, size=batch.size: note(name, m, args, size)
@@ -195,7 +195,7 @@ def readers(
                 for name in names
             )
             with hooked(hooks):
-                call(twin, batch.to(device).inputs)
+                call(twin, to_device_of(twin, example))
             done += batch.size
             if progress is not None:
                 progress(done)

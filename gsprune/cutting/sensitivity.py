@@ -237,7 +237,7 @@ def sensitivity(
     settings: dict[str, Any] = {"kinds": kinds, "include": include, "exclude": exclude}
     first = one_rule("sparsity", shares[0], criterion, repair, **settings)
     with shown(progress) as report:
-        example = data.example if example_input is None else example_input
+        example = data.example_for(model) if example_input is None else example_input
         cutter = Cutter(model, scoring, loss, [first], samples=scoring.size, example_input=example, report=report)
         structures, dense = cutter.structures(first), measure(model)
         points = []

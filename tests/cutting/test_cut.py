@@ -131,6 +131,30 @@ def test_networks_of_convolutions_and_attentions() -> None:
         assert found.model(x).isfinite().all()
 
 
+class ReadsLabels(nn.Module):
+    """As an encoder-decoder: it does not run without labels."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        if labels is None:
+            raise ValueError("specify labels")
+        logits = self.net(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_network_that_does_not_run_without_labels(mlp) -> None:
+    model, x, y = mlp
+    found = cut(ReadsLabels(copy.deepcopy(model)), [{"x": x, "labels": y}], macs=0.5, progress=False)
+    plain = cut(model, [(x, y)], F.cross_entropy, macs=0.5, progress=False)
+    assert {n.removeprefix("net."): k.tolist() for n, k in found.keeps.items()} == {
+        n: k.tolist() for n, k in plain.keeps.items()
+    }
+    assert found.small.macs == plain.small.macs
+
+
 def test_unlabelled_data_scores_and_repairs(mlp) -> None:
     model, x, _ = mlp
     found = cut(model, [x], macs=0.5, progress=False)
