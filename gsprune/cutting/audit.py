@@ -95,6 +95,11 @@ class Audit:
                 found.append(Row(criterion, kind, int(mine.sum()), size, spearman(score, change, self.confidence)))
         return found
 
+    @property
+    def correlations(self) -> list[tuple[str, str, tuple[float, float, float]]]:
+        """What `gsprune.plots.audit_figures.draw_audit` draws: criterion, kind, correlation with its interval."""
+        return [(row.criterion, row.kind, (*row.size,)) for row in self.rows()]
+
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers; a correlation that is not defined is None."""
 

@@ -96,13 +96,9 @@ class Calibration:
         """Whether something says how outputs are compared with the targets."""
         return self._loss is not None or all(isinstance(batch.targets, Mapping) for batch in self.batches)
 
-    @property
-    def example(self) -> Example:
-        """Two samples (one, where there are no more), to trace a network with."""
-        return self.batches[0].rows(0, 2).inputs
-
     def example_for(self, model: nn.Module, samples: int = 2) -> Example:
-        """The same where the network runs on inputs alone; with labels where it does not, as encoder-decoders."""
+        """Two samples (fewer, where there are fewer) to trace a network with: inputs alone where it runs on them, and
+        with labels where it does not, as encoder-decoders."""
         batch = self.batches[0].rows(0, samples)
         if self._loss is None and isinstance(batch.targets, Mapping):
             try:

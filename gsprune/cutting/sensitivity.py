@@ -72,6 +72,14 @@ class Sensitivity:
     _structures: tuple[Structure, ...] = field(repr=False)
     _example: Any = field(repr=False)
 
+    @property
+    def lines(self) -> dict[str, list[tuple[float, float]]]:
+        """What `gsprune.plots.sensitivity_figures.draw_sensitivity` draws: structure -> (share removed, value)."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for point in self.points:
+            found.setdefault(point.structure, []).append((point.share, point.value))
+        return found
+
     def shares(self, max_drop: float) -> dict[str, float]:
         """Structure -> the largest share of its units that can go, alone, while the drop is at most `max_drop`.
 

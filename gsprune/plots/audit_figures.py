@@ -17,7 +17,7 @@ def draw_audit(ranks: Sequence[Rank], *, title: str = "Do scores rank what remov
     """A PNG: a row for each criterion, a mark with its interval for each kind of unit.
 
     Args:
-        ranks: as of `gsprune.audit(...).rows()`: (row.criterion, row.kind, row.size); NaN is left out.
+        ranks: `correlations` of what `gsprune.audit` found; NaN is left out.
     """
     criteria, kinds = [*dict.fromkeys(name for name, _, _ in ranks)], [*dict.fromkeys(kind for _, kind, _ in ranks)]
     figure = new_figure(8, 1.5 + 0.28 * max(1, len(criteria)) * max(1, len(kinds)))

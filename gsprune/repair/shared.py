@@ -71,22 +71,23 @@ class SharedMoments:
             self.left |= dict.fromkeys(names, "there is one sample only, and none can be held back to judge by")
         self._moments: dict[str, tuple[Moments, Moments]] = {}
         device = device_of(dense)
-        total = sum(1 for _ in inputs)
+        home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
 
         def note(name: str, module: Any, args: tuple[Any, ...], output: Tensor, is_judge: bool) -> None:
-            columns, count = matrix_of(module).shape[2], positions(module, output)
-            home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-            parts = self._moments.setdefault(name, tuple(Moments.none(1, columns, 0, home) for _ in range(2)))  # type: ignore[arg-type]
-            chosen = choose_rows([count], max(1, POSITIONS // total))[0]
-            if name in self.left or not multiplies(module, args[0], output):
+            if name not in self._moments and not multiplies(module, args[0], output):
                 self.left[name] = OWN_PASS
+            if name in self.left:
                 return
+            if name not in self._moments:
+                columns = matrix_of(module).shape[2]
+                self._moments[name] = (Moments.none(1, columns, 0, home), Moments.none(1, columns, 0, home))
+            chosen = choose_rows([positions(module, output)], max(1, POSITIONS // len(inputs)))[0]
             rows = read_rows(module, args[0], None if chosen is None else chosen.to(args[0].device))
-            parts[is_judge].add(rows, rows.new_zeros(len(rows), 1, 0))
+            self._moments[name][is_judge].add(rows, rows.new_zeros(len(rows), 1, 0))
 
         wanted = [name for name in names if name not in self.left]
         with evaluating([dense]), no_fast_path(), same_randomness(dense), torch.no_grad():
-            for batch, is_judge in zip(inputs, is_held_back, strict=True):
+            for batch, is_judge in zip(inputs, is_held_back, strict=True) if wanted else ():
                 hooks = (
                     modules[name].register_forward_hook(
                         lambda m, args, out, name=name, is_judge=is_judge: note(name, m, args, out, is_judge)
@@ -95,7 +96,7 @@ class SharedMoments:
                 )
                 with hooked(hooks):
                     call(dense, to_device_of(dense, batch))
-        self.left |= {name: "a pass does not reach it" for name in wanted if name not in self._moments}
+        self.left |= {name: "a pass does not reach it" for name in wanted if name not in {*self._moments, *self.left}}
 
     def refit(self, small: nn.Module, plan: CutPlan, *, damping: Sequence[float] = DAMPING) -> RepairReport:
         """Change, in place, the layers of the network that `plan` left of the dense one."""

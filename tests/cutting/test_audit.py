@@ -177,6 +177,12 @@ def test_an_audit_is_a_table_json_and_a_page() -> None:
     assert data["rows"][0]["size"] == [*found.rows()[0].size]
 
 
+def test_the_picture_has_the_correlations_of_the_table() -> None:
+    found = audit(mlp(), samples(), F.cross_entropy, criteria=[Abs(), Magnitude()], units=8, progress=False)
+    assert [name for name, _, _ in found.correlations] == [row.criterion for row in found.rows()]
+    assert [value for _, _, (value, _, _) in found.correlations] == [row.size.value for row in found.rows()]
+
+
 def test_labels_may_be_missing() -> None:
     found = audit(mlp(), [x for x, _ in samples()], criteria=[Abs()], progress=False)
     assert len(found.removals) == 13

@@ -193,7 +193,7 @@ def test_labels_drawn_from_predictions() -> None:
     torch.testing.assert_close(seen, odds.detach(), atol=0.06, rtol=0)
     again = data.drawn_from(model).batches[0].targets
     assert torch.equal(again, drawn.batches[0].targets)
-    structures = find_structures(model, data.example).structures
+    structures = find_structures(model, data.example_for(model)).structures
     assert gate_gradients(model, structures, drawn)["0"].shape == (400, 8)
 
 
@@ -224,7 +224,7 @@ def test_a_network_with_a_loss_of_its_own() -> None:
     model, x, y = OwnLoss(), torch.randn(8, 6), torch.arange(8) % 3
     own = Calibration([{"x": x, "labels": y}])
     own.check_loss()
-    structures = find_structures(model, own.example).structures
+    structures = find_structures(model, own.example_for(model)).structures
     given = Calibration([(x, y)], F.cross_entropy)
     inner = find_structures(model.net, x[:2]).structures
     mine, plain = gate_gradients(model, structures, own), gate_gradients(model.net, inner, given)

@@ -129,6 +129,12 @@ def test_rules_come_down_to_a_budget_at_one_drop_for_all() -> None:
         found.rules(budget={"macs": 0.05})
 
 
+def test_lines_of_the_picture_are_what_was_measured() -> None:
+    found = made({"0": [0.0, 1.0, 4.0], "2": [2.0, 3.0, 5.0]})
+    assert list(found.lines) == ["0", "2"]
+    assert found.lines["2"] == [(0.25, pytest.approx(0.88)), (0.5, pytest.approx(0.87)), (0.75, pytest.approx(0.85))]
+
+
 def test_rules_need_one_amount() -> None:
     found = made({"0": [1.0, 2.0, 3.0], "2": [2.0, 4.0, 6.0]})
     with refused("max_drop and budget"):
