@@ -240,6 +240,21 @@ def test_nothing_changes_when_it_fails() -> None:
     assert all(m.training for m in model.modules())
 
 
+def test_the_cut_is_proved_before_it_is_handed_over(mlp, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = mlp
+    seen: list[list[int]] = []
+
+    def disagrees(network: nn.Module, structures, keeps, *, example_input) -> None:
+        assert network is model
+        seen.append([int(keep.sum()) for keep in keeps])
+        raise ValueError("the shrunk network does not compute what the masked one does")
+
+    monkeypatch.setattr("gsprune.cutting.cut.check_shrink", disagrees)
+    with refused("does not compute"):
+        cut(model, [(x, y)], F.cross_entropy, sparsity=0.5, progress=False)
+    assert seen == [[16, 12]]
+
+
 PAIR = [(torch.randn(8, 6), torch.arange(8) % 3)]
 
 
