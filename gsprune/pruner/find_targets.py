@@ -14,6 +14,7 @@ from gsprune.pruner.weights import WeightTarget, WeightTargets
 from gsprune.ranking.patterns import Pattern, Tile
 from gsprune.ranking.selection import PRUNED
 from gsprune.structures.matrices import Matrix, find_matrices, is_sharded
+from gsprune.structures.structure import INNER
 from gsprune.text.names import choose
 
 if TYPE_CHECKING:
@@ -55,12 +56,15 @@ def unit_targets(
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         raise ValueError(f"no units of {name} can be pruned ({reasons})")
     here = {structure.kind for structure in structures}
+    usual = [kind for kind in INNER if kind in here]
     for setting, named in (("keep", counts), ("kinds", kinds or ())):
         for kind in named:
             if kind not in here:
                 have = ", ".join(sorted(here)) or "no units"
                 raise ValueError(f"{setting} names {kind!r}, but the model has {have}")
-    wanted = counts or kinds or here
+    wanted = counts or kinds or usual
+    if not wanted and here:
+        raise ValueError(f"the model has {' and '.join(sorted(here))} units alone, which kinds has to name")
     chosen = [structure for structure in structures if structure.kind in wanted]
     left_out = [*offered.left_out, *(structure for structure in structures if structure.kind not in wanted)]
     return UnitTargets([UnitTarget(structure, model) for structure in chosen]), skipped, left_out

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from gsprune.cost.budgets import Budget, floor_text
 from gsprune.pruner.find_targets import unit_targets, weight_targets
 from gsprune.pruner.rule import Rule
-from gsprune.pruner.targets import Share, Target, Targets, Verdict, sum_of
+from gsprune.pruner.targets import Share, Target, Targets, Verdict, sum_of, tensor_of
 from gsprune.pruner.units import UnitTarget
 from gsprune.pruner.weights import WeightTarget
 from gsprune.ranking.patterns import parse_pattern
@@ -479,9 +479,9 @@ class Part:
 def targeted(model: nn.Module, targets: Sequence[Target]) -> list[Tensor]:
     """What loses entries: the targets' weights, or what their units are cut out of."""
     units = [target.structure for target in targets if isinstance(target, UnitTarget)]
-    cut = {member.tensor for structure in units for member in (*structure.producers, *structure.consumers)}
+    cut = dict.fromkeys(m.tensor for structure in units for m in (*structure.producers, *structure.consumers))
     weights = [target.weight for target in targets if isinstance(target, WeightTarget)]
-    return [*weights, *(model.get_parameter(name) for name in cut)]
+    return [*weights, *(tensor_of(model, name) for name in cut)]
 
 
 def check_counts(state: Mapping[str, Any], *names: str) -> None:

@@ -42,7 +42,9 @@ class Rule:
             With several rules each budget counts as if the other rules removed nothing.
         keep: units to keep in every structure of a kind, as {"heads": 8, "neurons": 600}, instead of a share;
             kinds not named stay whole.
-        kinds: kinds of units to prune, of "channels", "neurons" and "heads"; None: all, or those that `keep` names.
+        kinds: kinds of units to prune, of "channels", "neurons", "heads", "residual" (positions of a residual stream
+            behind LayerNorm or RMSNorm: the hidden width) and "branches" (whole attentions and MLPs: the depth). None:
+            the first three, or those that `keep` names.
         structured: prune units, which are cut out in the end, or single weights. None: the criterion's own way.
         pattern: selection groups of single weights: "1x1", a tile "NxM", or a block "N:M".
         per_channel: every output channel (row of tiles) reaches the sparsity, not only every tensor.

@@ -347,18 +347,20 @@ def flat_line(tensor: Tensor) -> Tensor:
 
 
 def scored_members(structure: Structure) -> Iterable[Member]:
+    """What is scored or masked."""
     yield from structure.producers
     yield from structure.gates
-    yield from structure.consumers
+    yield from structure.masked
 
 
 def moved(structure: Structure, device: torch.device) -> Structure:
     """The structure with its positions on the device of its tensors: looking them up copies nothing."""
     here = {m: replace(m, index=m.index.to(device)) for m in scored_members(structure)}
-    producers, gates, consumers = (
-        tuple(here[m] for m in side) for side in (structure.producers, structure.gates, structure.consumers)
+    producers, gates, consumers, norms = (
+        tuple(here.get(m, m) for m in side)
+        for side in (structure.producers, structure.gates, structure.consumers, structure.norms)
     )
-    return replace(structure, producers=producers, gates=gates, consumers=consumers)
+    return replace(structure, producers=producers, gates=gates, consumers=consumers, norms=norms)
 
 
 def one_device(tensors: Iterable[Tensor]) -> torch.device:
@@ -378,6 +380,12 @@ def of_shape(network: nn.Module, name: str, shape: torch.Size) -> nn.Parameter:
     if found.shape != shape:
         raise ValueError(f"{name} is {_dims(found.shape)} now, but what is pruned of it is {_dims(shape)}")
     return found
+
+
+def tensor_of(network: nn.Module, name: str) -> Tensor:
+    """The network's parameter or buffer of that name."""
+    found = _parameter(network, name)
+    return network.get_buffer(name) if found is None else found
 
 
 def _parameter(network: nn.Module, name: str) -> nn.Parameter | None:

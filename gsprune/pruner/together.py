@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gsprune.pruner.part import Part
-from gsprune.pruner.targets import Share
+from gsprune.pruner.targets import Share, tensor_of
 from gsprune.pruner.weights import WeightTarget
 from gsprune.ranking.patterns import Tile
 
@@ -78,7 +78,7 @@ def next_cut(parts: Sequence[Part]) -> CutPlan:
 def dense_sizes(model: nn.Module, parts: Sequence[Part]) -> dict[str, int]:
     """Entries of every matrix or kernel that loses units or weights, by its name."""
     weights = [target.name for part in parts for target in part.weight_targets]
-    tensors = {name: model.get_parameter(name) for name in [*_cut_tensors(parts), *weights]}
+    tensors = {name: tensor_of(model, name) for name in [*_cut_tensors(parts), *weights]}
     return {name: tensor.numel() for name, tensor in tensors.items() if tensor.dim() > 1}
 
 

@@ -21,6 +21,7 @@ from gsprune.pruner.targets import (
     one_device,
     scored_members,
     strided,
+    tensor_of,
 )
 from gsprune.ranking.selection import PRUNED
 from gsprune.surgery.optimizers import moments
@@ -34,8 +35,8 @@ class UnitTarget(Target):
 
     def __init__(self, structure: Structure, model: nn.Module) -> None:
         self.name, self.total, self.of = structure.name, structure.units, structure.kind
-        self.tensors = {member.tensor: model.get_parameter(member.tensor) for member in scored_members(structure)}
         self.structure = structure  # of the dense network, as are score and mask
+        self._look(model, structure)
         self.placed = moved(structure, one_device(self.tensors.values()))  # as it lies in the model now
         self._left: Tensor | None = None  # units that the model still has; None: all
         self._rows: dict[Member, Tensor] = {}  # the mask as one row of each consumer
@@ -50,19 +51,29 @@ class UnitTarget(Target):
 
     def find(self, model: nn.Module) -> None:
         self.tensors = {name: of_shape(model, name, tensor.shape) for name, tensor in self.tensors.items()}
+        self.buffers = {name: model.get_buffer(name) for name in self.buffers}
 
     def mask(self, network: nn.Module) -> None:
         here = self.keep if self._left is None else self.keep[self._left]
-        for m in self.placed.consumers:
-            tensor = of_shape(network, m.tensor, self.tensors[m.tensor].shape).detach()
-            tensor.index_fill_(m.dim, m.index[~here].flatten().to(tensor.device), 0)
+        for m in self.placed.masked:
+            known = self.tensors.get(m.tensor)
+            tensor = network.get_buffer(m.tensor) if known is None else of_shape(network, m.tensor, known.shape)
+            tensor.detach().index_fill_(m.dim, m.index[~here].flatten().to(tensor.device), 0)
+
+    def _look(self, model: nn.Module, structure: Structure) -> None:
+        """Take the tensors of a structure out of the model in which it lies so."""
+        names = dict.fromkeys(member.tensor for member in scored_members(structure))
+        found = {name: tensor_of(model, name) for name in names}
+        self.tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, nn.Parameter)}
+        self.buffers = {name: tensor for name, tensor in found.items() if name not in self.tensors}
 
     def scored(self, criterion: Criterion) -> Mapping[str, Tensor]:
         read: dict[str, Tensor] = {}
 
         def note(name: str) -> tuple[Tensor, Tensor | None]:
-            read[name] = self.tensors[name]
-            return (self.tensors[name].detach(),) * 2
+            if name in self.tensors:
+                read[name] = self.tensors[name]
+            return (self._tensor(name).detach(),) * 2
 
         with torch.no_grad():
             criterion.units(self.placed, note)
@@ -82,7 +93,7 @@ class UnitTarget(Target):
 
     def move(self, structure: Structure, model: nn.Module) -> None:
         """The model was cut down to the units kept, which lie there as `structure` says."""
-        self.tensors = {member.tensor: model.get_parameter(member.tensor) for member in scored_members(structure)}
+        self._look(model, structure)
         self.placed = moved(structure, self.keep.device)
         self._left = self.keep.nonzero().flatten()
         self._rows = {}
@@ -94,13 +105,16 @@ class UnitTarget(Target):
         self._take(keep_rn.reshape(-1))
 
     def masked(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each consumer, and the row of ones and zeros that its rows have to be multiplied by."""
-        return ((self.tensors[member.tensor], row) for member, row in self._rows.items())
+        """Each tensor that is masked, and the ones and zeros that it has to be multiplied by."""
+        return ((self._tensor(member.tensor), row) for member, row in self._rows.items())
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.tensors[name] if name in self.tensors else self.buffers[name]
 
     def _take(self, keep: Tensor) -> None:
         super()._take(keep)
         here = self.keep if self._left is None else self.keep[self._left]
-        self._rows = {m: self._row(m, m.index[~here].flatten()) for m in self.placed.consumers}
+        self._rows = {m: self._row(m, m.index[~here].flatten()) for m in self.placed.masked}
 
     def _dense(self, values: Tensor) -> Tensor:
         """Values of the units that are left, at their places among all."""
@@ -109,11 +123,15 @@ class UnitTarget(Target):
         return values.new_zeros(self.total).index_copy_(0, self._left, values)
 
     def _row(self, member: Member, pruned: Tensor) -> Tensor:
-        """Ones, and zeros in the pruned columns: as one row of the tensor, in its memory layout."""
-        return torch.ones_like(self.tensors[member.tensor].detach()[:1]).index_fill_(member.dim, pruned, 0)
+        """Ones, and zeros at what is pruned; of columns as one row of the tensor, in its memory layout."""
+        tensor = self._tensor(member.tensor).detach()
+        if member.dim == 1:
+            return torch.ones_like(tensor[:1]).index_fill_(1, pruned, 0)
+        lengths = [n if dim == member.dim else 1 for dim, n in enumerate(tensor.shape)]
+        return tensor.new_ones(lengths).index_fill_(member.dim, pruned, 0)
 
     def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
-        tensor = self.tensors[name]  # not detached: hooks run under no_grad
+        tensor = self._tensor(name)  # not detached: hooks run under no_grad
         if tensor.grad is None:  # it took no part in this step, so nothing of a unit's change comes from it
             return tensor, tensor.new_zeros(()).expand(tensor.shape)
         self._seen = True
@@ -121,11 +139,12 @@ class UnitTarget(Target):
 
     def _read_weights(self, name: str) -> tuple[Tensor, Tensor | None]:
         """A tensor without its gradient, for criteria that need none."""
-        return self.tensors[name].detach(), None
+        return self._tensor(name).detach(), None
 
 
 class UnitTargets(Targets):
-    """All units of all structures. A structure's mask zeroes the columns that read its pruned units."""
+    """All units of all structures. A structure's mask zeroes the columns that read its pruned units, and of a residual
+    stream also what writes them."""
 
     targets: Sequence[UnitTarget]
 
@@ -188,4 +207,15 @@ class UnitTargets(Targets):
         for target in self.targets:
             for tensor, row in target.masked():
                 if tensor.grad is not None:
-                    tensor.grad.mul_(row)
+                    _multiply_(tensor.grad, row)
+
+
+def _multiply_(grad: Tensor, row: Tensor) -> None:
+    """A gradient by a row of ones and zeros; that of a table that is looked up may be sparse, and has some rows."""
+    if not grad.is_sparse:
+        grad.mul_(row)
+    elif len(row) == 1:
+        grad._values().mul_(row)
+    else:
+        values = grad._values()
+        values.mul_(row[grad._indices()[0]].expand_as(values))

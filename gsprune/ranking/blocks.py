@@ -41,7 +41,7 @@ class Scratch:
 
 
 def dot_along(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Sum of a * b over every axis but `dim` (0 or 1), in float32 at least: a vector of that axis' length.
+    """Sum of a * b over every axis but `dim`, in float32 at least: a vector of that axis' length.
 
     Example:
         >>> a = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -54,4 +54,5 @@ def dot_along(a: Tensor, b: Tensor, dim: int) -> Tensor:
     if dim == 0:
         return torch.cat([(x.to(wide) * y).flatten(1).sum(1) for x, y in blocks(a, b)])
     # over the first axis first: that sum runs over whole rows, and what is left is small
-    return torch.stack([(x.to(wide) * y).sum(0) for x, y in blocks(a, b)]).sum(0).reshape(a.shape[1], -1).sum(1)
+    rest = torch.stack([(x.to(wide) * y).sum(0) for x, y in blocks(a, b)]).sum(0)
+    return (rest if dim == 1 else rest.movedim(dim - 1, 0)).reshape(a.shape[dim], -1).sum(1)

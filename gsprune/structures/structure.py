@@ -12,16 +12,19 @@ from torch import Tensor
 
 from gsprune.text.display import html_table
 
-Kind = Literal["channels", "neurons", "heads"]
+Kind = Literal["channels", "neurons", "heads", "residual", "branches"]
+INNER: tuple[Kind, ...] = ("channels", "neurons", "heads")  # what a rule prunes that names no kinds
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
     """One dimension of one tensor that a structure cuts.
 
-    `index` is int64 (units, width) on the CPU: row u lists unit u's positions along `dim` (0 rows, 1 columns)
-    of `tensor`, a name in `model.state_dict()`; `size` is the dense length of that dimension. `in_order`: whether the
-    positions are 0, 1, 2, ... `size` - 1, one unit after the other.
+    `index` is int64 (units, width) on the CPU: row u lists unit u's positions along `dim` of `tensor`, the name of a
+    parameter or buffer; `size` is the dense length of that dimension. Of most weights dimension 0 is rows (outputs)
+    and 1 columns (inputs); of transposed convolutions and Conv1D it is the other way round, and tokens, positions and
+    expert weights have the dimension that they have. `in_order`: whether the positions are 0, 1, 2, ... `size` - 1,
+    one unit after the other.
     """
 
     tensor: str
@@ -49,9 +52,14 @@ class Structure:
     units       how many there are; of grouped-query attention a unit is a key/value head with its query heads
     producers   weights and biases whose rows compute the unit (depthwise convolutions and gates included)
     consumers   weights whose columns read it: with these at zero the unit contributes exactly nothing
-    norms       per-channel tensors on the way that are cut along: BatchNorm's four, PReLU's slopes
+    norms       per-unit tensors on the way that are cut along: affine pairs and statistics of norms, PReLU's slopes
     gates       the tensors whose sum of w * g over unit u is the gradient of a gate on its pre-activation
-    attributes  module attribute -> amount per unit; its new value is amount * kept units
+    attributes  module attribute -> amount per unit; its new value is amount * kept units. A `normalized_shape` is the
+                norm itself, which has no tensors
+
+    A unit of kind "residual" is a position of a residual stream that passes norms over all its positions (LayerNorm,
+    RMSNorm). Its mask holds the position at zero in the stream itself, as the norms of the cut network count it: what
+    writes it is zeroed too.
     """
 
     name: str
@@ -62,6 +70,19 @@ class Structure:
     norms: tuple[Member, ...]
     gates: tuple[Member, ...]
     attributes: Mapping[str, int]
+
+    @property
+    def masked(self) -> tuple[Member, ...]:
+        """What a mask zeroes: the consumers; of a residual stream also what writes it, and its norms' affine pairs."""
+        if self.kind != "residual":
+            return self.consumers
+        affine = (m for m in self.norms if not m.tensor.rpartition(".")[2].startswith("running_"))
+        return (*self.consumers, *self.producers, *affine)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """What a cut shortens."""
+        return (*self.producers, *self.consumers, *self.norms)
 
     def __repr__(self) -> str:
         parts = [f"{len(self.producers)} producing", f"{len(self.norms)} norm", f"{len(self.consumers)} reading"]

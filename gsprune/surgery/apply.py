@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gsprune.structures.matrices import is_conv1d
+from gsprune.structures.norms import StreamNorm, may_be_stream_norm, stream_norm
 from gsprune.structures.twin import refuse_wrapped
 from gsprune.surgery.cut_plan import CutPlan, Cuts, cut_tensor
 from gsprune.surgery.narrow_attention import close_nested_path, narrow, why_not_narrow
+from gsprune.surgery.narrow_norm import narrow_norm
 from gsprune.surgery.optimizers import Optimizers, check_state, every_optimizer, held, move_state, names_of
+
+SHAPE = ".normalized_shape"  # the attribute by which a plan shortens a norm that has no tensors
 
 
 def apply_cut(
@@ -31,15 +37,14 @@ def apply_cut(
         ValueError: the plan does not fit the model, or the optimizer's state holds a tensor that is none of these.
     """
     refuse_wrapped(model)
+    plan = with_ties(model, plan)
     homes = {name: home_of(model, name) for name in plan.kept}
     for name, cuts in plan.kept.items():
         _check_tensor(name, getattr(*homes[name]), plan.sizes[name], cuts)
     for name in plan.attributes:
-        if type(getattr(*home_of(model, name))) is not int:
-            raise ValueError(f"the cut plan sets {name!r}, which is not an integer")
-    _check_shared(model, homes)
-    modules = {id(module): module for module, _ in homes.values()}.values()
-    resizes = [(module, _resizer(module)) for module in modules]
+        check_attribute(name, getattr(*home_of(model, name)))
+    numbers = {name: value for name, value in plan.attributes.items() if not name.endswith(SHAPE)}
+    resizes = _resizers(model, plan)
     replaced: dict[Tensor, tuple[nn.Parameter, Cuts]] = {}
     fresh = {name: cut_tensor(getattr(*homes[name]).detach(), cuts) for name, cuts in plan.kept.items()}
     optimizers = every_optimizer(optimizer)
@@ -49,10 +54,10 @@ def apply_cut(
         if isinstance(old, nn.Parameter):
             replaced[old] = (_parameter(old, fresh[name], plan.kept[name]), plan.kept[name])
         setattr(module, leaf, replaced[old][0] if old in replaced else fresh[name])
-    for module, resize in resizes:
-        resize(module)
-    for name, value in plan.attributes.items():
+    for name, value in numbers.items():
         setattr(*home_of(model, name), value)
+    for resize in resizes:
+        resize()
     close_nested_path(model)
     move_state(optimizers, replaced, drop=drop_state)
 
@@ -61,13 +66,61 @@ def apply_cut(
 
 
 def home_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """What holds a tensor or an attribute, a module or (of attributes) its configuration; and its name there."""
     path, _, leaf = name.rpartition(".")
+    home: Any = model
     try:
-        module = model.get_submodule(path)
-        getattr(module, leaf)
+        for part in path.split(".") if path else ():
+            home = getattr(home, part)
+        getattr(home, leaf)
     except AttributeError:
         raise ValueError(f"the cut plan names {name!r}, which {type(model).__name__} does not have") from None
-    return module, leaf
+    return home, leaf
+
+
+def check_attribute(name: str, old: object) -> None:
+    """ValueError for an attribute that no plan can set: a number it must be, or the one-number shape of a norm."""
+    if type(old) is not int and not (name.endswith(SHAPE) and isinstance(old, tuple) and len(old) == 1):
+        raise ValueError(f"the cut plan sets {name!r}, which is not an integer")
+
+
+def with_ties(model: nn.Module, plan: CutPlan) -> CutPlan:
+    """The plan with each tensor that several modules share under all of its names.
+
+    Raises:
+        ValueError: the plan says two things of one tensor.
+
+    >>> net = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    >>> net[1].weight = net[0].weight
+    >>> plan = CutPlan({"0.weight": {1: torch.tensor([0, 2])}}, {"0.weight": {1: 3}}, {})
+    >>> with_ties(net, plan).kept["1.weight"]
+    {1: tensor([0, 2])}
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = {name: every for every in names.values() if len(every) > 1 for name in every}
+    if not any(name in tied for name in plan.kept):
+        return plan
+    kept = {name: dict(cuts) for name, cuts in plan.kept.items()}
+    sizes = {name: dict(lengths) for name, lengths in plan.sizes.items()}
+    for name, cuts in plan.kept.items():
+        for other in tied.get(name, ()):
+            for dim, positions in cuts.items():
+                mine = kept.setdefault(other, {}).setdefault(dim, positions)
+                sizes.setdefault(other, {})[dim] = plan.sizes[name][dim]
+                if not torch.equal(mine, positions):
+                    raise ValueError(f"{name!r} and {other!r} are one tensor, of which the cut plan keeps two things")
+    for name, cuts in kept.items():
+        bias = f"{name.rpartition('.')[0]}.bias".removeprefix(".")
+        if name in tied and 0 in cuts and name.endswith("weight") and bias not in kept and _has(model, bias):
+            raise ValueError(f"{tied[name][0]!r} is shared with another module as {name!r}, and {bias!r} is not cut")
+    return CutPlan(kept, sizes, plan.attributes)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    home, _, leaf = name.rpartition(".")
+    return model.get_submodule(home)._parameters.get(leaf) is not None
 
 
 def _check_tensor(name: str, tensor: Any, sizes: Mapping[int, int], cuts: Cuts) -> None:
@@ -79,15 +132,6 @@ def _check_tensor(name: str, tensor: Any, sizes: Mapping[int, int], cuts: Cuts) 
             raise ValueError(f"the cut plan expects {name!r} to have {expected}, its shape is {tuple(tensor.shape)}")
     if getattr(tensor, "_backward_hooks", None) or getattr(tensor, "_post_accumulate_grad_hooks", None):
         raise ValueError(f"{name!r} has gradient hooks, remove them before shrinking")
-
-
-def _check_shared(model: nn.Module, homes: Mapping[str, tuple[nn.Module, str]]) -> None:
-    cut = {id(getattr(*home)): name for name, home in homes.items()}
-    seen: set[int] = set()
-    for parameter in (p for m in model.modules() for p in m._parameters.values() if p is not None):
-        if id(parameter) in cut and id(parameter) in seen:
-            raise ValueError(f"{cut[id(parameter)]!r} is shared with another module and cannot be cut")
-        seen.add(id(parameter))
 
 
 def _check_optimizers(optimizers: Sequence[Any], tensors: Sequence[Tensor], *, drop_state: bool) -> None:
@@ -120,39 +164,125 @@ def forget_compiled() -> None:
 # ---- module attributes, read off the new shapes
 
 
+def _resizers(model: nn.Module, plan: CutPlan) -> list[Callable[[], None]]:
+    """What makes the attributes of each module that is cut agree with its tensors, once these are short.
+
+    A tensor that a module of another class holds has no attribute that is known here; a plan sets it by name.
+    """
+    names = dict.fromkeys(_layer_name(name) for name in plan.kept)
+    names |= dict.fromkeys(name.removesuffix(SHAPE) for name in plan.attributes if name.endswith(SHAPE))
+    modules = {id(module): module for module in map(model.get_submodule, names)}
+    widths = {id(model.get_submodule(n.removesuffix(SHAPE))): v for n, v in plan.attributes.items() if n.endswith(SHAPE)}
+    scaled: set[int] = set()
+    return [_resizer(module, widths.get(key), scaled) for key, module in modules.items()]
+
+
+def _layer_name(tensor: str) -> str:
+    """The module whose layer a tensor is of, also where a parametrisation computes its weight."""
+    return tensor.rpartition(".")[0].partition(".parametrizations.")[0]
+
+
+def _resizer(module: Any, width: int | None, scaled: set[int]) -> Callable[[], None]:
+    reason = why_not_narrow(module) if isinstance(module, nn.MultiheadAttention) else None
+    if reason is not None:
+        raise ValueError(f"the cut plan cuts an attention that cannot be shrunk: {reason}")
+    if isinstance(module, nn.RNNBase) and module.proj_size:
+        raise ValueError(f"the cut plan cuts an {type(module).__name__} with proj_size, which is not supported")
+    for cls, resize in _RESIZE:
+        if isinstance(module, cls):
+            return partial(resize, module)
+    if is_conv1d(module):
+        return partial(_resize_conv1d, module)
+    norm = stream_norm(module)
+    if norm is not None:
+        return partial(_resize_norm, module, norm, width, scaled)
+    if may_be_stream_norm(module):
+        raise ValueError(f"the cut plan cuts a {type(module).__name__}, which computes neither LayerNorm nor RMSNorm")
+    return lambda: None
+
+
+def _resize_norm(norm: Any, dense: StreamNorm, width: int | None, scaled: set[int]) -> None:
+    weight = getattr(norm, "weight", None)
+    width = len(weight) if isinstance(weight, Tensor) else width
+    if width is not None and width != dense.width and id(weight) not in scaled:
+        narrow_norm(norm, dense, width)
+        if isinstance(weight, Tensor):
+            scaled.add(id(weight))
+
+
 def _resize_conv(conv: Any) -> None:
-    rows, columns = conv.weight.shape[:2]
+    first, second = _weight_shape(conv)[:2]
     is_depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
-    conv.groups = rows if is_depthwise else conv.groups
-    conv.out_channels, conv.in_channels = rows, columns * conv.groups
+    conv.groups = first if is_depthwise else conv.groups
+    both = (first, second * conv.groups)
+    conv.out_channels, conv.in_channels = both[::-1] if conv.transposed else both
+
+
+def _weight_shape(layer: Any) -> torch.Size:
+    """Also where a hook of `torch.nn.utils.weight_norm` computes the weight, which is long until the next call."""
+    weight: Tensor = layer.weight_v if "weight_v" in layer._parameters else layer.weight
+    return weight.shape
 
 
 def _resize_linear(linear: Any) -> None:
-    linear.out_features, linear.in_features = linear.weight.shape
+    linear.out_features, linear.in_features = _weight_shape(linear)
+
+
+def _resize_conv1d(layer: Any) -> None:
+    """Of transformers: a linear layer whose weight is transposed."""
+    layer.nx, layer.nf = layer.weight.shape
+
+
+def _resize_bilinear(layer: Any) -> None:
+    layer.out_features, layer.in1_features, layer.in2_features = layer.weight.shape
+
+
+def _resize_embedding(table: Any) -> None:
+    table.num_embeddings, table.embedding_dim = table.weight.shape
 
 
 def _resize_batchnorm(norm: Any) -> None:
-    norm.num_features = len(norm.weight if norm.weight is not None else norm.running_mean)
+    """Also of an InstanceNorm."""
+    tensor = norm.weight if norm.weight is not None else norm.running_mean
+    norm.num_features = norm.num_features if tensor is None else len(tensor)
+
+
+def _resize_groupnorm(norm: Any) -> None:
+    norm.num_channels = norm.num_channels if norm.weight is None else len(norm.weight)
 
 
 def _resize_prelu(prelu: Any) -> None:
     prelu.num_parameters = len(prelu.weight)
 
 
+def _resize_rnn(rnn: Any) -> None:
+    rnn.hidden_size, rnn.input_size = rnn.weight_hh_l0.shape[1], rnn.weight_ih_l0.shape[1]
+    rnn.flatten_parameters()
+
+
+def _resize_cell(cell: Any) -> None:
+    cell.hidden_size, cell.input_size = cell.weight_hh.shape[1], cell.weight_ih.shape[1]
+
+
+def _resize_attention(attention: Any) -> None:
+    narrow(attention)
+    if attention.in_proj_weight is not None:
+        attention.embed_dim = attention.kdim = attention.vdim = attention.in_proj_weight.shape[1]
+    else:
+        projections = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+        attention.embed_dim, attention.kdim, attention.vdim = (weight.shape[1] for weight in projections)
+
+
 _RESIZE: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
     (nn.modules.conv._ConvNd, _resize_conv),
     (nn.Linear, _resize_linear),
-    (nn.modules.batchnorm._BatchNorm, _resize_batchnorm),
+    (nn.Bilinear, _resize_bilinear),
+    (nn.Embedding, _resize_embedding),
+    (nn.EmbeddingBag, _resize_embedding),
+    (nn.modules.batchnorm._NormBase, _resize_batchnorm),
+    (nn.GroupNorm, _resize_groupnorm),
     (nn.PReLU, _resize_prelu),
-    (nn.MultiheadAttention, narrow),
+    (nn.RNNBase, _resize_rnn),
+    (nn.RNNCellBase, _resize_cell),
+    (nn.MultiheadAttention, _resize_attention),
 )
-
-
-def _resizer(module: nn.Module) -> Callable[[Any], None]:
-    reason = why_not_narrow(module) if isinstance(module, nn.MultiheadAttention) else None
-    if reason is not None:
-        raise ValueError(f"the cut plan cuts an attention that cannot be shrunk: {reason}")
-    for cls, resize in _RESIZE:
-        if isinstance(module, cls):
-            return resize
-    raise ValueError(f"the cut plan cuts a {type(module).__name__}, which cannot be shrunk")

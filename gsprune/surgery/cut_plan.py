@@ -15,6 +15,7 @@ from gsprune.structures.structure import Structure
 from gsprune.text.display import html_table
 
 Cuts = Mapping[int, Tensor]  # dimension -> kept positions
+DIMENSIONS = tuple("01234567")  # of a tensor, as a file names them
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,8 @@ def _expect(holds: bool, problem: str) -> None:
 
 
 def _read_cuts(name: str, entry: Any) -> dict[int, tuple[int, Tensor]]:
-    _expect(isinstance(entry, dict) and set(entry) <= {"0", "1"}, f"{name} has dimensions other than 0 and 1")
+    known = isinstance(entry, dict) and all(isinstance(d, str) and d in DIMENSIONS for d in entry)
+    _expect(known, f"{name} has dimensions other than 0 to {len(DIMENSIONS) - 1}")
     return {int(d): _read_cut(f"{name} dimension {d}", cut) for d, cut in entry.items()}
 
 
@@ -147,8 +149,7 @@ def plan_cut(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> CutPla
     alive: dict[tuple[str, int], Tensor] = {}
     attributes: dict[str, int] = {}
     for structure, keep in zip(structures, checked(structures, keeps), strict=True):
-        members = (*structure.producers, *structure.consumers, *structure.norms)
-        for m in members if not keep.all() else ():
+        for m in structure.members if not keep.all() else ():
             mask = alive.setdefault((m.tensor, m.dim), torch.ones(m.size, dtype=torch.bool))
             mask[m.index[~keep].flatten()] = False
         if not keep.all():

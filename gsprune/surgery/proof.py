@@ -18,7 +18,7 @@ from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, call, map_tensors, tensors_in
 from gsprune.structures.running import same_randomness
 from gsprune.structures.structure import Member, Structure
-from gsprune.surgery.readings import Reading, first_difference, is_finite, largest, moved, noted, readings
+from gsprune.surgery.readings import Reading, Rows, first_difference, is_finite, largest, moved, noted, readings
 
 SMALL = 0.01  # a scale whose largest entry is smaller hides what it is multiplied with
 Gone = Sequence[tuple[Structure, Tensor]]  # a structure and the units that are gone, bool (units,)
@@ -171,8 +171,7 @@ def _taken_back(
 
 def owners(structure: Structure) -> set[str]:
     """Names of the modules that hold a tensor of the structure; of what an attention holds, the attention's as well."""
-    members = (*structure.producers, *structure.consumers, *structure.norms)
-    names = {m.tensor.rpartition(".")[0] for m in members}
+    names = {m.tensor.rpartition(".")[0].partition(".parametrizations.")[0] for m in structure.members}
     return names | {name.rpartition(".")[0] for name in names if name.endswith("out_proj")}
 
 
@@ -202,7 +201,7 @@ class Masked:
         self, twin: nn.Module, example_input: Example, structures: Sequence[Structure], whole: list[Reading]
     ) -> None:
         self.twin, self.rounds, self._whole = twin, rounds_on(example_input), whole
-        self._tensors = dict(twin.named_parameters()) | dict(twin.named_buffers())
+        self._tensors = tensors_of(twin)
         self._spare: dict[str, Tensor] = {}  # memory for what is written, kept: fresh memory costs more than the copy
         self._last: dict[tuple[int, frozenset[str]], list[Reading]] = {}
         if not self._takes_noise(structures):
@@ -290,8 +289,8 @@ class Masked:
 
     @contextmanager
     def _written(self, structures: Sequence[Structure], *, producers: bool = True) -> Iterator[None]:
-        """Inside the block the structures' consumers (and producers) hold copies, which may be written into."""
-        members = (m for s in structures for m in (*s.consumers, *(s.producers if producers else ())))
+        """Inside the block what is masked (and the producers) hold copies, which may be written into."""
+        members = (m for s in structures for m in (*s.masked, *(s.producers if producers else ())))
         saved = {name: self._tensors[name].data for name in {m.tensor for m in members}}
         try:
             for name, value in saved.items():
@@ -313,7 +312,7 @@ def _has_slope(slope: Tensor | None, member: Member, units: Tensor) -> bool:
 
 
 def _slopes(
-    model: nn.Module, example_input: Example, tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor]
+    model: nn.Module, example_input: Example, tensors: Mapping[str, Tensor], rows: Rows
 ) -> dict[str, Tensor | None]:
     """Gradients of a random sum over the chosen rows of all readers, and over the model's outputs."""
     sums: list[Tensor] = []
@@ -333,9 +332,14 @@ def _slopes(
     return dict.fromkeys(rows) | dict(zip(wanted, found, strict=True))
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, a shared one under each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
 def zero_columns_(tensors: Mapping[str, Tensor], gone: Gone) -> None:
     for structure, units in gone:
-        for m in structure.consumers:
+        for m in structure.masked:
             tensors[m.tensor].index_fill_(m.dim, m.index[units].flatten().to(tensors[m.tensor].device), 0.0)
 
 
@@ -347,17 +351,19 @@ def _change_rows_(tensors: Mapping[str, Tensor], gone: Gone) -> None:
         for m in structure.producers:
             tensor = tensors[m.tensor]
             rows = m.index[units].flatten().to(tensor.device)
-            old = tensor.index_select(m.dim, rows)
-            flat = old.view(len(rows), -1)
+            old = tensor.index_select(m.dim, rows).movedim(m.dim, 0)
+            flat = old.reshape(len(rows), -1)
             a, b = (torch.randn(n, generator=generator, dtype=torch.float64).to(old) for n in flat.shape)
-            tensor.index_copy_(m.dim, rows, flat.mul_(-0.7).add_(0.05).addr_(a, b, alpha=0.05).view(old.shape))
+            new = flat.mul_(-0.7).add_(0.05).addr_(a, b, alpha=0.05).view(old.shape)
+            tensor.index_copy_(m.dim, rows, new.movedim(0, m.dim))
 
 
-def _untouched(tensors: Mapping[str, Tensor], gone: Gone) -> dict[str, Tensor]:
-    """Name of a producing weight -> its rows that stay as they are."""
-    kept: dict[str, Tensor] = {}
+def _untouched(tensors: Mapping[str, Tensor], gone: Gone) -> Rows:
+    """Name of a producing tensor -> dimension -> its positions that stay as they are."""
+    kept: dict[str, dict[int, Tensor]] = {}
     for structure, units in gone:
         for m in structure.producers:
-            kept.setdefault(m.tensor, torch.ones(tensors[m.tensor].shape[0], dtype=torch.bool))
-            kept[m.tensor][m.index[units].flatten()] = False
-    return {name: rows.nonzero().flatten() for name, rows in kept.items()}
+            rows = kept.setdefault(m.tensor, {})
+            rows.setdefault(m.dim, torch.ones(tensors[m.tensor].shape[m.dim], dtype=torch.bool))
+            rows[m.dim][m.index[units].flatten()] = False
+    return {name: {d: rows.nonzero().flatten() for d, rows in dims.items()} for name, dims in kept.items()}

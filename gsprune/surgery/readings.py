@@ -15,16 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.structures.example import Example, tensors_in
+from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import hooked, outputs
 from gsprune.text.names import joined
 
+WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v", "parametrizations.weight.original")
 SAMPLE = 1 << 16  # entries of a layer's output that are compared, drawn at random: a batch of pictures has millions
 
 
 _CONV = nn.modules.conv._ConvNd
 
 
-_READERS = (nn.Linear, _CONV, nn.MultiheadAttention, nn.RNNBase)
+_READERS = (nn.Linear, _CONV, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear)
+Rows = Mapping[str, Mapping[int, Tensor]]  # tensor -> dimension -> positions, as a cut plan keeps them
 
 
 class Reading(NamedTuple):
@@ -41,12 +44,13 @@ class Reading(NamedTuple):
 
 
 def readings(
-    model: nn.Module, example_input: Example, rows: Mapping[str, Tensor] | None = None, *, scaled: bool = True
+    model: nn.Module, example_input: Example, rows: Rows | None = None, *, scaled: bool = True
 ) -> list[Reading]:
     """One forward pass.
 
     Args:
-        rows: name of a weight -> which of its layer's output channels are compared; all of the others'.
+        rows: which positions of the layers' tensors are there in both networks: the output channels that they compute
+            are compared; all of the others'.
         scaled: whether to find the scales; `first_difference` needs those of its first argument.
     """
     found: list[Reading] = []
@@ -62,11 +66,11 @@ def readings(
     return [*found, *(Reading("", sample, sample, 0.0, size) for sample, size in samples)]
 
 
-def noted(model: nn.Module, rows: Mapping[str, Tensor], note: Callable[..., None]) -> AbstractContextManager[None]:
+def noted(model: nn.Module, rows: Rows, note: Callable[..., None]) -> AbstractContextManager[None]:
     """Inside the block every call of a reader is noted: name, module, inputs, output, the chosen rows of the output."""
 
     def hook(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        kept = rows.get(_weight(name, module))
+        kept = _channels(name, module, rows)
         first = output[0] if isinstance(output, tuple) and isinstance(module, nn.MultiheadAttention) else output
         for tensor in tensors_in(first):
             dim = -len(module.kernel_size) - 1 if isinstance(module, _CONV) else -1
@@ -78,12 +82,41 @@ def noted(model: nn.Module, rows: Mapping[str, Tensor], note: Callable[..., None
     return hooked(
         module.register_forward_hook(lambda m, i, o, name=name: hook(name, m, i, o))
         for name, module in model.named_modules()
-        if isinstance(module, _READERS) and module not in inside
+        if is_reader(module) and module not in inside
     )
 
 
-def _weight(name: str, module: nn.Module) -> str:
-    return joined(name, "out_proj.weight" if isinstance(module, nn.MultiheadAttention) else "weight")
+def is_reader(module: nn.Module) -> bool:
+    """Whether it is a layer whose outputs are compared."""
+    return isinstance(module, _READERS) or is_conv1d(module)
+
+
+def _channels(name: str, module: nn.Module, rows: Rows) -> Tensor | None:
+    """Which of a layer's output channels these rows compute; None: all."""
+    if isinstance(module, nn.RNNBase):
+        return _hidden_channels(name, module, rows)
+    if isinstance(module, nn.MultiheadAttention):
+        return rows.get(joined(name, "out_proj.weight"), {}).get(0)
+    dim = 1 if is_conv1d(module) or (isinstance(module, _CONV) and module.transposed) else 0
+    found = (rows.get(joined(name, leaf), {}).get(dim) for leaf in WEIGHTS)
+    kept = next((kept for kept in found if kept is not None), None)
+    if kept is None or dim == 0 or not isinstance(module, _CONV) or module.groups == 1:
+        return kept
+    width = module.out_channels // module.groups
+    return (torch.arange(module.groups)[:, None] * width + kept).flatten()
+
+
+def _hidden_channels(name: str, rnn: nn.RNNBase, rows: Rows) -> Tensor | None:
+    """Of a recurrent layer: the hidden units of its last layer, one direction after the other."""
+    if rnn.proj_size:
+        return None
+    ends = [f"weight_hh_l{rnn.num_layers - 1}{end}" for end in ("", "_reverse")[: 1 + rnn.bidirectional]]
+    found = [rows.get(joined(name, end), {}).get(0) for end in ends]  # of all gates, the first gate's first
+    if all(kept is None for kept in found):
+        return None
+    size = rnn.hidden_size
+    parts = [torch.arange(size) if kept is None else kept[kept < size] for kept in found]
+    return torch.cat([part + i * size for i, part in enumerate(parts)])
 
 
 def _sample(tensor: Tensor) -> Tensor:

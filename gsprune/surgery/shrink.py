@@ -25,7 +25,7 @@ from gsprune.surgery.apply import apply_cut, forget_compiled
 from gsprune.surgery.copies import check_copies
 from gsprune.surgery.cut_plan import CutPlan, checked, plan_cut
 from gsprune.surgery.optimizers import Optimizers
-from gsprune.surgery.proof import Masked, Problem, noise_like, owners, sift, zero_columns_
+from gsprune.surgery.proof import Masked, Problem, noise_like, owners, sift, tensors_of, zero_columns_
 from gsprune.surgery.readings import Reading, first_difference, is_finite, readings
 from gsprune.text.display import first_line
 
@@ -184,9 +184,8 @@ def _disagreement(
     plan = plan_cut(structures, keeps)
     mask_units(twin, structures, keeps)
     small = _small(twin, plan)
-    rows = {name: cuts[0] for name, cuts in plan.kept.items() if 0 in cuts}
     for number, args in enumerate(inputs):
-        problem = _mismatch(small, args, partial(readings, twin, args, rows), structures, number)
+        problem = _mismatch(small, args, partial(readings, twin, args, plan.kept), structures, number)
         if problem is not None:
             return problem.text
     return None
@@ -246,6 +245,5 @@ def _last_touched(structures: Sequence[Structure], started: Sequence[str]) -> li
 
 @torch.no_grad()
 def mask_units(model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor]) -> None:
-    """Zero, in place, the consumers' columns of the units that are not kept."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    zero_columns_(tensors, [(s, ~keep) for s, keep in zip(structures, checked(structures, keeps), strict=True)])
+    """Zero, in place, what a mask zeroes (`Structure.masked`) of the units that are not kept."""
+    zero_columns_(tensors_of(model), [(s, ~keep) for s, keep in zip(structures, checked(structures, keeps), strict=True)])
