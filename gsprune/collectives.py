@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ log = logger(__name__)
 Result = TypeVar("Result")
 
 _HOSTS: dict[Any, Any] = {}  # default group -> the one that speaks gloo
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 def rank() -> int:
@@ -40,7 +42,22 @@ def world_size() -> int:
 
 
 def _together() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and not _ALONE.get()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block this process asks no other: it does by itself what the others wait for, or do not take part in.
+
+    >>> with alone():
+    ...     world_size()
+    1
+    """
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
 
 
 # --- what one process tells the others ---------------------------------------------------------------------

@@ -103,10 +103,15 @@ def check_objective(wanted: str | Sequence[str], trainer: Trainer | DictConfig) 
 
 def check_plan(cfg: DictConfig) -> bool:
     """Whether `plan=true` is set: the job prints a plan and trains nothing."""
-    plan = cfg.get("plan", False)
-    if plan not in (True, False):
-        raise ValueError(f"plan={plan} is not allowed: it must be true or false")
-    return bool(plan)
+    return check_switch(cfg, "plan")
+
+
+def check_switch(cfg: DictConfig, name: str) -> bool:
+    """The value of a key that is true or false; false where a configuration does not have it."""
+    value = cfg.get(name, False)
+    if value not in (True, False):
+        raise ValueError(f"{name}={value} is not allowed: it must be true or false")
+    return bool(value)
 
 
 def from_command(cfg: DictConfig) -> DictConfig:

@@ -21,6 +21,7 @@ from gsprune.app.cut_settings import check_mode, is_cut, wanted
 from gsprune.app.memory import explain_out_of_memory
 from gsprune.app.output_dir import finished_here, finished_in_sweep, locked
 from gsprune.app.processes import for_torchrun, run_in_processes, run_under_torchrun
+from gsprune.app.stages.auditing import audit_scores, check_audit, is_audited
 from gsprune.app.stages.checkpoint import JobCheckpoints
 from gsprune.app.stages.context import Context
 from gsprune.app.stages.cutting import cut_network
@@ -107,6 +108,7 @@ def rehearse(cfg: DictConfig, *, here: bool) -> None:
         OmegaConf.update(cfg, "trainer.device", "cpu")
     check_objective(cfg.objective, trainer := build(cfg.trainer))
     check_mode(cfg)
+    is_audited(cfg)
     check_teacher(cfg, trainer)
     for group in ("pruner", "optimizer", "lr_schedule"):
         build(cfg[group])
@@ -116,7 +118,8 @@ def rehearse(cfg: DictConfig, *, here: bool) -> None:
         scores = cfg.pruner.get("scores")
         if scores is not None and not scores_path(scores).is_file():
             cfg.pruner.scores = None  # of another run: only the job fetches them
-        check_pruning(job, set_up(job))
+        setup = set_up(job)
+        check_audit(cfg, setup, check_pruning(job, setup))
 
 
 def _start(cfg: DictConfig, folder: Path, sweep: Sweep | None) -> dict[str, Any]:
@@ -147,14 +150,16 @@ def _stages(job: Context) -> dict[str, Any]:
     history = History(job, setup)
     checkpoints = JobCheckpoints(job, setup, history)
     checkpoints.find(resume=setup.trainer.resume == "auto" and before.get("status") != "finished")
-    check_pruning(job, setup)
+    check_audit(job.cfg, setup, check_pruning(job, setup))
     open_record(job, checkpoints, history, before)
     training = Training(job, setup, history, checkpoints)
     dense = train_dense(training)
     if is_cut(job.cfg):
+        audit_scores(training, dense, None)
         phase = cut_network(training, dense)
     else:
         phase = build_pruning_phase(training, dense)
+        audit_scores(training, dense, phase.pruner)
         score(training, phase, dense)
     prune(training, phase)
     measure(job, setup, history, dense, phase.pruner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from gsprune.structures.structure import Structure
 from gsprune.structures.twin import copy_of
 from gsprune.text.display import html_table
 
+FEWEST = 4  # units whose ranks have an interval
 __all__ = ["Audit", "Correlation", "Removal", "Row", "audit", "removed", "spearman"]
 
 
@@ -145,6 +147,7 @@ def audit(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     calibration: int = 512,
+    seconds: float | None = None,
     confidence: float = 0.95,
     example_input: Any = None,
     progress: bool | Report = True,
@@ -164,10 +167,11 @@ def audit(
         units: how many are removed; all, where there are no more.
         seed: of the draw.
         calibration: samples that are read: the first half scores, the second half measures.
+        seconds: after which no other unit is removed, once there are 4; scoring is not counted. None: no limit.
         confidence: of the intervals.
 
     Raises:
-        ValueError: as of `gsprune.cut`; fewer than 4 units, or a single sample.
+        ValueError: as of `gsprune.cut`; fewer than 4 units, a single sample, or no seconds.
 
     Example:
         >>> import torch.nn.functional as F
@@ -178,8 +182,10 @@ def audit(
         [('Fisher', 'neurons', 16), ('Random', 'neurons', 16)]
     """
     check_confidence(confidence)
-    if isinstance(units, bool) or not isinstance(units, int) or units < 4:
-        raise ValueError(f"units is {units!r}: it must be a whole number of units to remove, 4 or more")
+    if isinstance(units, bool) or not isinstance(units, int) or units < FEWEST:
+        raise ValueError(f"units is {units!r}: it must be a whole number of units to remove, {FEWEST} or more")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds is {seconds!r}: it must be a number above 0, or None")
     named = _named([Fisher(), Abs(), Weighted(), Magnitude(), Random()] if criteria is None else criteria)
     data = Calibration(batches, loss, samples=calibration)
     if data.size < 2:
@@ -197,16 +203,15 @@ def audit(
         if not measuring.labelled:
             measuring = measuring.drawn_from(model)
         ranked = [cutter.ranked(number, rule) for number, rule in enumerate(rules)]
-        drawn = _drawn(cutter.structures(rules[0]), units, seed)
-        dense, changes = _changes(model, drawn, measuring, report)
+        structures = cutter.structures(rules[0])
+        drawn = _drawn(structures, units, seed)
+        dense, changes = _changes(model, structures, drawn, measuring, report, seconds=seconds)
+    done = [(structures[i], unit, changes[i, unit]) for i, unit in sorted(changes)]
     scores = {
-        name: tuple(float(found[structure.name][unit]) for structure, unit in drawn)
+        name: tuple(float(found[structure.name][unit]) for structure, unit, _ in done)
         for name, found in zip(named, ranked, strict=True)
     }
-    removals = tuple(
-        Removal(structure.name, structure.kind, unit, change)
-        for (structure, unit), change in zip(drawn, changes, strict=True)
-    )
+    removals = tuple(Removal(structure.name, structure.kind, unit, change) for structure, unit, change in done)
     return Audit(removals, scores, dense, scoring.size, measuring.size, confidence)
 
 
@@ -223,27 +228,35 @@ def _named(criteria: Sequence[Criterion]) -> dict[str, Criterion]:
     return dict(zip(names, criteria, strict=True))
 
 
-def _drawn(structures: Sequence[Structure], units: int, seed: int) -> list[tuple[Structure, int]]:
-    """Units of all structures in turns, in random order; in the structures' order in the end."""
+def _drawn(structures: Sequence[Structure], units: int, seed: int) -> list[tuple[int, int]]:
+    """(number of the structure, unit): of all structures in turns, in random order."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(structure.units, generator=generator).tolist() for structure in structures]
     longest = max(structure.units for structure in structures)
     turns = [(i, order[turn]) for turn in range(longest) for i, order in enumerate(orders) if turn < len(order)]
-    return [(structures[i], unit) for i, unit in sorted(turns[:units])]
+    return turns[:units]
 
 
 def _changes(
-    model: nn.Module, drawn: Sequence[tuple[Structure, int]], data: Calibration, report: Report
-) -> tuple[float, list[float]]:
-    """The loss of the network, and what it gains by each removal."""
+    model: nn.Module,
+    structures: Sequence[Structure],
+    drawn: Sequence[tuple[int, int]],
+    data: Calibration,
+    report: Report,
+    *,
+    seconds: float | None,
+) -> tuple[float, dict[tuple[int, int], float]]:
+    """The loss of the network, and what it gains by each removal that there was time for."""
     twin = copy_of(model)
-    dense = data.mean_loss(twin)
-    changes = []
-    for number, (structure, unit) in enumerate(drawn):
+    began, dense = time.monotonic(), data.mean_loss(twin)
+    changes: dict[tuple[int, int], float] = {}
+    for number, (i, unit) in enumerate(drawn):
+        if seconds is not None and number >= FEWEST and time.monotonic() - began > seconds:
+            break
         report("removing units", number / len(drawn))
-        with removed(twin, structure, [unit]):
+        with removed(twin, structures[i], [unit]):
             change = data.mean_loss(twin) - dense
-        changes.append(math.inf if math.isnan(change) else change)
+        changes[i, unit] = math.inf if math.isnan(change) else change
     return dense, changes
 
 

@@ -43,6 +43,7 @@ NOT_HASHED = (
 NOT_DENSE = (
     "mode",
     "cut",
+    "audit",
     "pruner",
     "trainer.prune_epochs",
     "trainer.prune_lr",

@@ -24,7 +24,9 @@ from typing import Any
 from gsprune.extras import need
 from gsprune.files.disk import write_atomic
 from gsprune.files.layout import RESULT
+from gsprune.plots.audit_figures import draw_audit
 from gsprune.plots.sweep_figures import draw_heatmap, draw_panels
+from gsprune.sweeps.audits import audits
 from gsprune.sweeps.layers import heatmaps
 from gsprune.sweeps.measures import MEASURES, panels, with_fronts
 from gsprune.sweeps.results import JobResult, Results, read_results
@@ -287,6 +289,7 @@ def _page(sweep: _Jobs, picture: bytes, titles: Sequence[str], notes: Sequence[s
         unfinished=[(job, "") for job in sweep.jobs if job.status in UNFINISHED],
         left_out=sweep.left_out,
         heatmaps=heatmaps({f"{_heading(p)}, {p.variant} (job {p.best.name})": p for p in sweep.points}),
+        audits=_audits(sweep),
         times=_times(sweep.usable),
         dense=_dense_cache(sweep.usable),
     )
@@ -374,6 +377,15 @@ def _heading(point: Point, *, tens: bool = False) -> str:
     return f"{share} of {of} pruned" if of else f"{share} pruned, of what is not recorded"
 
 
+def _audits(sweep: _Jobs) -> dict[str, Any]:
+    """The table of the jobs' audits, and its picture: of one dense network alone, since names are criteria there."""
+    rows, more = audits(sweep.usable, sweep.axes)
+    networks = len({row.network for row in rows}) > 1
+    ranks = [(row.criterion, row.kind, row.size) for row in rows if row.size is not None]
+    picture = draw_audit(ranks) if ranks and not networks else None
+    return {"rows": rows, "more": more, "networks": networks, "picture": picture}
+
+
 def _times(jobs: Sequence[JobResult]) -> dict[str, Any] | None:
     """Mean seconds a job for each part, and what is not training; None if no job has recorded it."""
     timed = [job.numbers("timings") for job in jobs if job.numbers("timings")]
@@ -440,6 +452,14 @@ def _faster(point: Point) -> str:
     return f"{_ratio(ratio)} ({low:.2f} to {high:.2f})"
 
 
+def _interval(found: tuple[float, float, float] | None) -> str:
+    """
+    >>> _interval((0.771, 0.68, 0.84)), _interval(None)
+    ('0.77 (0.68 to 0.84)', '')
+    """
+    return "" if found is None else "{:.2f} ({:.2f} to {:.2f})".format(*found)
+
+
 def _size(size: float | None) -> str:
     """
     >>> _size(378072), _size(40_000_000), _size(None)
@@ -491,6 +511,7 @@ _FILTERS = {
     "ratio": _ratio,
     "faster": _faster,
     "size": _size,
+    "interval": _interval,
     "overrides": _overrides,
     "heatmap": draw_heatmap,
     "picture": _picture,

@@ -231,3 +231,12 @@ def test_the_interval_covers_the_true_correlation() -> None:
         _, low, high = spearman(x, rho * x + math.sqrt(1 - rho**2) * noise, 0.9)
         covered += low <= true <= high
     assert 0.86 < covered / 400 < 0.95
+
+
+def test_removing_ends_with_the_time_but_not_before_four_and_they_are_of_all_structures() -> None:
+    found = run(mlp(), criteria=[Magnitude()], units=12, seconds=1e-9)
+    assert [r.structure for r in found.removals] == ["0"] * 2 + ["2"] * 2
+    whole = {(r.structure, r.unit): r.change for r in run(mlp(), criteria=[Magnitude()], units=12).removals}
+    assert all(whole[r.structure, r.unit] == r.change for r in found.removals)
+    with refused("seconds", "-1"):
+        run(mlp(), seconds=-1)

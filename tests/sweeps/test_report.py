@@ -515,3 +515,52 @@ def test_the_command_runs_as_a_module_without_masks_and_torch(tmp_path: Path) ->
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     command = [sys.executable, "-m", "gsprune", "report", str(tmp_path)]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stderr == ""
+
+
+AUDITED = {
+    "abs": [{"criterion": "Abs", "kind": "channels", "units": 48, "size": [0.6, 0.4, 0.7], "signed": None}],
+    "fisher": [{"criterion": "Fisher", "kind": "channels", "units": 48, "size": [0.8, 0.7, 0.9], "signed": [0, -1, 1]}],
+}
+
+
+def test_audits_are_a_table_and_a_picture_with_a_row_for_each_criterion(tmp_path: Path) -> None:
+    for number, (pruner, seed) in enumerate((("abs", 0), ("abs", 1), ("fisher", 0))):
+        rows = [dict(row) for row in AUDITED[pruner]]
+        if seed:
+            rows[0] |= {"size": [0.5, 0.3, 0.65], "units": 24}
+        job(tmp_path / str(number), f"pruner={pruner}", f"seed={seed}", audit={"rows": rows}, config_hash=str(number))
+    build_report(tmp_path)
+    page = read_page(tmp_path)
+    table = [row for row in cells(page) if row[0] in ("Abs", "Fisher", "criterion")]
+    assert table == [
+        ["criterion", "units", "jobs", "removedin each", "Spearman withabs(change)", "withchange"],
+        ["Fisher", "channels", "1", "48", "0.80 (0.70 to 0.90)", "0.00 (-1.00 to 1.00)"],
+        ["Abs", "channels", "2", "36", "0.55 (0.30 to 0.70)", ""],
+    ]
+    assert page.count("data:image/png") == 2 + page.count("Share pruned of each layer (%)")
+
+
+def test_audits_of_different_networks_stand_apart(tmp_path: Path) -> None:
+    for number, model in enumerate(("vit_tiny", "convnet")):
+        job(tmp_path / str(number), f"model={model}", audit={"rows": AUDITED["abs"]}, config_hash=str(number))
+    build_report(tmp_path)
+    rows = [row for row in cells(read_page(tmp_path)) if row[0] == "Abs"]
+    assert [row[2] for row in rows] == ["model=convnet", "model=vit_tiny"]
+
+
+def test_an_audit_of_odd_types_is_left_out_and_without_one_there_is_no_section(tmp_path: Path) -> None:
+    odd = [
+        3,
+        {"criterion": 1},
+        {"criterion": "A", "kind": "k", "units": "9"},
+        {"criterion": "B", "kind": "k", "units": 9},
+    ]
+    odd[3]["size"] = ["x", 0, 7]
+    job(tmp_path / "0", "seed=0", audit={"rows": odd}, config_hash="0")
+    job(tmp_path / "1", "seed=1", audit=[], config_hash="1")
+    build_report(tmp_path)
+    assert [row for row in cells(read_page(tmp_path)) if row[0] == "B"] == [["B", "k", "1", "9", "", ""]]
+    other = tmp_path / "other"
+    job(other / "0", "seed=0")
+    build_report(other)
+    assert "removal does" not in read_page(other)

@@ -158,8 +158,8 @@ def check_seed(job: Context) -> None:
         raise ValueError(f"seed={seed} is not allowed: it must be from -2**63 to 2**63 - {STREAMS + 1}")
 
 
-def check_pruning(job: Context, setup: Setup) -> None:
-    """Build the pruning phase once and drop it, so that a mistake in it is found before the dense phase trains."""
+def check_pruning(job: Context, setup: Setup) -> Any:
+    """Build the pruning phase once, so that a mistake in it is found before the dense phase trains; its pruner."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come when it is built for good
         pruner = setup.build_cutting() if is_cut(job.cfg) else setup.build_pruning()[-1]
@@ -177,6 +177,7 @@ def check_pruning(job: Context, setup: Setup) -> None:
     job.result["collapsing"] = predict.foreseen(pruner)
     for line in lines_by_reason(job.result["collapsing"]):
         log.warning("about to collapse when the schedule ends, so that accuracy may be that of guessing: %s", line)
+    return pruner
 
 
 def check_teacher(cfg: DictConfig, trainer: Trainer) -> None:
