@@ -33,6 +33,8 @@ from cut_rivals import METHODS, WITH_NORMS, Bench, Cut, Method, package_methods
 from cut_tasks import TASKS, Batch, task
 from torch import nn
 
+from gsprune.cutting.cut import Cutter, Repair, one_rule
+
 RESULTS = Path(__file__).with_name("cut.json")
 SHARES = (0.5, 0.25, 0.125)  # of the MACs that stay: 2x, 4x, 8x fewer
 SEEDS = 5  # of calibration data, without training
@@ -48,16 +50,16 @@ T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2
 # ---- gsprune's own
 
 
-def own(**options: Any) -> Method:
-    """`gsprune.cut` with some options."""
+def own(repair: Repair | None = "least_squares") -> Method:
+    """`gsprune.cut` to several shares; as of the rivals, the same scores serve all of them."""
 
     def prepare(bench: Bench, batches: Sequence[Batch], seed: int) -> Cut:
-        import gsprune
-
         one = bench.task
-        given = {"calibration": one.samples, "include": one.include, "progress": False, **options}
-        given["example_input"] = one.example  # what MACs are counted on for all methods
-        return lambda macs: gsprune.cut(one.model, batches, one.loss, macs=macs, **given).model
+        rules = {share: one_rule("macs", share, None, repair, include=one.include) for share in bench.shares}
+        options: dict[str, Any] = {"samples": one.samples, "settle": [[*rules.values()]]}
+        options["example_input"] = one.example  # what MACs are counted on for all methods
+        cutter = Cutter(one.model, batches, one.loss, [*rules.values()][:1], **options)
+        return lambda macs: cutter.cut([rules[macs]], repair=repair).model
 
     return prepare
 
@@ -153,22 +155,22 @@ def run(
     tests: Sequence[Batch],
     results: Results,
 ) -> None:
-    one = bench.task
-    start = time.perf_counter()
+    one, clock = bench.task, Clock()
+    bench.shares = shares
     try:
         cut = method(bench, batches, seed)
-        prepared = time.perf_counter() - start
+        prepared = clock()
         for share in shares:
-            start = time.perf_counter()
+            clock = Clock()
             small = cut(share)
-            seconds = prepared + time.perf_counter() - start
+            seconds, cpu = (a + b for a, b in zip(prepared, clock(), strict=True))
             for stage in stages:
                 if stage == "tuned":
                     one.tune(small, seed)
                 key = Results.key(one.name, share, label, stage, seed)
                 metric = one.evaluate(small, tests)
-                results.add(key, metric=metric, macs=bench.share(small), seconds=seconds)
-                print(f"{key:70s} {metric:8.2f}  macs {bench.share(small):.4f}  {seconds:.1f} s", flush=True)
+                results.add(key, metric=metric, macs=bench.share(small), seconds=seconds, cpu=cpu)
+                print(f"{key:70s} {metric:8.2f}  macs {bench.share(small):.4f}  {cpu:.1f} s of CPU", flush=True)
     except Exception as error:  # a rival that does not run on a network is told of, and does not end the others
         print(f"{one.name} | {label}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if label.startswith("gsprune") and not isinstance(error, AttributeError):
@@ -252,18 +254,29 @@ def weights(results: Results, given: argparse.Namespace) -> None:
             for label, way in ways.items():
                 if (key := Results.key(LANGUAGE, "weights", pattern, label, seed)) in results:
                     continue
-                start = time.perf_counter()
+                clock = Clock()
                 layers = ("model.layers.*",)
                 small = prune_weights(one.model, batches, include=layers, **options, **way).model
-                seconds = time.perf_counter() - start
-                results.add(key, metric=one.evaluate(small, tests), seconds=seconds)
+                seconds, cpu = clock()
+                results.add(key, metric=one.evaluate(small, tests), seconds=seconds, cpu=cpu)
                 print(f"{key}: {results.cells[key]}", flush=True)
 
 
+class Clock:
+    """Seconds since it was made: of the wall, and of the processor, which other work on the machine hardly changes."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter(), time.process_time()
+
+    def __call__(self) -> tuple[float, float]:
+        return time.perf_counter() - self._since[0], time.process_time() - self._since[1]
+
+
 def timed(what: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    """Seconds of the processor."""
+    clock = Clock()
     what()
-    return time.perf_counter() - start
+    return clock()[1]
 
 
 # ---- tables

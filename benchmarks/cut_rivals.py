@@ -58,6 +58,7 @@ class Bench:
         self.cost = make_cost("macs", task.model, self.structures, task.example)
         self.macs = count_macs(task.model, task.example)
         self.by_name = {s.name: s for s in self.structures}
+        self.shares: Sequence[float] = ()  # of the MACs, that a method is about to be asked for
         self._scores: dict[tuple[Any, int], Scores] = {}
 
     def share(self, small: nn.Module) -> float:

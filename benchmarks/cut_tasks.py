@@ -289,6 +289,7 @@ def smollm2(cache: Path) -> Task:
         model = AutoModelForCausalLM.from_pretrained(cache / "smollm2", **gguf)
         tokenizer = AutoTokenizer.from_pretrained(cache / "smollm2", **gguf)
         del model.config.quantization_config
+        model.hf_quantizer = None  # its weights are plain by now
         part = folder.with_suffix(".part")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

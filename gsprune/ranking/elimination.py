@@ -94,13 +94,12 @@ class _State:
         self.inverse = reader.inverses[damping][flat][:, flat]
         self.columns = torch.arange(len(flat), device=flat.device).reshape(reader.columns.shape)
 
-    def only(self, units: Tensor) -> _State:
-        """What is needed to remove these units alone; its columns are counted anew."""
-        state = object.__new__(_State)
+    def only(self, units: Tensor) -> _Few:
+        """What is needed to remove some of these units one after the other."""
         flat = self.columns[units].flatten()
-        state.inverse, state.weight = self.inverse[flat][:, flat], self.weight[:, flat].clone()
-        state.columns = torch.arange(len(flat), device=flat.device).reshape(len(units), -1)
-        return state
+        weight = self.weight[:, flat]
+        columns = torch.arange(len(flat), device=flat.device).reshape(len(units), -1)
+        return _Few(self.inverse[flat][:, flat], weight.T @ weight, columns)
 
     def costs(self, units: Tensor) -> Tensor:
         """(u,): what each would cost now."""
@@ -126,6 +125,34 @@ class _State:
         self.columns = (left.cumsum(0) - 1)[self.columns]  # of units that are gone: never read again
 
 
+class _Few:
+    """Candidates of a reader, for which the products W^T W of their columns do: removals are updates in place."""
+
+    def __init__(self, inverse: Tensor, squares: Tensor, columns: Tensor) -> None:
+        self.inverse, self.squares, self.columns = inverse, squares, columns
+
+    def costs(self, units: Tensor) -> Tensor:
+        """(u,): what each would cost now."""
+        columns = self.columns[units]
+        if columns.shape[1] == 1:
+            flat = columns[:, 0]
+            costs: Tensor = self.squares.diagonal()[flat] / self.inverse.diagonal()[flat]
+            return costs
+        rows, cols = columns[:, :, None], columns[:, None, :]
+        solved = torch.linalg.solve(self.inverse[rows, cols], self.squares[rows, cols])
+        return solved.diagonal(dim1=1, dim2=2).sum(1)
+
+    def remove(self, units: Tensor) -> None:
+        """Refit what is left; the columns of these units are not read again."""
+        flat = self.columns[units].flatten()
+        gone, squares = self.inverse[flat], self.squares[flat]
+        rows = torch.linalg.solve(gone[:, flat], gone) if len(flat) > 1 else gone / gone[:, flat]  # (s, k)
+        self.inverse.addmm_(gone.T, rows, alpha=-1)
+        half = squares.T - rows.T @ (squares[:, flat] / 2)
+        both = half @ rows
+        self.squares.sub_(both).sub_(both.T)
+
+
 def _inverse(gram: Tensor, damping: float) -> Tensor:
     if not gram.isfinite().all():
         raise ValueError("the second moments of a layer's inputs are not finite")
@@ -134,14 +161,14 @@ def _inverse(gram: Tensor, damping: float) -> Tensor:
     return inverse
 
 
-def _costs(states: Sequence[_State], units: Tensor) -> Tensor:
+def _costs(states: Sequence[_State] | Sequence[_Few], units: Tensor) -> Tensor:
     total = states[0].costs(units)
     for state in states[1:]:
         total = total + state.costs(units)
     return total.clamp_(min=0.0)
 
 
-def _in_turn(states: Sequence[_State], units: Tensor, count: int) -> list[tuple[int, float]]:
+def _in_turn(states: Sequence[_Few], units: Tensor, count: int) -> list[tuple[int, float]]:
     """Of the units the cheapest, its price, and the same of what is left, `count` times."""
     found: list[tuple[int, float]] = []
     left = torch.arange(len(units), device=units.device)
