@@ -16,6 +16,7 @@ __all__ = ["EXTRAS", "MissingExtraError", "check_command", "need"]
 EXTRAS = {
     "app": ("filelock", "jinja2", "matplotlib", "mlflow", "rich", "sklearn", "torchvision"),
     "hf": ("transformers",),
+    "lightning": ("lightning",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "optuna": ("optuna",),
     "joblib": ("hydra_plugins.hydra_joblib_launcher",),
