@@ -1,4 +1,4 @@
-"""Test accuracy after pruning: the tables behind the README's figures and the defaults of decay and scope.
+"""Test accuracy after pruning: the tables of docs/choosing.md and the defaults of decay and scope.
 
     python benchmarks/accuracy.py variants                                   # six pruners on digits, 3 seeds
     python benchmarks/accuracy.py defaults                                   # decay and scope on digits, 5 seeds

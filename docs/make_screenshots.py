@@ -1,4 +1,4 @@
-"""Make the pictures of MLflow's page that the README shows, in a real browser.
+"""Make the pictures of MLflow's page that docs/mlflow.md shows, in a real browser.
 
     pip install -e '.[app]' 'selenium>=4.20,<5'
     python docs/make_screenshots.py                                           # makes a sweep of its own first: minutes
@@ -75,7 +75,7 @@ STYLE = "button[data-assistant-ui] { display: none !important }"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the pictures of MLflow's page that the README shows.")
+    parser = argparse.ArgumentParser(description="Make the pictures of MLflow's page that docs/mlflow.md shows.")
     parser.add_argument(
         "--tracking-uri", help="sqlite:///... or http://...; default: a new sweep in a temporary folder"
     )

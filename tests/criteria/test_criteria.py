@@ -64,8 +64,8 @@ def with_gradients(model: nn.Module) -> tuple[Structure, ...]:
 
 
 def damage() -> type[Criterion]:
-    """The criterion of the README."""
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
+    """The criterion of the docs."""
+    text = (Path(__file__).parents[2] / "docs" / "train_and_prune.md").read_text(encoding="utf8")
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Damage" in block]
     module = ModuleType("my_criteria")
     sys.modules["my_criteria"] = module  # pickle looks there
