@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     1
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="gsprune", description="Work with what runs and sweeps left.")
+    parser = argparse.ArgumentParser(prog="gsprune", description="Work with the files of runs and sweeps.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)

@@ -39,7 +39,7 @@ class Schedule(ABC):
         """The sparsity wanted at `progress` epochs, in [0, 1)."""
 
     def resolved(self: AnySchedule, epochs: float) -> AnySchedule:
-        """The same schedule with everything that was left open filled in for a run of `epochs` epochs."""
+        """The same schedule with open values filled in for a run of `epochs` epochs."""
         return self
 
     def retargeted(self: AnySchedule, target_sparsity: float) -> AnySchedule:

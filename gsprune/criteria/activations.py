@@ -36,7 +36,7 @@ class Activations(Criterion):
 
 
 class Wanda(Activations):
-    """Weight times the norm of the input that it is multiplied by: s_ij = abs(w_ij) * sqrt(mean of x_j^2).
+    """Weight times the norm of its input: s_ij = abs(w_ij) * sqrt(mean of x_j^2).
 
     The source ranks each output row by itself (`scope="row"`), where the mean stands for the norm as well.
 

@@ -14,8 +14,8 @@ class Fisher(GateGradient):
 
     The mean of s_u over samples is the diagonal of the gates' empirical Fisher information. In a trained network the
     mean gradient is near zero, and half of that diagonal is about the change of the loss when u is removed. So the
-    scores of channels, neurons and heads are in one currency, and may be divided by what a unit costs. Gradients of
-    small batches are nearer to it than those of large ones.
+    scores of channels, neurons and heads are comparable, and may be divided by the cost of a unit. Gradients of small
+    batches estimate it better than those of large ones.
 
     Args:
         decay: d in (0, 1] of S <- d * S + s; 1 is the plain sum, for a network that is trained already.

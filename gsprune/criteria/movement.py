@@ -9,10 +9,10 @@ from gsprune.criteria.base import Criterion
 
 
 class Movement(Criterion):
-    """Prune first what training moves towards zero: S = -sum over steps of w * g, with its sign.
+    """Removes first the weights that training moves towards zero: S = -sum over steps of w * g, with its sign.
 
-    A weight whose gradient step leads away from zero scores above 0, one that is led to zero below, however large it
-    is. Meant for fine-tuning a network that was trained for something else; tiles (pattern "32x32") are block movement.
+    A weight whose gradient steps move it away from zero scores above 0, one that moves to zero below, whatever its
+    size. Meant for fine-tuning a network that was trained for something else; tiles (pattern "32x32") are block movement.
 
     Args:
         decay: d in (0, 1] of S <- d * S - w * g; 1 is the plain sum.

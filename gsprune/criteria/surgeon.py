@@ -12,7 +12,7 @@ from gsprune.ranking.elimination import Reader, eliminate
 
 
 class OBS(Criterion):
-    """Optimal brain surgeon over whole units: the loss that stays when a unit goes and its readers are refitted.
+    """Optimal brain surgeon over whole units: the loss increase after a unit is removed and its readers are refitted.
 
     Units are eliminated one after the other, the cheapest first, and the readers refitted each time; d_u is how much
     the error of their outputs then grows (`gsprune.ranking.elimination.eliminate`). One currency for all structures:

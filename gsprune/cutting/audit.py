@@ -42,7 +42,7 @@ class Correlation(NamedTuple):
 
 @dataclass(frozen=True)
 class Removal:
-    """A unit that was removed, alone, and what the loss gained by that."""
+    """A unit that was removed alone, and the change of the loss."""
 
     structure: str
     kind: str
@@ -152,7 +152,7 @@ def audit(
     example_input: Any = None,
     progress: bool | Report = True,
 ) -> Audit:
-    """Judge criteria by what they should know: the change of the loss when a unit is removed.
+    """Correlate the scores of criteria with the change of the loss when single units are removed.
 
     Units are drawn in turns from all structures. Each is removed alone (the columns that read it are zero) and the mean
     loss is measured, with one forward pass over samples that did not score. A score that knows how much a unit matters

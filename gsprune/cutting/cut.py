@@ -64,12 +64,12 @@ REPAIRS = ("least_squares", "batchnorm")
 
 @dataclass(frozen=True)
 class Size:
-    """What a network costs and what it loses.
+    """Size and loss of a network.
 
     params   parameters
     macs     multiply-accumulates of one sample; None where they cannot be counted
     loss     mean loss on the calibration samples; None without a loss
-    value    what `evaluate` gave; None without
+    value    what `evaluate` returned; None without it
     """
 
     params: int
@@ -80,22 +80,22 @@ class Size:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A network that was cut, and what is known of it.
+    """The result of `gsprune.cut`: the smaller network and what was measured.
 
-    model       the smaller network, in evaluation mode; the dense one is as it was
-    plan        what stays of the dense network; `save_pruned` takes it
+    model       the smaller network, in evaluation mode; the dense one is not changed
+    plan        the cut plan, for `save_pruned`
     keeps       structure name -> bool (units,), True = kept
-    structures  what the masks are of
+    structures  the structures that were cut
     skipped     what cannot be cut -> why
     dense, small   cost and loss of both networks
-    how_much    what it costs of what `evaluate` measures, how sure that is, and what was tried; None where that is not
-                known: without `evaluate`, or where it gave one number and nothing was searched for
-    criterion   what scored
-    repaired    layer by layer, what the repair did; None without one
-    samples     of calibration data
-    scored      of these, those that scored: fewer, where more would not have changed what is kept
-    settled     batches after which that was so; None: all scored
-    seconds     the whole call took
+    how_much    the drop of what `evaluate` measures, its bound, and the cuts that were tried; None without `evaluate`,
+                or if it returned one number and there was no search
+    criterion   name of the criterion
+    repaired    error of each layer before and after the repair; None without one
+    samples     calibration samples
+    scored      how many of them were used for scores: fewer if the kept set was settled earlier
+    settled     batches after which it was settled; None: all were used
+    seconds     duration of the call
     """
 
     model: nn.Module
@@ -118,7 +118,7 @@ class Cut:
         save_pruned(directory, self.model, self.plan)
 
     def rows(self) -> list[tuple[str, str]]:
-        """What there is to say, as pairs of a name and a text."""
+        """The lines of `print(cut)`, as pairs of a name and a text."""
         kept, units = Counter[str](), Counter[str]()
         for structure in self.structures:
             units[structure.kind] += structure.units
@@ -222,40 +222,40 @@ def cut(
 ) -> Cut | PrunedWeights:
     """Make a trained network smaller: score its units, choose, cut, repair. No training.
 
-    Units are scored by what the loss would lose if they went and their readers were refitted (`gsprune.criteria.OBS`),
-    divided by what they cost where a budget is given. The smaller network is a copy. The layers that read what went
-    are refitted to the dense network's outputs (`gsprune.repair.least_squares`).
+    A unit's score is the increase of the loss if it is removed and the layers that read it are refitted
+    (`gsprune.criteria.OBS`); under a budget it is divided by the unit's cost. The smaller network is a copy. The layers
+    that read removed units are refitted to the dense network's outputs (`gsprune.repair.least_squares`).
 
-    With a `pattern` single weights are zeroed instead (`gsprune.cutting.weights.prune_weights`), and what is left of
-    each row is refitted.
+    With a `pattern` single weights are set to zero instead (`gsprune.cutting.weights.prune_weights`), and the other
+    weights of each row are refitted.
 
-    With `max_drop` it is the largest cut of those to 94, 88, 83, ... % of the MACs that is certified to lose no more.
-    They are made and evaluated from the mildest on, until one is not certified (`gsprune.cutting.how_much`). Samples
-    that `evaluate` reads must not be in `batches`: a repaired network is better on samples that repaired it.
+    With `max_drop` cuts to 94, 88, 83, ... % of the MACs are made and evaluated, the mildest first, until one is not
+    certified to lose at most that (`gsprune.cutting.how_much`); the last certified one is returned. Samples that
+    `evaluate` reads must not be in `batches`: a repaired network is better on the samples of its repair.
 
     Args:
-        model: stays as it is.
+        model: not changed.
         batches: pairs (inputs, targets); or mappings, for networks that return their own loss; or inputs alone, for
             which labels are drawn from the network's own predictions.
         loss: loss(outputs, targets) -> scalar.
-        macs, params, latency: share of the dense network's cost that may stay, in (0, 1).
-        sparsity: share of units that goes, in every structure; with a pattern, of weights.
-        max_drop: points of 100 that `evaluate` may fall by, instead of a share.
+        macs, params, latency: share of the dense network's cost that stays, in (0, 1).
+        sparsity: share of units removed from every structure; with a pattern, of weights set to zero.
+        max_drop: largest drop of `evaluate` in points of 100, instead of a share.
         evaluate: network -> one value for each sample in [0, 1], higher is better, always of the same samples, as
             `gsprune.cutting.how_much.right_or_wrong(batches)` gives: then the drop is bounded with the confidence. Or
-            one number, which is shown of both networks; it certifies nothing, and `max_drop` takes it for true.
+            one number, which is shown for both networks; it certifies nothing, and `max_drop` compares it as it is.
         confidence: of the bound of the drop, in [0.5, 1).
         pattern: "1x1" (single weights), a tile "NxM", or a block "N:M"; None: whole units.
-        scope: of a pattern: "row", "layer" or "global"; None: what is usual for the criterion.
+        scope: of a pattern: "row", "layer" or "global"; None: the criterion's own.
         criterion: how to score; None: `OBS` where the repair is least squares, else `Fisher`; `SparseGPT` with a
             pattern.
-        rules: what to cut, each with its own amount, instead of all settings above and below up to `exclude`.
+        rules: what to cut, each with its own amount, instead of the other settings from `macs` to `exclude`.
         kinds, include, exclude: as of `gsprune.Rule`.
         repair: "least_squares" (weights, and norms where that helps), "batchnorm" (statistics alone) or None.
-        calibration: samples that are read. Scoring takes fewer once the kept set is settled: at least 99 % the same
+        calibration: samples that are read. Scoring stops earlier once the kept set is settled: at least 99 % the same
             over three doublings of the batches.
-        example_input: what the network is traced with; None: two samples of the calibration data.
-        progress: a line on the terminal, nothing, or a function of (what, share done).
+        example_input: input to trace the network with; None: two samples of the calibration data.
+        progress: a line on the terminal, nothing, or a function of (stage, share done).
 
     Raises:
         ValueError: a setting out of its range or without effect; no batches, or batches without what the loss needs;

@@ -31,7 +31,7 @@ from gsprune.text.display import html_table, percent
 
 @dataclass(frozen=True, eq=False)
 class CutFamily:
-    """Cuts of one network, the largest first.
+    """The result of `gsprune.cut_family`: cuts of one network, the largest first.
 
     kind     what the budgets are of: "macs", "params", "latency" or "sparsity"
     shares   the budgets, as they were asked for
@@ -136,8 +136,8 @@ def cut_family(
 
     Args:
         macs, params, latency, sparsity: several values of the settings of `gsprune.cut`; one of the four.
-        repair: "shared" refits the readers of what went by second moments that are taken once, in the dense network;
-            "least_squares" refits each cut as `gsprune.cut` does, which fits better and takes a pass a cut.
+        repair: "shared" refits all cuts from second moments of the dense network that are computed once;
+            "least_squares" refits each cut as `gsprune.cut` does: more accurate, one more pass for each cut.
         others: as of `gsprune.cut`.
 
     Raises:

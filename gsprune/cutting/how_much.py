@@ -375,13 +375,19 @@ def right_or_wrong(batches: Iterable[Any]) -> Evaluate:
         batches: (inputs, labels) or mappings with labels, the same in the same order each time they are iterated over;
             none of them may be among those that score and repair.
 
+    Raises:
+        ValueError: when a network is evaluated: there is no batch, the network's outputs do not fit the labels, or the
+            labels are not those of the first time (of a loader that shuffles): samples could not be compared.
+
     >>> evaluate = right_or_wrong([(torch.eye(3), torch.tensor([0, 1, 1]))])
     >>> evaluate(nn.Identity()).tolist()
     [1.0, 1.0, 0.0]
     """
 
+    first: list[Tensor] = []
+
     def evaluate(model: nn.Module) -> Tensor:
-        found, device = [], device_of(model)
+        found, seen, device = [], [torch.empty(0)], device_of(model)
         with torch.no_grad(), evaluating([model]):
             for batch in batches:
                 inputs, labels = map_tensors(lambda tensor: tensor.to(device), inputs_and_labels(batch))
@@ -391,10 +397,17 @@ def right_or_wrong(batches: Iterable[Any]) -> Evaluate:
                         f"the network's classes have the shape {[*answers.shape]} and the labels {[*labels.shape]}: "
                         f"it must be the same"
                     )
+                seen.append(labels.flatten().cpu())
                 right, counts = (x.flatten(1) if x.dim() > 1 else x[:, None] for x in (answers == labels, labels >= 0))
                 found.append(((right & counts).sum(1) / counts.sum(1).clamp(min=1)).cpu())
         if not found:
             raise ValueError("there is no batch to evaluate on")
+        first[:] = first or [torch.cat(seen)]
+        if not torch.equal(first[0], torch.cat(seen)):
+            raise ValueError(
+                "the labels to evaluate on are not those of the first time, or come in another order: give the same "
+                "samples each time (a DataLoader with shuffle=False)"
+            )
         return torch.cat(found)
 
     return evaluate

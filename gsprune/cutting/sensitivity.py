@@ -41,7 +41,7 @@ class Point:
     params   share of the network's parameters that stays
     macs     the same of its MACs; None where they cannot be counted
     value    what was measured
-    drop     how much worse that is than the dense network: points of 100, or the rise of the loss
+    drop     by how much it is worse than the dense network: points of 100, or the increase of the loss
     """
 
     structure: str

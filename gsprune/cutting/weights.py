@@ -107,7 +107,7 @@ def prune_weights(
 ) -> PrunedWeights:
     """Prune single weights of a trained network, and refit what is left to the dense network's outputs.
 
-    `Wanda` and `SparseGPT` score each layer by what it reads in the network that is pruned up to there. Any other
+    `Wanda` and `SparseGPT` score layers one after the other, each by its inputs in the network pruned so far. Any other
     criterion of single weights scores the dense network: `Elementwise` sums abs(w * g) over the batches, `Magnitude`
     and `Random` look at no batch. Then, whichever it was, the weights that are left are refitted
     (`gsprune.repair.support.masked_least_squares`): to what the dense layer gave, kept where the error on held-back
