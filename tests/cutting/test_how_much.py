@@ -173,3 +173,12 @@ def test_right_or_wrong_is_one_value_a_sample_and_leaves_out_what_has_no_label()
         right_or_wrong([(logits, torch.tensor([0, 1]))])(nn.Identity())
     with refused("no batch"):
         right_or_wrong([])(nn.Identity())
+
+
+def test_samples_in_another_order_are_refused_as_they_cannot_be_compared() -> None:
+    batches = [(torch.eye(3), torch.tensor([0, 1, 1]))]
+    evaluate = right_or_wrong(batches)
+    assert evaluate(nn.Identity()).tolist() == evaluate(nn.Identity()).tolist() == [1, 1, 0]
+    batches[0] = (torch.eye(3)[[2, 0, 1]], torch.tensor([1, 0, 1]))
+    with refused("order", "shuffle=False"):
+        evaluate(nn.Identity())
