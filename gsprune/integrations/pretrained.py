@@ -1,0 +1,165 @@
+"""transformers' own files of a pruned network: `save_pretrained`, `from_pretrained`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gsprune.extras import need
+from gsprune.formats.network import RECORD, load_pruned, save_pruned
+from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
+from gsprune.structures.example import Example, call, tensors_in
+from gsprune.structures.running import device_of, evaluating, same_randomness
+from gsprune.surgery.cut_plan import CutPlan
+
+__all__ = ["from_pretrained", "narrow_config", "save_pretrained"]
+
+_COUNTS = (*HEAD_NAMES, *GROUP_NAMES, *SIZE_NAMES)
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str], model: nn.Module, plan: CutPlan | None, *, example_input: Example | None = None
+) -> bool:
+    """Write a pruned network of transformers, where it can be so that its own `from_pretrained` reads it.
+
+    That is possible where `config.json` can say what is left: each layer has as many heads and neurons as the others
+    (`scope="local"` prunes so), and the configuration has a number for them. The files are then plain ones, and gsprune
+    is not needed to load them. Elsewhere `config.json` is the dense network's, with the files of
+    `gsprune.save_pruned` beside it: `from_pretrained` of this module reads both kinds.
+
+    Args:
+        directory: where to; made if it is not there.
+        model: a `PreTrainedModel`, as the plan has left it.
+        plan: what stays of the dense network (`Pruner.plan`, `Cut.plan`); None if nothing was cut.
+        example_input: what the two networks are compared on; None: the model's `dummy_inputs`.
+
+    Returns:
+        Whether transformers' own `from_pretrained` reads it.
+
+    Raises:
+        ValueError: the model is none of transformers.
+        OSError: the files cannot be written.
+    """
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} is no network of transformers: use gsprune.save_pruned")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    network: Any = model
+    config = network.config if plan is None else narrow_config(model, plan)
+    plain = None if config is None else _plain(model, config, example_input)
+    if plain is not None:
+        (folder / RECORD).unlink(missing_ok=True)
+        plain.save_pretrained(folder)
+        return True
+    dense = copy.deepcopy(network.config)
+    dense.architectures = [type(model).__name__]
+    dense.save_pretrained(folder)
+    save_pruned(folder, model, plan)
+    return False
+
+
+def from_pretrained(directory: str | os.PathLike[str]) -> nn.Module:
+    """The network that `save_pretrained` of this module wrote, in eval mode; of a folder alone, nothing is fetched.
+
+    Raises:
+        ValueError: there is no config.json, its class is none of transformers, or the files do not fit each other.
+    """
+    folder = Path(directory)
+    try:
+        architectures = json.loads((folder / "config.json").read_text(encoding="utf8")).get("architectures")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder} has no config.json that can be read: {type(error).__name__}") from error
+    transformers = need("transformers")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    network = getattr(transformers, str(name), None)
+    if not isinstance(network, type) or not issubclass(network, transformers.PreTrainedModel):
+        raise ValueError(f"{folder / 'config.json'} says the network is {name}, which transformers does not have")
+    if not (folder / RECORD).is_file():
+        loaded: nn.Module = network.from_pretrained(folder, local_files_only=True)
+        return loaded
+    config = network.config_class.from_pretrained(folder, local_files_only=True)
+    dense: Any = network(config)
+    dtype = getattr(config, "dtype", None)
+    return load_pruned(folder, dense.to(dtype) if isinstance(dtype, torch.dtype) else dense)
+
+
+def narrow_config(model: nn.Module, plan: CutPlan) -> Any:
+    """The configuration that a network of transformers would be built from to have the shapes it has after the cut.
+
+    Numbers of the configuration that are the dense length of something that was cut become what is left of it, where
+    that is the same everywhere; numbers of heads likewise. Of all such changes the largest set is taken with which
+    every tensor, every number of heads and every class of module is as in the model.
+
+    Returns:
+        None, if there is none.
+    """
+    network: Any = model
+    changes = _changes(network.config, plan)
+    for size in range(len(changes), 0, -1):
+        for chosen in combinations(changes.items(), size):
+            config = copy.deepcopy(network.config)
+            for name, value in chosen:
+                setattr(config, name, value)
+            if _has_shapes(model, config):
+                return config
+    return None
+
+
+def _changes(config: Any, plan: CutPlan) -> dict[str, int]:
+    """Numbers of a configuration -> what they may have become."""
+    left: dict[int, set[int]] = {}  # dense length -> lengths that are left
+    for name, cuts in plan.kept.items():
+        for dim, kept in cuts.items():
+            left.setdefault(plan.sizes[name][dim], set()).add(len(kept))
+    even = {length: next(iter(some)) for length, some in left.items() if len(some) == 1}
+    found = {name: even[value] for name, value in config.to_dict().items() if type(value) is int and value in even}
+    heads = getattr(config, "num_attention_heads", None)
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(config, name, None)
+        width = even.get(count * head_dim, 0) if head_dim and count else 0
+        if width and width % head_dim == 0:
+            found[name] = width // head_dim
+    if "num_attention_heads" in found and hasattr(config, "head_dim"):
+        found["head_dim"] = head_dim  # else it would be worked out anew from fewer heads
+    return found
+
+
+def _has_shapes(model: nn.Module, config: Any) -> bool:
+    """Whether a network of this configuration has the model's tensors, head counts and kinds of modules."""
+    try:
+        with torch.device("meta"):
+            other = type(model)(config)
+    except Exception:  # a configuration may refuse numbers that do not divide each other
+        return False
+    here, there = model.state_dict(), other.state_dict()
+    if here.keys() != there.keys() or any(here[name].shape != there[name].shape for name in here):
+        return False
+    return list(_kinds(model)) == list(_kinds(other))
+
+
+def _kinds(model: nn.Module) -> Iterator[tuple[str, type, Mapping[str, int]]]:
+    for name, module in model.named_modules():
+        yield name, type(module), {key: n for key in _COUNTS if type(n := getattr(module, key, None)) is int}
+
+
+def _plain(model: nn.Module, config: Any, example_input: Example | None) -> Any:
+    """A network of that configuration with the model's weights; None if it does not compute the same."""
+    network: Any = model
+    other: Any = type(model)(config).to(device_of(model), next(model.parameters()).dtype)
+    other.load_state_dict(model.state_dict())
+    example = network.dummy_inputs if example_input is None else example_input
+    with torch.no_grad(), evaluating([model, other]), same_randomness(model):
+        found, wanted = (tensors_in(call(one, example)) for one in (other, model))
+        same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+    if getattr(model, "generation_config", None) is not None:
+        other.generation_config = copy.deepcopy(network.generation_config)
+    return other.eval() if same else None

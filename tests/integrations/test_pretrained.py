@@ -1,0 +1,113 @@
+"""Pruned networks of transformers in files that transformers reads, and in those that it cannot read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from facts import refused
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from gsprune import Pruner
+from gsprune.criteria import Magnitude
+from gsprune.integrations.pretrained import from_pretrained, save_pretrained
+from gsprune.schedules import OneShot
+
+IDS = torch.tensor([[7, 6, 5, 1, 1], [1, 2, 3, 4, 5]])
+WITHOUT_GSPRUNE = """
+import sys
+sys.modules["gsprune"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(model.generate(torch.tensor([[7, 6, 5]]), max_new_tokens=8, do_sample=False).tolist())
+"""
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4)).eval()
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 50}
+    return BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4)).eval()
+
+
+def pruned(model: nn.Module, **settings: Any) -> Pruner:
+    pruner = Pruner(
+        model,
+        Magnitude(),
+        structured=True,
+        target_sparsity=0.5,
+        schedule=OneShot(),
+        example_input={"input_ids": IDS},
+        **settings,
+    )
+    pruner.on_step_begin(0)
+    pruner.on_train_end()
+    return pruner
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS).logits
+    return found
+
+
+@pytest.mark.slow
+def test_an_even_cut_loads_and_generates_without_gsprune(tmp_path: Path) -> None:
+    model = llama()
+    pruner = pruned(model, scope="local")
+    assert save_pretrained(tmp_path, model, pruner.plan)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["intermediate_size"], config["num_attention_heads"], config["num_key_value_heads"]) == (24, 4, 2)
+    assert (config["hidden_size"], config["head_dim"]) == (32, 4)
+    tokens = model.generate(torch.tensor([[7, 6, 5]]), max_new_tokens=8, do_sample=False)
+    run = subprocess.run([sys.executable, "-c", WITHOUT_GSPRUNE, tmp_path], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == tokens.tolist()
+
+
+def test_an_uneven_cut_is_read_by_our_own(tmp_path: Path) -> None:
+    model = llama()
+    pruner = pruned(model, scope="global", kinds=["neurons"])
+    assert len({layer.mlp.up_proj.out_features for layer in model.model.layers}) == 2
+    assert not save_pretrained(tmp_path, model, pruner.plan)
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
+    assert json.loads((tmp_path / "config.json").read_text())["intermediate_size"] == 48
+
+
+@pytest.mark.parametrize(("kinds", "plain"), [(["neurons"], True), (["heads"], False)])
+def test_bert_has_no_width_of_a_head_of_its_own(kinds: list[str], plain: bool, tmp_path: Path) -> None:
+    model = bert()
+    pruner = pruned(model, scope="local", kinds=kinds, exclude=["bert.pooler*", "classifier*"])
+    assert save_pretrained(tmp_path, model, pruner.plan) == plain
+    again = from_pretrained(tmp_path)
+    assert type(again) is BertForSequenceClassification
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_saving_again_in_the_other_form_leaves_no_record(tmp_path: Path) -> None:
+    model = llama()
+    pruner = pruned(model, scope="global", kinds=["neurons"])
+    save_pretrained(tmp_path, model, pruner.plan)
+    assert save_pretrained(tmp_path, llama(), None)
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(llama()))
+
+
+def test_what_is_not_of_transformers_is_refused(tmp_path: Path) -> None:
+    with refused("Linear", "save_pruned"):
+        save_pretrained(tmp_path, nn.Linear(2, 2), None)
+    with refused(str(tmp_path), "config.json"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["Own"]}')
+    with refused("Own"):
+        from_pretrained(tmp_path)
