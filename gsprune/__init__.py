@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gsprune.cutting.audit import audit
     from gsprune.cutting.cut import cut
     from gsprune.cutting.family import cut_family
+    from gsprune.cutting.how_much import right_or_wrong
     from gsprune.cutting.sensitivity import sensitivity
     from gsprune.discovery.find import find_structures
     from gsprune.formats.masks import load_masks, save_masks
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from gsprune.pruner.pruner import Pruner
     from gsprune.pruner.rule import Rule
     from gsprune.sweeps.callback import start_run
+    from gsprune.sweeps.frame import results
 
 __version__ = "0.1.0"
 
@@ -53,6 +55,8 @@ _HOMES = {
     "load_inc_config": "gsprune.integrations.inc",
     "load_masks": "gsprune.formats.masks",
     "load_pruned": "gsprune.formats.network",
+    "results": "gsprune.sweeps.frame",
+    "right_or_wrong": "gsprune.cutting.how_much",
     "save_masks": "gsprune.formats.masks",
     "save_pruned": "gsprune.formats.network",
     "sensitivity": "gsprune.cutting.sensitivity",
@@ -71,6 +75,8 @@ __all__ = [
     "load_inc_config",
     "load_masks",
     "load_pruned",
+    "results",
+    "right_or_wrong",
     "save_masks",
     "save_pruned",
     "sensitivity",

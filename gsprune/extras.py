@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["EXTRAS", "MissingExtraError", "check_command", "need"]
 
 EXTRAS = {
-    "app": ("filelock", "jinja2", "matplotlib", "mlflow", "rich", "sklearn", "torchvision"),
+    "app": ("filelock", "jinja2", "matplotlib", "mlflow", "pandas", "rich", "sklearn", "torchvision"),
     "hf": ("transformers",),
     "lightning": ("lightning",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),

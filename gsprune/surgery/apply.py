@@ -172,7 +172,9 @@ def _resizers(model: nn.Module, plan: CutPlan) -> list[Callable[[], None]]:
     names = dict.fromkeys(_layer_name(name) for name in plan.kept)
     names |= dict.fromkeys(name.removesuffix(SHAPE) for name in plan.attributes if name.endswith(SHAPE))
     modules = {id(module): module for module in map(model.get_submodule, names)}
-    widths = {id(model.get_submodule(n.removesuffix(SHAPE))): v for n, v in plan.attributes.items() if n.endswith(SHAPE)}
+    widths = {
+        id(model.get_submodule(n.removesuffix(SHAPE))): v for n, v in plan.attributes.items() if n.endswith(SHAPE)
+    }
     scaled: set[int] = set()
     return [_resizer(module, widths.get(key), scaled) for key, module in modules.items()]
 

@@ -246,4 +246,6 @@ def _last_touched(structures: Sequence[Structure], started: Sequence[str]) -> li
 @torch.no_grad()
 def mask_units(model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor]) -> None:
     """Zero, in place, what a mask zeroes (`Structure.masked`) of the units that are not kept."""
-    zero_columns_(tensors_of(model), [(s, ~keep) for s, keep in zip(structures, checked(structures, keeps), strict=True)])
+    zero_columns_(
+        tensors_of(model), [(s, ~keep) for s, keep in zip(structures, checked(structures, keeps), strict=True)]
+    )
