@@ -60,6 +60,18 @@ def alone() -> Iterator[None]:
         _ALONE.reset(before)
 
 
+def refuse_several() -> None:
+    """ValueError in one of several processes: what reads its own samples would give each another network.
+
+    >>> refuse_several()
+    """
+    if (count := world_size()) > 1:
+        raise ValueError(
+            f"this is one of {count} processes, whose samples differ and so would their networks: do it in the first, "
+            f"under `with gsprune.collectives.alone():`, and give the others its masks or its files"
+        )
+
+
 # --- what one process tells the others ---------------------------------------------------------------------
 
 

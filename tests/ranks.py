@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import gsprune
 from gsprune import Pruner, collectives
 from gsprune.collectives import agreed, broadcast, check_masks, gathered, rank
 from gsprune.criteria import PLATON, Criterion, Elementwise, Magnitude, Movement, Random, Weighted
@@ -464,6 +465,21 @@ def refusals() -> dict[str, str]:
         except ValueError as error:
             found[name] = str(error)
     return found
+
+
+def cuts() -> dict[str, Any]:
+    """What a cut says in one of several processes, and what it does in the first one alone."""
+    model, batches = net(), [samples().tensors[0]]
+    said: dict[str, Any] = {}
+    for name, settings in {"units": {"sparsity": 0.5}, "weights": {"pattern": "2:4"}}.items():
+        try:
+            gsprune.cut(model, batches, progress=False, **settings)
+        except ValueError as error:
+            said[name] = str(error)
+    if rank() == 0:
+        with collectives.alone():
+            said["kept"] = gsprune.cut(model, batches, sparsity=0.5, progress=False).keeps
+    return said
 
 
 # --- faults ------------------------------------------------------------------------------------------------

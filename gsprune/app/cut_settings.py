@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 
 from gsprune.app.configuration import budget_of, build, hydra_choices
 from gsprune.cutting.cut import REPAIRS, Repair
+from gsprune.cutting.weights import check_levels
+from gsprune.ranking.patterns import parse_pattern
 from gsprune.training.checks import check
 
 if TYPE_CHECKING:
@@ -30,11 +32,12 @@ class CutSettings:
         repair: "least_squares" refits what reads the removed units to the dense network's outputs, "batchnorm"
             re-estimates the statistics of BatchNorm alone, None leaves the cut network as it is.
         calibration: samples of the training split that score the network and repair it.
-        max_drop: points of accuracy (of 100) that may be lost, instead of a budget: the largest cut of MACs is taken
-            whose drop on the validation split is certified to be no larger (`gsprune.cutting.how_much`).
+        max_drop: points of accuracy (of 100) that may be lost, instead of a budget: the largest cut of MACs (the
+            largest sparsity of single weights) is taken whose drop on the validation split is certified to be no larger
+            (`gsprune.cutting.how_much`).
         confidence: of that, in (0, 1).
         curve: budgets of other cuts of the same network, of the same kind as the pruner's, as [0.9, 0.7, 0.3]: scored
-            once, each is measured and kept beside the job's own.
+            once, each is measured and kept beside the job's own. Of single weights, shares of them that stay.
 
     Raises:
         ValueError: one sentence for each setting outside its range.
@@ -56,6 +59,11 @@ class CutSettings:
         shares = [*(self.curve or ())]
         right = len(set(shares)) == len(shares) and all(0 < share < 1 for share in shares)
         check(right, "cut.curve", shares, "a list of different shares, each above 0 and below 1")
+
+
+def curve_shares(settings: CutSettings) -> list[float]:
+    """What stays in each of the other cuts, the mildest first."""
+    return sorted(settings.curve or (), reverse=True)
 
 
 def is_cut(cfg: DictConfig) -> bool:
@@ -88,11 +96,6 @@ def check_mode(cfg: DictConfig) -> None:
     if str(pruner.get("_target_")).endswith(".no_pruning"):
         raise ValueError(
             "mode=cut with pruner=none cuts nothing: take pruner=fisher, abs, weighted, magnitude or random"
-        )
-    if trainer.devices * trainer.nodes > 1:
-        raise ValueError(
-            f"mode=cut runs in one process: trainer.devices={trainer.devices} and trainer.nodes={trainer.nodes} must "
-            f"both be 1"
         )
     if cfg.get("plan"):
         raise ValueError("plan=true shows what pruning while training would leave: mode=cut is over in minutes, run it")
@@ -148,7 +151,7 @@ def _keywords(pruner: DictConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SingleWeights:
-    """What of a pruner's configuration `gsprune.cutting.weights.prune_weights` takes."""
+    """What of a pruner's configuration `gsprune.cutting.weights.prune_weights` takes; no sparsity: `cut.max_drop`."""
 
     criterion: Criterion
     sparsity: float | None
@@ -162,7 +165,7 @@ def single_weights(cfg: DictConfig) -> SingleWeights | None:
     """What a pruner of single weights prunes; None for a pruner of units.
 
     Raises:
-        ValueError: other settings of the cut have no meaning for single weights.
+        ValueError: other settings of the cut have no meaning for single weights, or for the pattern.
     """
     given = _keywords(cfg.pruner)
     criterion = given.get("criterion")
@@ -170,13 +173,14 @@ def single_weights(cfg: DictConfig) -> SingleWeights | None:
     if criterion is None or not (criterion.scores_weights if structured is None else not structured):
         return None
     settings = settings_of(cfg)
-    other = None if settings.repair == "least_squares" else settings.repair
-    for name, value in (("max_drop", settings.max_drop), ("curve", settings.curve), ("repair", other)):
-        if value is not None:
-            raise ValueError(f"cut.{name}={value} is for units, and {type(criterion).__name__} prunes single weights")
+    if settings.repair == "batchnorm":
+        raise ValueError(f"cut.repair=batchnorm is for units, and {type(criterion).__name__} prunes single weights")
     pattern = str(given.get("pattern", "1x1"))
+    for name, value in (("max_drop", settings.max_drop), ("curve", settings.curve)):
+        if value is not None:
+            check_levels(pattern, f"cut.{name}", value)
     share = given.get("target_sparsity")
-    if share is None and ":" not in pattern:
+    if share is None and ":" not in pattern and settings.max_drop is None:
         share = getattr(given.get("schedule"), "target_sparsity", None)
     scope = {"local": "layer", "global": "global", None: None}[given.get("scope")]
     scope = "row" if given.get("per_channel") else scope
@@ -218,7 +222,7 @@ def curve_rules(cfg: DictConfig) -> dict[float, Rule]:
         ValueError: the pruner has several rules, or no budget.
     """
     settings = settings_of(cfg)
-    shares, rules = sorted(settings.curve or (), reverse=True), rules_of(cfg.pruner)
+    shares, rules = curve_shares(settings), rules_of(cfg.pruner)
     if settings.max_drop is not None and len(rules) != 1:
         raise ValueError(f"cut.max_drop={settings.max_drop} ranks all units together: give a pruner of one rule")
     if shares and (len(rules) != 1 or (rules[0].goal is None and settings.max_drop is None)):
@@ -245,8 +249,6 @@ def with_budget(rule: Rule, share: float) -> Rule:
 
 def wanted(cfg: DictConfig) -> dict[str, Any]:
     """`target_sparsity` and `budget` of the result of a cut."""
-    from gsprune.ranking.patterns import parse_pattern
-
     if (weights := single_weights(cfg)) is not None:
         fixed = parse_pattern(weights.pattern).final_sparsity
         return {"target_sparsity": weights.sparsity if fixed is None else fixed, "budget": None}

@@ -104,6 +104,8 @@ SCHEMAS = {
     "gsprune_gate": schema("gsprune.criteria.GateGradient", overrides=_BASE),
     "gsprune_fisher": schema("gsprune.criteria.Fisher"),
     "gsprune_obs": schema("gsprune.criteria.OBS"),
+    "gsprune_wanda": schema("gsprune.criteria.Wanda"),
+    "gsprune_sparsegpt": schema("gsprune.criteria.SparseGPT"),
     "gsprune_movement": schema("gsprune.criteria.Movement"),
     "gsprune_platon": schema("gsprune.criteria.PLATON"),
     "gsprune_magnitude": schema("gsprune.criteria.Magnitude"),

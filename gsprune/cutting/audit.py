@@ -23,6 +23,7 @@ from gsprune.pruner.rule import Rule, check_kind
 from gsprune.schedules import OneShot
 from gsprune.structures.structure import Structure
 from gsprune.structures.twin import copy_of
+from gsprune.surgery.proof import tensors_of
 from gsprune.text.display import html_table
 
 FEWEST = 4  # units whose ranks have an interval
@@ -262,10 +263,11 @@ def _changes(
 
 @contextmanager
 def removed(model: nn.Module, structure: Structure, units: Sequence[int]) -> Iterator[None]:
-    """Inside the block the columns that read these units are zero; then they are what they were, bit for bit."""
+    """Inside the block what a mask of these units zeroes is zero; then it is what it was, bit for bit."""
     before: list[tuple[Tensor, int, Tensor, Tensor]] = []
-    for member in structure.consumers:
-        tensor = model.get_parameter(member.tensor).detach()
+    tensors = tensors_of(model)
+    for member in structure.masked:
+        tensor = tensors[member.tensor].detach()
         where = member.index[[*units]].flatten().to(tensor.device)
         before.append((tensor, member.dim, where, tensor.index_select(member.dim, where)))
     try:

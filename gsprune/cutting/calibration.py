@@ -191,11 +191,12 @@ class Calibration:
 
     def mean_loss(self, model: nn.Module) -> float:
         """The mean over samples of a network's loss, in evaluation mode; it may lie on another device."""
-        device, total = device_of(model), 0.0
+        device, losses = device_of(model), list[Tensor]()
         with torch.no_grad(), evaluating([model]), no_fast_path(), same_randomness(model):
             for batch in self.batches:
-                total += float(self.loss(model, batch.to(device))) * batch.size
-        return total / self.size
+                losses.append(self.loss(model, batch.to(device)))
+        values = torch.stack(losses).tolist()  # one wait for the device
+        return float(sum(value * batch.size for value, batch in zip(values, self.batches, strict=True))) / self.size
 
 
 def _read(batches: Iterable[Any], loss: Loss | None) -> Iterator[Batch]:

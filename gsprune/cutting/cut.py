@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from gsprune.collectives import refuse_several
 from gsprune.cost.budgets import KINDS
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import OBS, Criterion, Fisher
@@ -36,7 +37,8 @@ from gsprune.cutting.how_much import (
 from gsprune.cutting.progress import Line, Report, silent
 from gsprune.cutting.scoring import gate_gradients, readers, sharing_copy, unit_scores
 from gsprune.cutting.settled import Settled
-from gsprune.cutting.weights import PrunedWeights, WeightScope, prune_weights
+from gsprune.cutting.size import Size
+from gsprune.cutting.weights import PrunedWeights, WeightPruner, WeightScope
 from gsprune.formats.network import save_pruned
 from gsprune.pruner.part import Part
 from gsprune.pruner.rule import Rule, check_kind
@@ -62,6 +64,7 @@ FamilyRepair = Literal["shared", "least_squares", "batchnorm"]
 REPAIRS = ("least_squares", "batchnorm")
 
 
+<<<<<<< HEAD
 @dataclass(frozen=True)
 class Size:
     """Size and loss of a network.
@@ -78,6 +81,8 @@ class Size:
     value: Any = None
 
 
+=======
+>>>>>>> e984035 (Single weights by mode=cut with wanda and sparsegpt, max_drop and curves of sparsities; cutting in several processes; repair of more kinds of layers)
 @dataclass(frozen=True, eq=False)
 class Cut:
     """The result of `gsprune.cut`: the smaller network and what was measured.
@@ -187,6 +192,9 @@ def cut(
     loss: Loss | None = None,
     *,
     sparsity: float | None = None,
+    max_drop: float | None = None,
+    evaluate: Evaluate | None = None,
+    confidence: float = 0.95,
     pattern: str | Pattern,
     scope: WeightScope | None = None,
     criterion: Criterion | None = None,
@@ -229,9 +237,16 @@ def cut(
     With a `pattern` single weights are set to zero instead (`gsprune.cutting.weights.prune_weights`), and the other
     weights of each row are refitted.
 
+<<<<<<< HEAD
     With `max_drop` cuts to 94, 88, 83, ... % of the MACs are made and evaluated, the mildest first, until one is not
     certified to lose at most that (`gsprune.cutting.how_much`); the last certified one is returned. Samples that
     `evaluate` reads must not be in `batches`: a repaired network is better on the samples of its repair.
+=======
+    With `max_drop` it is the largest cut of those to 94, 88, 83, ... % of the MACs (of the weights, with a pattern)
+    that is certified to lose no more.
+    They are made and evaluated from the mildest on, until one is not certified (`gsprune.cutting.how_much`). Samples
+    that `evaluate` reads must not be in `batches`: a repaired network is better on samples that repaired it.
+>>>>>>> e984035 (Single weights by mode=cut with wanda and sparsegpt, max_drop and curves of sparsities; cutting in several processes; repair of more kinds of layers)
 
     Args:
         model: not changed.
@@ -245,8 +260,13 @@ def cut(
             `gsprune.cutting.how_much.right_or_wrong(batches)` gives: then the drop is bounded with the confidence. Or
             one number, which is shown for both networks; it certifies nothing, and `max_drop` compares it as it is.
         confidence: of the bound of the drop, in [0.5, 1).
+<<<<<<< HEAD
         pattern: "1x1" (single weights), a tile "NxM", or a block "N:M"; None: whole units.
         scope: of a pattern: "row", "layer" or "global"; None: the criterion's own.
+=======
+        pattern: "1x1" (single weights), a tile "NxM", or a block "N:M", whose sparsity is fixed; None: whole units.
+        scope: of a pattern: "row", "layer" or "global"; None: what is usual for the criterion.
+>>>>>>> e984035 (Single weights by mode=cut with wanda and sparsegpt, max_drop and curves of sparsities; cutting in several processes; repair of more kinds of layers)
         criterion: how to score; None: `OBS` where the repair is least squares, else `Fisher`; `SparseGPT` with a
             pattern.
         rules: what to cut, each with its own amount, instead of the other settings from `macs` to `exclude`.
@@ -280,24 +300,28 @@ def cut(
     check_repair(repair)
     check_confidence(confidence)
     if pattern is not None:
-        units = {"macs": macs, "params": params, "latency": latency, "max_drop": max_drop, "evaluate": evaluate}
-        _refuse_of_units({**units, "rules": rules, "kinds": kinds, "example_input": example_input}, pattern)
+        units = {"macs": macs, "params": params, "latency": latency, "rules": rules, "kinds": kinds}
+        refuse_of_units({**units, "example_input": example_input}, pattern, repair)
+        if sparsity is not None and max_drop is not None:
+            raise ValueError("sparsity and max_drop both say how much to prune: set one of them")
         with shown(progress) as report:
-            return prune_weights(
+            pruner = WeightPruner(
                 model,
                 batches,
-                criterion,
-                loss=loss,
-                sparsity=sparsity,
+                loss,
+                evaluate,
+                confidence=confidence,
+                calibration=calibration,
+                report=report,
+                criterion=criterion,
                 pattern=pattern,
                 scope=scope,
                 repair=repair is not None,
                 include=include,
                 exclude=exclude,
-                calibration=calibration,
-                progress=report,
             )
-    _refuse_of_weights(criterion, scope)
+            return pruner.prune(sparsity) if max_drop is None else pruner.within(max_drop)
+    refuse_of_weights(criterion, scope)
     if rules is None:
         name, share = _amount(given)
         if name == "max_drop":
@@ -580,10 +604,11 @@ class Cutter:
 
 
 def check_model(model: nn.Module) -> None:
-    """ValueError for what is no network, or a wrapper around one."""
+    """ValueError for what is no network, a wrapper around one, or one of several processes."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
     refuse_wrapped(model)
+    refuse_several()
 
 
 def check_repair(repair: str | None, allowed: Sequence[str] = REPAIRS) -> None:
@@ -602,13 +627,17 @@ def one_rule(
     return Rule(criterion, schedule=OneShot(), structured=True, **how, **settings)
 
 
-def _refuse_of_units(given: Mapping[str, Any], pattern: str | Pattern) -> None:
+def refuse_of_units(given: Mapping[str, Any], pattern: str | Pattern, repair: str | None) -> None:
+    """ValueError for settings that have no meaning for single weights."""
+    if repair == "batchnorm":
+        raise ValueError(f"repair='batchnorm' is of units, and pattern={pattern!r} prunes single weights")
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"pattern={pattern!r} prunes single weights, where {name} has no effect: leave it out")
 
 
-def _refuse_of_weights(criterion: Criterion | None, scope: WeightScope | None) -> None:
+def refuse_of_weights(criterion: Criterion | None, scope: WeightScope | None) -> None:
+    """ValueError for settings of single weights without a pattern."""
     if scope is not None:
         raise ValueError(f"scope={scope!r} is of single weights: give a pattern too, such as '1x1', or leave it out")
     if isinstance(criterion, Criterion) and not criterion.scores_units:

@@ -17,16 +17,22 @@ from gsprune.cutting.cut import (
     Cut,
     Cutter,
     FamilyRepair,
-    Size,
     check_model,
     check_repair,
     evaluated,
     one_rule,
+    refuse_of_units,
+    refuse_of_weights,
     shown,
 )
 from gsprune.cutting.how_much import Evaluate, largest_cut, number_of, value_of, values_of
 from gsprune.cutting.progress import Report
+from gsprune.cutting.size import Size
+from gsprune.cutting.weights import PrunedWeights, WeightPruner, WeightScope, check_levels
+from gsprune.ranking.patterns import Pattern
 from gsprune.text.display import html_table, percent
+
+AnyCut = Cut | PrunedWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,28 +41,30 @@ class CutFamily:
 
     kind     what the budgets are of: "macs", "params", "latency" or "sparsity"
     shares   the budgets, as they were asked for
-    cuts     a `Cut` each
+    cuts     a `Cut` each; of single weights `PrunedWeights`
     """
 
     kind: str
     shares: tuple[float, ...]
-    cuts: tuple[Cut, ...]
+    cuts: tuple[AnyCut, ...]
 
     @property
     def dense(self) -> Size:
         """Cost and loss of the dense network."""
-        return self.cuts[0].dense
+        dense = self.cuts[0].dense
+        assert dense is not None
+        return dense
 
     def __len__(self) -> int:
         return len(self.cuts)
 
-    def __iter__(self) -> Iterator[Cut]:
+    def __iter__(self) -> Iterator[AnyCut]:
         return iter(self.cuts)
 
-    def __getitem__(self, number: int) -> Cut:
+    def __getitem__(self, number: int) -> AnyCut:
         return self.cuts[number]
 
-    def within(self, max_drop: float, confidence: float = 0.95) -> Cut:
+    def within(self, max_drop: float, confidence: float = 0.95) -> AnyCut:
         """The largest of these cuts that is certified to lose at most `max_drop` points of what `evaluate` measures.
 
         They are tried from the mildest on, until one is not certified (`gsprune.cutting.how_much`).
@@ -72,7 +80,7 @@ class CutFamily:
             (1 - share if self.kind == "sparsity" else share): cut
             for share, cut in zip(self.shares, self.cuts, strict=True)
         }
-        values = {id(cut.model): cut.small.value for cut in self.cuts}
+        values = {id(cut.model): _small(cut).value for cut in self.cuts}
         found, how_much = largest_cut(
             values_of(self.dense.value),
             lambda share: (left[share], left[share].model),
@@ -80,7 +88,7 @@ class CutFamily:
             max_drop=max_drop,
             confidence=confidence,
             shares=[*left],
-            of=KINDS.get(self.kind, "units"),
+            of="weights" if isinstance(self.cuts[0], PrunedWeights) else KINDS.get(self.kind, "units"),
         )
         return replace(found, how_much=how_much)
 
@@ -88,7 +96,7 @@ class CutFamily:
         """Each cut as numbers: the budget, what is left of parameters and MACs in (0, 1], loss, the mean of what
         `evaluate` gave, and the points of it that are lost at most, each cut taken alone."""
         return [{"dense": 1.0, **_numbers(self.dense, self.dense)}] + [
-            {self.kind: share, **_numbers(cut.small, self.dense), **_bound(cut)}
+            {self.kind: share, **_numbers(_small(cut), self.dense), **_bound(cut)}
             for share, cut in zip(self.shares, self.cuts, strict=True)
         ]
 
@@ -121,6 +129,8 @@ def cut_family(
     params: Sequence[float] | None = None,
     latency: Sequence[float] | None = None,
     sparsity: Sequence[float] | None = None,
+    pattern: str | Pattern | None = None,
+    scope: WeightScope | None = None,
     criterion: Criterion | None = None,
     kinds: Sequence[str] | None = None,
     include: Sequence[str] = ("*",),
@@ -136,8 +146,15 @@ def cut_family(
 
     Args:
         macs, params, latency, sparsity: several values of the settings of `gsprune.cut`; one of the four.
+<<<<<<< HEAD
         repair: "shared" refits all cuts from second moments of the dense network that are computed once;
             "least_squares" refits each cut as `gsprune.cut` does: more accurate, one more pass for each cut.
+=======
+        pattern, scope: of single weights, whose one amount is the sparsity; each network is pruned and refitted by
+            itself, whatever `repair` says but None. An N:M pattern has one sparsity and no family.
+        repair: "shared" refits the readers of what went by second moments that are taken once, in the dense network;
+            "least_squares" refits each cut as `gsprune.cut` does, which fits better and takes a pass a cut.
+>>>>>>> e984035 (Single weights by mode=cut with wanda and sparsegpt, max_drop and curves of sparsities; cutting in several processes; repair of more kinds of layers)
         others: as of `gsprune.cut`.
 
     Raises:
@@ -155,6 +172,26 @@ def cut_family(
     kind, shares = _checked(given)
     check_repair(repair, ("shared", *REPAIRS))
     check_confidence(confidence)
+    if pattern is not None:
+        _check_weights(kind, shares, pattern, {"kinds": kinds, "example_input": example_input}, repair)
+        with shown(progress) as report:
+            pruner = WeightPruner(
+                model,
+                batches,
+                loss,
+                evaluate,
+                confidence=confidence,
+                calibration=calibration,
+                report=report,
+                criterion=criterion,
+                pattern=pattern,
+                scope=scope,
+                repair=repair is not None,
+                include=include,
+                exclude=exclude,
+            )
+            return CutFamily(kind, tuple(shares), tuple(pruner.prune(share) for share in shares))
+    refuse_of_weights(criterion, scope)
     rules = [
         one_rule(kind, share, criterion, repair, kinds=kinds, include=include, exclude=exclude) for share in shares
     ]
@@ -194,7 +231,21 @@ def _checked(given: dict[str, Sequence[float] | None]) -> tuple[str, list[float]
     return name, sorted(shares, reverse=name != "sparsity")
 
 
-def _bound(cut: Cut) -> dict[str, float]:
+def _check_weights(
+    kind: str, shares: Sequence[float], pattern: str | Pattern, of_units: dict[str, Any], repair: FamilyRepair | None
+) -> None:
+    if kind != "sparsity":
+        raise ValueError(f"pattern={pattern!r} prunes single weights, whose amount is sparsity, and {kind} is given")
+    check_levels(pattern, "sparsity", [*shares])
+    refuse_of_units(of_units, pattern, repair)
+
+
+def _small(cut: AnyCut) -> Size:
+    assert cut.small is not None
+    return cut.small
+
+
+def _bound(cut: AnyCut) -> dict[str, float]:
     bound = None if cut.how_much is None else cut.how_much.chosen.bound
     return {} if bound is None else {"drop_at_most": bound}
 

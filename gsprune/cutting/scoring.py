@@ -21,7 +21,7 @@ from gsprune.cutting.calibration import Batch, Calibration
 from gsprune.pruner.targets import Verdict
 from gsprune.pruner.units import UnitTarget, UnitTargets
 from gsprune.ranking.elimination import Reader
-from gsprune.repair.gram import Moments, choose_rows, matrix_of, why_no_matrix
+from gsprune.repair.gram import Moments, choose_rows, matrix_of, rows_dim, why_no_matrix
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import call
 from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
@@ -170,7 +170,7 @@ def readers(
     modules = dict(twin.named_modules())
     names = dict.fromkeys(m.tensor.rpartition(".")[0] for s in structures for m in s.consumers)
     folds = _folds(modules, structures)
-    names = {n: None for n in names if why_no_matrix(modules[n]) is None and _columns(modules[n], folds.get(n)) <= WIDE}
+    names = {n: None for n in names if _is_one_matrix(modules[n]) and _columns(modules[n], folds.get(n)) <= WIDE}
     moments: dict[str, Moments] = {}
     home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
     done = 0
@@ -231,7 +231,13 @@ def _folds(modules: Mapping[str, nn.Module], structures: Sequence[Structure]) ->
 def _columns(module: Any, fold: Tensor | None) -> int:
     if fold is not None:
         return len(fold)
-    return int(module.weight.shape[1]) if isinstance(module, nn.modules.conv._ConvNd) else matrix_of(module).shape[2]
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return int(module.weight.shape[1 - rows_dim(module)])
+    return matrix_of(module).shape[2]
+
+
+def _is_one_matrix(module: Any) -> bool:
+    return why_no_matrix(module) is None and getattr(module, "groups", 1) == 1
 
 
 def _as_reader(
@@ -244,6 +250,8 @@ def _as_reader(
     if module.bias is None:
         gram = gram + seen.mean_x[0][:, None] * seen.mean_x[0]
     weight = module.weight.detach()
+    if weight.dim() > 2 and rows_dim(module) == 1:
+        weight = weight.transpose(0, 1)
     if name in folds:
         matrix = weight[:, folds[name].T.to(weight.device)].flatten(0, 1)  # (outputs * positions, units)
         return Reader(matrix.to(gram.device), gram, torch.arange(matrix.shape[1], device=gram.device)[:, None])
@@ -262,6 +270,7 @@ class _Reader:
             for member in structure.consumers:
                 self._members.setdefault(member.tensor, []).append((structure, member))
         self.by_weight: set[str] = set()  # consumers that are read through the gradient of their weight
+        self._indices: dict[Member, Tensor] = {}
         self._known = False
         self._copies = False  # whether inputs are written into after they were read, so that they are kept as copies
 
@@ -290,15 +299,24 @@ class _Reader:
             return self.read(calibration, batch)
         for name, slope in zip(weights, slopes[len(written.leaves) :], strict=True):
             if slope is not None:
-                sums[name] = (weights[name].detach() * slope).transpose(0, 1).flatten(1).sum(1).unsqueeze(0)
-        return {s.name: self._of(s, sums, batch.size) for s in self.structures}
+                dim = self._members[name][0][1].dim
+                sums[name] = (weights[name].detach() * slope).movedim(dim, 0).flatten(1).sum(1).unsqueeze(0)
+        found = torch.cat([self._of(s, sums, batch.size) for s in self.structures], 1).cpu()  # one wait for the device
+        parts = found.split([s.units for s in self.structures], 1)
+        return {s.name: part for s, part in zip(self.structures, parts, strict=True)}
 
     def _of(self, structure: Structure, sums: Mapping[str, Tensor], size: int) -> Tensor:
         total = torch.zeros(size, structure.units, device=self.device)
         for member in structure.consumers:
             if member.tensor in sums:
-                total += sums[member.tensor][:, member.index.to(self.device)].sum(2)
-        return total.cpu()
+                total += sums[member.tensor][:, self._index(member)].sum(2)
+        return total
+
+    def _index(self, member: Member) -> Tensor:
+        """On the device, where it stays."""
+        if member not in self._indices:
+            self._indices[member] = member.index.to(self.device)
+        return self._indices[member]
 
     @contextmanager
     def _watched(self, size: int, sums: dict[str, Tensor]) -> Iterator[_Watched]:

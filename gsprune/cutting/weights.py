@@ -10,14 +10,30 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from gsprune.collectives import refuse_several
+from gsprune.cost.counting import count_parameters
 from gsprune.criteria import Activations, Criterion, SparseGPT, Wanda
 from gsprune.cutting.calibration import Calibration, Loss
+from gsprune.cutting.how_much import (
+    Evaluate,
+    HowMuch,
+    check_enough,
+    check_max_drop,
+    compared,
+    is_of_samples,
+    largest_cut,
+    number_of,
+    value_of,
+    values_of,
+)
+from gsprune.cutting.size import Size
 from gsprune.pruner.find_targets import weight_targets
 from gsprune.pruner.part import Part
 from gsprune.pruner.rule import Rule, check_kind, check_number
@@ -26,10 +42,10 @@ from gsprune.pruner.weights import WeightTarget
 from gsprune.ranking.patterns import Block, Pattern, Tile, parse_pattern
 from gsprune.ranking.selection import pruned_count, select
 from gsprune.repair.calibrating import held_back_split
-from gsprune.repair.gram import Moments, matrix_of
+from gsprune.repair.gram import Moments, as_matrix, as_weight, matrix_of
 from gsprune.repair.least_squares import checked_damping
 from gsprune.repair.report import LayerRepair, RepairReport
-from gsprune.repair.support import DAMPING, Choose, Site, Walked, as_matrix, as_weight, find_sites, walk
+from gsprune.repair.support import DAMPING, Choose, Site, Walked, find_sites, walk
 from gsprune.schedules import OneShot
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.matrices import coverage, is_sharded, warn_of_little
@@ -39,6 +55,7 @@ from gsprune.surgery.narrow_attention import close_nested_path, narrow, why_not_
 from gsprune.text.names import lines_by_reason
 
 WeightScope = Literal["row", "layer", "global"]
+OF = "weights"  # what the shares of a search are of
 Progress = Callable[[str, float], None]  # what is being done; the share of it that is done, in [0, 1]
 
 
@@ -75,17 +92,30 @@ class WeightReport:
 class PrunedWeights:
     """A network with pruned weights.
 
-    model    a copy of the network; pruned weights are 0
-    masks    tensor name -> bool, True = kept: for `Pruner.from_masks` and `save_masks`
-    report   what happened
+    model      a copy of the network; pruned weights are 0
+    masks      tensor name -> bool, True = kept: for `Pruner.from_masks` and `save_masks`
+    report     what happened
+    dense, small   parameters, loss and what `evaluate` gave of both networks; None of `prune_weights`, which asks none
+    how_much   what it costs of what `evaluate` measures, and what was tried; None where that is not known
     """
 
     model: nn.Module = field(repr=False)
     masks: dict[str, Tensor] = field(repr=False)
     report: WeightReport
+    dense: Size | None = field(default=None, repr=False)
+    small: Size | None = field(default=None, repr=False)
+    how_much: HowMuch | None = None
 
     def __repr__(self) -> str:
-        return repr(self.report)
+        lines = []
+        if self.dense and self.small and self.dense.loss is not None and self.small.loss is not None:
+            lines.append(f"loss: {self.dense.loss:.4g} -> {self.small.loss:.4g} on the calibration samples")
+        if self.how_much is not None:
+            lines.append(f"evaluate: {self.how_much}")
+        elif self.dense and self.small and self.dense.value is not None:
+            before, after = number_of(self.dense.value), number_of(self.small.value)
+            lines.append(f"evaluate: {before:.4g} -> {after:.4g}")
+        return "\n".join([repr(self.report), *lines])
 
 
 def prune_weights(
@@ -145,7 +175,7 @@ def prune_weights(
     """
     criterion = SparseGPT() if criterion is None else criterion
     pattern = parse_pattern(pattern)
-    scope, share = _checked(model, criterion, sparsity, pattern, scope)
+    scope, share = check_weights(model, criterion, sparsity, pattern, scope)
     damping = checked_damping(damping)
     settings = _Settings(pattern, scope, share, [*include], [*exclude], damping if repair else None)
     data = batches if isinstance(batches, Calibration) else Calibration(batches, loss, samples=calibration)
@@ -162,6 +192,112 @@ def prune_weights(
     by = f"{criterion}, pattern {_notation(pattern)}, by {scope}"
     report = WeightReport(shares, found.skipped, RepairReport(tuple(found.layers)), by, share_targeted)
     return PrunedWeights(_with_values_of(model, seen.small), found.masks, report)
+
+
+class WeightPruner:
+    """Prunes single weights of one network to one or several sparsities, and evaluates each.
+
+    Args:
+        model, batches, loss, evaluate, confidence, calibration: as of `gsprune.cut`; batches are read when all settings
+            are found to be right.
+        settings: others of `prune_weights`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Loss | None,
+        evaluate: Evaluate | None,
+        *,
+        confidence: float,
+        calibration: int,
+        report: Progress,
+        **settings: Any,
+    ) -> None:
+        self._model, self._report, self._settings = model, report, settings
+        self._evaluate, self._confidence = evaluate, confidence
+        self._read = partial(Calibration, batches, loss, samples=calibration)
+        self._dense: Size | None = None
+
+    def prune(self, sparsity: float | None) -> PrunedWeights:
+        """To a sparsity (None: that of the pattern); with what `evaluate` gives, and a bound of values of samples."""
+        dense = self.dense(sparsity)
+        found = self._sized(prune_weights(self._model, self._data, sparsity=sparsity, **self._all), dense)
+        if self._evaluate is None:
+            return found
+        self._report("evaluating the pruned network", 0.0)
+        value = value_of(self._evaluate, found.model)
+        found = _valued(found, value)
+        if not is_of_samples(dense.value):
+            return found
+        values = values_of(dense.value), values_of(value)
+        return replace(found, how_much=compared(*values, 1 - found.report.sparsity, self._confidence, of=OF))
+
+    def within(self, max_drop: float) -> PrunedWeights:
+        """The sparsest that loses at most `max_drop` points of what `evaluate` gives.
+
+        Sparsities are tried from the mildest on: 6 %, 12 %, 17 %, ... (`gsprune.cutting.how_much`).
+        """
+        check_max_drop(max_drop)
+        check_levels(self._settings["pattern"], "max_drop", max_drop)
+        if (evaluate := self._evaluate) is None:
+            raise ValueError(f"max_drop={max_drop:g} needs evaluate, which says what a network loses")
+        dense = self.dense(0.5, max_drop)
+        given: list[Any] = []
+
+        def cut_to(share: float) -> tuple[PrunedWeights, nn.Module]:
+            made = prune_weights(self._model, self._data, sparsity=1 - share, **self._all)
+            return made, made.model
+
+        def measure(network: nn.Module) -> Any:
+            given.append((network, value_of(evaluate, network)))
+            return given[-1][1]
+
+        found, how_much = largest_cut(
+            values_of(dense.value),
+            cut_to,
+            measure,
+            max_drop=max_drop,
+            confidence=self._confidence,
+            of=OF,
+            note=self._report,
+        )
+        (value,) = [value for network, value in given if network is found.model]
+        return replace(_valued(self._sized(found, dense), value), how_much=how_much)
+
+    def dense(self, sparsity: float | None, max_drop: float | None = None) -> Size:
+        """What the dense network costs and loses; ValueError, before any of that, for settings that contradict."""
+        if self._dense is None:
+            settings = self._settings
+            criterion, pattern = settings.get("criterion") or SparseGPT(), parse_pattern(settings["pattern"])
+            check_weights(self._model, criterion, sparsity, pattern, settings.get("scope"))
+            value = None if self._evaluate is None else value_of(self._evaluate, self._model)
+            if max_drop is not None:
+                check_enough(values_of(value), max_drop, self._confidence)
+            self._dense = Size(count_parameters(self._model), None, self._loss(self._model), value)
+        return self._dense
+
+    @property
+    def _all(self) -> dict[str, Any]:
+        return {**self._settings, "progress": self._report}
+
+    def _sized(self, found: PrunedWeights, dense: Size) -> PrunedWeights:
+        pruned = sum_of(found.report.shares.values()).pruned
+        return replace(found, dense=dense, small=Size(dense.params - pruned, None, self._loss(found.model)))
+
+    @cached_property
+    def _data(self) -> Calibration:
+        return self._read()
+
+    def _loss(self, model: nn.Module) -> float | None:
+        data = self._data
+        return data.mean_loss(model) if data.labelled and data.has_loss else None
+
+
+def _valued(found: PrunedWeights, value: Any) -> PrunedWeights:
+    assert found.small is not None
+    return replace(found, small=replace(found.small, value=value))
 
 
 # ---- settings
@@ -182,13 +318,14 @@ class _Settings:
         return self.scope == "row" and not isinstance(self.pattern, Block)
 
 
-def _checked(
+def check_weights(
     model: nn.Module, criterion: Criterion, sparsity: float | None, pattern: Pattern, scope: WeightScope | None
 ) -> tuple[WeightScope, float]:
-    """The scope, and the share that goes."""
+    """The scope, and the share that goes; ValueError for settings that contradict each other or the network."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
     refuse_wrapped(model)
+    refuse_several()
     for name, tensor in model.named_parameters():
         if is_sharded(tensor):
             raise ValueError(f"{name} is cut over several processes: prune before fully_shard")
@@ -217,6 +354,15 @@ def _checked(
         "row" if isinstance(criterion, Wanda) else "layer" if isinstance(criterion, Activations) else "global"
     )
     return scope or usual, share
+
+
+def check_levels(pattern: str | Pattern, name: str, given: object) -> None:
+    """ValueError where a setting asks for several sparsities of a pattern that has one."""
+    parsed = parse_pattern(pattern)
+    if (fixed := parsed.final_sparsity) is not None:
+        raise ValueError(
+            f"{name}={given} takes several sparsities, and pattern {_notation(parsed)} has one, {fixed:g}: take 1x1"
+        )
 
 
 def _notation(pattern: Pattern) -> str:

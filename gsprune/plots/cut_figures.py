@@ -8,7 +8,12 @@ from collections.abc import Mapping, Sequence
 from gsprune.files.disk import write_atomic
 from gsprune.plots.sweep_figures import Line, Mark, Panel, draw_panels
 
-LEFT = {"macs": "multiplications left (%)", "params": "parameters left (%)", "latency": "time left, as asked for (%)"}
+LEFT = {
+    "macs": "multiplications left (%)",
+    "params": "parameters left (%)",
+    "latency": "time left, as asked for (%)",
+    "weights": "weights left (%)",
+}
 
 
 def save_curve(
@@ -18,7 +23,7 @@ def save_curve(
 
     Args:
         rows: of each cut "left" in (0, 1], "val_accuracy" and "accuracy" (on the test split), in [0, 1].
-        kind: what is left: "macs", "params" or "latency".
+        kind: what is left: "macs", "params", "latency" or "weights".
         dense: "val_accuracy" and "accuracy" of the dense network.
     """
     lines = []

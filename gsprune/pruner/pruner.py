@@ -580,7 +580,7 @@ class Pruner(Attachable):
         is_cut = self.shrink == "each_update"
         plan = self._shrinker.step if is_cut and self._shrinker else next_cut(self.parts)
         if fewer_units and plan is not None:
-            repairs.mend(plan, is_cut=is_cut)
+            repairs.mend(plan, is_cut=is_cut, optimizers=self.optimizers)
         repairs.forget()
 
     def _finish_masks(self) -> None:

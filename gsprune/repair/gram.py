@@ -7,7 +7,7 @@ Moments are float64, summed up batch by batch from centred rows; no activations 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from gsprune.structures.matrices import is_conv1d
 
 POSITIONS = 200_000  # rows of a layer that are read, over all batches
 OWN_PASS = "its output is not its weight times its input: it has a forward pass of its own"
+ENTRIES = 2**24  # of the rows of a wide layer that are read at once
 FLAT = 1e-3  # a smaller slope of a norm makes nothing up
 _CONV = nn.modules.conv._ConvNd
 
@@ -145,8 +146,6 @@ def noise(dtype: torch.dtype) -> float:
 
 def why_no_matrix(module: nn.Module) -> str | None:
     """Why a layer cannot be seen as one matrix a group, or None."""
-    if isinstance(module, _CONV) and module.transposed:
-        return "it is a transposed convolution"
     if not isinstance(module, nn.Linear | _CONV) and not is_conv1d(module):
         return f"it is a {type(module).__name__}"
     if not isinstance(module._parameters.get("weight"), Tensor):
@@ -154,19 +153,68 @@ def why_no_matrix(module: nn.Module) -> str | None:
     return None
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is a transposed convolution: a plain one of the spread input, with its kernel turned round."""
+    return isinstance(module, _CONV) and module.transposed
+
+
+def rows_dim(module: nn.Module) -> int:
+    """The dimension of a layer's weight that its outputs lie along; its inputs lie along the other of 0 and 1."""
+    return 1 if is_conv1d(module) or is_transposed(module) else 0
+
+
+def kept_rows(module: Any, cuts: Mapping[int, Tensor], sizes: Mapping[int, int]) -> Tensor | None:
+    """Of a dense layer's output channels, those that a cut plan keeps; None: all.
+
+    Args:
+        cuts, sizes: dimension of the weight -> positions that stay, and its dense length.
+
+    >>> up = nn.ConvTranspose1d(2, 6, 1, groups=2)
+    >>> kept_rows(up, {1: torch.tensor([0, 2])}, {1: 3}).tolist()
+    [0, 2, 3, 5]
+    """
+    kept = cuts.get(rows_dim(module))
+    if kept is None or not is_transposed(module):
+        return kept
+    size = sizes[1]
+    return (torch.arange(module.groups, device=kept.device)[:, None] * size + kept).flatten()
+
+
+def as_matrix(module: Any, tensor: Tensor) -> Tensor:
+    """A tensor of the weight's shape as (g, o, k)."""
+    if is_conv1d(module):
+        return tensor.T[None]
+    groups = getattr(module, "groups", 1)
+    if is_transposed(module):
+        grouped = tensor.unflatten(0, (groups, -1)).transpose(1, 2)  # (g, o, in / g, *kernel)
+        return grouped.flip([*range(3, grouped.dim())]).flatten(2)
+    return tensor.reshape(groups, len(tensor) // groups, -1)
+
+
+def as_weight(module: Any, matrix: Tensor) -> Tensor:
+    """The inverse of `as_matrix`.
+
+    >>> up = nn.ConvTranspose2d(4, 6, (3, 2), groups=2)
+    >>> torch.equal(as_weight(up, as_matrix(up, up.weight)), up.weight)
+    True
+    """
+    if is_conv1d(module):
+        return matrix[0].T
+    if is_transposed(module):
+        grouped = matrix.unflatten(2, (-1, *module.weight.shape[2:]))
+        return grouped.flip([*range(3, grouped.dim())]).transpose(1, 2).flatten(0, 1)
+    return matrix.reshape(module.weight.shape)
+
+
 def matrix_of(module: Any) -> Tensor:
     """The weight as (g, o, k)."""
-    weight: Tensor = module.weight.detach()
-    if is_conv1d(module):
-        return weight.T[None]
-    groups = getattr(module, "groups", 1)
-    return weight.reshape(groups, len(weight) // groups, -1)
+    return as_matrix(module, module.weight.detach())
 
 
 @torch.no_grad()
 def write_matrix(module: Any, matrix: Tensor) -> None:
     """The inverse of `matrix_of`, in place."""
-    module.weight.copy_(matrix[0].T if is_conv1d(module) else matrix.reshape(module.weight.shape))  # to its device
+    module.weight.copy_(as_weight(module, matrix))  # to its device
 
 
 def read_rows(module: Any, x: Tensor, chosen: Tensor | None = None) -> Tensor:
@@ -204,9 +252,12 @@ def _patches(module: Any, x: Tensor) -> Tensor:
     """A view of the padded input: of each output position the entries that it is computed from."""
     dims = len(module.kernel_size)
     x = x if x.dim() == dims + 2 else x[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    kernel, dilation = module.kernel_size, module.dilation
+    if is_transposed(module):
+        x, stride = _spread(module, x), (1,) * dims
+    else:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, stride = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), module.stride
     sides = [(x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(dims)]
     steps = x.stride()
     return x.as_strided(
@@ -221,6 +272,16 @@ def _patches(module: Any, x: Tensor) -> Tensor:
     )
 
 
+def _spread(module: Any, x: Tensor) -> Tensor:
+    """What a transposed convolution is a plain one of: the input with stride - 1 zeros between its entries, padded."""
+    dims = len(module.kernel_size)
+    wide = x.new_zeros(*x.shape[:2], *((x.shape[2 + i] - 1) * module.stride[i] + 1 for i in range(dims)))
+    wide[(..., *(slice(None, None, step) for step in module.stride))] = x
+    room = [module.dilation[i] * (module.kernel_size[i] - 1) - module.padding[i] for i in range(dims)]
+    pads = [pad for i in reversed(range(dims)) for pad in (room[i], room[i] + module.output_padding[i])]
+    return F.pad(wide, pads)
+
+
 def multiplies(module: Any, x: Tensor, y: Tensor) -> bool:
     """Whether what a layer gave is its weight times what it read, and its bias: looked at in a few rows.
 
@@ -232,17 +293,7 @@ def multiplies(module: Any, x: Tensor, y: Tensor) -> bool:
     """
     count = positions(module, y)
     if isinstance(module, _CONV):
-        wanted = [
-            (side + 2 * pad - step * (kernel - 1) - 1) // stride + 1 if isinstance(pad, int) else side
-            for side, pad, step, kernel, stride in zip(
-                x.shape[-len(module.kernel_size) :],
-                _paddings(module),
-                module.dilation,
-                module.kernel_size,
-                module.stride,
-                strict=True,
-            )
-        ]
+        wanted = _sides(module, x)
         if wanted != [*y.shape[-len(wanted) :]]:
             return False
     elif x.shape[:-1] != y.shape[:-1]:
@@ -256,6 +307,21 @@ def multiplies(module: Any, x: Tensor, y: Tensor) -> bool:
         return True  # nothing says that it is not
     tolerance = min(0.05, 50 * torch.finfo(y.dtype).eps ** 0.75)
     return torch.allclose(found, given.double(), rtol=0, atol=tolerance * max(1e-30, float(found.abs().max())))
+
+
+def _sides(module: Any, x: Tensor) -> list[int]:
+    """How long the output of a convolution is along each dimension."""
+    kernel = module.kernel_size
+    given = zip(x.shape[-len(kernel) :], _paddings(module), module.stride, module.dilation, kernel, strict=True)
+    if is_transposed(module):
+        return [
+            (side - 1) * stride - 2 * int(pad or 0) + step * (size - 1) + more + 1
+            for (side, pad, stride, step, size), more in zip(given, module.output_padding, strict=True)
+        ]
+    return [
+        (side + 2 * pad - step * (size - 1) - 1) // stride + 1 if isinstance(pad, int) else side
+        for side, pad, stride, step, size in given
+    ]
 
 
 def _paddings(module: Any) -> list[int | None]:
@@ -280,7 +346,7 @@ def choose_rows(counts: Sequence[int], most: int = POSITIONS) -> list[Tensor | N
     ends = [most * sum(counts[:i]) // total for i in range(len(counts) + 1)]
     generator = torch.Generator().manual_seed(total)
     return [
-        torch.randperm(count, generator=generator)[: end - start].sort().values
+        torch.randperm(count, generator=generator, device="cpu")[: end - start].sort().values
         for count, (start, end) in zip(counts, pairwise(ends), strict=True)
     ]
 
@@ -311,6 +377,7 @@ def moments_of(
     residual: bool = False,
     slope: Tensor | None = None,
     most: int = POSITIONS,
+    columns: Tensor | None = None,
 ) -> Seen:
     """Of a visited layer, x what the small one reads and y what the dense one gave.
 
@@ -322,23 +389,50 @@ def moments_of(
         residual: y is the dense output less what the small layer gives now, so that small errors stay exact.
         slope: of each output channel, what a norm between the layer and the sum multiplies it by.
         most: rows that are read, over all batches.
+        columns: of the small layer's, those that x is of; None: all. y is what all of them lack.
     """
+    fit, judge, whole = summed(visit, kept=kept, residual=residual, slope=slope, most=most, columns=columns)
+    return Seen(fit, judge, float(whole.yy.sum()) / max(1, whole.n))
+
+
+def summed(
+    visit: Visit,
+    *,
+    kept: Tensor | None,
+    residual: bool,
+    slope: Tensor | None,
+    most: int,
+    columns: Tensor | None,
+) -> tuple[Moments, Moments, Moments]:
+    """The moments of the two parts, and of the dense output on both; nothing here waits for the device."""
     small: Any = visit.small
     weight = matrix_of(small)
-    groups, outputs, columns = weight.shape
+    groups, outputs, width = weight.shape
     device = weight.device if weight.device.type != "mps" else torch.device("cpu")
-    fit, judge = (Moments.none(groups, columns, outputs, device) for _ in range(2))
+    fit, judge = (Moments.none(groups, width if columns is None else len(columns), outputs, device) for _ in range(2))
     whole = Moments.none(groups, 0, outputs, device)
-    chosen = rows_of(visit, [positions(small, y) for y in visit.outputs], most)
-    for i, (x, y, rows) in enumerate(zip(visit.inputs, visit.outputs, chosen, strict=True)):
+    counts = [positions(small, y) for y in visit.outputs]
+    parts = _in_parts(rows_of(visit, counts, most), visit, None if columns is None else max(1, ENTRIES // width))
+    for i, rows in parts:
+        x, y = visit.inputs[i], visit.outputs[i]
         read, given = read_rows(small, x, rows), given_rows(small, y, rows, kept)
         whole.add(read[:, :, :0], given)
         if visit.streams and visit.streams[i][0].shape == y.shape:
             given = given + _lost(small, visit.streams[i], rows, kept, slope)
-        (judge if visit.held_back[i] else fit).add(
-            read, _residual(small, weight, read, given, device) if residual else given
-        )
-    return Seen(fit, judge, float(whole.yy.sum()) / max(1, whole.n))
+        y = _residual(small, weight, read, given, device) if residual else given
+        (judge if visit.held_back[i] else fit).add(read if columns is None else read[..., columns.to(read.device)], y)
+    return fit, judge, whole
+
+
+def _in_parts(chosen: Sequence[Tensor | None], visit: Visit, most: int | None) -> Iterator[tuple[int, Tensor | None]]:
+    """(batch, rows of it that are read at once): at most so many; None: all of the batch."""
+    for i, rows in enumerate(chosen):
+        if most is None:
+            yield i, rows
+            continue
+        every = torch.arange(positions(visit.small, visit.outputs[i]), device=visit.inputs[i].device)
+        for part in (every if rows is None else rows).split(most):
+            yield i, part
 
 
 def _lost(

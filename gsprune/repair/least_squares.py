@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,26 +17,33 @@ from gsprune.repair.gram import (
     OWN_PASS,
     Seen,
     error,
+    kept_rows,
     matrix_of,
     moments_of,
     multiplies,
     noise,
+    rows_dim,
     solve,
     why_no_matrix,
     write_matrix,
 )
 from gsprune.repair.lockstep import CalledAgainError, Visit, lockstep
-from gsprune.repair.norms import NORMS, How, refit_norm, slope_of, why_no_norm
+from gsprune.repair.norms import How, Known, norms_in, refit_norm, slope_of, why_no_norm
 from gsprune.repair.observing import Observed, Stream, observe
+from gsprune.repair.packed import MIXED, is_packed, of_projections
 from gsprune.repair.report import LayerRepair, RepairReport
 from gsprune.repair.undoing import undone_on_error
+from gsprune.structures.matrices import TABLES
 from gsprune.surgery.cut_plan import CutPlan
 from gsprune.text.names import joined
 
 Which = Literal["consumers", "all"]
 _TWICE = "it is called more than once in a pass"
 DAMPING = (1e-3, 1e-2, 1e-1)
-WIDEST = 8192  # columns of a group: a Gram matrix of them takes half a gigabyte
+WIDEST = 8192  # columns of a group: a Gram matrix of them takes half a gigabyte; wider layers are refitted in blocks
+BLOCK = 2048  # columns of these
+SWEEPS = 4  # over all blocks, at most
+ENOUGH = 0.95  # of its error before: a sweep that leaves more is the last
 
 
 def least_squares(
@@ -101,13 +109,15 @@ def least_squares(
     damping = checked_damping(damping)
     inputs, is_held_back = held_back_split(batches, held_back)
     seen = observe(dense, inputs[0])
-    meant = _meant(small, plan, layers, norms)
-    left = _left(small, dense, plan, meant, norms, seen)
+    known = norms_in(small)
+    meant = _meant(small, plan, layers, known if norms else {})
+    left = _left(small, dense, plan, meant, known, norms, seen)
     if not any(is_held_back):
         left |= dict.fromkeys(meant, "there is one sample only, and none can be held back to judge by")
     order = [*seen.order, *(name for name in meant if name not in seen.order)]  # an attention does not call its parts
     while True:
-        repair, why_left = _Repair(small, plan, damping, norms, seen.streams if streams else {}), dict(left)
+        repair = _Repair(small, plan, damping, (norms, known), seen.streams if streams else {})
+        why_left = dict(left)
         wanted = [name for name in order if name in meant and name not in left]
         watched = {name: seen.streams[name].place for name in wanted if streams and name in seen.streams}
 
@@ -135,7 +145,9 @@ def checked_damping(damping: Sequence[float]) -> list[float]:
 # ---- which layers
 
 
-def _meant(small: nn.Module, plan: CutPlan | None, layers: Which | Sequence[str], norms: How | None) -> list[str]:
+def _meant(
+    small: nn.Module, plan: CutPlan | None, layers: Which | Sequence[str], norms: Mapping[str, Known]
+) -> list[str]:
     """Names of the modules to repair, if they can be."""
     modules = dict(small.named_modules())
     if not isinstance(layers, str):
@@ -145,52 +157,68 @@ def _meant(small: nn.Module, plan: CutPlan | None, layers: Which | Sequence[str]
         return [*layers]
     if layers not in ("consumers", "all"):
         raise ValueError(f'layers is {layers!r}: it must be "consumers", "all" or a list of names')
-    lost = {name.rpartition(".")[0] for name, cuts in plan.kept.items() if 1 in cuts} if plan else set()
     is_all = layers == "all" or plan is None
     return [
         name
         for name, m in modules.items()
-        if name in lost or (is_all and why_no_matrix(m) is None) or (norms and isinstance(m, NORMS))
+        if (plan is not None and _lost_columns(name, m, plan))
+        or (is_all and (why_no_matrix(m) is None or is_packed(m)))
+        or name in norms
     ]
 
 
+def _lost_columns(name: str, module: nn.Module, plan: CutPlan) -> bool:
+    """Whether the plan shortens what a layer reads; an embedding reads no activations."""
+    tensors = [tensor for tensor in plan.kept if tensor.rpartition(".")[0] == name]
+    columns = 1 - rows_dim(module)
+    return not isinstance(module, TABLES) and any(columns in plan.kept[tensor] for tensor in tensors)
+
+
 def _left(
-    small: nn.Module, dense: nn.Module, plan: CutPlan | None, meant: Sequence[str], norms: How | None, seen: Observed
+    small: nn.Module,
+    dense: nn.Module,
+    plan: CutPlan | None,
+    meant: Sequence[str],
+    known: Mapping[str, Known],
+    norms: How | None,
+    seen: Observed,
 ) -> dict[str, str]:
     """Those of the modules that cannot be repaired -> why."""
     modules, left = dict(small.named_modules()), dict[str, str]()
     owners = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
     for name in meant:
         module = modules[name]
-        reason = why_no_norm(module, norms or "affine") if isinstance(module, NORMS) else _why_not(module)
+        reason = why_no_norm(module, norms or "affine") if name in known else _why_not(module)
         if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
             reason = reason or "it shares its weight with another module"
         if seen.calls[name] > 1:
             reason = reason or _TWICE
+        if name in seen.mixed and is_packed(module):
+            reason = reason or MIXED
         if reason is not None:
             left[name] = reason
-        elif not isinstance(module, NORMS):
+        elif name not in known:
             _check_fits(name, module, dense, plan.kept if plan else {})
     return left
 
 
 def _why_not(module: Any) -> str | None:
-    reason = why_no_matrix(module)
-    if reason is None and (columns := matrix_of(module).shape[2]) > WIDEST:
-        return f"it has {columns} columns, more than {WIDEST}"
-    return reason
+    if isinstance(module, nn.MultiheadAttention):
+        return None if is_packed(module) else "its query, key and value have a weight each"
+    return why_no_matrix(module)
 
 
 def _check_fits(name: str, module: Any, dense: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
-    weight = joined(name, "weight")
+    weight = joined(name, weight_of(module))
     try:
         shape = [*dense.get_parameter(weight).shape]
     except AttributeError:
         raise ValueError(f"the dense network has no {weight!r}, which the small one has") from None
     for dim, positions in kept.get(weight, {}).items():
         shape[dim] = len(positions)
-    if shape != [*module.weight.shape]:
-        given = f"{weight!r} has the shape {tuple(module.weight.shape)} in the small network"
+    here = getattr(module, weight_of(module)).shape
+    if shape != [*here]:
+        given = f"{weight!r} has the shape {tuple(here)} in the small network"
         raise ValueError(f"the plan does not lead from the dense network to the small one: {given}, not {tuple(shape)}")
 
 
@@ -205,18 +233,20 @@ class _Repair:
         small: nn.Module,
         plan: CutPlan | None,
         damping: Sequence[float],
-        norms: How | None,
+        norms: tuple[How | None, Mapping[str, Known]],
         streams: Mapping[str, Stream],
     ) -> None:
-        self._small, self._kept, self._damping = small, plan.kept if plan else {}, damping
-        self._norms, self._streams = norms, streams
+        self._small, self._plan, self._damping = small, plan, damping
+        (self._how, self._norms), self._streams = norms, streams
         self.layers: list[LayerRepair] = []
 
     def __call__(self, visit: Visit) -> None:
-        kept = self._kept.get(joined(visit.name, "weight"), {}).get(0)
-        if self._norms and isinstance(visit.small, NORMS):
-            self.layers.append(refit_norm(visit, kept, self._norms))
+        kept = self._kept(visit)
+        if self._how and visit.name in self._norms:
+            self.layers.append(refit_norm(visit, kept, self._how, self._norms[visit.name]))
             return
+        if is_packed(visit.small):
+            visit = of_projections(visit)
         if type(visit.dense) is type(visit.small) and not multiplies(
             visit.dense, visit.dense_inputs[0], visit.outputs[0]
         ):
@@ -224,13 +254,52 @@ class _Repair:
             return
         norm = self._streams[visit.name].norm if visit.streams else None
         slope = None if norm is None else slope_of(self._small.get_submodule(norm))
+        if matrix_of(visit.small).shape[2] > WIDEST:
+            self.layers.append(refit_in_blocks(visit, kept, slope, self._damping))
+            return
         seen = moments_of(visit, kept=kept, residual=True, slope=slope)
         self.layers.append(refit(visit.name, visit.small, seen, self._damping))
 
+    def _kept(self, visit: Visit) -> Tensor | None:
+        """Of the dense layer's outputs, those that the small one has; None: all."""
+        weight = joined(visit.name, weight_of(visit.small))
+        if self._plan is None or weight not in self._plan.kept:
+            return None
+        return kept_rows(visit.small, self._plan.kept[weight], self._plan.sizes[weight])
+
+
+def weight_of(module: nn.Module) -> str:
+    """The name of the tensor that a layer multiplies with."""
+    return "in_proj_weight" if is_packed(module) else "weight"
+
+
+def refit_in_blocks(visit: Visit, kept: Tensor | None, slope: Tensor | None, damping: Sequence[float]) -> LayerRepair:
+    """Of a wide layer, a block of columns after the other, to what all of them lack; several times over.
+
+    The memory is that of one block's Gram matrix and of `gram.ENTRIES` activations, whatever the width. Each block is
+    changed only where the error falls on the held-back part.
+    """
+    width, found = matrix_of(visit.small).shape[2], list[LayerRepair]()
+    for _ in range(SWEEPS):
+        for block in torch.arange(width).split(BLOCK):
+            seen = moments_of(visit, kept=kept, residual=True, slope=slope, columns=block)
+            found.append(refit(visit.name, visit.small, seen, damping, columns=block))
+        sweep = found[-math.ceil(width / BLOCK) :]
+        if all(one.reason is not None for one in sweep) or sweep[-1].after > ENOUGH * sweep[0].before:
+            break
+    changed = [one for one in found if one.reason is None]
+    if not changed:
+        return replace(found[0], after=found[0].before)
+    return LayerRepair(visit.name, found[0].before, found[-1].after, changed[-1].damping)
+
 
 @torch.no_grad()
-def refit(name: str, layer: Any, seen: Seen, damping: Sequence[float]) -> LayerRepair:
-    """Change a layer by what it lacks, y of the moments; each group where its error falls on the held-back part."""
+def refit(name: str, layer: Any, seen: Seen, damping: Sequence[float], *, columns: Tensor | None = None) -> LayerRepair:
+    """Change a layer by what it lacks, y of the moments; each group where its error falls on the held-back part.
+
+    Args:
+        columns: that x of the moments is of, and that are changed; None: all.
+    """
     fit, judge = seen.fit, seen.judge
     if not (fit.is_finite and judge.is_finite):
         return LayerRepair(name, reason="what it reads or should give is not finite")
@@ -244,7 +313,7 @@ def refit(name: str, layer: Any, seen: Seen, damping: Sequence[float]) -> LayerR
         return LayerRepair(name, was, was, reason=LACKS_NOTHING)
     chosen = torch.zeros_like(best)
     for value in damping:
-        change, shift = _rounded(layer, *solve(fit, None, value, has_bias=layer.bias is not None))
+        change, shift = _rounded(layer, *solve(fit, None, value, has_bias=layer.bias is not None), columns)
         after = error(judge, change, shift).sum(1)
         is_better = after < best
         best, chosen = torch.where(is_better, after, best), torch.where(is_better, value, chosen)
@@ -256,15 +325,20 @@ def refit(name: str, layer: Any, seen: Seen, damping: Sequence[float]) -> LayerR
     if not now < was:
         return LayerRepair(name, was, was, reason="no fit lowers its error on the held-back samples")
     old = matrix_of(layer)
-    write_matrix(layer, (old.to(weight.device).double() + weight).to(old.dtype))
+    mine = old if columns is None else old[..., columns.to(old.device)]
+    new = (mine.to(weight.device).double() + weight).to(old.dtype)
+    if columns is not None:
+        new = old.index_copy(2, columns.to(old.device), new.to(old.device))
+    write_matrix(layer, new)
     if layer.bias is not None:
         layer.bias.copy_((layer.bias.to(bias.device).double() + bias.flatten()).to(layer.bias.dtype))
     return LayerRepair(name, was, now, damping=float(chosen[best < before].median()))
 
 
-def _rounded(layer: Any, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _rounded(layer: Any, weight: Tensor, bias: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """The change that is left when the sums have been rounded to the layer's type."""
     old = matrix_of(layer).to(weight.device)
+    old = old if columns is None else old[..., columns.to(old.device)]
     change = (old.double() + weight).to(old.dtype).double() - old.double()
     if layer.bias is None:
         return change, bias

@@ -44,7 +44,7 @@ class Visit:
     dense, small   the modules; the dense one is an `nn.MultiheadAttention` where `name` is its output projection
     inputs         what the small layer is about to read
     dense_inputs   what the dense layer has read
-    outputs        what the dense layer gave
+    outputs        what the dense layer gave; of an attention's packed projections what they read
     held_back      whether the batch is of the held-back part
     tokens         bool (samples, tokens), False where the batch says that one is padding; None where it says nothing
     streams        (dense, small) tensors at the place that was watched for this layer; empty without one
@@ -353,7 +353,10 @@ class _Lockstep:
         for name in sorted(self._wanted):
             if self._dense is not None:
                 home, is_attention = home_of_layer(self._dense, name)
-                yield home.register_forward_hook(partial(self._after, name, is_attention), with_kwargs=True)
+                if isinstance(home, nn.MultiheadAttention) and not is_attention:  # its projections, of what it reads
+                    yield home.register_forward_pre_hook(partial(self._before_both, name), with_kwargs=True)
+                else:
+                    yield home.register_forward_hook(partial(self._after, name, is_attention), with_kwargs=True)
             yield self._small.get_submodule(name).register_forward_pre_hook(
                 partial(self._before, name), with_kwargs=True
             )
@@ -372,6 +375,10 @@ class _Lockstep:
 
     def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._stop(name, next(tensors_in((args, kwargs)), None), None)
+
+    def _before_both(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        read = next(tensors_in((args, kwargs)), None)
+        self._stop(name, read, read)
 
     def _after(self, name: str, is_attention: bool, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         gave = next(tensors_in(output), None)

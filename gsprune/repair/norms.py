@@ -11,11 +11,29 @@ from torch import Tensor, nn
 from gsprune.repair.gram import LACKS_NOTHING, Moments, error, noise, rows_of, solve
 from gsprune.repair.lockstep import Visit
 from gsprune.repair.report import LayerRepair
+from gsprune.structures.norms import StreamNorm, stream_norm
 
 BATCH = nn.modules.batchnorm._BatchNorm
-NORMS = (BATCH, nn.LayerNorm, nn.GroupNorm)
 How = Literal["statistics", "affine"]
 DAMPING = 1e-6
+
+
+Known = StreamNorm | None  # None: a BatchNorm, a GroupNorm, or a LayerNorm over several dimensions
+
+
+def norms_in(model: nn.Module) -> dict[str, Known]:
+    """The BatchNorms, LayerNorms, GroupNorms and RMSNorms of a network, of any library.
+
+    >>> norms_in(nn.Sequential(nn.BatchNorm2d(2), nn.RMSNorm(2), nn.Linear(2, 2))).keys()
+    dict_keys(['0', '1'])
+    """
+    found: dict[str, Known] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH | nn.GroupNorm):
+            found[name] = None
+        elif isinstance(module, nn.LayerNorm) or (known := stream_norm(module)) is not None:
+            found[name] = stream_norm(module) if isinstance(module, nn.LayerNorm) else known
+    return found
 
 
 def why_no_norm(module: nn.Module, how: How) -> str | None:
@@ -71,22 +89,23 @@ def slope_of(norm: Any) -> Tensor:
 
 
 @torch.no_grad()
-def refit_norm(visit: Visit, kept: Tensor | None, how: How) -> LayerRepair:
+def refit_norm(visit: Visit, kept: Tensor | None, how: How, known: Known = None) -> LayerRepair:
     """Take the statistics of what a BatchNorm reads now, or the scale and shift that fit the dense norm's output.
 
     Each channel is changed only where its error falls on the held-back part; without a dense network statistics are
     taken in all.
     """
     norm: Any = visit.small
-    fit, judge, variance = _moments(norm, visit, kept)
+    fit, judge, variance = _moments(norm, visit, kept, known)
     if not (fit.is_finite and judge.is_finite):
         return LayerRepair(visit.name, reason="what it reads or should give is not finite")
     now = _Affine.of(norm, fit.xx.device)
-    new = _statistics(now, fit) if how == "statistics" else _fitted(now, fit, has_bias=norm.bias is not None)
+    has_bias = getattr(norm, "bias", None) is not None
+    new = _statistics(now, fit) if how == "statistics" else _fitted(now, fit, has_bias=has_bias)
     dtype = (norm.running_mean if how == "statistics" else norm.weight).dtype
     new = new.rounded(dtype)
     if not visit.outputs:
-        _write(norm, new, how, torch.ones_like(new.mean, dtype=torch.bool))
+        _write(norm, new, how, torch.ones_like(new.mean, dtype=torch.bool), known)
         return LayerRepair(visit.name)
     change, shift = new.slope - now.slope, new.shift - now.shift
     before = error(judge, torch.zeros_like(fit.yx), torch.zeros_like(fit.yy))[:, 0]
@@ -97,7 +116,7 @@ def refit_norm(visit: Visit, kept: Tensor | None, how: How) -> LayerRepair:
         return LayerRepair(visit.name, was, was, reason=LACKS_NOTHING)
     if not left < was:
         return LayerRepair(visit.name, was, was, reason="nothing lowers its error on the held-back samples")
-    _write(norm, new, how, better)
+    _write(norm, new, how, better, known)
     return LayerRepair(visit.name, was, left)
 
 
@@ -113,16 +132,17 @@ def _fitted(now: _Affine, fit: Moments, *, has_bias: bool) -> _Affine:
     return replace(now, weight=slope * (now.var + now.eps).sqrt(), bias=shift + now.mean * slope)
 
 
-def _write(norm: Any, new: _Affine, how: How, chosen: Tensor) -> None:
-    weight, bias = new.weight, new.bias
+def _write(norm: Any, new: _Affine, how: How, chosen: Tensor, known: Known) -> None:
+    weight, bias, own = new.weight, new.bias, getattr(norm, "bias", None)
     if not isinstance(norm, BATCH):  # the fit is of the norm's own output
+        offset = 0.0 if known is None else known.offset
         old = norm.weight.detach().flatten().to(weight)
-        bias = weight * norm.bias.detach().flatten().to(weight) + bias if norm.bias is not None else bias
-        weight = weight * old
+        bias = weight * own.detach().flatten().to(weight) + bias if own is not None else bias
+        weight = weight * (old + offset) - offset
     pairs = (
         ((norm.running_mean, new.mean), (norm.running_var, new.var))
         if how == "statistics"
-        else ((norm.weight, weight), (norm.bias, bias))
+        else ((norm.weight, weight), (own, bias))
     )
     for tensor, value in pairs:
         if tensor is not None:
@@ -130,7 +150,7 @@ def _write(norm: Any, new: _Affine, how: How, chosen: Tensor) -> None:
             tensor.copy_(torch.where(chosen.to(old.device), value.to(old.dtype).to(old.device), old).view_as(tensor))
 
 
-def _moments(norm: Any, visit: Visit, kept: Tensor | None) -> tuple[Moments, Moments, float]:
+def _moments(norm: Any, visit: Visit, kept: Tensor | None, known: Known) -> tuple[Moments, Moments, float]:
     """Of each channel, x what a BatchNorm reads or another norm gives, y what the output lacks; one column each."""
     channels = norm.num_features if isinstance(norm, BATCH) else norm.weight.numel()
     device = next(t.device for t in (norm.weight, getattr(norm, "running_mean", None)) if t is not None)
@@ -140,22 +160,24 @@ def _moments(norm: Any, visit: Visit, kept: Tensor | None) -> tuple[Moments, Mom
     now = _Affine.of(norm, device)
     chosen = rows_of(visit, [x.numel() // channels for x in visit.inputs])
     for i, (x, rows) in enumerate(zip(visit.inputs, chosen, strict=True)):
-        read = _rows(norm, x if isinstance(norm, BATCH) else type(norm).forward(norm, x), rows).to(device).double()
+        read = (
+            _rows(norm, x if isinstance(norm, BATCH) else type(norm).forward(norm, x), rows, known).to(device).double()
+        )
         lacking = torch.zeros_like(read)
         if visit.outputs:
-            given = _rows(norm, visit.outputs[i], rows, kept).to(device).double()
+            given = _rows(norm, visit.outputs[i], rows, known, kept).to(device).double()
             whole.add(read[:, :, None][:, :, :0], given[:, :, None])
             lacking = given - (read * now.slope + now.shift)
         (judge if visit.held_back[i] else fit).add(read[:, :, None], lacking[:, :, None])
     return fit, judge, float(whole.yy.sum()) / max(1, whole.n)
 
 
-def _rows(norm: Any, x: Tensor, chosen: Tensor | None, kept: Tensor | None = None) -> Tensor:
+def _rows(norm: Any, x: Tensor, chosen: Tensor | None, known: Known, kept: Tensor | None = None) -> Tensor:
     """(rows, channels) of what a norm reads or gives."""
-    if isinstance(norm, nn.LayerNorm):
+    if isinstance(norm, nn.LayerNorm) and known is None:
         flat = x.reshape(-1, norm.weight.numel())
     else:
-        flat = x.movedim(1, -1)
+        flat = x.movedim(1 if known is None else known.axis, -1)
         flat = flat.reshape(-1, flat.shape[-1])
     flat = flat if chosen is None else flat[chosen.to(flat.device)]
     return flat if kept is None else flat[:, kept.to(flat.device)]

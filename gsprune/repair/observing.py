@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,11 +35,18 @@ class Stream:
 
 @dataclass(frozen=True)
 class Observed:
-    """order: modules as they are called first; calls: how often; streams: of the layers that add into one."""
+    """What one pass shows.
+
+    order     modules as they are called first
+    calls     how often
+    streams   of the layers that add into one
+    mixed     attentions whose query, key and value are not one tensor
+    """
 
     order: list[str]
     calls: Counter[str]
     streams: dict[str, Stream] = field(default_factory=dict)
+    mixed: frozenset[str] = frozenset()
 
 
 def observe(model: nn.Module, example: Example) -> Observed:
@@ -61,7 +68,18 @@ def observe(model: nn.Module, example: Example) -> Observed:
     with inside, hooked(watching.hooks()), watching:
         call(model, map_tensors(Tensor.clone, to_device_of(model, example)))
     streams = {name: stream for name, stream in watching.streams.items() if watching.calls[stream.place.module] == 1}
-    return Observed([*watching.calls], watching.calls, streams)
+    return Observed([*watching.calls], watching.calls, streams, frozenset(watching.mixed))
+
+
+def reads_one_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an attention's query, key and value are the same object.
+
+    >>> x = torch.ones(1)
+    >>> reads_one_tensor((x, x), {"value": x}), reads_one_tensor((x, x, x.clone()), {})
+    (True, False)
+    """
+    given = [*args[:3], *(kwargs[key] for key in ("query", "key", "value") if key in kwargs)]
+    return all(other is given[0] for other in given)
 
 
 class _Watching(TorchFunctionMode):
@@ -71,6 +89,7 @@ class _Watching(TorchFunctionMode):
         super().__init__()
         self.calls: Counter[str] = Counter()
         self.streams: dict[str, Stream] = {}
+        self.mixed: set[str] = set()
         self._model = model
         self._places: dict[int, tuple[Tensor, Place, int]] = {}  # of each tensor the first, and when
         self._gave: dict[int, tuple[str, str | None]] = {}  # tensor -> the layer that gave it, the norm between
@@ -85,6 +104,8 @@ class _Watching(TorchFunctionMode):
         self.calls[name] += 1
         self._began[name] = len(self._began)
         self._place((args, kwargs), name, "in")
+        if isinstance(module, nn.MultiheadAttention) and not reads_one_tensor(args, kwargs):
+            self.mixed.add(name)
 
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._place(output, name, "out")

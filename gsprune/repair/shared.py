@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,12 @@ from gsprune.repair.gram import (
     Moments,
     Seen,
     choose_rows,
+    kept_rows,
     matrix_of,
     multiplies,
     positions,
     read_rows,
+    rows_dim,
     why_no_matrix,
 )
 from gsprune.repair.least_squares import DAMPING, refit
@@ -102,17 +104,18 @@ class SharedMoments:
         """Change, in place, the layers of the network that `plan` left of the dense one."""
         found: list[LayerRepair] = []
         for name in self._names:
-            cuts = plan.kept.get(joined(name, "weight"), {})
-            if 1 not in cuts:
+            weight, dense = joined(name, "weight"), cast(Any, self._dense.get_submodule(name))
+            cuts, dim = plan.kept.get(weight, {}), 1 - rows_dim(dense)
+            if dim not in cuts:
                 continue
             if name in self.left:
                 found.append(LayerRepair(name, reason=self.left[name]))
                 continue
             layer: Any = small.get_submodule(name)
-            width = matrix_of(self._dense.get_submodule(name)).shape[2] // plan.sizes[joined(name, "weight")][1]
-            columns = (cuts[1][:, None] * width + torch.arange(width)).flatten()
-            dense: Any = self._dense.get_submodule(name)
-            rows = cuts.get(0, torch.arange(len(dense.weight)))
+            width = matrix_of(dense).shape[2] // plan.sizes[weight][dim]
+            columns = (cuts[dim][:, None] * width + torch.arange(width, device=cuts[dim].device)).flatten()
+            kept = kept_rows(dense, cuts, plan.sizes[weight])
+            rows = torch.arange(dense.weight.shape[1 - dim]) if kept is None else kept
             parts = [_lacking(part, columns, dense, rows, layer) for part in self._moments[name]]
             variance = float(parts[1][1].sum()) / max(1, parts[1][0].n)
             found.append(refit(name, layer, Seen(parts[0][0], parts[1][0], variance), damping))

@@ -16,12 +16,24 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from gsprune.repair.calibrating import held_back_split
-from gsprune.repair.gram import OWN_PASS, Moments, error, matrix_of, moments_of, multiplies, why_no_matrix, write_matrix
+from gsprune.repair.gram import (
+    OWN_PASS,
+    Moments,
+    as_matrix,
+    as_weight,
+    error,
+    matrix_of,
+    moments_of,
+    multiplies,
+    why_no_matrix,
+    write_matrix,
+)
 from gsprune.repair.least_squares import WIDEST, checked_damping
 from gsprune.repair.lockstep import CalledAgainError, Visit, lockstep
+from gsprune.repair.observing import reads_one_tensor
+from gsprune.repair.packed import MIXED, of_projections
 from gsprune.repair.report import LayerRepair, RepairReport
 from gsprune.structures.example import Example
-from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import hooked
 
 DAMPING = (1e-2, 1e-1)
@@ -129,26 +141,6 @@ def _columns(module: Any, packed: bool) -> int:
     return int(module.in_proj_weight.shape[1] if packed else matrix_of(module).shape[2])
 
 
-def as_matrix(layer: Any, tensor: Tensor) -> Tensor:
-    """A tensor of the weight's shape as (g, o, k)."""
-    if is_conv1d(layer):
-        return tensor.T[None]
-    groups = getattr(layer, "groups", 1)
-    return tensor.reshape(groups, len(tensor) // groups, -1)
-
-
-def as_weight(layer: Any, matrix: Tensor) -> Tensor:
-    """The inverse of `as_matrix`."""
-    return matrix[0].T if is_conv1d(layer) else matrix.reshape(layer.weight.shape)
-
-
-def _packed(attention: Any) -> nn.Linear:
-    """The packed projections as the linear layer that they are; it shares their tensors."""
-    layer = nn.Linear(1, 1, bias=attention.in_proj_bias is not None, device="meta")
-    layer.weight, layer.bias = attention.in_proj_weight, attention.in_proj_bias
-    return layer
-
-
 # ---- all layers
 
 
@@ -231,8 +223,7 @@ class _Visitor:
         """See which attentions read one tensor three times."""
 
         def look(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            given = [*args[:3], *(kwargs[key] for key in ("query", "key", "value") if key in kwargs)]
-            if any(other is not given[0] for other in given):
+            if not reads_one_tensor(args, kwargs):
                 self._mixed.add(name)
 
         for name, site in self._sites.items():
@@ -244,12 +235,10 @@ class _Visitor:
     def __call__(self, visit: Visit) -> None:
         site = self._sites[visit.name]
         if site.is_packed and visit.name in self._mixed:
-            self.layers.append(LayerRepair(site.tensor, reason="its query, key and value are not one tensor"))
+            self.layers.append(LayerRepair(site.tensor, reason=MIXED))
             return
         if site.is_packed:
-            dense = _packed(visit.dense)
-            outputs = [dense(x) for x in visit.dense_inputs]
-            visit = replace(visit, dense=dense, small=_packed(visit.small), outputs=outputs)
+            visit = of_projections(visit)
         layer: Any = visit.small
         if type(visit.dense) is type(layer) and not multiplies(visit.dense, visit.dense_inputs[0], visit.outputs[0]):
             self.layers.append(LayerRepair(site.tensor, reason=OWN_PASS))

@@ -54,7 +54,7 @@ def targets(config: Any) -> list[str]:
 
 def test_nothing_is_missing_from_the_groups() -> None:
     own = ["abs", "elementwise", "fisher", "magnitude", "movement", "none", "obs", "platon", "random", "weighted"]
-    assert sorted([*own, *SEVERAL]) == PRUNERS
+    assert sorted([*own, "sparsegpt", "wanda", *SEVERAL]) == PRUNERS
     assert SCHEDULES == ["cosine", "cubic", "exponential", "linear", "one_shot"]
     assert options("model") == [
         "convnet",
@@ -242,6 +242,8 @@ def test_the_defaults(compose_config: Compose) -> None:
         ("movement", "gsprune.Pruner", "Movement", 0.9, 1.0),
         ("obs", "gsprune.Pruner", "OBS", 0.5, None),
         ("platon", "gsprune.Pruner", "PLATON", 0.9, 0.85),
+        ("sparsegpt", "gsprune.Pruner", "SparseGPT", 0.5, None),
+        ("wanda", "gsprune.Pruner", "Wanda", 0.5, None),
         ("magnitude", "gsprune.Pruner", "Magnitude", 0.9, None),
         ("random", "gsprune.Pruner", "Random", 0.9, None),
         ("none", "gsprune.pruner.pruner.no_pruning", "Weighted", 0.0, 0.95),

@@ -38,6 +38,8 @@ CLASSES = [
             "OBS",
             "PLATON",
             "Random",
+            "SparseGPT",
+            "Wanda",
             "Weighted",
         )
     ),

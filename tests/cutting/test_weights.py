@@ -16,8 +16,9 @@ from facts import refused, warned
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gsprune import Pruner, cut, load_masks, save_masks
+from gsprune import Pruner, cut, cut_family, load_masks, save_masks
 from gsprune.criteria import OBS, Abs, Criterion, Elementwise, Magnitude, Random, SparseGPT, Wanda
+from gsprune.cutting.how_much import right_or_wrong
 from gsprune.cutting.weights import prune_weights
 from gsprune.ranking.patterns import Block
 from gsprune.schedules import OneShot
@@ -456,7 +457,7 @@ def test_cut_with_a_pattern_is_the_same(repair: Any) -> None:
 
 def test_cut_refuses_what_says_nothing_of_single_weights() -> None:
     model, x = mlp(), data(20, 12)
-    for setting in ({"macs": 0.5}, {"rules": []}, {"kinds": ["neurons"]}, {"evaluate": float}):
+    for setting in ({"macs": 0.5}, {"rules": []}, {"kinds": ["neurons"]}):
         with refused("2:4", next(iter(setting))):
             cut(model, [x], pattern="2:4", **setting)  # type: ignore[call-overload]
     with refused("Wanda", "pattern"):
@@ -507,3 +508,71 @@ def test_wrong_input_is_refused() -> None:
         prune_weights(3, [x], Wanda(), sparsity=0.5)  # type: ignore[arg-type]
     with refused("DataParallel"):
         prune_weights(nn.DataParallel(model), [x], Wanda(), sparsity=0.5)
+
+
+# ---- how much
+
+
+def answers(count: int = 400, seed: int = 5) -> list[tuple[Tensor, Tensor]]:
+    x = data(count, 12, seed=seed)
+    return [(x, mlp()(x).argmax(1))]  # what the dense network says is right
+
+
+def test_the_largest_sparsity_that_loses_no_more_and_how_sure_that_is() -> None:
+    batches, evaluate = [data(128, 12)], right_or_wrong(answers())
+    found = cut(mlp(), batches, pattern="1x1", criterion=Wanda(), max_drop=8, evaluate=evaluate, progress=False)
+    sure = found.how_much
+    assert (sure.of, sure.max_drop, sure.samples, sure.dense) == ("weights", 8, 400, 1.0)
+    assert sure.chosen.share == pytest.approx(1 - found.report.sparsity, abs=0.05)  # whole weights of rows of 12
+    assert 100 * (1 - float(evaluate(found.model).mean())) < sure.chosen.bound <= 8
+    assert found.report.sparsity > 0.05
+    again = prune_weights(mlp(), batches, Wanda(), sparsity=1 - sure.chosen.share)
+    assert all(torch.equal(mask, again.masks[name]) for name, mask in found.masks.items())
+    assert "points lost at 95 % confidence" in repr(found)
+
+
+def test_an_amount_that_is_given_is_bounded_and_a_number_is_shown() -> None:
+    batches, evaluate = [data(128, 12)], right_or_wrong(answers())
+    found = cut(mlp(), batches, pattern="2:4", evaluate=evaluate, progress=False)
+    assert (found.how_much.max_drop, found.how_much.chosen.share) == (None, 0.5)
+    assert found.small.params == found.dense.params - 12 * 24 // 2 - 24 * 24 // 2 - 24 * 6 // 2
+    shown = cut(mlp(), batches, pattern="2:4", evaluate=lambda network: 23.0, progress=False)
+    assert shown.how_much is None
+    assert "evaluate: 23 -> 23" in repr(shown)
+
+
+def test_a_family_of_sparsities_is_that_of_single_calls_and_finds_the_largest() -> None:
+    evaluate = right_or_wrong(answers())
+    settings = {"pattern": "1x1", "criterion": Wanda(), "evaluate": evaluate, "progress": False}
+    family = cut_family(mlp(), [data(128, 12)], sparsity=[0.5, 0.2], **settings)
+    for share, one in zip((0.2, 0.5), family, strict=True):
+        alone = cut(mlp(), [data(128, 12)], sparsity=share, **settings)
+        assert all(torch.equal(v, alone.model.state_dict()[k]) for k, v in one.model.state_dict().items())
+    assert family.rows()[0]["params_left"] == 1.0
+    assert family.rows()[1]["params_left"] > family.rows()[2]["params_left"] > 0.5
+    assert family.within(99).report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert family.within(99).how_much.of == "weights"
+
+
+def test_what_has_no_meaning_for_single_weights_is_refused_before_anything_is_read() -> None:
+    def unread() -> Any:
+        raise AssertionError
+        yield
+
+    enough = right_or_wrong(answers())
+    with refused("max_drop=8", "2:4", "0.5"):
+        cut(mlp(), unread(), pattern="2:4", max_drop=8, evaluate=enough)
+    with refused("sparsity=[0.2, 0.5]", "2:4"):
+        cut_family(mlp(), unread(), pattern="2:4", sparsity=[0.2, 0.5])
+    with refused("macs", "single weights"):
+        cut_family(mlp(), unread(), pattern="1x1", macs=[0.2, 0.5])
+    with refused("max_drop=8", "evaluate"):
+        cut(mlp(), unread(), pattern="1x1", max_drop=8)
+    with refused("sparsity and max_drop"):
+        cut(mlp(), unread(), pattern="1x1", max_drop=8, sparsity=0.5, evaluate=enough)
+    with refused("400 samples", "0.1 points"):
+        cut(mlp(), unread(), pattern="1x1", max_drop=0.1, evaluate=enough)
+    with refused("batchnorm", "1x1"):
+        cut(mlp(), unread(), pattern="1x1", sparsity=0.5, repair="batchnorm")
+    with refused("scope", "pattern"):
+        cut_family(mlp(), unread(), sparsity=[0.5], scope="row")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
@@ -169,3 +169,74 @@ def test_samples_are_read_once_and_until_there_are_enough() -> None:
     assert seen == [0, 1, 2]
     assert repair.samples == 12
     assert torch.equal(repair.inputs[0], data(4))
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free gradient descent (Defazio et al., 2024): steps are taken from z, the network is between z and x."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.1) -> None:
+        super().__init__(parameters, {"lr": lr, "beta": 0.9, "k": 0})
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None:
+        for group in self.param_groups:
+            for y in group["params"]:
+                y.data.lerp_(self.state[y]["z"], 1 - 1 / group["beta"])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            c = 1 / group["k"]
+            for y in group["params"]:
+                z = self.state[y].setdefault("z", y.detach().clone())
+                y.lerp_(z, c).add_(y.grad, alpha=group["lr"] * (group["beta"] * (1 - c) - 1))
+                z.sub_(y.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("each_update", [False, True])
+def test_a_schedule_free_optimizer_goes_on_from_the_repaired_weights(each_update: bool) -> None:
+    model = net()
+    optimizer = ScheduleFree(model.parameters())
+    found = Pruner(
+        model,
+        Magnitude(),
+        structured=True,
+        target_sparsity=0.5,
+        scope="local",
+        schedule=OneShot(start_epoch=1),
+        example_input=data(2),
+        optimizer=optimizer,
+        shrink="each_update" if each_update else "at_end",
+        repair=Repair([data()]),
+    )
+    for epoch in range(2):
+        found.on_epoch_begin(epoch)
+        before = {id(y): y.detach().clone() for y in model.parameters()}
+        zs = {id(y): optimizer.state[y]["z"].clone() for y in model.parameters() if "z" in optimizer.state[y]}
+        found.on_step_begin(0)
+        if epoch == 1:
+            break
+        model(data()).square().mean().backward()
+        found.on_before_optimizer_step()
+        optimizer.step()
+        found.on_step_end()
+        optimizer.zero_grad()
+        found.on_epoch_end()
+    assert found.repaired is not None
+    assert found.repaired.repaired
+    named = dict(model.named_parameters())
+    for name, y in named.items():
+        z = optimizer.state[y]["z"]
+        if not each_update:  # z has moved by what the weights have moved, where units are left
+            kept = y != 0
+            assert torch.allclose((z - zs[id(y)])[kept], (y - before[id(y)])[kept], atol=1e-12), name
+        assert float((z - y).abs().max()) < 0.2  # a step of the optimizer apart, no more
+    as_repaired = {name: y.detach().clone() for name, y in named.items()}
+    distance = {name: (optimizer.state[y]["z"] - y).detach() for name, y in named.items()}
+    for y in named.values():
+        y.grad = torch.zeros_like(y)
+    optimizer.step()  # without a gradient: y goes halfway to z
+    for name, y in named.items():
+        assert torch.allclose(y, as_repaired[name] + distance[name] / 2, atol=1e-12)

@@ -21,13 +21,14 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from facts import refused
+from facts import needs_cuda_build, refused
 from jobs import ROOT, configure, train
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
+import gsprune
 from gsprune import Pruner, collectives
 from gsprune.app.job import _run, run
 from gsprune.collectives import one_after_the_first
@@ -73,6 +74,7 @@ PARTS = (
     ranks.not_finite,
     ranks.trained_sharded,
     ranks.refusals,
+    ranks.cuts,
 )
 
 
@@ -162,6 +164,7 @@ def test_on_gpus_one_group_with_one_time_out_sends_by_nccl_and_by_gloo(monkeypat
     assert seen == [1, ("cpu:gloo,cuda:nccl", timedelta(minutes=7)), "left"]
 
 
+@needs_cuda_build
 def test_what_a_process_tells_of_its_sums_lies_in_the_machines_memory():
     with FakeTensorMode():  # as if there were a GPU
         totals = Totals(torch.device("cuda"))
@@ -327,6 +330,15 @@ def test_a_loop_of_ones_own_with_fully_shard_prunes_as_on_one_process(two):
         assert found["sparsity"] == alone["sparsity"] == pytest.approx(0.7, abs=1 / 324)
         assert all(torch.equal(found["masks"][name], mask) for name, mask in alone["masks"].items())
         assert_close(found["weights"], alone["weights"], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_cut_is_made_by_one_process_and_refused_in_several(two):
+    for process in two:
+        assert all("one of 2 processes" in process["cuts"][name] for name in ("units", "weights"))
+    kept = gsprune.cut(ranks.net(), [ranks.samples().tensors[0]], sparsity=0.5, progress=False).keeps
+    assert all(torch.equal(mask, two[0]["cuts"]["kept"][name]) for name, mask in kept.items())
+    assert "kept" not in two[1]["cuts"]
 
 
 @pytest.mark.slow

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gsprune import collectives
 from gsprune.app.cut_settings import (
     SingleWeights,
     budget_kind,
     curve_rules,
+    curve_shares,
     rules_of,
     settings_of,
     single_weights,
@@ -34,7 +36,8 @@ from gsprune.app.stages.pruning import check_trained, teacher_of
 from gsprune.app.stages.training import Training
 from gsprune.cutting.cut import Cut, Cutter, evaluated
 from gsprune.cutting.how_much import HowMuch, largest_cut, right_or_wrong, value_of, values_of
-from gsprune.cutting.weights import prune_weights
+from gsprune.cutting.size import Size
+from gsprune.cutting.weights import WeightPruner
 from gsprune.files.disk import read_object, write_atomic, write_json
 from gsprune.formats.masks import load_masks, save_masks
 from gsprune.formats.network import load_pruned, load_state, read_cut_plan, save_pruned
@@ -80,15 +83,14 @@ def cut_network(training: Training, dense: Dense) -> Phase:
     """
     job, setup, history = training.job, training.setup, training.history
     check_trained(setup, dense, why="which mode=cut cuts")
-    stage = _CuttingStage(training, dense)
-    cut_off, found = load_or_compute(stage.load, stage.cut, stage.store)
-    if found:
+    cut_off, found = _made_by_the_first(_CuttingStage(training, dense), first=job.first)
+    if found and job.first:
         log.info("the network was cut before: %s", job.folder / FOLDER)
     pruner = _cut_to(setup.model, cut_off, setup.example)
     job.save_model = lambda: save_model(job, setup.model, pruner)
     job.result |= {"mode": "cut", "cut": cut_off.record}
     job.numbers |= _numbers(cut_off.record)
-    if cut_off.record["curve"]:
+    if cut_off.record["curve"] and job.first:
         _keep_curve(training, cut_off.record["curve"])
     history.record_masks(setup.trainer.dense_epochs, pruner)
     epochs, offset = setup.trainer.prune_epochs, setup.trainer.dense_epochs
@@ -97,9 +99,10 @@ def cut_network(training: Training, dense: Dense) -> Phase:
 
 
 class CutNetwork(NamedTuple):
-    """What the stage leaves: the network, its plan (None: none is smaller), masks, and what the result tells of it."""
+    """What the stage leaves: the network's tensors as `state_tensors` gives them, its plan (None: none is smaller),
+    masks, and what the result tells of it."""
 
-    model: nn.Module
+    tensors: tuple[dict[str, Tensor], dict[str, str]]
     plan: CutPlan | None
     masks: Mapping[str, Tensor]
     record: dict[str, Any]
@@ -120,7 +123,7 @@ class _CuttingStage:
         try:
             small = load_pruned(self._folder, copy_of(self._setup.model))
             plan, masks = read_cut_plan(self._folder), load_masks(self._folder / MASKS)
-            return CutNetwork(small, plan, masks, record["cut"])
+            return CutNetwork(state_tensors(small), plan, masks, record["cut"])
         except ValueError as error:
             log.warning("the network is cut again: %s", error)
             return None
@@ -151,34 +154,51 @@ class _CuttingStage:
         finally:
             job.progress.part("", 1.0)
         record["val_accuracy"] = self._measured(found.model, setup.data.val)["accuracy"]
-        return CutNetwork(found.model, found.plan, found.keeps, record)
+        return self._kept(found.model, found.plan, found.keeps, record)
 
     def _weights(self, wanted: SingleWeights) -> CutNetwork:
-        """Single weights pruned, and the others refitted."""
+        """Single weights pruned, and the others refitted; the same at the other points of the curve."""
         job, setup, settings = self._job, self._setup, self._settings
         began = time.perf_counter()
+        given = vars(wanted) | {"repair": settings.repair is not None}
+        sparsity = given.pop("sparsity")
+        pruner = WeightPruner(
+            setup.model,
+            setup.data.train,
+            cross_entropy,
+            right_or_wrong(setup.data.val),
+            confidence=settings.confidence,
+            calibration=settings.calibration,
+            report=job.progress.part,
+            **given,
+        )
         try:
             with job.watch.part("train"):
-                found = prune_weights(
-                    setup.model,
-                    setup.data.train,
-                    loss=cross_entropy,
-                    repair=settings.repair is not None,
-                    calibration=settings.calibration,
-                    progress=job.progress.part,
-                    **vars(wanted),
-                )
+                found = pruner.prune(sparsity) if settings.max_drop is None else pruner.within(settings.max_drop)
+            seconds = time.perf_counter() - began
+            curve = [self._pruned_point(pruner, share) for share in curve_shares(settings)]
         finally:
             job.progress.part("", 1.0)
+        assert found.dense is not None
+        assert found.small is not None
         samples = min(settings.calibration, len(setup.data.train.dataset))
         record = {
             **{"criterion": type(wanted.criterion).__name__, "calibration": samples, "scored": samples},
-            **{"seconds": time.perf_counter() - began, "loss_dense": None, "loss": None},
+            **{"seconds": seconds, "loss_dense": found.dense.loss, "loss": found.small.loss},
             **repaired_layers(found.report.repair),
-            **{"how_much": None, "curve": []},
+            **{"how_much": found.how_much and _how_much(found.how_much), "curve": curve},
             "val_accuracy": self._measured(found.model, setup.data.val)["accuracy"],
         }
-        return CutNetwork(found.model, None, found.masks, record)
+        return self._kept(found.model, None, found.masks, record)
+
+    def _pruned_point(self, pruner: WeightPruner, share: float) -> dict[str, Any]:
+        """The same network with that share of its weights, to the curve."""
+        with self._job.watch.part("train"):
+            made = pruner.prune(1 - share)
+        assert made.dense is not None
+        assert made.small is not None
+        left = 1 - made.report.sparsity
+        return self._kept_point(made.model, None, ("weights", share, left), made.small)
 
     def _cut(self, cutter: Cutter, rules: Sequence[Rule]) -> Cut:
         """The cut that the rules ask for, or the largest that `cut.max_drop` allows; with a bound of its drop."""
@@ -205,36 +225,42 @@ class _CuttingStage:
 
     def _point(self, cutter: Cutter, share: float, rule: Rule) -> dict[str, Any]:
         """Another cut of the same network: its files, and a row of the curve."""
-        job, setup, kind = self._job, self._setup, str(budget_kind(rule))
-        with job.watch.part("train"):
+        kind = str(budget_kind(rule))
+        with self._job.watch.part("train"):
             made = cutter.cut([rule], repair=self._settings.repair)
+        cost = getattr(made.small, kind, None), getattr(made.dense, kind, None)
+        left = cost[0] / cost[1] if cost[0] and cost[1] else share
+        return self._kept_point(made.model, made.plan, (kind, share, left), made.small)
+
+    def _kept_point(
+        self, model: nn.Module, plan: CutPlan | None, of: tuple[str, float, float], size: Size
+    ) -> dict[str, Any]:
+        """Write a network of the curve and measure it; `of` is the kind of its budget, that, and what is left."""
+        job, setup, (kind, share, left) = self._job, self._setup, of
         name = f"{kind}-{100 * share:g}".replace(".", "_")
         folder, extra = job.folder / CURVE / name, {"config_hash": job.result["config_hash"]}
         with job.watch.part("files"):
-            job.writer.write(f"{CURVE}/{name}", lambda: save_pruned(folder, made.model, made.plan, extra=extra))
-        test, val = (self._measured(made.model, split) for split in (setup.data.test, setup.data.val))
-        cost = getattr(made.small, kind, None), getattr(made.dense, kind, None)
-        left = cost[0] / cost[1] if cost[0] and cost[1] else share
+            job.writer.write(f"{CURVE}/{name}", lambda: save_pruned(folder, model, plan, extra=extra))
+        test, val = (self._measured(model, split) for split in (setup.data.test, setup.data.val))
         numbers = {"accuracy": test["accuracy"], "loss": test["loss"], "val_accuracy": val["accuracy"]}
-        return {
-            "name": name,
-            "of": kind,
-            "budget": share,
-            "left": left,
-            "params": made.small.params,
-            "macs": made.small.macs,
-            **numbers,
-        }
+        cost = {"params": size.params, "macs": size.macs}
+        return {"name": name, "of": kind, "budget": share, "left": left, **cost, **numbers}
 
     def _measured(self, model: nn.Module, split: Any) -> dict[str, float]:
         with self._job.watch.part("measure"):
             return self._setup.trainer.evaluate(model, split)
 
+    def _kept(
+        self, model: nn.Module, plan: CutPlan | None, masks: Mapping[str, Tensor], record: dict[str, Any]
+    ) -> CutNetwork:
+        self._model = model
+        return CutNetwork(state_tensors(model), plan, masks, record)
+
     def store(self, made: CutNetwork) -> None:
         """Write the network first, and last what says that it is whole."""
 
         def write() -> None:
-            save_pruned(self._folder, made.model, made.plan)
+            save_pruned(self._folder, self._model, made.plan)
             save_masks(self._folder / MASKS, made.masks)
             write_json(self._folder / RECORD, {"of": self._of(), "cut": made.record})
 
@@ -255,8 +281,22 @@ def _cut_to(model: nn.Module, made: CutNetwork, example: Any) -> Pruner:
         warnings.simplefilter("ignore")  # of what is left whole: the cut has told it
         pruner = Pruner.from_masks(model, made.masks, example_input=example)
         pruner.finish()
-    load_state(model, *state_tensors(made.model))
+    load_state(model, *made.tensors)
     return pruner
+
+
+def _made_by_the_first(stage: _CuttingStage, *, first: bool) -> tuple[CutNetwork, bool]:
+    """What the first process cuts or reads, and whether it was on disk, in all of them.
+
+    The first one reads all samples itself, so that the result is that of one process; the others wait.
+    """
+    made: tuple[CutNetwork, bool] | None = None
+    if first:
+        with collectives.alone():
+            made = load_or_compute(stage.load, stage.cut, stage.store)
+    made = collectives.broadcast(made)
+    assert made is not None
+    return made
 
 
 def _keep_curve(training: Training, rows: Sequence[Mapping[str, Any]]) -> None:

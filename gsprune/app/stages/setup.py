@@ -24,13 +24,15 @@ from gsprune.app.console import Progress, make_progress
 from gsprune.app.cut_settings import check_mode, curve_rules, is_cut, is_random, rules_of, settings_of, single_weights
 from gsprune.app.memory import is_out_of_memory
 from gsprune.app.stages.context import Context
-from gsprune.criteria import Fisher
+from gsprune.criteria import Elementwise, Fisher
 from gsprune.cutting.how_much import check_enough
+from gsprune.cutting.weights import check_weights
 from gsprune.files.disk import refusing
 from gsprune.forecast import predict
 from gsprune.formats.network import load_state
 from gsprune.formats.tensors import state_tensors
 from gsprune.pruner.pruner import Pruner
+from gsprune.ranking.patterns import parse_pattern
 from gsprune.repair.calibrated import Repair
 from gsprune.settings.hydra_files import refuse_passwords
 from gsprune.settings.identity import SCORES, config_hash, scores_path
@@ -100,12 +102,17 @@ class Setup:
 
     def build_cutting(self) -> Pruner:
         """A pruner of what `mode=cut` will cut, which only says what that is."""
-        if single_weights(self.cfg) is not None:
-            return complete("pruner", build(self.cfg.pruner), self.model)  # type: ignore[no-any-return]
-        curve_rules(self.cfg)
+        weights = single_weights(self.cfg)
+        if weights is None:
+            curve_rules(self.cfg)
         if (settings := settings_of(self.cfg)).max_drop is not None:
             samples = np.ones(len(self.data.val.dataset))
             check_enough(samples, settings.max_drop, settings.confidence)
+        if weights is not None:
+            tried = 0.5 if weights.sparsity is None and settings.max_drop is not None else weights.sparsity
+            check_weights(self.model, weights.criterion, tried, parse_pattern(weights.pattern), weights.scope)
+            reads = {"criterion": Elementwise()} if weights.criterion.reads_inputs else {}
+            return complete("pruner", build(self.cfg.pruner), self.model, **reads)  # type: ignore[no-any-return]
         rules = [  # a pruner takes no criterion that reads inputs; the cut does
             replace(rule, criterion=Fisher()) if rule.criterion.reads_inputs else rule
             for rule in rules_of(self.cfg.pruner)

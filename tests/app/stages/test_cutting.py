@@ -196,6 +196,52 @@ def test_single_weights_are_pruned_and_stay_so_while_the_network_recovers(tmp_pa
 
 
 @pytest.mark.slow
+def test_as_many_weights_go_as_a_drop_allows_and_the_curve_is_of_sparsities(tmp_path, weights):
+    settings = ("mode=cut", "pruner=wanda", f"model.weights={weights}", "cut.calibration=64", *WIDE, *NO_TRAINING)
+    result, printed = go(tmp_path, *settings, "cut.max_drop=8", "cut.curve=[0.5,0.9]")
+    told, sure = result["cut"], result["cut"]["how_much"]
+    assert (told["criterion"], sure["max_drop"], sure["samples"]) == ("Wanda", 8, 180)
+    assert sure["share"] == pytest.approx(1 - result["sparsity"], abs=0.05)
+    assert 100 * (result["baseline_val_accuracy"] - result["val_accuracy"]) < sure["bound"] <= 8
+    assert "180 validation samples" in printed
+    assert result["target_sparsity"] is None
+    assert [(row["name"], row["of"], row["budget"]) for row in told["curve"]] == [
+        ("weights-90", "weights", 0.9),
+        ("weights-50", "weights", 0.5),
+    ]
+    assert [row["left"] for row in told["curve"]] == pytest.approx([0.9, 0.5], abs=0.02)
+    half = load_pruned(tmp_path / "curve" / "weights-50", fresh())
+    cfg, trainer = configure(*settings), Trainer(device="cpu")
+    seed_everything(cfg.seed)
+    assert told["curve"][1]["accuracy"] == trainer.evaluate(half, build(cfg.dataset).test)["accuracy"]
+    assert (tmp_path / "figures" / "curve.png").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_cut_what_one_cuts_and_train_it_on_together(tmp_path, weights):
+    settings = (*CUT, f"model.weights={weights}", "cut.calibration=64")
+    go(tmp_path / "one", *settings)
+    both, _ = go(tmp_path / "two", *settings, "trainer.devices=2", "trainer.prune_epochs=1", "audit=true")
+    one, two = (load_file(tmp_path / name / "checkpoint/cut/model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert (both["epochs"], both["status"]) == (1, "finished")
+    after = load_file(tmp_path / "two" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in after.items()} == {name: t.shape for name, t in two.items()}
+    assert not torch.equal(after["head.weight"], two["head.weight"])
+    assert [row["criterion"] for row in both["audit"]["rows"]] == ["Fisher", "Magnitude", "Random"]
+
+
+@pytest.mark.slow
+def test_a_pattern_of_blocks_keeps_two_of_four(tmp_path, weights):
+    blocks = ("pruner=sparsegpt", "pruner.pattern='2:4'", "pruner.exclude=[stem]")
+    result, _ = go(tmp_path, "mode=cut", *blocks, f"model.weights={weights}", "cut.calibration=64", *WIDE, *NO_TRAINING)
+    assert (result["sparsity"], result["target_sparsity"]) == (0.5, 0.5)
+    weight = load_pruned(tmp_path, fresh()).head.weight
+    assert weight.unflatten(1, (-1, 4)).count_nonzero(-1).max() <= 2
+    assert result["cut"]["how_much"]["bound"] > 0
+
+
+@pytest.mark.slow
 def test_batchnorm_alone_and_no_repair_change_what_they_say(tmp_path, weights):
     found = {}
     for method in ("batchnorm", "null"):
@@ -269,9 +315,12 @@ WRONG = {
     ("pruner=none",): ("pruner=none", "cuts nothing"),
     ("pruner=units_and_weights",): ("single weights", "mode=train"),
     ("pruner=elementwise", "cut.repair=batchnorm"): ("cut.repair=batchnorm", "single weights"),
-    ("pruner=elementwise", "cut.curve=[0.5]"): ("cut.curve=[0.5]", "single weights"),
+    ("pruner=wanda", "pruner.pattern='2:4'", "cut.curve=[0.5]"): ("cut.curve=[0.5]", "2:4", "0.5"),
+    ("pruner=wanda", "pruner.pattern='2:4'", "cut.max_drop=9"): ("cut.max_drop=9", "2:4", "0.5"),
+    ("pruner=wanda", "cut.max_drop=0.5"): ("180 samples", "0.5 points", "certified"),
+    ("pruner=wanda", "cut.max_drop=9", "pruner.target_sparsity=0.3"): ("cut.max_drop=9", "0.3", "both"),
+    ("pruner=sparsegpt", "pruner.pattern='4x1'"): ("SparseGPT", "4x1"),
     ("pruner=elementwise", "pruner.pattern='2:4'", "pruner.target_sparsity=0.9"): ("0.9", "0.5"),
-    ("trainer.devices=2",): ("one process", "trainer.devices=2"),
     ("pruner.shrink=each_update",): ("pruner.shrink=each_update", "no effect"),
     ("pruner.scores=here",): ("pruner.scores=here", "no effect"),
     ("cut.repair=magic",): ("cut.repair=magic", "least_squares, batchnorm", "null"),
