@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
+
+needs_cuda_build = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA device")
 
 
 def assert_tells(text: str, *facts: object) -> None:

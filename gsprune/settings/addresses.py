@@ -130,8 +130,8 @@ def database_uri(file: Path) -> str:
     Raises:
         ValueError: the path has a `?`, and the installed SQLAlchemy does not decode percent-encoding.
 
-    >>> database_uri(Path("/data/50 % #1/mlflow.db"))
-    'sqlite:////data/50 %25 #1%2Fmlflow.db'
+    >>> database_uri(Path("/data/my runs/mlflow.db"))
+    'sqlite:////data/my runs/mlflow.db'
     """
     path = file.as_posix()
     if not _decoded():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import nets
 import pytest
 import torch
+from facts import needs_cuda_build
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -16,6 +17,7 @@ from gsprune.pruner.weights import WeightTarget, WeightTargets
 from gsprune.ranking.patterns import Tile
 
 
+@needs_cuda_build
 @pytest.mark.parametrize("criterion", [Elementwise(), PLATON(), Abs(), Weighted()], ids=lambda c: type(c).__name__)
 def test_a_step_on_cuda_mixes_no_devices_and_waits_for_nothing(criterion: Criterion) -> None:
     """Fake tensors know their device and refuse every read of a value."""

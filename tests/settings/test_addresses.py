@@ -16,9 +16,11 @@ NAMES = ["plain", "a b#c, é=50%", "My%20Runs", "best?", "x?y=1", "100%", "a%3Fb
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_database_lies_where_its_address_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlflow.store.db.utils import _make_parent_dirs_if_sqlite
+    from mlflow.store.db import utils
     from sqlalchemy.engine import make_url
 
+    if not addresses._decoded() and "?" in name:
+        pytest.skip("SQLAlchemy before 2.1 reads no such name")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / name
     folder.mkdir(parents=True)
@@ -29,7 +31,8 @@ def test_the_database_lies_where_its_address_says(name: str, tmp_path: Path, mon
     assert database_file(uri) == folder / "mlflow.db"
     assert resolve_tracking_uri(uri) == uri  # what is on record is read again
     assert dict(make_url(resolve_tracking_uri(f"{uri}?timeout=5")).query) == {"timeout": "5"}
-    _make_parent_dirs_if_sqlite(uri)
+    if make_parents := getattr(utils, "_make_parent_dirs_if_sqlite", None):  # of some versions
+        make_parents(uri)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -49,8 +52,14 @@ def test_the_database_lies_where_its_address_says(name: str, tmp_path: Path, mon
 def test_an_address_is_read_as_sqlalchemy_does(
     uri: str, path: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(addresses, "_decoded", lambda: True)  # as SQLAlchemy 2.1 does
     monkeypatch.chdir(tmp_path)
     assert database_file(uri) == (None if path is None else tmp_path / path)
+
+
+def test_what_sqlalchemy_2_1_decodes_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "_decoded", lambda: True)
+    assert database_uri(Path("/data/50 % #1/mlflow.db")) == "sqlite:////data/50 %25 #1%2Fmlflow.db"
 
 
 def test_sqlalchemy_before_2_1_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
