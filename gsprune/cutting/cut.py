@@ -64,25 +64,6 @@ FamilyRepair = Literal["shared", "least_squares", "batchnorm"]
 REPAIRS = ("least_squares", "batchnorm")
 
 
-<<<<<<< HEAD
-@dataclass(frozen=True)
-class Size:
-    """Size and loss of a network.
-
-    params   parameters
-    macs     multiply-accumulates of one sample; None where they cannot be counted
-    loss     mean loss on the calibration samples; None without a loss
-    value    what `evaluate` returned; None without it
-    """
-
-    params: int
-    macs: int | None
-    loss: float | None
-    value: Any = None
-
-
-=======
->>>>>>> e984035 (Single weights by mode=cut with wanda and sparsegpt, max_drop and curves of sparsities; cutting in several processes; repair of more kinds of layers)
 @dataclass(frozen=True, eq=False)
 class Cut:
     """The result of `gsprune.cut`: the smaller network and what was measured.
@@ -237,16 +218,10 @@ def cut(
     With a `pattern` single weights are set to zero instead (`gsprune.cutting.weights.prune_weights`), and the other
     weights of each row are refitted.
 
-<<<<<<< HEAD
-    With `max_drop` cuts to 94, 88, 83, ... % of the MACs are made and evaluated, the mildest first, until one is not
-    certified to lose at most that (`gsprune.cutting.how_much`); the last certified one is returned. Samples that
-    `evaluate` reads must not be in `batches`: a repaired network is better on the samples of its repair.
-=======
-    With `max_drop` it is the largest cut of those to 94, 88, 83, ... % of the MACs (of the weights, with a pattern)
-    that is certified to lose no more.
-    They are made and evaluated from the mildest on, until one is not certified (`gsprune.cutting.how_much`). Samples
-    that `evaluate` reads must not be in `batches`: a repaired network is better on samples that repaired it.
->>>>>>> e984035 (Single weights by mode=cut with wanda and sparsegpt, max_drop and curves of sparsities; cutting in several processes; repair of more kinds of layers)
+    With `max_drop` cuts to 94, 88, 83, ... % of the MACs (with a pattern, of the weights) are made and evaluated, the
+    mildest first, until one is not certified to lose at most that (`gsprune.cutting.how_much`); the last certified one
+    is returned. Samples that `evaluate` reads must not be in `batches`: a repaired network is better on the samples of
+    its repair.
 
     Args:
         model: not changed.
@@ -260,13 +235,8 @@ def cut(
             `gsprune.cutting.how_much.right_or_wrong(batches)` gives: then the drop is bounded with the confidence. Or
             one number, which is shown for both networks; it certifies nothing, and `max_drop` compares it as it is.
         confidence: of the bound of the drop, in [0.5, 1).
-<<<<<<< HEAD
-        pattern: "1x1" (single weights), a tile "NxM", or a block "N:M"; None: whole units.
-        scope: of a pattern: "row", "layer" or "global"; None: the criterion's own.
-=======
         pattern: "1x1" (single weights), a tile "NxM", or a block "N:M", whose sparsity is fixed; None: whole units.
-        scope: of a pattern: "row", "layer" or "global"; None: what is usual for the criterion.
->>>>>>> e984035 (Single weights by mode=cut with wanda and sparsegpt, max_drop and curves of sparsities; cutting in several processes; repair of more kinds of layers)
+        scope: of a pattern: "row", "layer" or "global"; None: the criterion's own.
         criterion: how to score; None: `OBS` where the repair is least squares, else `Fisher`; `SparseGPT` with a
             pattern.
         rules: what to cut, each with its own amount, instead of the other settings from `macs` to `exclude`.

@@ -146,15 +146,10 @@ def cut_family(
 
     Args:
         macs, params, latency, sparsity: several values of the settings of `gsprune.cut`; one of the four.
-<<<<<<< HEAD
-        repair: "shared" refits all cuts from second moments of the dense network that are computed once;
-            "least_squares" refits each cut as `gsprune.cut` does: more accurate, one more pass for each cut.
-=======
         pattern, scope: of single weights, whose one amount is the sparsity; each network is pruned and refitted by
             itself, whatever `repair` says but None. An N:M pattern has one sparsity and no family.
-        repair: "shared" refits the readers of what went by second moments that are taken once, in the dense network;
-            "least_squares" refits each cut as `gsprune.cut` does, which fits better and takes a pass a cut.
->>>>>>> e984035 (Single weights by mode=cut with wanda and sparsegpt, max_drop and curves of sparsities; cutting in several processes; repair of more kinds of layers)
+        repair: "shared" refits all cuts from second moments of the dense network that are computed once;
+            "least_squares" refits each cut as `gsprune.cut` does: more accurate, one more pass for each cut.
         others: as of `gsprune.cut`.
 
     Raises:
