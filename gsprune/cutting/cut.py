@@ -99,9 +99,13 @@ class Cut:
     seconds: float
     how_much: HowMuch | None = None
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the network as `gsprune.save_pruned` does; `gsprune.load_pruned` reads it."""
-        save_pruned(directory, self.model, self.plan)
+    def save(self, directory: str | os.PathLike[str], *, compressed: bool = False) -> None:
+        """Write the network as `gsprune.save_pruned` does; `gsprune.load_pruned` reads it.
+
+        Args:
+            compressed: of single weights that are zero the file holds one bit each.
+        """
+        save_pruned(directory, self.model, self.plan, compressed=compressed)
 
     def rows(self) -> list[tuple[str, str]]:
         """The lines of `print(cut)`, as pairs of a name and a text."""

@@ -17,6 +17,7 @@ import safetensors
 from torch import Tensor, nn
 
 from gsprune.files.disk import json_data, read_json, refusing, sha256, sha256_of_json, write_json
+from gsprune.formats.compressed import bits_of, compress, expand, expanded_header
 from gsprune.formats.tensors import VERSION, Header, read_header, save_tensors, state_tensors
 from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
 from gsprune.structures.twin import refuse_wrapped
@@ -34,6 +35,7 @@ def save_pruned(
     model: nn.Module,
     plan: CutPlan | None,
     *,
+    compressed: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pruned model as model.safetensors and pruning.json, from which `load_pruned` rebuilds it.
@@ -46,6 +48,8 @@ def save_pruned(
         model: as the plan has left it.
         plan: what stays of the dense network (`Pruner.plan`); None where single weights are pruned and nothing is cut.
             Of a model that was pruned before, loaded and pruned again, `plan.after(read_cut_plan(first_directory))`.
+        compressed: store of a tensor with many zeros what is not zero, and one bit an entry: a network of which 95 % of
+            the weights are zero is about 12 times smaller. `load_pruned` gives the same tensors.
         extra: put into pruning.json as it is (it must fit into JSON).
 
     Raises:
@@ -62,10 +66,13 @@ def save_pruned(
         "ties": ties,
         "versions": _versions(model),
     }
+    stored = tensors
+    if compressed:
+        stored, record["compressed"] = compress(tensors)
     mark = _fingerprint(record)
     metadata = {"format": MODEL_FORMAT, "version": str(VERSION), "fingerprint": mark}
     weights = Path(directory) / WEIGHTS
-    save_tensors(weights, tensors, metadata)
+    save_tensors(weights, stored, metadata)
     marks = {"fingerprint": mark, "sha256": sha256(weights)}
     write_json(Path(directory) / RECORD, {**record, **marks, "extra": dict(extra or {})})
 
@@ -113,12 +120,16 @@ def load_pruned(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn
     if record["sha256"] != sha256(header.path):
         raise ValueError(f"{header.path} was changed after it was saved")
     plan = CutPlan.from_json(record["plan"])
+    compressed = record.get("compressed", {})
+    header = expanded_header(header, compressed)
     _check_attributes(dense_model, plan)
     _check_tensors(dense_model, plan, header, record["ties"])
     _check_settings(dense_model, plan, record["settings"])
     apply_cut(dense_model, plan)
     with safetensors.safe_open(header.path, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in header.shapes}
+        for name, shape in compressed.items():
+            state[name] = expand(state[name], file.get_tensor(bits_of(name)), shape)
     load_state(dense_model, state, record["ties"], versions=record.get("versions"))
     return dense_model.eval()
 
@@ -192,8 +203,8 @@ def _versions(model: nn.Module) -> dict[str, int]:
 
 def _fingerprint(record: Mapping[str, Any]) -> str:
     """Ties the two files together: written into both, so that an edit or a mix of two runs shows."""
-    keys = ("format", "version", "plan", "shapes", "settings", "ties", "versions")
-    kept = {key: record[key] for key in keys if key in record}  # older files have no versions
+    keys = ("format", "version", "plan", "shapes", "settings", "ties", "versions", "compressed")
+    kept = {key: record[key] for key in keys if key in record}  # older files have not all of them
     return sha256_of_json(kept)
 
 
