@@ -18,6 +18,7 @@ EXTRAS = {
     "hf": ("transformers",),
     "lightning": ("lightning",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
     "optuna": ("optuna",),
     "joblib": ("hydra_plugins.hydra_joblib_launcher",),
     "slurm": ("hydra_plugins.hydra_submitit_launcher",),

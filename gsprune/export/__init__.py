@@ -1,6 +1,8 @@
-"""Networks that leave PyTorch: ONNX files and `torch.export` programs, each checked against PyTorch's own outputs."""
+"""Networks that leave PyTorch, or take the form they are deployed in, each checked against PyTorch's own outputs."""
 
 from gsprune.export.exported_program import to_exported_program
+from gsprune.export.fusing import fuse
 from gsprune.export.onnx_file import to_onnx
+from gsprune.export.openvino_file import to_openvino
 
-__all__ = ["to_exported_program", "to_onnx"]
+__all__ = ["fuse", "to_exported_program", "to_onnx", "to_openvino"]

@@ -224,15 +224,15 @@ def _gaps(model: nn.Module, session: Any, example_input: Example, size: int, tol
     for node, a, b in zip(session.get_outputs(), wanted, given, strict=True):
         half = a.dtype in (torch.float16, torch.bfloat16)
         allowed = tolerance or (HALF_TOLERANCE if half else TOLERANCE)
-        yield _Gap(_difference(a.double().numpy(), b.astype(np.float64)), allowed, node.name, size)
+        yield _Gap(difference(a.double().numpy(), b.astype(np.float64)), allowed, node.name, size)
 
 
-def _difference(a: Any, b: Any) -> float:
+def difference(a: Any, b: Any) -> float:
     """max |a - b| / max |a|; infinite where the shapes or the places of what is not finite differ.
 
-    >>> _difference(np.array([1.0, -4.0]), np.array([1.0, -3.0]))
+    >>> difference(np.array([1.0, -4.0]), np.array([1.0, -3.0]))
     0.25
-    >>> _difference(np.array([np.nan, 0.0]), np.array([np.nan, 0.0])), _difference(np.zeros(2), np.zeros(3))
+    >>> difference(np.array([np.nan, 0.0]), np.array([np.nan, 0.0])), difference(np.zeros(2), np.zeros(3))
     (0.0, inf)
     """
     if a.shape != b.shape:

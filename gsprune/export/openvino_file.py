@@ -1,0 +1,106 @@
+"""A network as OpenVINO's two files, checked with OpenVINO against PyTorch's outputs.
+
+The extras `[onnx]` and `[openvino]` are imported only where files are written.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from gsprune.export.exported_program import (
+    arguments_in_order,
+    at_batch,
+    batch_size,
+    copy_to_export,
+    innermost_line,
+    quietly,
+    run_once,
+)
+from gsprune.export.onnx_file import TOLERANCE, difference, to_onnx
+from gsprune.extras import need
+from gsprune.structures.attention import no_fast_path
+from gsprune.structures.example import Example, map_tensors, plain, tensors_in
+
+
+def to_openvino(
+    model: nn.Module, example_input: Example, path: str | os.PathLike[str], *, tolerance: float = TOLERANCE
+) -> float:
+    """Write `model` to `path` (an .xml file) and the weights to the .bin file beside it, for OpenVINO's runtimes.
+
+    The network goes through ONNX (`to_onnx`). Both compute, on the CPU and in float32, the example and a batch of
+    another size; the difference is that of `to_onnx`.
+
+    Args:
+        example_input: as of `to_onnx`.
+        path: ends with ".xml".
+        tolerance: the largest difference allowed, above 0.
+
+    Returns:
+        The largest difference found.
+
+    Raises:
+        ValueError: as of `to_onnx`; the extra is not installed, `path` does not end with ".xml", OpenVINO cannot read
+            the network or computes something else. Files at `path` stay as they were then.
+    """
+    openvino: Any = need("openvino")
+    path = Path(path)
+    if path.suffix != ".xml":
+        raise ValueError(f"{path} does not end with .xml, as OpenVINO's networks do")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance is {tolerance}: it must be above 0")
+    with tempfile.TemporaryDirectory(prefix="openvino-", ignore_cleanup_errors=True) as folder:
+        graph = Path(folder) / "network.onnx"
+        to_onnx(model, example_input, graph)
+        try:
+            network = openvino.Core().read_model(graph)
+            compiled = openvino.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        except Exception as error:
+            raise ValueError(f"OpenVINO cannot read {type(model).__name__}: {innermost_line(error)}") from error
+        found = _check(model, example_input, compiled, tolerance)
+        written = Path(folder) / "network.xml"
+        openvino.save_model(network, written, compress_to_fp16=False)
+        _move(written, path)
+    return found
+
+
+def _check(model: nn.Module, example_input: Example, compiled: Any, tolerance: float) -> float:
+    twin = copy_to_export(model).cpu()
+    example = map_tensors(lambda tensor: plain(tensor).cpu(), example_input)
+    batch, found = batch_size(example), 0.0
+    for size in (batch, 1 if batch > 1 else 3):
+        rows = at_batch(example, size)
+        with no_fast_path(), quietly():
+            wanted = _tensors(run_once(twin, rows))
+        fed = [tensor.numpy() for tensor in _tensors(arguments_in_order(twin, rows))]
+        given = [np.asarray(value) for value in compiled(fed).values()]
+        if len(given) != len(wanted):
+            raise ValueError(f"OpenVINO gives {len(given)} outputs of {type(model).__name__}, PyTorch {len(wanted)}")
+        for a, b in zip(wanted, given, strict=True):
+            found = max(found, difference(a.double().numpy(), b.astype(np.float64)))
+    if not found <= tolerance:
+        raise ValueError(
+            f"OpenVINO does not compute what PyTorch does with {type(model).__name__}: the largest difference is "
+            f"{found:.3g} of an output's largest value, {tolerance:.3g} is allowed"
+        )
+    return found
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return list(tensors_in(value, floating=False))
+
+
+def _move(written: Path, path: Path) -> None:
+    """The weights first: a graph never stands beside weights of another network for long."""
+    try:
+        for suffix in (".bin", ".xml"):
+            aside = path.with_suffix(f"{suffix}.new")
+            aside.write_bytes(written.with_suffix(suffix).read_bytes())
+            os.replace(aside, path.with_suffix(suffix))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.filename}: {error.strerror}") from error
