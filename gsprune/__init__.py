@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from gsprune.integrations.inc import load_inc_config
     from gsprune.pruner.pruner import Pruner
     from gsprune.pruner.rule import Rule
+    from gsprune.surgery.rows import cut_rows
     from gsprune.sweeps.callback import start_run
     from gsprune.sweeps.frame import results
 
@@ -51,6 +52,7 @@ _HOMES = {
     "check_masks": "gsprune.collectives",
     "cut": "gsprune.cutting.cut",
     "cut_family": "gsprune.cutting.family",
+    "cut_rows": "gsprune.surgery.rows",
     "find_structures": "gsprune.discovery.find",
     "load_inc_config": "gsprune.integrations.inc",
     "load_masks": "gsprune.formats.masks",
@@ -71,6 +73,7 @@ __all__ = [
     "check_masks",
     "cut",
     "cut_family",
+    "cut_rows",
     "find_structures",
     "load_inc_config",
     "load_masks",

@@ -24,6 +24,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from gsprune import Pruner
 from gsprune.criteria import Abs, Criterion, Weighted
@@ -32,8 +33,10 @@ from gsprune.export import to_onnx
 from gsprune.formats.network import load_pruned, save_pruned
 from gsprune.schedules import Linear, OneShot
 from gsprune.structures.example import call, map_tensors, tensors_in
-from gsprune.structures.structure import Structure
+from gsprune.structures.structure import INNER, Found, Structure
+from gsprune.surgery.apply import with_ties
 from gsprune.surgery.cut_plan import CutPlan
+from gsprune.surgery.no_branch import inside
 from gsprune.surgery.shrink import mask_units, shrink
 
 OUTPUT = "feeds the model's output"
@@ -382,7 +385,7 @@ def _step(pruner: Pruner) -> None:
 
 
 def _units(criterion: Criterion, model: nn.Module, structure: Structure) -> Tensor:
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     return criterion.units(structure, lambda name: (parameters[name].detach(), parameters[name].grad))
 
 
@@ -400,8 +403,12 @@ class Network:
         make: builds it; a random seed is set before.
         example: what it is called with: a tensor, a tuple, or a mapping of keyword arguments.
         found: its structures, as (name, kind, units) in order, or as the number of structures of each kind.
-        skipped: a part of each reason for leaving something alone; every reason has to contain one of them.
+        skipped: a part of each reason for leaving something alone; every reason has to contain one of them. None: they
+            are not looked at.
         trains: whether it takes its steps in training mode: not with dropout that `build` does not reach.
+        kinds: of what is pruned; None: all but residual streams and branches.
+        by_hand: gives its structures, of a network that the finder is not asked about.
+        others: what else it may be called with, of other sizes.
         again: whether what was loaded is cut a second time.
         onnx: whether its smaller version is also written as ONNX (seconds).
     """
@@ -409,8 +416,11 @@ class Network:
     make: Callable[[], nn.Module]
     example: Any
     found: Sequence[tuple[str, str, int]] | Mapping[str, int]
-    skipped: Collection[str] = (OUTPUT,)
+    skipped: Collection[str] | None = (OUTPUT,)
     trains: bool = True
+    kinds: Sequence[str] | None = None
+    by_hand: Callable[[nn.Module], Sequence[Structure]] | None = None
+    others: Sequence[Any] = ()
     again: bool = False
     onnx: bool = False
 
@@ -426,14 +436,27 @@ class Network:
         return model.train(self.trains)
 
     def input(self, dtype: torch.dtype = torch.float64) -> Any:
-        return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t.clone(), self.example)
+        return self.inputs(dtype)[0]
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> list[Any]:
+        """The example and the others."""
+        return [
+            map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t.clone(), example)
+            for example in (self.example, *self.others)
+        ]
+
+    def find(self, model: nn.Module, x: Any, **names: Any) -> Found:
+        """What the finder says, or the hand."""
+        return find_structures(model, x, **names) if self.by_hand is None else Found((*self.by_hand(model),), (), {})
 
 
 @functools.cache
 def pruner_of(network: Network) -> Pruner:
     """A pruner that removes half of every structure. Tracing takes most of the time, so all tests share it."""
     options = {"schedule": OneShot(), "example_input": network.input(), "steps_per_epoch": 2, "epochs": 1}
-    return Pruner(network.build(), Weighted(), target_sparsity=0.5, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gsprune.discovery.find.find_structures", network.find)
+        return Pruner(network.build(), Weighted(), target_sparsity=0.5, kinds=network.kinds, **options)
 
 
 def structures_of(network: Network) -> list[Structure]:
@@ -503,9 +526,9 @@ class NetworkTester:
             assert Counter(s.kind for s in structures) == network.found
         else:
             assert [(s.name, s.kind, s.units) for s in structures] == list(network.found)
-        for name, reason in skipped.items():
+        for name, reason in skipped.items() if network.skipped is not None else ():
             assert any(part in reason for part in network.skipped), f"{name}: {reason}"
-        for part in network.skipped:
+        for part in network.skipped or ():
             assert any(part in reason for reason in skipped.values()), part
 
     def test_masked_equals_cut(self, cut: Cut) -> None:
@@ -521,9 +544,11 @@ class NetworkTester:
                 with context:
                     assert_equal_answers(*pair, cut.x)
         assert_same_state(cut.masked, cut.small, cut.plan)
+        for x in cut.network.inputs()[1:]:
+            assert_equal_answers(*(copy.deepcopy(model).eval() for model in (cut.small, cut.masked)), x)
 
     def test_the_optimizer_follows(self, cut: Cut) -> None:
-        """The next step is that of the masked network."""
+        """The next step is that of the masked network; gains of RMSNorms, which the cut has scaled, take another."""
         small, masked = (
             copy.deepcopy(pair) for pair in ((cut.small, cut.small_optimizer), (cut.masked, cut.masked_optimizer))
         )
@@ -531,22 +556,24 @@ class NetworkTester:
             train_step(model, optimizer, cut.x)
         assert {id(p) for group in small[1].param_groups for p in group["params"]} == {*map(id, small[0].parameters())}
         assert all(p.grad is not None and p.grad.shape == p.shape for p in small[0].parameters())
-        assert_same_state(masked[0], small[0], cut.plan)
+        assert_same_state(masked[0], small[0], cut.plan, gains=False)
 
     def test_saved_and_loaded_into_a_fresh_dense_network(self, cut: Cut, tmp_path: Path) -> None:
         save_pruned(tmp_path, cut.small, cut.plan)
         loaded = load_pruned(tmp_path, cut.network.build().requires_grad_(True))
         expected = answers(copy.deepcopy(cut.small).eval(), cut.x)
-        assert list(loaded.state_dict()) == list(cut.network.build().state_dict())
+        dense = [name for name in cut.network.build().state_dict() if not inside(name, cut.plan.removed)]
+        assert list(loaded.state_dict()) == dense
         assert not loaded.training
-        for model in (loaded, pickle.loads(pickle.dumps(loaded))):
+        parametrised = any(is_parametrized(module) for module in loaded.modules())  # PyTorch pickles none of these
+        for model in (loaded, *([] if parametrised else [pickle.loads(pickle.dumps(loaded))])):
             assert all(torch.equal(a, b) for a, b in zip(answers(model, cut.x), expected, strict=True))
 
     def test_the_loaded_network_is_cut_again(self, network: Network, tmp_path: Path) -> None:
         first = Cut(network, OPTIMIZERS["sgd"])
         save_pruned(tmp_path, first.small, first.plan)
         model = load_pruned(tmp_path, network.build())
-        structures = find_structures(model, first.x).structures
+        structures = [s for s in network.find(model, first.x).structures if s.kind in (network.kinds or INNER)]
         left = {s.name: int(keep.sum()) for s, keep in zip(first.structures, first.keeps, strict=True)}
         assert all(s.units == left[s.name] for s in structures)
         masked = reference.masked(model, structures, uneven(structures))
@@ -580,7 +607,9 @@ class NetworkTester:
             train_step(model, optimizer, x)
         masked = copy.deepcopy(model)
         assert pruner.finish() is model
-        assert all(share.pruned == (share.total + 1) // 2 for share in pruner.shares().values())
+        branches = [share for share in pruner.shares().values() if share.of == "branches"]
+        assert sum(share.pruned for share in branches) == (len(branches) + 1) // 2
+        assert all(s.pruned == (s.total + 1) // 2 for s in pruner.shares().values() if s.of != "branches")
         assert_equal_answers(*(copy.deepcopy(m).eval() for m in (model, masked)), x)
         train_step(model, optimizer, x)
         assert all(p.isfinite().all() for p in model.parameters())
@@ -609,12 +638,17 @@ def assert_equal_answers(model: nn.Module, other: nn.Module, x: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.detach().abs().max()))
 
 
-def assert_same_state(masked: nn.Module, small: nn.Module, plan: CutPlan) -> None:
-    large = masked.state_dict()
+def assert_same_state(masked: nn.Module, small: nn.Module, plan: CutPlan, *, gains: bool = True) -> None:
+    large, cuts = masked.state_dict(), with_ties(masked, plan).kept
     for name, tensor in small.state_dict().items():
         expected = large[name]
-        for dim, kept in plan.kept.get(name, {}).items():
+        for dim, kept in cuts.get(name, {}).items():
             expected = expected.index_select(dim, kept)
+        norm = small.get_submodule(name.rpartition(".")[0])
+        if hasattr(norm, "dense_norm"):  # an RMSNorm over fewer entries
+            if not gains:
+                continue
+            expected = expected * math.sqrt(norm.dense_norm[0] / len(tensor))
         torch.testing.assert_close(tensor, expected, rtol=1e-8, atol=1e-10)
 
 
@@ -629,7 +663,10 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Any) -> No
 
 
 def uneven(structures: Sequence[Structure]) -> list[Tensor]:
-    """About half of the units of every structure, at random, and one more in every other structure."""
+    """About half of the units of every structure, at random, and one more in every other; every other branch."""
     generator = torch.Generator().manual_seed(6)
     counts = [max(1, s.units // 2 + (i % 2 if s.units > 2 else 0)) for i, s in enumerate(structures)]
-    return [torch.randperm(s.units, generator=generator) < n for s, n in zip(structures, counts, strict=True)]
+    keeps = [torch.randperm(s.units, generator=generator) < n for s, n in zip(structures, counts, strict=True)]
+    branches = [s.name for s in structures if s.kind == "branches"]
+    pairs = zip(structures, keeps, strict=True)
+    return [k if s.kind != "branches" else k & bool(branches.index(s.name) % 2) for s, k in pairs]

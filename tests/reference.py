@@ -143,11 +143,11 @@ def gate_sums(model: nn.Module, members: Sequence[Member]) -> Tensor:
 
 
 def masked(model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor]) -> nn.Module:
-    """A copy whose consumers are zeroed column by column."""
+    """A copy in which what a mask zeroes is zeroed position by position."""
     twin = copy.deepcopy(model)
-    state = dict(twin.named_parameters(remove_duplicate=False))
+    state = dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers())
     for structure, keep in zip(structures, keeps, strict=True):
-        for member in structure.consumers:
+        for member in structure.masked:
             for unit in torch.nonzero(~keep).flatten().tolist():
                 for position in member.index[unit].tolist():
                     state[member.tensor].data.select(member.dim, position).zero_()

@@ -96,8 +96,9 @@ class Budget:
         together: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.kind, self.share, self.structures = kind, share, structures
-        self._least = [least_kept(structure.units, min_kept, min_share) for structure in structures]
-        self._by_share = self._least != [least_kept(structure.units, min_kept) for structure in structures]
+        units = [0 if structure.kind == "branches" else structure.units for structure in structures]  # which may all go
+        self._least = [least_kept(count, min_kept, min_share) for count in units]
+        self._by_share = self._least != [least_kept(count, min_kept) for count in units]
         self._floor_text = floor_text(min_kept, min_share if self._by_share else 0.0)
         self._together = [range(len(structures))] if together is None else together
         self._checked = 1.0  # the wanted share at the last look at the clock, and what was found
@@ -298,7 +299,7 @@ class Budget:
     def _widths(self, i: int, alive: int) -> Sequence[int]:
         """The counts that structure i can have, rising: under a latency budget multiples of 8, or all there is."""
         structure, least, step = self.structures[i], self._least[i], self._cost.multiple
-        if step == 1 or structure.kind == "heads":
+        if step == 1 or structure.kind in ("heads", "branches"):
             return range(min(least, alive), alive + 1)
         multiples = range(step * math.ceil(least / step), min(alive, structure.units - 1) + 1, step)
         return [*multiples, *([] if alive in multiples else [alive])]

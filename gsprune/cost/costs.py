@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +24,7 @@ from gsprune.structures.structure import Structure
 from gsprune.structures.twin import copy_of
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import CutPlan, plan_cut
+from gsprune.surgery.no_branch import inside
 from gsprune.text.names import joined
 
 DOUBT = 2.0  # times the savings of the table: what a clock says beyond that is a busy machine's noise
@@ -58,10 +59,11 @@ class Cost(ABC):
     def _parts(self, keeps: Keeps) -> float:
         """The sum of all parts as a share of the dense network's."""
 
-    def _of_heads(self, costs: Mapping[str, float], keeps: Keeps) -> float:
-        """What goes with the heads that go, of what attentions cost by themselves."""
+    def _of_heads(self, costs: Mapping[str, float], keeps: Keeps, removed: Collection[str]) -> float:
+        """What goes with the heads that go, of what attentions cost by themselves; all where the attention goes."""
         return sum(
-            costs.get(structure.name, 0.0) * (1 - int(keep.sum()) / structure.units)
+            costs.get(structure.name, 0.0)
+            * (1 - (0 if inside(structure.name, removed) else int(keep.sum()) / structure.units))
             for structure, keep in zip(self._structures, keeps, strict=True)
             if structure.kind == "heads"
         )
@@ -97,15 +99,20 @@ class _Parameters(Cost):
     def __init__(self, model: nn.Module, structures: Sequence[Structure]) -> None:
         super().__init__(structures)
         self._sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        self._first = _first_names(model)
 
     def _parts(self, keeps: Keeps) -> float:
         plan = plan_cut(self._structures, keeps)
-        gone = sum(self._sizes.get(name, 0) * (1 - _left(plan, name)) for name in plan.kept)
+        names = dict.fromkeys(self._first.get(name, name) for name in plan.kept)
+        if plan.removed:
+            names |= dict.fromkeys(name for name in self._sizes if inside(name, plan.removed))
+        gone = sum(self._sizes.get(name, 0) * (1 - _left(plan, name, self._first)) for name in names)
         return 1 - gone / sum(self._sizes.values())
 
 
 class _Macs(Cost):
-    """A layer's MACs go with the elements of its weight, an attention's own with its heads; the rest stays."""
+    """A layer's MACs go with the elements of its weight, an attention's own with its heads, those of a module with
+    tensors of its own (experts, recurrent layers) with the elements of these; the rest stays."""
 
     def __init__(self, model: nn.Module, structures: Sequence[Structure], example_input: Any) -> None:
         super().__init__(structures)
@@ -118,13 +125,20 @@ class _Macs(Cost):
             for s in structures
             if s.kind == "heads" and s.name in found
         }
+        branches = [path for s in structures for path in s.removed if path in found and path not in self._heads]
+        self._between = {path: found[path] - sum(_macs_in(path, self._layers, self._heads)) for path in branches}
+        self._own = _macs_of_tensors(model, found, {*self._layers, *self._heads})
+        self._first = _first_names(model)
         if not self._total:
             raise ValueError("budget.macs needs a model with MACs to count, and this one has none: set budget.params")
 
     def _parts(self, keeps: Keeps) -> float:
         plan = plan_cut(self._structures, keeps)
-        gone = sum(macs * (1 - _left(plan, joined(name, "weight"))) for name, macs in self._layers.items())
-        gone += self._of_heads(self._heads, keeps)
+        first = self._first
+        gone = sum(macs * (1 - _left(plan, joined(name, "weight"), first)) for name, macs in self._layers.items())
+        gone += self._of_heads(self._heads, keeps, plan.removed)
+        gone += sum(macs * (1 - _left(plan, name, first)) for name, macs in self._own.items())
+        gone += sum(self._between.get(path, 0) for path in plan.removed)
         return 1 - gone / self._total
 
     def truth(self, keeps: Keeps) -> float:
@@ -151,8 +165,13 @@ class _Latency(Cost):
 
     def _parts(self, keeps: Keeps) -> float:
         plan = plan_cut(self._structures, keeps)
-        gone = sum(table.saved(*_lengths(plan, joined(name, "weight"), table)) for name, table in self._tables.items())
-        gone += self._of_heads(self._heads, keeps)
+        gone = sum(
+            table.ms[-1][-1]
+            if inside(name, plan.removed)
+            else table.saved(*_lengths(plan, joined(name, "weight"), table))
+            for name, table in self._tables.items()
+        )
+        gone += self._of_heads(self._heads, keeps, plan.removed)
         return 1 - gone / self._ms
 
     def truth(self, keeps: Keeps) -> float:
@@ -194,10 +213,40 @@ def _shrunk(model: nn.Module, structures: Sequence[Structure], keeps: Keeps) -> 
     return twin
 
 
-def _left(plan: CutPlan, tensor: str) -> float:
-    """The share of a tensor's elements that a plan leaves."""
-    cuts = plan.kept.get(tensor, {})
-    return math.prod(len(kept) / plan.sizes[tensor][dim] for dim, kept in cuts.items())
+def _left(plan: CutPlan, tensor: str, first: Mapping[str, str]) -> float:
+    """The share of a tensor's elements that a plan leaves, under whatever name of a shared one it does."""
+    if plan.removed and inside(tensor, plan.removed):
+        return 0.0
+    names = [tensor]
+    if first and tensor in first:
+        names = [name for name, other in first.items() if other == first[tensor]]
+    shares = {d: len(kept) / plan.sizes[n][d] for n in names for d, kept in plan.kept.get(n, {}).items()}
+    return math.prod(shares.values())
+
+
+def _macs_in(path: str, *of: Mapping[str, float]) -> list[float]:
+    """What is known of inside a module."""
+    return [macs for found in of for name, macs in found.items() if inside(name, [path])]
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Each name of a tensor that has several -> the first of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: every[0] for every in names.values() if len(every) > 1 for name in every}
+
+
+def _macs_of_tensors(model: nn.Module, found: Mapping[str, int], known: Collection[str]) -> dict[str, float]:
+    """MACs of modules that hold matrices and are none of the known layers, shared out by the matrices' sizes."""
+    shared: dict[str, float] = {}
+    for name, module in model.named_modules():
+        sizes = {joined(name, n): p.numel() for n, p in module.named_parameters(recurse=False) if p.dim() > 1}
+        if name in known or name not in found or not sizes:
+            continue
+        own = found[name] - sum(found.get(joined(name, child), 0) for child, _ in module.named_children())
+        shared |= {tensor: max(0, own) * size / sum(sizes.values()) for tensor, size in sizes.items()}
+    return shared
 
 
 def _lengths(plan: CutPlan, tensor: str, table: Table) -> tuple[int, int]:

@@ -16,13 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import call
-from gsprune.structures.matrices import LAYERS
+from gsprune.structures.matrices import LAYERS, is_conv1d
 from gsprune.structures.running import evaluating, hooked, to_device_of
 
 
 def named_layers(model: nn.Module) -> dict[str, Any]:
     """The linear and convolution layers, whose MACs go with the elements of their weight."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LAYERS) or is_conv1d(m)}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from gsprune.collectives import broadcast
 from gsprune.cost import latency
 from gsprune.cost.counting import named_layers
 from gsprune.structures.example import arguments, call
+from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import hooked
 from gsprune.structures.structure import Structure
 from gsprune.structures.twin import copy_of
@@ -80,7 +81,10 @@ def measure_tables(
     attentions = {s.name: model.get_submodule(s.name) for s in structures if s.kind == "heads"}
     calls = _calls(model, layers | attentions, example_input)
     grids = {
-        name: [_points(layer.weight.shape[dim], is_cut=(joined(name, "weight"), dim) in cut) for dim in (0, 1)]
+        name: [
+            _points(length, is_cut=(joined(name, "weight"), dim) in cut, multiple=_multiple(layer, dim))
+            for dim, length in enumerate(layer.weight.shape[:2])
+        ]
         for name, layer in layers.items()
     }
     stages: dict[str, nn.Module] = {"": _Call(model, *arguments(example_input))}
@@ -129,14 +133,21 @@ def _table(rows: list[int], columns: list[int], ms_crc: list[list[list[float]]])
     return Table(rows, columns, summed.cummax(0).values.cummax(1).values.tolist())
 
 
-def _points(length: int, *, is_cut: bool) -> list[int]:
+def _multiple(layer: Any, dim: int) -> int:
+    """What the length of a dimension of a layer's weight has to be a multiple of: each group keeps as many."""
+    groups = getattr(layer, "groups", 1)
+    is_depthwise = groups > 1 and groups == layer.in_channels == layer.out_channels
+    return 1 if dim or is_depthwise else groups
+
+
+def _points(length: int, *, is_cut: bool, multiple: int = 1) -> list[int]:
     """The widths to measure of a dimension.
 
     >>> _points(64, is_cut=True), _points(20, is_cut=True), _points(20, is_cut=False), _points(6, is_cut=True)
     ([8, 16, 32, 64], [8, 20], [20], [6])
     """
     multiples = {MULTIPLE * max(1, round(length * share / MULTIPLE)) for share in WIDTHS} if is_cut else set()
-    return sorted({width for width in multiples if width < length} | {length})
+    return sorted({width for width in multiples if width < length and width % multiple == 0} | {length})
 
 
 class _Call(nn.Module):
@@ -170,7 +181,10 @@ def _narrowed(layer: nn.Module, x: Tensor, rows: int, columns: int) -> _Call:
     """A copy of a layer with the first rows and columns of its weight, and an input of its new width."""
     home: Any = nn.Module()
     home.layer = copy_of(layer)
-    kept = {"layer.weight": {0: rows, 1: columns}, "layer.bias": {0: rows}}
+    outputs = rows
+    if is_conv1d(layer) or getattr(layer, "transposed", False):  # the inputs are the rows of its weight
+        outputs = columns * getattr(layer, "groups", 1)
+    kept = {"layer.weight": {0: rows, 1: columns}, "layer.bias": {0: outputs}}
     if home.layer.bias is None:
         del kept["layer.bias"]
     sizes = {name: {dim: home.get_parameter(name).shape[dim] for dim in cuts} for name, cuts in kept.items()}
@@ -178,6 +192,8 @@ def _narrowed(layer: nn.Module, x: Tensor, rows: int, columns: int) -> _Call:
     apply_cut(home, CutPlan(cuts, sizes, {}))
     if isinstance(layer, nn.Linear):
         narrow = x.narrow(-1, 0, home.layer.in_features)
+    elif is_conv1d(layer):
+        narrow = x.narrow(-1, 0, home.layer.nx)
     else:
         narrow = x.narrow(-1 - len(home.layer.kernel_size), 0, home.layer.in_channels)
     return _Call(home.layer, (torch.ones_like(narrow),), {})  # in the input's own memory format

@@ -20,12 +20,14 @@ from gsprune.criteria.base import Criterion
 from gsprune.cutting.calibration import Batch, Calibration
 from gsprune.pruner.targets import Verdict
 from gsprune.pruner.units import UnitTarget, UnitTargets
+from gsprune.ranking.blocks import dot_along
 from gsprune.ranking.elimination import Reader
 from gsprune.repair.gram import Moments, choose_rows, matrix_of, rows_dim, why_no_matrix
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import call
+from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
-from gsprune.structures.structure import Member, Structure
+from gsprune.structures.structure import INNER, Member, Structure
 from gsprune.structures.twin import copy_of
 from gsprune.surgery.narrow_attention import narrow
 
@@ -33,6 +35,7 @@ SMALL = 4  # samples in a batch whose gradient of the weights stands for a sampl
 NARROW = 1024  # columns up to which a linear layer is seen as it is
 WIDE = 8192  # columns of a reader whose second moments are taken: half a gigabyte
 ROWS = 50_000  # of what a layer reads, that its second moments are taken of
+Side = tuple[str, int]  # a tensor and one of its dimensions
 Progress = Callable[[int], None]  # told how many samples are done
 Stop = Callable[[int, Callable[[], Mapping[str, Tensor]]], bool]  # batches done, what they gave -> whether it is enough
 
@@ -164,9 +167,12 @@ def readers(
     Moments are about the mean where the consumer has a bias, which makes up for a mean. A convolution is seen as one
     matrix (o * kernel, in) that reads the channels of a position: its offsets read nearly the same distribution. So is
     a wide linear layer behind a flattening, whose columns are the positions of channels. Rows are samples, tokens or
-    positions, at most `ROWS`. Consumers that are wider than `WIDE` or not called as modules are left out.
+    positions, at most `ROWS`. Consumers that are wider than `WIDE`, have groups or are not called as modules are left
+    out, and so are those of residual streams, which norms read first, and of branches.
     """
     twin, device = sharing_copy(model, requires_grad=False), device_of(model)
+    of_streams = [s.name for s in structures if s.kind not in INNER]
+    structures = [s for s in structures if s.name not in of_streams]
     modules = dict(twin.named_modules())
     names = dict.fromkeys(m.tensor.rpartition(".")[0] for s in structures for m in s.consumers)
     folds = _folds(modules, structures)
@@ -202,7 +208,7 @@ def readers(
     members = {s.name: [m for m in s.consumers if m.tensor.rpartition(".")[0] in moments] for s in structures}
     uses = Counter(m.tensor for found in members.values() for m in found)
     first: dict[str, Reader] = {}  # of matrices that read several structures: these share the moments
-    found: dict[str, list[Reader]] = {}
+    found: dict[str, list[Reader]] = {name: [] for name in of_streams}
     for name, mine in members.items():
         found[name] = []
         for m in mine:
@@ -265,11 +271,8 @@ class _Reader:
     def __init__(self, twin: nn.Module, structures: Sequence[Structure]) -> None:
         self.twin, self.structures, self.device = twin, structures, device_of(twin)
         self._modules = dict(twin.named_modules())
-        self._members: dict[str, list[tuple[Structure, Member]]] = {}
-        for structure in structures:
-            for member in structure.consumers:
-                self._members.setdefault(member.tensor, []).append((structure, member))
-        self.by_weight: set[str] = set()  # consumers that are read through the gradient of their weight
+        self._sides = dict.fromkeys((m.tensor, m.dim) for s in structures for m in s.consumers)
+        self.by_weight: set[Side] = set()  # consumers that are read through the gradient of their weight
         self._indices: dict[Member, Tensor] = {}
         self._known = False
         self._copies = False  # whether inputs are written into after they were read, so that they are kept as copies
@@ -278,15 +281,15 @@ class _Reader:
         """Structure name -> (b, u) on the CPU, of the batch's loss as it is."""
         assert batch.size == 1 or not self.by_weight
         batch = batch.to(self.device)
-        sums: dict[str, Tensor] = {}
-        weights = {name: self.twin.get_parameter(name) for name in self.by_weight}
+        sums: dict[Side, Tensor] = {}
+        weights = {name: self.twin.get_parameter(name) for name in dict.fromkeys(name for name, _ in self.by_weight)}
         for parameter in weights.values():
             parameter.requires_grad_(True)
         with torch.enable_grad(), self._watched(batch.size, sums) as written:
             loss = calibration.loss(self.twin, batch)
             if not self._known:
                 self._known = True
-                self.by_weight = {name for name in self._members if name not in written.seen}
+                self.by_weight = {side for side in self._sides if side not in written.seen}
                 if self.by_weight:
                     return self.read(calibration, batch)
             if not loss.requires_grad:
@@ -297,19 +300,20 @@ class _Reader:
         if written.stale:
             self._copies = True
             return self.read(calibration, batch)
-        for name, slope in zip(weights, slopes[len(written.leaves) :], strict=True):
-            if slope is not None:
-                dim = self._members[name][0][1].dim
-                sums[name] = (weights[name].detach() * slope).movedim(dim, 0).flatten(1).sum(1).unsqueeze(0)
+        slope_of = dict(zip(weights, slopes[len(written.leaves) :], strict=True))
+        for name, dim in self.by_weight:
+            if (slope := slope_of[name]) is not None:
+                sums[name, dim] = dot_along(weights[name].detach(), slope, dim).unsqueeze(0)
         found = torch.cat([self._of(s, sums, batch.size) for s in self.structures], 1).cpu()  # one wait for the device
         parts = found.split([s.units for s in self.structures], 1)
         return {s.name: part for s, part in zip(self.structures, parts, strict=True)}
 
-    def _of(self, structure: Structure, sums: Mapping[str, Tensor], size: int) -> Tensor:
+    def _of(self, structure: Structure, sums: Mapping[Side, Tensor], size: int) -> Tensor:
         total = torch.zeros(size, structure.units, device=self.device)
         for member in structure.consumers:
-            if member.tensor in sums:
-                total += sums[member.tensor][:, self._index(member)].sum(2)
+            if (found := sums.get((member.tensor, member.dim))) is not None:
+                found = found.unflatten(1, (-1, member.size)).sum(1)  # a grouped convolution reads so many groups
+                total += found[:, self._index(member)].sum(2)
         return total
 
     def _index(self, member: Member) -> Tensor:
@@ -319,35 +323,41 @@ class _Reader:
         return self._indices[member]
 
     @contextmanager
-    def _watched(self, size: int, sums: dict[str, Tensor]) -> Iterator[_Watched]:
+    def _watched(self, size: int, sums: dict[Side, Tensor]) -> Iterator[_Watched]:
         watched = _Watched(size, sums, copies=self._copies)
 
         def hooks() -> Iterator[RemovableHandle]:
-            for name in self._members:
-                owner, _, leaf = name.rpartition(".")
+            for side in self._sides:
+                owner, _, leaf = side[0].rpartition(".")
                 module = self._modules[owner]
-                if leaf == "weight" and name not in self.by_weight:
+                if leaf == "weight" and side not in self.by_weight and side[1] == _reads_along(module):
                     yield module.register_forward_pre_hook(
-                        lambda m, args, name=name: watched.note(name, m, args), prepend=False
+                        lambda m, args, side=side: watched.note(side, m, args), prepend=False
                     )
 
         with hooked(hooks()):
             yield watched
 
 
+def _reads_along(module: Any) -> int | None:
+    """The dimension of a layer's weight that its input's entries (channels) are multiplied with; None: not known."""
+    known = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or is_conv1d(module)
+    return 1 - rows_dim(module) if known else None
+
+
 class _Watched:
     """What the consumers read in one forward pass, and what the backward pass says of it."""
 
-    def __init__(self, size: int, sums: dict[str, Tensor], *, copies: bool) -> None:
+    def __init__(self, size: int, sums: dict[Side, Tensor], *, copies: bool) -> None:
         self._size, self._sums, self._copies = size, sums, copies
-        self.seen: set[str] = set()
+        self.seen: set[Side] = set()
         self.leaves: list[Tensor] = []
         self.stale = False
 
-    def note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def note(self, side: Side, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not isinstance(args[0], Tensor):
             return None
-        self.seen.add(name)
+        self.seen.add(side)
         read = args[0]
         if not read.requires_grad:  # nothing before it needs a gradient: the backward pass ends here
             leaf = read.detach().requires_grad_()
@@ -364,7 +374,7 @@ class _Watched:
             product = (kept * slope).float().movedim(axis, -1)
             samples = self._size if len(product) % self._size == 0 else 1
             found = product.reshape(samples, -1, product.shape[-1]).sum(1)
-            self._sums[name] = self._sums[name] + found if name in self._sums else found
+            self._sums[side] = self._sums[side] + found if side in self._sums else found
 
         read.register_hook(add)  # type: ignore[no-untyped-call]
         return (read, *args[1:])

@@ -29,7 +29,7 @@ from gsprune.text.display import percent
 
 __all__ = ["collapsed", "foreseen", "plan"]
 
-FEW = {"channels": 4, "neurons": 4, "heads": 2}  # fewer units than this are about to collapse
+FEW = {"channels": 4, "neurons": 4, "heads": 2, "residual": 4}  # fewer units than this are about to collapse
 FEW_SHARE = 20  # as is less than one in so many, of units and of weights
 
 NAMED_HERE = "include, exclude, keep or kinds leaves it out"
@@ -122,7 +122,7 @@ def _even(part: Part, targets: Sequence[UnitTarget], kept: int) -> list[int]:
     if part.budget is not None:
         return [int(keep.sum()) for keep in part.budget.even()]
     share = kept / sum(target.total for target in targets)
-    return [max(1, target.total - pruned_count(1 - share, target.total)) for target in targets]
+    return [max(target.of != "branches", target.total - pruned_count(1 - share, target.total)) for target in targets]
 
 
 def _skipped_units(model: nn.Module, part: Part, targets: Sequence[UnitTarget]) -> dict[str, str]:
@@ -187,12 +187,12 @@ def _bounds(part: Part) -> tuple[list[tuple[int, int]], int]:
     if part.budget is not None:
         return part.budget.bounds(), sum(int(keep.sum()) for keep in part.budget.even())
     shares = [schedule.final for schedule in part.schedules]
-    if part.rule.ranking == "local":
+    if part.rule.ranking == "local" and len(part.together) == len(part.targets):
         counts = [_local(t, share, part.rule.min_kept) for t, share in zip(part.targets, shares, strict=True)]
         return [(count, count) for count in counts], sum(counts)
     found, kept = [(0, 0)] * len(part.targets), 0
     for ranking in part.together:
-        bounds, count = _one_ranking([part.targets[i] for i in ranking], shares[0], part.least)
+        bounds, count = _one_ranking([part.targets[i] for i in ranking], shares[ranking[0]], part.least)
         kept += count
         for i, bound in zip(ranking, bounds, strict=True):
             found[i] = bound
@@ -207,14 +207,14 @@ def _local(target: Target, share: float, min_kept: int) -> int:
 
 
 def _one_ranking(
-    targets: Sequence[Target], share: float, least_of: Callable[[int], int]
+    targets: Sequence[Target], share: float, least_of: Callable[[int, str], int]
 ) -> tuple[list[tuple[int, int]], int]:
     groups = [target.groups().numel() for target in targets]
     sizes = [target.total // n for target, n in zip(targets, groups, strict=True)]
     gone = [target.pruned // size for target, size in zip(targets, sizes, strict=True)]
-    floors = [max(least_of(n), _fixed(t, n)) for t, n in zip(targets, groups, strict=True)]
+    floors = [max(least_of(n, t.of), _fixed(t, n)) for t, n in zip(targets, groups, strict=True)]
     total = max(sum(groups) - max(pruned_count(share, sum(groups)), sum(gone)), sum(floors))
-    is_loose = any(0 < _fixed(t, n) < least_of(n) for t, n in zip(targets, groups, strict=True))
+    is_loose = any(0 < _fixed(t, n) < least_of(n, t.of) for t, n in zip(targets, groups, strict=True))
     tops = [n - old for n, old in zip(groups, gone, strict=True)]
     bounds = []
     for floor, top, size in zip(floors, tops, sizes, strict=True):

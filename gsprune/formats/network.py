@@ -21,8 +21,9 @@ from gsprune.formats.compressed import bits_of, compress, expand, expanded_heade
 from gsprune.formats.tensors import VERSION, Header, read_header, save_tensors, state_tensors
 from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
 from gsprune.structures.twin import refuse_wrapped
-from gsprune.surgery.apply import apply_cut
-from gsprune.surgery.cut_plan import CutPlan
+from gsprune.surgery.apply import SHAPE, apply_cut, home_of, with_ties
+from gsprune.surgery.cut_plan import ROW_NUMBERS, CutPlan
+from gsprune.surgery.no_branch import NoBranch, inside
 from gsprune.text.names import joined
 
 MODEL_FORMAT = "gsprune-pruned-model"
@@ -119,7 +120,7 @@ def load_pruned(directory: str | os.PathLike[str], dense_model: nn.Module) -> nn
         raise ValueError(f"{folder / RECORD} was edited, or it does not belong to the {WEIGHTS} beside it")
     if record["sha256"] != sha256(header.path):
         raise ValueError(f"{header.path} was changed after it was saved")
-    plan = CutPlan.from_json(record["plan"])
+    plan = with_ties(dense_model, CutPlan.from_json(record["plan"]))
     compressed = record.get("compressed", {})
     header = expanded_header(header, compressed)
     _check_attributes(dense_model, plan)
@@ -156,13 +157,13 @@ def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
         own: dict[str, Any] = {key: value for key, value in counts.items() if type(value) is int}
         if isinstance(module, nn.modules.conv._ConvNd):
             own |= {key: json_data(getattr(module, key)) for key in ("stride", "padding", "dilation", "padding_mode")}
-        if own:
+        if own and not isinstance(module, NoBranch):
             found[name] = own
     return found
 
 
 def _check_settings(model: nn.Module, plan: CutPlan, saved: Mapping[str, Any]) -> None:
-    here = _settings(model)
+    here = {name: own for name, own in _settings(model).items() if not inside(name, plan.removed)}
     for name in [*here, *saved]:
         mine, other = here.get(name, {}), saved.get(name)
         for key in {**mine, **(other if isinstance(other, dict) else {})}:
@@ -229,11 +230,14 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _check_attributes(model: nn.Module, plan: CutPlan) -> None:
-    modules = dict(model.named_modules())
     for path, value in plan.attributes.items():
-        owner, _, attribute = path.rpartition(".")
-        old = getattr(modules.get(owner), attribute, None)
-        if type(old) is not int or not 0 < value <= old:
+        try:
+            old = getattr(*home_of(model, path))
+        except ValueError:
+            old = None
+        length = old[0] if isinstance(old, tuple) and len(old) == 1 and path.endswith(SHAPE) else old
+        least = 0 if path.endswith(ROW_NUMBERS) else 1
+        if type(length) is not int or not least <= value <= length:
             raise ValueError(
                 f"the model does not fit the file: {path} should become {value}, but here it is {str(old)[:80]}"
             )
@@ -242,6 +246,10 @@ def _check_attributes(model: nn.Module, plan: CutPlan) -> None:
 def _check_tensors(model: nn.Module, plan: CutPlan, header: Header, ties: Mapping[str, str]) -> None:
     """Every tensor of the model, cut by the plan, must have the shape that the file holds, and none be left over."""
     state = model.state_dict()
+    for path in plan.removed:
+        if path not in dict(model.named_modules()) or not path:
+            raise ValueError(f"the model does not fit the file: it has no module {path!r}")
+    state = {name: tensor for name, tensor in state.items() if not inside(name, plan.removed)}
     for name in [*plan.kept, *header.shapes, *ties]:
         if name not in state:
             near = difflib.get_close_matches(name, state, n=1)

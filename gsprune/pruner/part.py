@@ -347,7 +347,10 @@ class Part:
             if missed := self.budget.missed([target.keep.cpu() for target in self.targets]):
                 warnings.warn(missed, stacklevel=4)
             return
-        asked = sum(pruned_count(s.final, t.total) for s, t in zip(self.schedules, self.targets, strict=True))
+        pairs = [*zip(self.schedules, self.targets, strict=True)]
+        asked = sum(pruned_count(s.final, t.total) for s, t in pairs if t.of != "branches")
+        if branches := [s for s, t in pairs if t.of == "branches"]:  # which are ranked together
+            asked += pruned_count(branches[0].final, len(branches))
         reached, slack = sum(target.pruned for target in self.targets), max(1.0, 0.01 * asked)
         if reached < asked - slack:
             warnings.warn(
@@ -400,7 +403,12 @@ class Part:
 
     def _select(self, groups: Sequence[Tensor], wanted: Sequence[float]) -> list[Tensor]:
         if self.rule.normalizes:
-            groups = [_normalized(group) for group in groups]
+            branches = [group for target, group in zip(self.targets, groups, strict=True) if target.of == "branches"]
+            whole = torch.cat([group.reshape(-1) for group in branches]) if branches else None  # each has one unit
+            groups = [
+                _normalized(group, whole if target.of == "branches" else None)
+                for target, group in zip(self.targets, groups, strict=True)
+            ]
         if self.budget is not None:
             scores = [group.reshape(-1) for group in groups]
             by_cost = self.criterion.calibrated and not self.rule.normalizes
@@ -415,13 +423,14 @@ class Part:
                 keeps[i] = keep
         return keeps
 
-    def least(self, groups: int) -> int:
-        """How many of the groups that a target has in a ranking stay in any case."""
-        return least_kept(groups, self.rule.min_kept, self.min_share)
+    def least(self, groups: int, of: str = "") -> int:
+        """How many of the groups that a target has in a ranking stay in any case; of branches each may go."""
+        return 0 if of == "branches" else least_kept(groups, self.rule.min_kept, self.min_share)
 
     def _rankings(self, model: nn.Module) -> list[list[int]]:
-        if self.rule.ranking == "local":
-            return [[i] for i in range(len(self.targets))]
+        if self.rule.ranking == "local":  # but for branches, which are structures of one unit each
+            branches = [i for i, target in enumerate(self.targets) if target.of == "branches"]
+            return [[i] for i in range(len(self.targets)) if i not in branches] + ([branches] if branches else [])
         if self.rule.ranking == "global":
             return [[*range(len(self.targets))]]
         return alike(model, [target.structure for target in self.unit_targets])
@@ -540,8 +549,12 @@ def _checked(target: Target) -> Tensor:
     return groups
 
 
-def _normalized(group: Tensor) -> Tensor:
-    """Scores divided by the mean of those that are not pruned: their L2 norm would starve structures of many units."""
-    gone = group.isneginf()
-    mean = group.masked_fill(gone, 0).sum() / (~gone).sum()
+def _normalized(group: Tensor, whole: Tensor | None = None) -> Tensor:
+    """Scores divided by the mean of those that are not pruned: their L2 norm would starve structures of many units.
+
+    `whole` is what the mean is taken of, if not the scores themselves.
+    """
+    whole = group if whole is None else whole
+    gone = whole.isneginf()
+    mean = whole.masked_fill(gone, 0).sum() / (~gone).sum()
     return group / mean if mean > 0 else group

@@ -250,19 +250,20 @@ class Targets(ABC):
         return bool(self.score.any())
 
     def select(
-        self, groups: Sequence[Tensor], share: float, targets: Sequence[Target], *, least: Callable[[int], int]
+        self, groups: Sequence[Tensor], share: float, targets: Sequence[Target], *, least: Callable[[int, str], int]
     ) -> list[Tensor]:
         """What to keep of some targets' groups, ranked together, to prune that share of them.
 
         Args:
-            least: groups in a row of a target -> how many of them stay in any case.
+            least: groups in a row of a target, and what it prunes -> how many of them stay in any case.
         """
         n, rows = sum(group.shape[1] for group in groups), len(groups[0])
         gone = sum(target.pruned * group.numel() // target.total for target, group in zip(targets, groups, strict=True))
         k = max(pruned_count(share, n), gone // rows)  # what is pruned stays pruned
         protected = [target.protected(group) for target, group in zip(targets, groups, strict=True)]
         known = [safe for safe in protected if safe is not None]
-        return select(groups, k, protected=known or None, min_kept=[least(group.shape[1]) for group in groups])
+        least_kept = [least(group.shape[1], target.of) for target, group in zip(targets, groups, strict=True)]
+        return select(groups, k, protected=known or None, min_kept=least_kept)
 
     @abstractmethod
     def probe(self, criterion: Criterion) -> Tensor:

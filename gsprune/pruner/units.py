@@ -82,13 +82,15 @@ class UnitTarget(Target):
     def change(self, criterion: Criterion) -> Tensor | None:
         """What the criterion says of this step, (units,); 0 for units that were cut out. None if it saw no gradient."""
         self._seen = False
-        if not self.due:
+        if not self.due or not self.placed.masked:  # all went with a branch
             return None
         change = self._dense(criterion.units(self.placed, self._read))
         return change if self._seen else None
 
     def compute(self, criterion: Criterion) -> Tensor:
         """What the criterion says without gradients, (units,)."""
+        if not self.placed.masked:
+            return torch.zeros_like(self.score)
         return self._dense(criterion.units(self.placed, self._read_weights))
 
     def move(self, structure: Structure, model: nn.Module) -> None:

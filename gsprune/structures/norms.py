@@ -56,7 +56,8 @@ def stream_norm(module: nn.Module) -> StreamNorm | None:
         return None
     if hasattr(module, "full_width"):  # `gsprune.surgery.narrow_norm` made it, and it counts what is gone as zeros
         kind: Literal["layer", "rms"] = "layer" if isinstance(module, nn.LayerNorm) else "rms"
-        return StreamNorm(kind, module.axis, width, module.eps, "eps", module.offset)  # type: ignore[arg-type]
+        eps: Any = _smallest_step(module) if module.eps is None else module.eps
+        return StreamNorm(kind, module.axis, width, eps, "eps", module.offset)  # type: ignore[arg-type]
     if type(module).forward is nn.LayerNorm.forward:
         return StreamNorm("layer", -1, width, module.eps, "eps")  # type: ignore[arg-type]
     return _told_apart(module, width)
@@ -75,7 +76,7 @@ def _told_apart(module: nn.Module, width: int) -> StreamNorm | None:
         x = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
         try:
             given = [(scale * x, twin(scale * x)) for scale in (1.0, 1e-3)]  # a small input shows the eps
-        except Exception:  # noqa: S112 - a layout that it does not take
+        except Exception:
             continue
         for eps in every:
             for kind in ("layer", "rms"):

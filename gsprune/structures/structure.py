@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -59,7 +59,9 @@ class Structure:
 
     A unit of kind "residual" is a position of a residual stream that passes norms over all its positions (LayerNorm,
     RMSNorm). Its mask holds the position at zero in the stream itself, as the norms of the cut network count it: what
-    writes it is zeroed too.
+    writes it is zeroed too. One of kind "branches" is a whole residual branch, the only one of its structure; its
+    members are the branch's last layer, and with it the modules of `removed` go: name -> 0 where the module returns a
+    tensor, n where a tuple of n. Other structures may lose tensors with it, and this structure its only unit.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Structure:
     norms: tuple[Member, ...]
     gates: tuple[Member, ...]
     attributes: Mapping[str, int]
+    removed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def masked(self) -> tuple[Member, ...]:
@@ -81,8 +84,8 @@ class Structure:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """What a cut shortens."""
-        return (*self.producers, *self.consumers, *self.norms)
+        """What a cut shortens; of a branch nothing."""
+        return () if self.kind == "branches" else (*self.producers, *self.consumers, *self.norms)
 
     def __repr__(self) -> str:
         parts = [f"{len(self.producers)} producing", f"{len(self.norms)} norm", f"{len(self.consumers)} reading"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,8 @@ from gsprune.structures.twin import refuse_wrapped
 from gsprune.surgery.cut_plan import CutPlan, Cuts, cut_tensor
 from gsprune.surgery.narrow_attention import close_nested_path, narrow, why_not_narrow
 from gsprune.surgery.narrow_norm import narrow_norm
-from gsprune.surgery.optimizers import Optimizers, check_state, every_optimizer, held, move_state, names_of
+from gsprune.surgery.no_branch import no_branch
+from gsprune.surgery.optimizers import Optimizers, check_state, every_optimizer, forget, held, move_state, names_of
 
 SHAPE = ".normalized_shape"  # the attribute by which a plan shortens a norm that has no tensors
 
@@ -37,7 +39,7 @@ def apply_cut(
         ValueError: the plan does not fit the model, or the optimizer's state holds a tensor that is none of these.
     """
     refuse_wrapped(model)
-    plan = with_ties(model, plan)
+    plan = with_ties(model, plan.without_removed())
     homes = {name: home_of(model, name) for name in plan.kept}
     for name, cuts in plan.kept.items():
         _check_tensor(name, getattr(*homes[name]), plan.sizes[name], cuts)
@@ -45,21 +47,30 @@ def apply_cut(
         check_attribute(name, getattr(*home_of(model, name)))
     numbers = {name: value for name, value in plan.attributes.items() if not name.endswith(SHAPE)}
     resizes = _resizers(model, plan)
+    gone = {path: home_of(model, path) for path in plan.removed}
+    for path, home in gone.items():
+        if not path or not isinstance(getattr(*home), nn.Module):
+            raise ValueError(f"the cut plan removes {path!r}, which is not a module inside the model")
     replaced: dict[Tensor, tuple[nn.Parameter, Cuts]] = {}
     fresh = {name: cut_tensor(getattr(*homes[name]).detach(), cuts) for name, cuts in plan.kept.items()}
     optimizers = every_optimizer(optimizer)
     _check_optimizers(optimizers, [getattr(*home) for home in homes.values()], drop_state=drop_state)
     for name, (module, leaf) in homes.items():
         old = getattr(module, leaf)
-        if isinstance(old, nn.Parameter):
+        if isinstance(old, nn.Parameter) and old not in replaced:  # a shared one is cut once
             replaced[old] = (_parameter(old, fresh[name], plan.kept[name]), plan.kept[name])
         setattr(module, leaf, replaced[old][0] if old in replaced else fresh[name])
+    _own_settings(model, numbers)
     for name, value in numbers.items():
         setattr(*home_of(model, name), value)
     for resize in resizes:
         resize()
+    before = {id(parameter) for parameter in model.parameters()} if gone else set()
+    for path, home in gone.items():
+        setattr(*home, no_branch(getattr(*home), plan.removed[path]))
     close_nested_path(model)
     move_state(optimizers, replaced, drop=drop_state)
+    forget(optimizers, before - {id(parameter) for parameter in model.parameters()})
 
 
 # ---- checks
@@ -76,6 +87,19 @@ def home_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     except AttributeError:
         raise ValueError(f"the cut plan names {name!r}, which {type(model).__name__} does not have") from None
     return home, leaf
+
+
+def _own_settings(model: nn.Module, names: Iterable[str]) -> None:
+    """Give the model configurations of its own, where attributes of these are to be set: others may share them."""
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        shared = getattr(*home_of(model, path)) if path else model
+        if isinstance(shared, nn.Module):
+            continue
+        own = copy.deepcopy(shared)
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if value is shared:
+                    setattr(module, name, own)
 
 
 def check_attribute(name: str, old: object) -> None:
@@ -115,7 +139,7 @@ def with_ties(model: nn.Module, plan: CutPlan) -> CutPlan:
         bias = f"{name.rpartition('.')[0]}.bias".removeprefix(".")
         if name in tied and 0 in cuts and name.endswith("weight") and bias not in kept and _has(model, bias):
             raise ValueError(f"{tied[name][0]!r} is shared with another module as {name!r}, and {bias!r} is not cut")
-    return CutPlan(kept, sizes, plan.attributes)
+    return CutPlan(kept, sizes, plan.attributes, plan.removed)
 
 
 def _has(model: nn.Module, name: str) -> bool:

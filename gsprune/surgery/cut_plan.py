@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from gsprune.files.disk import refusing
 from gsprune.structures.structure import Structure
+from gsprune.surgery.no_branch import inside
 from gsprune.text.display import html_table
 
 Cuts = Mapping[int, Tensor]  # dimension -> kept positions
+ROW_NUMBERS = ("_id", "_idx")  # attributes that are the number of a row, which may be 0
 DIMENSIONS = tuple("01234567")  # of a tensor, as a file names them
 
 
@@ -25,6 +27,7 @@ class CutPlan:
     kept        tensor name -> dimension -> kept positions (int64, CPU, ascending); only what is really cut
     sizes       tensor name -> dimension -> dense length, so that a plan cannot be applied twice
     attributes  module attribute -> new value ("blocks.0.attn.num_heads" -> 3)
+    removed     module that is gone -> 0 where it returns a tensor, n where a tuple of n (`NoBranch` stands there)
 
     >>> plan = CutPlan({"0.weight": {0: torch.tensor([0, 2])}}, {"0.weight": {0: 3}}, {})
     >>> plan.to_json()["tensors"]
@@ -36,17 +39,19 @@ class CutPlan:
     kept: Mapping[str, Mapping[int, Tensor]]
     sizes: Mapping[str, Mapping[int, int]]
     attributes: Mapping[str, int]
+    removed: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         lines = [f"  {name} {self._change(name)}" for name in self.kept][:8]
         more = [f"  ... {len(self.kept) - len(lines)} more"] if len(self.kept) > len(lines) else []
-        return "\n".join(
-            [f"CutPlan that cuts {len(self.kept)} tensors, sets {len(self.attributes)} attributes", *lines, *more]
-        )
+        gone = f", removes {len(self.removed)} modules" if self.removed else ""
+        first = f"CutPlan that cuts {len(self.kept)} tensors, sets {len(self.attributes)} attributes{gone}"
+        return "\n".join([first, *lines, *more])
 
     def _repr_html_(self) -> str:
         rows = [(name, self._change(name)) for name in self.kept]
         rows += [(name, f"= {value}") for name, value in self.attributes.items()]
+        rows += [(name, "nothing") for name in self.removed]
         return html_table(("tensor or attribute", "what stays"), rows)
 
     def _change(self, name: str) -> str:
@@ -78,7 +83,21 @@ class CutPlan:
                     )
                 kept[name][dim] = positions if before is None else before[positions]
                 sizes.setdefault(name, {}).setdefault(dim, self.sizes[name][dim])
-        return CutPlan(kept, sizes, {**first.attributes, **self.attributes})
+        attributes = {**first.attributes, **self.attributes}
+        return CutPlan(kept, sizes, attributes, {**first.removed, **self.removed}).without_removed()
+
+    def without_removed(self) -> CutPlan:
+        """The same plan, which says nothing of tensors and attributes of modules that are gone.
+
+        >>> plan = CutPlan({"a.w": {0: torch.tensor([0])}}, {"a.w": {0: 2}}, {"a.heads": 1}, {"a": 0})
+        >>> plan.without_removed().kept, plan.without_removed().attributes
+        ({}, {})
+        """
+        if not self.removed:
+            return self
+        kept = {name: cuts for name, cuts in self.kept.items() if not inside(name, self.removed)}
+        attributes = {name: value for name, value in self.attributes.items() if not inside(name, self.removed)}
+        return CutPlan(kept, {name: self.sizes[name] for name in kept}, attributes, self.removed)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and ints."""
@@ -86,21 +105,30 @@ class CutPlan:
             name: {str(d): {"size": self.sizes[name][d], "kept": kept.tolist()} for d, kept in cuts.items()}
             for name, cuts in self.kept.items()
         }
-        return {"tensors": tensors, "attributes": dict(self.attributes)}
+        removed = {"removed": dict(self.removed)} if self.removed else {}
+        return {"tensors": tensors, "attributes": dict(self.attributes), **removed}
 
     @classmethod
     @refusing()
     def from_json(cls, data: Any) -> CutPlan:
         """The inverse of `to_json`; ValueError in one sentence for anything else."""
-        _expect(isinstance(data, dict) and set(data) == {"tensors", "attributes"}, "it has no plan's two keys")
+        known = isinstance(data, dict) and set(data) - {"removed"} == {"tensors", "attributes"}
+        _expect(known, "it has no plan's two keys")
         _expect(isinstance(data["tensors"], dict), "'tensors' is not a mapping")
         _expect(isinstance(data["attributes"], dict), "'attributes' is not a mapping")
         for name, value in data["attributes"].items():
-            _expect(type(value) is int and 0 < value < 2**63, f"{name} = {value!r} is not a positive integer")
+            least = 0 if str(name).endswith(ROW_NUMBERS) else 1
+            _expect(type(value) is int and least <= value < 2**63, f"{name} = {value!r} is not a positive integer")
         cuts = {name: _read_cuts(name, entry) for name, entry in data["tensors"].items()}
         kept = {name: {d: kept for d, (_, kept) in entry.items()} for name, entry in cuts.items()}
         sizes = {name: {d: size for d, (size, _) in entry.items()} for name, entry in cuts.items()}
-        return cls(kept, sizes, dict(data["attributes"]))
+        removed = data.get("removed", {})
+        _expect(isinstance(removed, dict), "'removed' is not a mapping")
+        for name, outputs in removed.items():
+            _expect(
+                type(outputs) is int and 0 <= outputs < 100, f"{name} removed = {outputs!r} is no number of outputs"
+            )
+        return cls(kept, sizes, dict(data["attributes"]), dict(removed))
 
 
 def cut_tensor(tensor: Tensor, cuts: Cuts, *, like: Tensor | None = None) -> Tensor:
@@ -144,22 +172,24 @@ def plan_cut(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> CutPla
     """The plan that removes every unit u of `structures[i]` with `keeps[i][u]` False.
 
     A dimension that several structures cut (a concatenation) keeps what all of them keep.
-    Raises ValueError when a mask is not a bool vector of its structure's units, or keeps nothing.
+    Raises ValueError when a mask is not a bool vector of its structure's units, or keeps nothing (a branch may go).
     """
     alive: dict[tuple[str, int], Tensor] = {}
     attributes: dict[str, int] = {}
+    removed: dict[str, int] = {}
     for structure, keep in zip(structures, checked(structures, keeps), strict=True):
         for m in structure.members if not keep.all() else ():
             mask = alive.setdefault((m.tensor, m.dim), torch.ones(m.size, dtype=torch.bool))
             mask[m.index[~keep].flatten()] = False
         if not keep.all():
+            removed |= structure.removed
             attributes |= {name: amount * int(keep.sum()) for name, amount in structure.attributes.items()}
     kept: dict[str, dict[int, Tensor]] = {}
     sizes: dict[str, dict[int, int]] = {}
     for (name, dim), mask in alive.items():
         kept.setdefault(name, {})[dim] = mask.nonzero().flatten()
         sizes.setdefault(name, {})[dim] = len(mask)
-    return CutPlan(kept, sizes, attributes)
+    return CutPlan(kept, sizes, attributes, removed).without_removed()
 
 
 def checked(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> list[Tensor]:
@@ -169,6 +199,6 @@ def checked(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> list[Te
         if keep.dtype != torch.bool or keep.shape != (structure.units,):
             given = f"{keep.dtype} {tuple(keep.shape)}"
             raise ValueError(f"the mask of {structure.name!r} must be bool ({structure.units},), not {given}")
-        if not keep.any():
+        if not keep.any() and structure.kind != "branches":
             raise ValueError(f"the mask of {structure.name!r} removes all {structure.units} units")
     return [keep.detach().cpu() for keep in keeps]

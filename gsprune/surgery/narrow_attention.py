@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gsprune.surgery.no_branch import NoBranch
+
 
 class NarrowAttention(nn.MultiheadAttention):
     """Multi-head attention whose heads need not add up to the width of its tokens.
@@ -138,7 +140,16 @@ def narrow(attention: nn.MultiheadAttention) -> None:
 
 
 def close_nested_path(model: nn.Module) -> None:
-    """Keep encoders with a `NarrowAttention` from packing padded batches into nested tensors, which it cannot take."""
+    """Keep encoders with a `NarrowAttention` from packing padded batches into nested tensors, which it cannot take.
+
+    Those that lost a branch also run without PyTorch's fused path, which reads the weights of all of them.
+    """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, NarrowAttention) for m in module.modules()):
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, NarrowAttention | NoBranch) for m in module.modules()
+        ):
             module.use_nested_tensor = module.enable_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, NoBranch) for m in module.children()):
+            module.activation_relu_or_gelu = 0
+            if isinstance(module.self_attn, NoBranch):
+                module.self_attn.in_proj_bias = None

@@ -6,7 +6,7 @@ A *leaf* is an optimizer with none inside. *State* is what one remembers of a pa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,19 @@ def move_state(
                 f"that were cut: make a new optimizer to continue training",
                 stacklevel=2,
             )
+
+
+def forget(optimizers: Iterable[Any], gone: Collection[int]) -> None:
+    """Parameters (by id) that the model has no more leave the groups and the state."""
+    done: set[int] = set()
+    for optimizer in optimizers if gone else ():
+        state = getattr(optimizer, "state", {})
+        for parameter in [p for p in state if id(p) in gone]:
+            del state[parameter]
+        for group in optimizer.param_groups:
+            if id(group["params"]) not in done:
+                group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+                done.add(id(group["params"]))
 
 
 def _unknown(optimizer: Any) -> str | None:

@@ -18,7 +18,17 @@ from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, call, map_tensors, tensors_in
 from gsprune.structures.running import same_randomness
 from gsprune.structures.structure import Member, Structure
-from gsprune.surgery.readings import Reading, Rows, first_difference, is_finite, largest, moved, noted, readings
+from gsprune.surgery.readings import (
+    Reading,
+    Rows,
+    first_difference,
+    is_finite,
+    is_reader,
+    largest,
+    moved,
+    noted,
+    readings,
+)
 
 SMALL = 0.01  # a scale whose largest entry is smaller hides what it is multiplied with
 Gone = Sequence[tuple[Structure, Tensor]]  # a structure and the units that are gone, bool (units,)
@@ -98,6 +108,8 @@ def draw(structure: Structure, round_: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(zlib.crc32(structure.name.encode()) + round_)
     units = structure.units
+    if units < 2:
+        return torch.zeros(units, dtype=torch.bool)
     low, high = max(1, units // 4), min(units - 1, units - units // 4)
     count = int(torch.randint(low, high + 1, (1,), generator=generator))
     keep = torch.zeros(units, dtype=torch.bool)
@@ -208,6 +220,10 @@ class Masked:
             self.rounds[1] = Round(example_input, True)
             self._last.clear()
 
+    def forget(self) -> None:
+        """Let go of what was read last, after the rounds were changed."""
+        self._last.clear()
+
     def _takes_noise(self, structures: Sequence[Structure]) -> bool:
         try:
             return is_finite(self.read(1, structures))
@@ -248,6 +264,10 @@ class Masked:
         for number in range(len(self.rounds)):
             if any(unproven(structures, seen)):
                 seen |= moved(self._unmasked(number), self.read(number, structures))
+        for structure in [s for s in unproven(structures, seen) if not self._is_read_by_layers(s)]:
+            alone = (moved(self._unmasked(n), self.read(n, [structure])) for n in range(len(self.rounds)))
+            if any(alone):  # what reads it is no layer whose outputs are compared: others behind it show it
+                seen |= owners(structure)
         everything = [(s, torch.ones(s.units, dtype=torch.bool)) for s in structures]
         for args, _ in self.rounds:
             if any(unproven(structures, seen)):
@@ -257,6 +277,11 @@ class Masked:
                     zero_columns_(self._tensors, everything)
                     seen |= moved(before, readings(self.twin, args, scaled=False))
         return seen
+
+    def _is_read_by_layers(self, structure: Structure) -> bool:
+        modules = dict(self.twin.named_modules())
+        names = owners(replace(structure, producers=(), norms=()))
+        return any(is_reader(modules[name]) for name in names if name in modules)
 
     def _unmasked(self, number: int) -> list[Reading]:
         """What the readers give with nothing masked; nothing where only the masked network takes the input."""

@@ -71,7 +71,8 @@ def noted(model: nn.Module, rows: Rows, note: Callable[..., None]) -> AbstractCo
 
     def hook(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         kept = _channels(name, module, rows)
-        first = output[0] if isinstance(output, tuple) and isinstance(module, nn.MultiheadAttention) else output
+        several = isinstance(output, tuple) and isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+        first = output[0] if several else output
         for tensor in tensors_in(first):
             dim = -len(module.kernel_size) - 1 if isinstance(module, _CONV) else -1
             chosen = tensor if kept is None else tensor.index_select(dim, kept.to(tensor.device))

@@ -24,6 +24,7 @@ from gsprune.structures.twin import copy_of, twin_of
 from gsprune.surgery.apply import apply_cut, forget_compiled
 from gsprune.surgery.copies import check_copies
 from gsprune.surgery.cut_plan import CutPlan, checked, plan_cut
+from gsprune.surgery.no_branch import inside
 from gsprune.surgery.optimizers import Optimizers
 from gsprune.surgery.proof import Masked, Problem, noise_like, owners, sift, tensors_of, zero_columns_
 from gsprune.surgery.readings import Reading, first_difference, is_finite, readings
@@ -122,7 +123,7 @@ class Shrinker:
 
 
 def _narrowed(structure: Structure, keep: Tensor, plan: CutPlan) -> Structure:
-    """A dense network's structure as it lies in the network that the plan leaves."""
+    """A dense network's structure as it lies in the network that the plan leaves; what branches took is not there."""
 
     def here(member: Member) -> Member:
         kept = plan.kept.get(member.tensor, {}).get(member.dim)
@@ -133,9 +134,19 @@ def _narrowed(structure: Structure, keep: Tensor, plan: CutPlan) -> Structure:
         return Member(member.tensor, member.dim, index, len(kept))
 
     sides = (structure.producers, structure.consumers, structure.norms, structure.gates)
-    producers, consumers, norms, gates = (tuple(map(here, side)) for side in sides)
-    units = int(keep.sum())
-    return replace(structure, units=units, producers=producers, consumers=consumers, norms=norms, gates=gates)
+    producers, consumers, norms, gates = (
+        tuple(here(m) for m in side if not inside(m.tensor, plan.removed)) for side in sides
+    )
+    attributes = {name: n for name, n in structure.attributes.items() if not inside(name, plan.removed)}
+    return replace(
+        structure,
+        units=int(keep.sum()),
+        producers=producers,
+        consumers=consumers,
+        norms=norms,
+        gates=gates,
+        attributes=attributes,
+    )
 
 
 def check_shrink(
@@ -168,8 +179,8 @@ def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Str
     def test(some: Sequence[Structure]) -> Problem | None:
         for number, (args, _) in enumerate(masked.rounds):
             keeps = [masked.rounds[number].keep(s) for s in some]
-            small = _small(masked.twin, plan_cut(some, keeps))
-            problem = _mismatch(small, args, partial(masked.read, number, some), some, number)
+            plan = plan_cut(some, keeps)
+            problem = _mismatch(_small(masked.twin, plan), args, partial(masked.read, number, some), some, plan, number)
             if problem is not None:
                 return problem
         return None
@@ -185,7 +196,7 @@ def _disagreement(
     mask_units(twin, structures, keeps)
     small = _small(twin, plan)
     for number, args in enumerate(inputs):
-        problem = _mismatch(small, args, partial(readings, twin, args, plan.kept), structures, number)
+        problem = _mismatch(small, args, partial(readings, twin, args, plan.kept), structures, plan, number)
         if problem is not None:
             return problem.text
     return None
@@ -202,11 +213,12 @@ def _mismatch(
     args: Example,
     read_masked: Callable[[], Sequence[Reading]],
     structures: Sequence[Structure],
+    plan: CutPlan,
     number: int,
 ) -> Problem | None:
     """What is wrong with a shrunk network on one input; None where the masked one does not take that (`number` > 0)."""
     try:
-        masked = read_masked()
+        masked = [reading for reading in read_masked() if not inside(reading.name, plan.removed)]
     except Exception:
         if number == 0:
             raise
