@@ -351,3 +351,23 @@ def in_convnet(model: nn.Module) -> list[Structure]:
         stream,
         structure(model, "fc1", "neurons", model.fc1.out_features, producers=made, consumers=[("fc2.weight", 1)]),
     ]
+
+
+def in_llama(model: nn.Module) -> list[Structure]:
+    """The stream of a Llama of transformers."""
+    layers = [name.removesuffix(".input_layernorm") for name, _ in model.named_modules() if "input_layernorm" in name]
+    written: Side = [(f"{name}.{part}.weight", 0) for name in layers for part in ("self_attn.o_proj", "mlp.down_proj")]
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    read: Side = [(f"{name}.{part}.weight", 1) for name in layers for part in parts]
+    norms = ["model.norm", *(f"{n}.{part}_layernorm" for n in layers for part in ("input", "post_attention"))]
+    return [
+        structure(
+            model,
+            "model.embed_tokens",
+            "residual",
+            model.model.embed_tokens.embedding_dim,
+            producers=[("model.embed_tokens.weight", 1), *written],
+            consumers=[*read, ("lm_head.weight", 1)],
+            norms=[(f"{name}.weight", 0) for name in norms],
+        )
+    ]

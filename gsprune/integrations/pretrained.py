@@ -45,7 +45,8 @@ def save_pretrained(
         Whether transformers' own `from_pretrained` reads it.
 
     Raises:
-        ValueError: the model is none of transformers.
+        ValueError: the model is none of transformers; `cut_rows` has changed its configuration, which cannot say what
+            else was cut.
         OSError: the files cannot be written.
     """
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
@@ -59,6 +60,11 @@ def save_pretrained(
         (folder / RECORD).unlink(missing_ok=True)
         plain.save_pretrained(folder)
         return True
+    if plan is not None and any(name.startswith("config.") for name in plan.attributes):
+        raise ValueError(
+            "the cut has changed numbers of the configuration (cut_rows), and what else was cut it has no numbers for: "
+            "use gsprune.save_pruned"
+        )
     dense = copy.deepcopy(network.config)
     dense.architectures = [type(model).__name__]
     dense.save_pretrained(folder)
@@ -103,14 +109,30 @@ def narrow_config(model: nn.Module, plan: CutPlan) -> Any:
     """
     network: Any = model
     changes = _changes(network.config, plan)
-    for size in range(len(changes), 0, -1):
+    for size in range(len(changes), -1, -1):
         for chosen in combinations(changes.items(), size):
             config = copy.deepcopy(network.config)
             for name, value in chosen:
                 setattr(config, name, value)
             if _has_shapes(model, config):
-                return config
+                return _with_eps(model, config)
     return None
+
+
+def _with_eps(model: nn.Module, config: Any) -> Any:
+    """The configuration with the eps of RMSNorms over fewer positions; None where it has none for all of them."""
+    norms: list[Any] = [module for module in model.modules() if hasattr(module, "dense_norm")]
+    if not norms:
+        return config
+    names = {name for norm in norms for name in ("eps", "variance_epsilon") if hasattr(norm, name)}
+    others = [m for m in model.modules() if isinstance(m, type(norms[0])) and m not in norms]
+    before, now = {norm.dense_norm[1] for norm in norms}, {getattr(norm, n) for norm in norms for n in names}
+    settings = [n for n, value in config.to_dict().items() if isinstance(value, float) and {value} == before]
+    if others or len(now) != 1 or not settings:
+        return None
+    for name in settings:
+        setattr(config, name, next(iter(now)))
+    return config
 
 
 def _changes(config: Any, plan: CutPlan) -> dict[str, int]:

@@ -8,16 +8,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import pytest
 import torch
 from facts import refused
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+import gsprune
 from gsprune import Pruner
 from gsprune.criteria import Magnitude
+from gsprune.discovery.branches import find_branches
 from gsprune.integrations.pretrained import from_pretrained, save_pretrained
 from gsprune.schedules import OneShot
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import plan_cut
+from gsprune.surgery.shrink import shrink
 
 IDS = torch.tensor([[7, 6, 5, 1, 1], [1, 2, 3, 4, 5]])
 WITHOUT_GSPRUNE = """
@@ -111,3 +117,43 @@ def test_what_is_not_of_transformers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["Own"]}')
     with refused("Own"):
         from_pretrained(tmp_path)
+
+
+def test_a_stream_of_half_the_width_is_a_plain_network_with_an_eps_of_its_own(tmp_path: Path) -> None:
+    """An RMSNorm over half of the positions has twice the eps, which config.json says."""
+    model = llama()
+    (stream,) = by_hand.in_llama(model)
+    plan = shrink(model, [stream], [torch.arange(32) % 2 == 0], example_input={"input_ids": IDS})
+    assert save_pretrained(tmp_path, model, plan)
+    again = LlamaForCausalLM.from_pretrained(tmp_path, local_files_only=True).eval()
+    assert (again.config.hidden_size, again.config.rms_norm_eps) == (16, pytest.approx(2 * LlamaConfig().rms_norm_eps))
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_tokens_that_stay_are_in_the_configuration(tmp_path: Path) -> None:
+    model = llama()
+    plan = gsprune.cut_rows(model, ["lm_head", "model.embed_tokens"], range(8))
+    before = logits(model)
+    assert save_pretrained(tmp_path, model, plan)
+    again = LlamaForCausalLM.from_pretrained(tmp_path, local_files_only=True).eval()
+    assert again.config.vocab_size == 8
+    torch.testing.assert_close(logits(again), before)
+
+
+def test_a_configuration_that_rows_have_changed_does_not_hide_another_cut(tmp_path: Path) -> None:
+    model = llama()
+    structures = find_branches(model, {"input_ids": IDS}).structures
+    plan = plan_cut(structures, [torch.tensor([i > 0]) for i in range(len(structures))])
+    apply_cut(model, plan)
+    both = gsprune.cut_rows(model, ["lm_head", "model.embed_tokens"], range(8)).after(plan)
+    with refused("cut_rows", "save_pruned"):
+        save_pretrained(tmp_path, model, both)
+
+
+def test_a_network_without_one_attention_comes_back_by_gsprune(tmp_path: Path) -> None:
+    model = llama()
+    structures = find_branches(model, {"input_ids": IDS}).structures
+    plan = plan_cut(structures, [torch.tensor([i > 0]) for i in range(len(structures))])
+    apply_cut(model, plan)
+    assert not save_pretrained(tmp_path, model, plan)
+    torch.testing.assert_close(logits(from_pretrained(tmp_path)), logits(model))
