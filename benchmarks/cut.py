@@ -1,13 +1,15 @@
 """Cutting trained networks: `gsprune.cut` against its rivals, without training and after two epochs.
 
-    python benchmarks/cut.py                                  # all; goes on where a run before was ended
+    python benchmarks/cut.py                                  # one set of calibration data; under an hour on 2 cores
+    python benchmarks/cut.py --full                           # five sets, three of them trained for two epochs, too
     python benchmarks/cut.py --quick                          # one seed on digits, two minutes
     python benchmarks/cut.py --tasks minilm_r8 --seeds 2 --methods gsprune FLAP
     python benchmarks/cut.py --table                          # only the tables of what was measured
 
-Each result is written to `cut.json` as soon as it is there. The data and networks come out of packages
-(`cut_data.py`, `cut_tasks.py`). Every method removes units of the same structures down to the same MACs, from the same
-512 calibration samples of each seed (`cut_rivals.py`); after training: the same two epochs for all.
+Each result is written to `cut.json` as soon as it is there, and a run goes on where one before was ended. The data and
+networks come out of packages (`cut_data.py`, `cut_tasks.py`). Every method removes units of the same structures down to
+the same MACs, from the same 512 calibration samples of each seed (`cut_rivals.py`); after training: the same two epochs
+for all.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ RESULTS = Path(__file__).with_name("cut.json")
 SHARES = (0.5, 0.25, 0.125)  # of the MACs that stay: 2x, 4x, 8x fewer
 SEEDS = 5  # of calibration data, without training
 TUNED_SEEDS = 3
-LANGUAGE_SEEDS = 2
+LANGUAGE_SEEDS = 1
+WEIGHT_SAMPLES = 24  # of 256 tokens, that prune single weights
 NEAR = 0.03  # how far from the wanted share the MACs may be, of it
 LANGUAGE = "smollm2"
 QUARTER = 0.25  # of all neurons of smollm2's MLPs go
@@ -132,7 +135,7 @@ def compare(name: str, results: Results, given: argparse.Namespace) -> None:
     bench, tests = Bench(one), one.tests(given.samples)
     if (dense := Results.key(name, "dense")) not in results:
         results.add(dense, metric=one.evaluate(one.model, tests), macs=bench.macs)
-    shares = SHARES if name != LANGUAGE else (quarter(bench),)
+    shares = given.shares if name != LANGUAGE else (quarter(bench),)
     for seed in range(given.seeds if name != LANGUAGE else min(given.seeds, LANGUAGE_SEEDS)):
         batches = one.calibration(seed)
         for label, method in methods_of(name, bench, given.packages).items():
@@ -236,7 +239,7 @@ def guarantee(results: Results, given: argparse.Namespace) -> None:
 
 
 def weights(results: Results, given: argparse.Namespace) -> None:
-    """Single weights of SmolLM2 at 50 % and 2:4: Wanda's and SparseGPT's rules, alone and repaired."""
+    """Single weights of SmolLM2 at 50 % and 2:4: Wanda's and SparseGPT's rules, and ours."""
     from gsprune.criteria.activations import SparseGPT, Wanda
     from gsprune.cutting.weights import prune_weights
 
@@ -246,10 +249,9 @@ def weights(results: Results, given: argparse.Namespace) -> None:
         "gsprune": {},
         "SparseGPT": {"criterion": SparseGPT(), "repair": False},
         "Wanda": {"criterion": Wanda(), "repair": False},
-        "Wanda, repaired": {"criterion": Wanda()},
     }
     for seed in range(min(given.seeds, LANGUAGE_SEEDS)):
-        batches = one.calibration(seed)
+        batches = one.calibration(seed, WEIGHT_SAMPLES)
         for pattern, options in (("50 %", {"sparsity": 0.5}), ("2:4", {"pattern": "2:4"})):
             for label, way in ways.items():
                 if (key := Results.key(LANGUAGE, "weights", pattern, label, seed)) in results:
@@ -384,9 +386,11 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--methods", nargs="+", help="patterns; all without")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=int, help=f"sets of calibration data; 1, or {SEEDS} with --full")
+    parser.add_argument("--full", action="store_true", help=f"{SEEDS} sets, with --tuned: several hours")
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the MACs that stay")
     parser.add_argument("--samples", type=int, help="test samples; all without")
-    parser.add_argument("--no-tuned", dest="tuned", action="store_false", help="nothing is trained after cutting")
+    parser.add_argument("--tuned", action="store_true", help="two epochs of training after cutting, too")
     parser.add_argument("--packages", type=Path, help="a folder with modelopt/ and fasterai/ (see cut_rivals.py)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=CACHE)
@@ -395,6 +399,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    given.seeds = given.seeds or (SEEDS if given.full else 1)
+    given.tuned |= given.full
     if given.quick:
         given.tasks, given.seeds, given.parts = ["digits"], 1, ["compare"]
         given.results = given.cache / "cut_quick.json" if given.results == RESULTS else given.results

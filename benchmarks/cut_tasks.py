@@ -306,7 +306,7 @@ def smollm2(cache: Path) -> Task:
         "smollm2",
         model,
         Data(ids[:-64]),
-        Data(ids[-32:]),
+        Data(ids[-32:-16]),
         None,
         batch=4,
         samples=48,
