@@ -243,7 +243,7 @@ def _columns(module: Any, fold: Tensor | None) -> int:
 
 
 def _is_one_matrix(module: Any) -> bool:
-    return why_no_matrix(module) is None and getattr(module, "groups", 1) == 1
+    return why_no_matrix(module) is None and bool(getattr(module, "groups", 1) == 1)
 
 
 def _as_reader(

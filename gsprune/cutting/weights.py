@@ -45,7 +45,7 @@ from gsprune.repair.calibrating import held_back_split
 from gsprune.repair.gram import Moments, as_matrix, as_weight, matrix_of
 from gsprune.repair.least_squares import checked_damping
 from gsprune.repair.report import LayerRepair, RepairReport
-from gsprune.repair.support import DAMPING, Choose, Site, Walked, find_sites, walk
+from gsprune.repair.support import DAMPING, Blocks, Choose, Site, Walked, find_sites, walk
 from gsprune.schedules import OneShot
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.matrices import coverage, is_sharded, warn_of_little
@@ -388,7 +388,9 @@ class _Seen:
     held_back: Sequence[bool]
     progress: Progress
 
-    def walk(self, sites: Sequence[Site], choose: Choose, damping: Sequence[float] | None, what: str) -> Walked:
+    def walk(
+        self, sites: Sequence[Site], choose: Choose, damping: Sequence[float] | None, what: str, *, multiple: int = 1
+    ) -> Walked:
         return walk(
             self.dense,
             self.small,
@@ -397,6 +399,7 @@ class _Seen:
             sites,
             choose,
             damping=damping,
+            multiple=multiple,
             progress=lambda share: self.progress(what, share),
         )
 
@@ -475,7 +478,7 @@ def _by_gradients(seen: _Seen, criterion: Criterion, settings: _Settings, data: 
         return _Found(masks, dict(part.skipped), [])
     sites, left = find_sites(small, masks)
 
-    def choose(site: Site, layer: Any, fit: Moments) -> tuple[Tensor, None]:
+    def choose(site: Site, layer: Any, blocks: Blocks) -> tuple[Tensor, None]:
         return as_matrix(layer, masks[site.tensor]), None
 
     walked = seen.walk(sites, choose, settings.damping, "repairing")
@@ -508,7 +511,8 @@ def _by_inputs(seen: _Seen, criterion: Activations, settings: _Settings) -> _Fou
         layers = [layer for layer in ranked.layers if layer.name not in ranked.keeps]
         sites = [site for site in sites if site.tensor in ranked.keeps]
         chooser.rank(sites)
-    walked = seen.walk(sites, chooser, settings.damping, "pruning")
+    multiple = settings.pattern.m if isinstance(settings.pattern, Block) else 1
+    walked = seen.walk(sites, chooser, settings.damping, "pruning", multiple=multiple)
     layers += [layer for layer in walked.layers if layer.name not in walked.keeps]
     why = {layer.name: layer.reason or "" for layer in layers}
     if not walked.keeps:
@@ -529,9 +533,9 @@ class _Chooser:
         self._shares: dict[str, float] = {}
         self._is_ranked = False
 
-    def note_scores(self, site: Site, layer: Any, fit: Moments) -> tuple[Tensor, None]:
+    def note_scores(self, site: Site, layer: Any, blocks: Blocks) -> tuple[Tensor, None]:
         """Of the dense network, before one ranking over all; nothing is pruned."""
-        score = self._score(layer, fit)
+        score = self._score(layer, blocks)
         mean = score.mean()
         target = self._targets[site.tensor]
         target.score.copy_(as_weight(layer, score / mean if mean > 0 else score))
@@ -545,33 +549,52 @@ class _Chooser:
         self._shares = {target.name: float(target.share) for target in targets}
         self._is_ranked = True
 
-    def __call__(self, site: Site, layer: Any, fit: Moments) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, site: Site, layer: Any, blocks: Blocks) -> tuple[Tensor, Tensor | None]:
         target = self._targets[site.tensor]
         if isinstance(self._criterion, SparseGPT):
-            return self._swept(self._criterion, layer, fit, self._shares.get(site.tensor, self._settings.share))
+            return self._swept(self._criterion, layer, blocks, self._shares.get(site.tensor, self._settings.share))
         if not self._is_ranked:
-            target.load({target.name: as_weight(layer, self._score(layer, fit))}, torch.ones_like(target.keep))
+            target.load({target.name: as_weight(layer, self._score(layer, blocks))}, torch.ones_like(target.keep))
             (keep_rn,) = _select([target], self._settings.share)
             target.set_keep(keep_rn)
         return as_matrix(layer, target.keep), None
 
-    def _score(self, layer: Any, fit: Moments) -> Tensor:
+    def _score(self, layer: Any, blocks: Blocks) -> Tensor:
         weight = matrix_of(layer)
-        score = self._criterion.from_inputs(weight.to(fit.xx.device), _second_moments(fit))
-        return score.to(device=weight.device, dtype=torch.float32)
+        scores = [
+            self._criterion.from_inputs(_of_block(weight, block).to(fit.xx.device), _second_moments(fit))
+            for block, fit in blocks
+        ]
+        return torch.cat(scores, 2).to(device=weight.device, dtype=torch.float32)
 
-    def _swept(self, criterion: SparseGPT, layer: Any, fit: Moments, share: float) -> tuple[Tensor, Tensor]:
-        gram, weight = _second_moments(fit), matrix_of(layer).to(fit.xx.device)
-        order = _order(layer, self._settings.pattern).to(gram.device)
-        new, keep = criterion.prune(
-            weight[..., order],
-            gram[:, order][:, :, order],
-            sparsity=share,
-            pattern=self._settings.pattern,
-            by_row=self._settings.by_row,
-        )
-        back = order.argsort()
-        return keep[..., back].to(layer.weight.device), new[..., back]
+    def _swept(self, criterion: SparseGPT, layer: Any, blocks: Blocks, share: float) -> tuple[Tensor, Tensor]:
+        """By block of columns, each as if the others were not there; all of them together reach the share."""
+        weight, pattern = matrix_of(layer), self._settings.pattern
+        keeps, news = list[Tensor](), list[Tensor]()
+        entries = gone = 0
+        for block, fit in blocks:
+            part = _of_block(weight, block).to(fit.xx.device)
+            order = _order(layer, pattern, part.shape[2]).to(part.device)
+            mine = share
+            if block is not None:
+                count = part.shape[2] if self._settings.by_row else part.numel()
+                due = pruned_count(share, entries + count) - gone
+                entries, gone, mine = entries + count, gone + due, due / count
+            new, keep = criterion.prune(
+                part[..., order],
+                _second_moments(fit)[:, order][:, :, order],
+                sparsity=mine,
+                pattern=pattern,
+                by_row=self._settings.by_row,
+            )
+            back = order.argsort()
+            keeps.append(keep[..., back].to(weight.device))
+            news.append(new[..., back])
+        return torch.cat(keeps, 2), torch.cat(news, 2)
+
+
+def _of_block(weight_gok: Tensor, block: Tensor | None) -> Tensor:
+    return weight_gok if block is None else weight_gok[..., block.to(weight_gok.device)]
 
 
 def _select(targets: Sequence[WeightTarget], share: float) -> list[Tensor]:
@@ -590,9 +613,9 @@ def _second_moments(fit: Moments) -> Tensor:
     return fit.xx / fit.n + fit.mean_x[:, :, None] * fit.mean_x[:, None]
 
 
-def _order(layer: Any, pattern: Pattern) -> Tensor:
-    """The columns as the pattern's blocks take them: a convolution's channels run fastest."""
-    columns = torch.arange(matrix_of(layer).shape[2])
+def _order(layer: Any, pattern: Pattern, width: int) -> Tensor:
+    """So many columns as the pattern's blocks take them: a convolution's channels run fastest."""
+    columns = torch.arange(width)
     kernel = getattr(layer, "kernel_size", ())
     if not isinstance(pattern, Block) or not isinstance(kernel, tuple):
         return columns

@@ -155,7 +155,7 @@ def why_no_matrix(module: nn.Module) -> str | None:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether it is a transposed convolution: a plain one of the spread input, with its kernel turned round."""
-    return isinstance(module, _CONV) and module.transposed
+    return isinstance(module, _CONV) and bool(module.transposed)
 
 
 def rows_dim(module: nn.Module) -> int:

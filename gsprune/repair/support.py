@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from gsprune.repair.calibrating import held_back_split
 from gsprune.repair.gram import (
     OWN_PASS,
     Moments,
+    Seen,
     as_matrix,
     as_weight,
     error,
@@ -28,7 +30,7 @@ from gsprune.repair.gram import (
     why_no_matrix,
     write_matrix,
 )
-from gsprune.repair.least_squares import WIDEST, checked_damping
+from gsprune.repair.least_squares import BLOCK, WIDEST, checked_damping
 from gsprune.repair.lockstep import CalledAgainError, Visit, lockstep
 from gsprune.repair.observing import reads_one_tensor
 from gsprune.repair.packed import MIXED, of_projections
@@ -39,7 +41,9 @@ from gsprune.structures.running import hooked
 DAMPING = (1e-2, 1e-1)
 STEPS = 16  # of conjugate gradients at most
 EVERY = 4  # steps between two looks at the held-back part
-Choose = Callable[["Site", Any, Moments], tuple[Tensor, Tensor | None]]
+# Columns of a layer (None: all) and the moments of what they read: one pair, or of wide layers one a block, in order.
+Blocks = Iterable[tuple[Tensor | None, Moments]]
+Choose = Callable[["Site", Any, Blocks], tuple[Tensor, Tensor | None]]
 
 
 def masked_least_squares(
@@ -91,7 +95,7 @@ def masked_least_squares(
     inputs, is_held_back = held_back_split(batches, held_back)
     sites, left = find_sites(small, masks)
 
-    def choose(site: Site, layer: Any, fit: Moments) -> tuple[Tensor, None]:
+    def choose(site: Site, layer: Any, blocks: Blocks) -> tuple[Tensor, None]:
         return as_matrix(layer, masks[site.tensor]), None
 
     walked = walk(dense, small, inputs, is_held_back, sites, choose, damping=damping)
@@ -128,17 +132,11 @@ def find_sites(model: nn.Module, tensors: Iterable[str]) -> tuple[list[Site], di
             reason = f"it is {local!r} of a {type(module).__name__}"
         elif reason is None and owners[id(module._parameters[local])] > 1:
             reason = "it is shared by several modules"
-        elif reason is None and (columns := _columns(module, packed)) > WIDEST:
-            reason = f"it has {columns} columns, more than {WIDEST}"
         if reason is None:
             sites.append(Site(name, path, packed))
         else:
             left[name] = reason
     return sites, left
-
-
-def _columns(module: Any, packed: bool) -> int:
-    return int(module.in_proj_weight.shape[1] if packed else matrix_of(module).shape[2])
 
 
 # ---- all layers
@@ -161,6 +159,7 @@ def walk(
     choose: Choose,
     *,
     damping: Sequence[float] | None = DAMPING,
+    multiple: int = 1,
     progress: Callable[[float], None] | None = None,
 ) -> Walked:
     """Visit the sites in the order of the pass; at each, choose what stays, and refit that.
@@ -169,6 +168,7 @@ def walk(
         choose: of a site, its layer and the moments of the fitting part (y: what the layer lacks as it is): the mask
             (g, o, k), and the criterion's own new weights, if it has some.
         damping: of the fits; None: no fit, weights are the criterion's or the layer's own.
+        multiple: of so many inputs, or channels, are the blocks of a wide layer.
         progress: told the share of the sites that is done.
 
     Everything is as it was after an error.
@@ -178,7 +178,7 @@ def walk(
     wanted = {site.module: site for site in sites}
     again: dict[str, str] = {}
     while True:
-        visitor = _Visitor(wanted, choose, damping, progress)
+        visitor = _Visitor(wanted, choose, damping, progress, multiple=multiple)
         left: dict[str, str] = {}
         try:
             with hooked(visitor.hooks(small)):
@@ -213,8 +213,11 @@ class _Visitor:
         choose: Choose,
         damping: Sequence[float] | None,
         progress: Callable[[float], None] | None,
+        *,
+        multiple: int,
     ) -> None:
         self._sites, self._choose, self._damping, self._progress = sites, choose, damping, progress
+        self._multiple = multiple
         self._mixed: set[str] = set()  # attentions whose query, key and value are not one tensor
         self.layers: list[LayerRepair] = []
         self.keeps: dict[str, Tensor] = {}
@@ -243,19 +246,44 @@ class _Visitor:
         if type(visit.dense) is type(layer) and not multiplies(visit.dense, visit.dense_inputs[0], visit.outputs[0]):
             self.layers.append(LayerRepair(site.tensor, reason=OWN_PASS))
             return
-        fit, judge, variance = moments_of(visit, residual=True)
-        if not fit.n:
+        blocks = column_blocks(layer, self._multiple)
+        seen = moments_of(visit, residual=True, columns=blocks[0])
+        if not seen.fit.n:
             self.layers.append(LayerRepair(site.tensor, reason="no sample reaches it"))
-        elif not (fit.is_finite and judge.is_finite):
+        elif not (seen.fit.is_finite and seen.judge.is_finite):
             self.layers.append(LayerRepair(site.tensor, reason="what it reads or should give is not finite"))
         else:
-            keep, offer = self._choose(site, layer, fit)
-            self.keeps[site.tensor] = as_weight(layer, keep)
-            size = variance or 1.0
-            found = refit_support(site.tensor, layer, fit, judge, keep, offer, self._damping)
-            self.layers.append(replace(found, before=found.before / size, after=found.after / size))
+            self._prune(site, visit, blocks, seen)
         if self._progress is not None:
             self._progress(len(self.layers) / len(self._sites))
+
+    def _prune(self, site: Site, visit: Visit, blocks: Sequence[Tensor | None], seen: Seen) -> None:
+        """Choose what stays of a layer, and refit that; `seen` are the moments of the first block."""
+        layer = visit.small
+        later = ((block, moments_of(visit, residual=True, columns=block).fit) for block in blocks[1:])
+        keep, offer = self._choose(site, layer, chain([(blocks[0], seen.fit)], later))
+        self.keeps[site.tensor] = as_weight(layer, keep)
+        if blocks[0] is None:
+            found = refit_support(site.tensor, layer, seen.fit, seen.judge, keep, offer, self._damping)
+        else:
+            found = _refit_wide(site.tensor, visit, blocks, keep, offer, self._damping)
+        size = seen.variance or 1.0
+        self.layers.append(replace(found, before=found.before / size, after=found.after / size))
+
+
+def column_blocks(layer: Any, multiple: int) -> list[Tensor | None]:
+    """Of a wide layer, its columns in blocks of whole channels, so many at a time; of another [None]: all at once.
+
+    >>> [column_blocks(nn.Linear(4, 2), 1), [len(block) for block in column_blocks(nn.Linear(9000, 2), 1000)]]
+    [[None], [2000, 2000, 2000, 2000, 1000]]
+    """
+    width = matrix_of(layer).shape[2]
+    if width <= WIDEST:
+        return [None]
+    kernel = getattr(layer, "kernel_size", ())
+    size = torch.Size(kernel).numel() if isinstance(kernel, tuple) else 1
+    channels = max(1, BLOCK // size // multiple) * multiple
+    return [*torch.arange(width).split(channels * size)]
 
 
 # ---- one layer
@@ -270,6 +298,8 @@ def refit_support(
     keep_gok: Tensor,
     offer_gok: Tensor | None,
     damping: Sequence[float] | None,
+    *,
+    columns: Tensor | None = None,
 ) -> LayerRepair:
     """Zero what is not kept, and refit the rest where that lowers the error on the other part; in place.
 
@@ -277,8 +307,10 @@ def refit_support(
         fit, judge: y is what the layer lacks as it is.
         offer_gok: weights that are taken where they are better than any fit; None: there are none.
         damping: of the fit, to choose from; None: no fit, the offer is taken, or the layer's own weights.
+        columns: that all of these are of, and that are changed; None: all.
     """
-    old = matrix_of(layer).to(fit.xx.device).double()
+    whole = matrix_of(layer)
+    old = (whole if columns is None else whole[..., columns.to(whole.device)]).to(fit.xx.device).double()
     keep = keep_gok.to(old.device)
     has_bias = layer.bias is not None
     none = torch.zeros_like(fit.mean_y)
@@ -295,7 +327,7 @@ def refit_support(
     offered = masked if offer_gok is None else change(offer_gok.to(old.device).double(), none)
     if damping is None or not judge.n:
         reason = None if damping is None else "there is one sample only, and none can be held back to judge by"
-        _write(layer, old, keep, offered)
+        _write(layer, old, keep, offered, columns)
         return LayerRepair(name, masked[2], offered[2], reason=reason)
     best, chosen = min(masked, offered, key=lambda found: found[2]), None
     double = layer.weight.dtype is torch.float64
@@ -309,19 +341,56 @@ def refit_support(
             if not found[2] < seen:
                 break
             seen = found[2]
-    _write(layer, old, keep, best)
+    _write(layer, old, keep, best, columns)
     if best is masked:
         return LayerRepair(name, masked[2], masked[2], reason="no fit lowers its error on the held-back samples")
     return LayerRepair(name, masked[2], best[2], chosen)
 
 
-def _write(layer: Any, old: Tensor, keep: Tensor, found: tuple[Tensor, Tensor, float]) -> None:
+def _write(layer: Any, old: Tensor, keep: Tensor, found: tuple[Tensor, Tensor, float], columns: Tensor | None) -> None:
     weight, shift, _ = found
-    new = (old + weight).masked_fill(~keep, 0)
-    write_matrix(layer, new.to(device=layer.weight.device, dtype=layer.weight.dtype))
+    new = (old + weight).masked_fill(~keep, 0).to(device=layer.weight.device, dtype=layer.weight.dtype)
+    if columns is not None:
+        new = matrix_of(layer).index_copy(2, columns.to(new.device), new)
+    write_matrix(layer, new)
     if layer.bias is not None:
         bias = layer.bias.detach()
         layer.bias.data.copy_((bias.double() + shift.flatten().to(bias.device)).to(bias.dtype))
+
+
+@torch.no_grad()
+def _refit_wide(
+    name: str,
+    visit: Visit,
+    blocks: Sequence[Tensor | None],
+    keep: Tensor,
+    offer: Tensor | None,
+    damping: Sequence[float] | None,
+) -> LayerRepair:
+    """The same of a wide layer: the masked weights, or the offered ones where these are better, refitted by blocks."""
+    layer: Any = visit.small
+    own, none = matrix_of(layer).clone(), torch.arange(0)
+    errors = []
+    for weight in (own, *([offer] if offer is not None else [])):
+        write_matrix(layer, weight.to(own).masked_fill(~keep.to(own.device), 0))
+        judge = moments_of(visit, residual=True, columns=none).judge
+        errors.append(float((judge.yy / max(1, judge.n) + judge.mean_y**2).sum()))
+    before, after = errors[0], errors[-1]
+    if damping is not None and judge.n and before <= after:  # an offer stays without a fit, whatever it does
+        write_matrix(layer, own.masked_fill(~keep.to(own.device), 0))
+        after = before
+    if damping is None or not judge.n:
+        reason = None if damping is None else "there is one sample only, and none can be held back to judge by"
+        return LayerRepair(name, before, after, reason=reason)
+    chosen = None
+    for block in blocks:
+        assert block is not None
+        seen = moments_of(visit, residual=True, columns=block)
+        found = refit_support(name, layer, seen.fit, seen.judge, keep[..., block], None, damping, columns=block)
+        after, chosen = found.after, chosen if found.damping is None else found.damping
+    if not after < before:
+        return LayerRepair(name, before, before, reason="no fit lowers its error on the held-back samples")
+    return LayerRepair(name, before, after, chosen)
 
 
 def _conjugate(

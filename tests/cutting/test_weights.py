@@ -576,3 +576,48 @@ def test_what_has_no_meaning_for_single_weights_is_refused_before_anything_is_re
         cut(mlp(), unread(), pattern="1x1", sparsity=0.5, repair="batchnorm")
     with refused("scope", "pattern"):
         cut_family(mlp(), unread(), sparsity=[0.5], scope="row")
+
+
+# ---- wide layers
+
+
+@pytest.mark.parametrize("criterion", [Wanda(), SparseGPT(), Magnitude()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("pattern", ["1x1", "2:4"])
+def test_wide_layers_are_pruned_and_refitted_block_by_block(
+    criterion: Criterion, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6)).to(DOUBLE)
+    settings: dict[str, Any] = {"pattern": pattern, "include": ["2"], "damping": [1e-4]}
+    settings |= {"sparsity": 0.5} if pattern == "1x1" else {}
+    whole = prune_weights(model, [data(200, 12)], criterion, **settings)
+    monkeypatch.setattr("gsprune.repair.support.WIDEST", 8)
+    monkeypatch.setattr("gsprune.repair.support.BLOCK", 8)
+    blocks = prune_weights(model, [data(200, 12)], criterion, **settings)
+    assert blocks.report.sparsity == 0.5
+    if not isinstance(criterion, SparseGPT):  # which looks at what the other columns of its block can make up for
+        assert torch.equal(blocks.masks["2.weight"], whole.masks["2.weight"])
+    assert torch.equal(blocks.model[2].weight == 0, ~blocks.masks["2.weight"])
+    (one,), (other,) = whole.report.repair.layers, blocks.report.repair.layers
+    assert other.reason is None
+    assert other.after < other.before
+    if not isinstance(criterion, SparseGPT):
+        assert other.before == pytest.approx(one.before)
+    assert other.after < one.after + 0.5 * (other.before - one.after)
+
+
+@pytest.mark.parametrize("pattern", ["1x1", "2:4"])
+def test_the_blocks_of_a_wide_convolution_are_whole_channels(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 4, 3)).to(DOUBLE)
+    settings: dict[str, Any] = {"pattern": pattern, "include": ["2"]}
+    settings |= {"sparsity": 0.5} if pattern == "1x1" else {}
+    monkeypatch.setattr("gsprune.repair.support.WIDEST", 16)
+    monkeypatch.setattr("gsprune.repair.support.BLOCK", 40)
+    pruned = prune_weights(model, [data(40, 3, 6, 6)], SparseGPT(), **settings)
+    mask = pruned.masks["2.weight"]
+    assert int(mask.sum()) == mask.numel() // 2
+    if pattern == "2:4":
+        assert torch.equal(mask.unflatten(1, (2, 4)).sum(2), torch.full((4, 2, 3, 3), 2))
+    (layer,) = pruned.report.repair.layers
+    assert layer.after < layer.before
