@@ -7,21 +7,21 @@ so that `--help` and shell completion are quick.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 
+from gsprune.conf import help_text
 from gsprune.extras import check_command
 from gsprune.moved import check_overrides
 from gsprune.settings.instantiation import main_arguments
 from gsprune.settings.recorded import hide
+from gsprune.settings.refusals import run_command
 from gsprune.text.redact import RedactedStream
 
 if TYPE_CHECKING:
@@ -53,22 +53,13 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
         raise CompactHydraException(one_line(str(error), 4000)) from error
 
 
-def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Hydra 1.4 hands a job's error to `sys.excepthook`: a mistake of the user's is a sentence there too."""
-    if issubclass(kind, CompactHydraException) and os.environ.get("HYDRA_FULL_ERROR") != "1":
-        hint = "Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
-        print(f"{error}\n\n{hint}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
 if __name__ == "__main__":
     try:
         check_command(sys.argv[1:])
         check_overrides(sys.argv[1:])
     except ValueError as error:
         sys.exit(str(error))
-    sys.excepthook = show
+    help_text.register(CONF)
     hide()  # secrets of the environment; a job hides those of its configuration
     sys.stderr = cast(TextIO, RedactedStream(sys.stderr))
-    main()
+    sys.exit(run_command(main, CONF))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gsprune.cutting.cut import cut
     from gsprune.cutting.family import cut_family
     from gsprune.cutting.how_much import right_or_wrong
+    from gsprune.cutting.planned import plan
     from gsprune.cutting.sensitivity import sensitivity
     from gsprune.discovery.find import find_structures
     from gsprune.formats.masks import load_masks, save_masks
@@ -57,6 +58,7 @@ _HOMES = {
     "load_inc_config": "gsprune.integrations.inc",
     "load_masks": "gsprune.formats.masks",
     "load_pruned": "gsprune.formats.network",
+    "plan": "gsprune.cutting.planned",
     "results": "gsprune.sweeps.frame",
     "right_or_wrong": "gsprune.cutting.how_much",
     "save_masks": "gsprune.formats.masks",
@@ -78,6 +80,7 @@ __all__ = [
     "load_inc_config",
     "load_masks",
     "load_pruned",
+    "plan",
     "results",
     "right_or_wrong",
     "save_masks",

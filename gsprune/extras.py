@@ -11,10 +11,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["EXTRAS", "MissingExtraError", "check_command", "need"]
+__all__ = ["EXTRAS", "MissingExtraError", "check_command", "distribution", "is_installed", "need"]
 
 EXTRAS = {
-    "app": ("filelock", "jinja2", "matplotlib", "mlflow", "pandas", "rich", "sklearn", "torchvision"),
+    "app": ("filelock", "jinja2", "matplotlib", "mlflow", "pandas", "rich", "shtab", "sklearn", "torchvision"),
     "hf": ("transformers",),
     "lightning": ("lightning",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
@@ -66,11 +66,12 @@ def check_command(arguments: Sequence[str]) -> None:
     launchers = [found[1] for text in arguments if (found := re.fullmatch(r"\+{0,2}hydra/launcher=(\w+)", text))]
     extras = [_LAUNCHERS[name] for name in launchers if name in _LAUNCHERS]
     for module in (*_EVERY_RUN, *(name for extra in extras for name in EXTRAS[extra])):
-        if not _is_installed(module):
+        if not is_installed(module):
             raise _missing(module)
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # nor is what it lies in
@@ -79,6 +80,16 @@ def _is_installed(module: str) -> bool:
 
 def _missing(module: str) -> MissingExtraError:
     extra = next(name for name, modules in EXTRAS.items() if module.startswith(modules))
-    names = {"sklearn": "scikit-learn", "hydra_plugins": module.rpartition(".")[2].replace("_", "-")}
+    return MissingExtraError(f"{distribution(module)} is not installed: pip install 'gsprune[{extra}]'")
+
+
+def distribution(module: str) -> str:
+    """The name that pip knows a module by.
+
+    >>> distribution("sklearn.tree"), distribution("hydra_plugins.hydra_joblib_launcher"), distribution("torch_pruning")
+    ('scikit-learn', 'hydra-joblib-launcher', 'torch-pruning')
+    """
+    names = {"sklearn": "scikit-learn", "hydra": "hydra-core", "torch_pruning": "torch-pruning"}
+    names["hydra_plugins"] = module.rpartition(".")[2].replace("_", "-")
     top = module.partition(".")[0]
-    return MissingExtraError(f"{names.get(top, top)} is not installed: pip install 'gsprune[{extra}]'")
+    return names.get(top, top)

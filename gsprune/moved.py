@@ -60,7 +60,7 @@ MOVED = {
     "names": "text.names",
     "optimizers": "surgery.optimizers",
     "patterns": "ranking.patterns",
-    "planner": "forecast.predict app.forecast_tables forecast.plan",
+    "planner": "forecast.predict forecast.plan forecast.rule_plan",
     "position": "training.loop_state",
     "proof": "surgery.proof surgery.readings",
     "pruners": "pruner.former_names",

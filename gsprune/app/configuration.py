@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from gsprune.extras import MissingExtraError
 from gsprune.settings.addresses import command_directory
 from gsprune.settings.hydra_files import recorded_overrides
 from gsprune.settings.instantiation import make
 from gsprune.sweeps.sweep_dir import without_sweep_settings
 from gsprune.text.display import one_line
+from gsprune.text.names import nearest
 
 if TYPE_CHECKING:
     from gsprune.training.trainer import Trainer
@@ -37,26 +46,97 @@ TIMED = tuple(name for name in NUMBERS if name.startswith(("latency", "speedup")
 
 
 def build(node: Any, **arguments: Any) -> Any:
-    """Make the object that a node describes; a mistake in its arguments is a ValueError of one sentence."""
+    """Make the object that a node describes; a mistake in its arguments is a ValueError that names the setting."""
     try:
         return make(node, **arguments)
     except Exception as error:
         cause: BaseException | None = error
         while isinstance(cause, InstantiationException):
             cause = cause.__cause__
-        if isinstance(cause, ValueError):
-            raise cause from None
-        # torch raises RuntimeError for a value that it refuses, Hydra its own error for a name that it does not find
-        told = one_line(str(cause or error).split(", set env var")[0])
-        raise ValueError(f"{node.get('_target_')} cannot be made: {told}") from error
+        raise _named(node, cause or error) from (None if isinstance(cause, ValueError) else error)
 
 
-def complete(group: str, partial: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Call a partial that `build` returned; an argument of a wrong name or type is a mistake in its group."""
+def complete(node: DictConfig, partial: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Call a partial that `build` has made of the node; a wrong argument is a ValueError that names the setting."""
     try:
         return partial(*arguments, **named)
-    except TypeError as error:
-        raise ValueError(f"{group} cannot be made: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise _named(node, error) from (None if isinstance(error, ValueError) else error)
+
+
+def _named(node: DictConfig, error: BaseException) -> ValueError:
+    """The error with the whole name of the setting that it is about, as far as its text tells."""
+    group = str(node._get_full_key(None) or node.get("_target_"))
+    # torch raises RuntimeError for a value that it refuses, Hydra its own error for a name that it does not find
+    text = one_line(str(error).split(", set env var")[0], 4000)
+    if isinstance(error, MissingExtraError) or re.match(rf"{re.escape(group)}[.=\[]", text):
+        return error if isinstance(error, ValueError) else ValueError(text)
+    if found := re.match(r"rules\[(\d+)\]: (?=\w+ is )", text):
+        return ValueError(f"{group}.rules.{found[1]}.{text[found.end() :]}")
+    if isinstance(error, TypeError) and (unknown := re.search(r"unexpected keyword argument '(\w+)'", text)):
+        near = nearest(unknown[1], {name.rpartition(".")[2] for name, _ in _leaves(node)} - {unknown[1]})
+        return ValueError(f"{group}.{unknown[1]} is not a setting{f': did you mean {group}.{near}?' if near else ''}")
+    first, rest = re.match(r"(\w*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    leaves = _leaves(node)
+    if len(mine := [name for name, _ in leaves if name.rpartition(".")[2] == first]) > 1:
+        mine = [name for name, value in leaves if name in mine and _is_in(value, rest)] or mine
+    if len(mine) == 1 and isinstance(error, ValueError):
+        return type(error)(f"{group}.{mine[0]}{rest}") if type(error) is ValueError else error
+    if isinstance(error, ValueError) and _is_ours(error):
+        return error
+    told = [(name, value) for name, value in leaves if _is_in(value, text) or _is_text_for_number(node, name, value)]
+    if len(told) == 1:
+        ((name, value),) = told
+        return ValueError(f"{group}.{name}={_shown(value)} is not allowed: {text}")
+    return ValueError(f"{group} cannot be made: {text}")
+
+
+def _leaves(node: DictConfig) -> list[tuple[str, Any]]:
+    """The settings of a group, by their names below it; a list is one setting."""
+
+    def below(value: Any, above: str) -> Iterator[tuple[str, Any]]:
+        nested = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict) for v in value))
+        if nested:
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from below(inner, f"{above}.{key}".lstrip("."))
+        elif not above.rpartition(".")[2].startswith("_"):
+            yield above, value
+
+    try:
+        plain = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException:
+        plain = OmegaConf.to_container(node, resolve=False)
+    return list(below(plain, ""))
+
+
+def _is_in(value: Any, text: str) -> bool:
+    """Whether an error names this value, of which there are many: true, false, 0 and 1 do not count."""
+    if isinstance(value, list):
+        return any(_is_in(item, text) for item in value)
+    if value is None or isinstance(value, bool) or value in (0, 1, ""):
+        return False
+    forms = {str(value), repr(value), *([f"{value:g}", str(float(value))] if isinstance(value, int | float) else [])}
+    return any(re.search(rf"(?<![\w.]){re.escape(form)}(?![\w]|\.\d)", text) for form in forms)
+
+
+def _is_text_for_number(node: DictConfig, name: str, value: Any) -> bool:
+    """Whether a parameter of the target takes a number, and a text is given."""
+    if not isinstance(value, str) or "." in name:
+        return False
+    with contextlib.suppress(Exception):  # a target without a signature, or one that cannot be found
+        parameter = inspect.signature(get_object(node._target_)).parameters[name]
+        return bool(re.fullmatch(r"(int|float|bool)( \| (int|float|bool|None))*", str(parameter.annotation)))
+    return False
+
+
+def _shown(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package has raised it, whose sentences are whole."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("gsprune.")
 
 
 def objective(result: Mapping[str, Any], wanted: str | Sequence[str]) -> float | tuple[float, ...]:
@@ -89,8 +169,8 @@ def check_objective(wanted: str | Sequence[str], trainer: Trainer | DictConfig) 
     """Refuse a wrong name before training starts; `trainer` is a `Trainer` or its configuration."""
     for name in objective_names(wanted):
         if name not in NUMBERS:
-            near = get_close_matches(str(name), NUMBERS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            near = nearest(str(name), NUMBERS)
+            hint = f"did you mean {near}? " if near else ""
             raise ValueError(f"objective={name} is not in the result: {hint}There are {', '.join(NUMBERS)}")
         if name in TIMED:
             from gsprune.cost.latency import LEAST  # imports torch
@@ -99,6 +179,47 @@ def check_objective(wanted: str | Sequence[str], trainer: Trainer | DictConfig) 
                 raise ValueError(
                     f"objective={name} is not measured with trainer.latency_repeats={repeats}: it takes {LEAST}"
                 )
+
+
+def check_fit(cfg: DictConfig) -> None:
+    """Refuse data and network that need settings which the other does not have, as texts and a network for images do.
+
+    Raises:
+        ValueError: with the choices that fit, where Hydra composes the job in this process.
+    """
+    lacking = _lacking(cfg)
+    if not lacking:
+        return
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    model, data = (f"{group}={chosen[group]}" if group in chosen else group for group in ("model", "dataset"))
+    fit = {group: _fitting(group, dict(chosen)) for group in ("model", "dataset")}
+    others = "; ".join(f"{group} may be {' or '.join(names)}" for group, names in fit.items() if names)
+    raise ValueError(f"{model} does not fit {data}: there is no {', '.join(lacking)}{f'; {others}' if others else ''}")
+
+
+def _lacking(cfg: DictConfig) -> list[str]:
+    """Settings of data or network that the other refers to and that do not exist."""
+    found: list[str] = []
+    for group, other in (("model", "dataset"), ("dataset", "model")):
+        texts = str(OmegaConf.to_container(cfg[group], resolve=False)) if OmegaConf.is_config(cfg.get(group)) else ""
+        for name in re.findall(rf"\$\{{{other}\.(\w+)\}}", texts):
+            if OmegaConf.is_config(cfg.get(other)) and name not in cfg[other]._content:
+                found.append(f"{other}.{name}")
+    return list(dict.fromkeys(found))
+
+
+def _fitting(group: str, chosen: Mapping[str, str]) -> list[str]:
+    """The choices of one group that fit the choice of the other."""
+    other = {"model": "dataset", "dataset": "model"}[group]
+    if other not in chosen or not GlobalHydra.instance().is_initialized():
+        return []
+    loader, fit = GlobalHydra.instance().config_loader(), []
+    for name in loader.get_group_options(group):
+        with contextlib.suppress(HydraException):
+            groups = [f"{group}={name}", f"{other}={chosen[other]}"]
+            made = loader.load_configuration("config", groups, RunMode.RUN, validate_sweep_overrides=False)
+            fit += [] if _lacking(made) else [name]
+    return fit
 
 
 def check_plan(cfg: DictConfig) -> bool:

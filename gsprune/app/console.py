@@ -6,97 +6,189 @@ A bar when stdout is a terminal, one plain line an epoch otherwise; the log file
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
 
 from gsprune.cost.latency import NOT_HERE
 from gsprune.text.display import one_line, percent
 from gsprune.text.names import lines_by_reason
 from gsprune.text.redact import redacted
+from gsprune.text.table import WIDTH, clock, labelled, size, table, terminal_width, until
 
 if TYPE_CHECKING:
     from gsprune.training.trainer import Totals
 
 log = logging.getLogger(__name__)
 READ_EVERY = 0.5  # seconds between two reads of the running loss: each is a sync point
+SOON = 10.0  # seconds of a phase after which its end can be foretold
 
 
 class Progress:
     """Shows nothing (`trainer.progress=none`); the base of the displays.
 
-    A job calls `phase` at the start of each phase, `on_step` and `on_epoch` while it trains, `close` at the end.
+    A job calls `begin` once, `phase` at the start of each phase, `on_step` and `on_epoch` while it trains, `close` at
+    the end.
     """
 
     def __init__(self, epochs: int) -> None:
         """Of a job of that many epochs, over its phases."""
+        self._pace = Pace(epochs)
 
-    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
-        """A phase of that many epochs starts, after `done` steps of it; `of` is what its sparsity counts."""
+    def begin(self, facts: Sequence[tuple[str, str]]) -> None:
+        """What is known before the first epoch, as pairs of a name and a text; the log file has it, too."""
+        for name, text in facts:
+            to_log_file(logging.INFO, f"{name}: {text}")
+
+    def phase(
+        self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, before: int = 0, of: str | None = None
+    ) -> None:
+        """A phase of that many epochs starts, after `done` steps of it and `before` epochs of other phases.
+
+        Args:
+            of: what its sparsity counts.
+        """
+        self._name, self._of = name, of
+        self._pace.start(steps_per_epoch, done, before)
 
     def part(self, what: str, share: float) -> None:
         """So much of something that is no training is done, from 0 to 1; "" when all is."""
 
     def on_step(self, totals: Totals) -> None:
         """After an optimizer step. `totals` are those of the epoch; reading them waits for the device."""
+        self._pace.step()
 
     def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """After so many epochs, over both phases; `values` are the metrics of the last one."""
+        self._pace.epoch(epoch)
+        to_log_file(logging.INFO, self._line(epoch, values))
 
     def close(self) -> None:
         """At the end of the job, also after an error."""
+
+    def _line(self, epoch: int, values: Mapping[str, float]) -> str:
+        left = self._pace.left()
+        told = f"  {clock(left)} left" if left else ""
+        return f"{self._name:<7}  {epoch_line(epoch, self._pace.epochs, values, of=self._of)}{told}"
+
+
+class Pace:
+    """How long the epochs that are left will take: as long as those of the phase so far, on average.
+
+    >>> now = [0.0]
+    >>> pace = Pace(3, now=lambda: now[0])
+    >>> pace.start(10); now[0] = 5.0
+    >>> for _ in range(10): pace.step()
+    >>> pace.left(); pace.epoch(1); pace.left()
+    10.0
+    10.0
+    """
+
+    def __init__(self, epochs: int, *, now: Callable[[], float] = time.monotonic) -> None:
+        self.epochs, self._now = epochs, now
+        self._since, self._ended, self._steps, self._of, self._begun = now(), 0, 0, 1, 0
+
+    def start(self, steps_per_epoch: int, done: int = 0, before: int = 0) -> None:
+        """A phase starts, after `done` steps of it and `before` epochs of other phases."""
+        self._since, self._steps, self._of = self._now(), 0, max(steps_per_epoch, 1)
+        self._ended, self._begun = before + done // self._of, done % self._of
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def epoch(self, ended: int) -> None:
+        """So many epochs of the job have ended."""
+        self._ended = ended
+        self._begun = -self._steps
+
+    @property
+    def current(self) -> int:
+        """The epoch that runs, from 1."""
+        return min(self._ended + 1, self.epochs)
+
+    def left(self) -> float | None:
+        """Seconds that are left; None before the first step."""
+        if not self._steps:
+            return None
+        to_do = (self.epochs - self._ended) * self._of - self._begun - self._steps
+        return max(to_do, 0) * (self._now() - self._since) / self._steps
 
 
 class Lines(Progress):
     """One plain line an epoch, for logs and pipes."""
 
     def __init__(self, epochs: int) -> None:
-        self._name, self._epochs = "", epochs
+        super().__init__(epochs)
         self._part, self._since = "", 0.0
-        self._of: str | None = None
+        self._expected = time.monotonic() + SOON
 
-    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
-        self._name, self._of = name, of
+    def begin(self, facts: Sequence[tuple[str, str]]) -> None:
+        super().begin(facts)
+        print("\n".join(labelled(facts, width=max(terminal_width(), WIDTH))), flush=True)
+
+    def phase(
+        self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, before: int = 0, of: str | None = None
+    ) -> None:
+        super().phase(name, epochs=epochs, steps_per_epoch=steps_per_epoch, done=done, before=before, of=of)
+        self._expected = time.monotonic() + SOON
 
     def part(self, what: str, share: float) -> None:
         if what != self._part:
             if self._part:
-                print(f"cut    {self._part:<24}{time.monotonic() - self._since:6.1f} s", flush=True)
+                print(f"cut      {self._part:<24}{time.monotonic() - self._since:6.1f} s", flush=True)
             self._part, self._since = what, time.monotonic()
 
+    def on_step(self, totals: Totals) -> None:
+        super().on_step(totals)
+        if time.monotonic() > self._expected:  # once, before an epoch of a phase has ended
+            self._expected = math.inf
+            print(until(self._pace.left() or 0.0), flush=True)
+
     def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        print(f"{self._name:<5}  {epoch_line(epoch, self._epochs, values, of=self._of)}", flush=True)
+        super().on_epoch(epoch, values)
+        self._expected = math.inf
+        print(self._line(epoch, values), flush=True)
 
 
 class Bar(Progress):
-    """A bar for each phase, with loss, accuracy and sparsity."""
+    """A bar for each phase, with its epoch, loss, accuracy, sparsity, and how long the whole job still takes."""
 
     def __init__(self, epochs: int) -> None:
+        super().__init__(epochs)
+        self._console = Console(file=sys.stdout, highlight=False, markup=False)
+        wide = self._console.width >= WIDTH
         self._rich = RichProgress(
-            TextColumn("{task.description:<5}"),
-            BarColumn(bar_width=12),
+            TextColumn("{task.description}"),
+            *((BarColumn(bar_width=8),) if wide else ()),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[values]}"),
-            TimeRemainingColumn(compact=True),
-            console=Console(file=sys.stdout, highlight=False),
+            *((TextColumn("{task.fields[values]}"),) if self._console.width >= 64 else ()),
+            TextColumn("{task.fields[left]}"),
+            console=self._console,
         )
         self._task: TaskID | None = None
         self._parts: dict[str, TaskID] = {}
         self._read_at, self._sparsity = 0.0, 0.0
 
-    def phase(self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, of: str | None = None) -> None:
+    def begin(self, facts: Sequence[tuple[str, str]]) -> None:
+        super().begin(facts)
+        print("\n".join(labelled(facts, width=self._console.width)), flush=True)
+
+    def phase(
+        self, name: str, *, epochs: int, steps_per_epoch: int, done: int = 0, before: int = 0, of: str | None = None
+    ) -> None:
+        super().phase(name, epochs=epochs, steps_per_epoch=steps_per_epoch, done=done, before=before, of=of)
         if epochs == 0:
             return
         self._rich.start()
-        self._task = self._rich.add_task(name, total=epochs * steps_per_epoch, completed=done, values="")
+        self._task = self._rich.add_task(name, total=epochs * steps_per_epoch, completed=done, values="", left="")
 
     def part(self, what: str, share: float) -> None:
         for name, task in self._parts.items():
@@ -105,9 +197,10 @@ class Bar(Progress):
             self._rich.stop()
         elif what not in self._parts:
             self._rich.start()
-            self._parts[what] = self._rich.add_task("cut", total=1.0, values=what)
+            self._parts[what] = self._rich.add_task("cut", total=1.0, values=what, left="")
 
     def on_step(self, totals: Totals) -> None:
+        super().on_step(totals)
         assert self._task is not None
         self._rich.advance(self._task)
         if time.monotonic() - self._read_at > READ_EVERY:
@@ -116,6 +209,7 @@ class Bar(Progress):
             self._read_at = time.monotonic()
 
     def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        super().on_epoch(epoch, values)
         self._sparsity = values.get("sparsity", 0.0)
         self._show(values)
 
@@ -125,7 +219,10 @@ class Bar(Progress):
     def _show(self, values: Mapping[str, float]) -> None:
         assert self._task is not None
         shown = {name: values[name] for name in ("train/loss", "train/accuracy", "sparsity")}  # fits 80 columns
-        self._rich.update(self._task, values=describe(shown))
+        at = f"{self._name} {self._pace.current}/{self._pace.epochs}"
+        left = self._pace.left()
+        told = clock(left).removesuffix(" min") if left else ""
+        self._rich.update(self._task, description=at, values=describe(shown), left=told)
 
 
 def make_progress(mode: str, *, epochs: int) -> Progress:
@@ -180,45 +277,47 @@ def to_log_file(level: int, text: str) -> None:
 def print_summary(
     result: Mapping[str, Any], output_dir: Path, *, tracking_uri: str | None, unsent: bool = False
 ) -> None:
-    """Print dense and pruned side by side, where the files are, and how to open them in MLflow."""
-    Console(file=sys.stdout, highlight=False, markup=False).print(summary_table(result))
+    """Print dense and pruned side by side, where the files are, and how to open them in MLflow; the log file has it."""
+    say("\n".join(["", *summary_table(result), ""]))
     if result.get("cut") is not None:
-        print(cut_line(result["cut"]))
+        say(cut_line(result["cut"]))
     if (line := unfair_line(result)) is not None:
-        print(line)
+        say(line)
     if (result["latency_note"] or "").startswith(NOT_HERE):
-        print(one_line(f"Latency: {result['latency_note']}"))
+        say(one_line(f"Latency: {result['latency_note']}"))
     for label, texts in (("Left whole", "skipped"), ("Next to nothing is left", "collapsed")):
         for line in lines_by_reason(result.get(texts) or {}):
-            print(one_line(f"{label}: {line}"))
+            say(one_line(f"{label}: {line}"))
     if (line := chance_line(result)) is not None:
-        print(line)
+        say(line)
     if not result["shrunk"] and result["sparsity"] > 0:
-        print("Masked weights are zeros in tensors of the old size: pruner=abs or weighted makes the model smaller.")
-    print(f"Outputs: {output_dir}")  # not through rich: it would break long lines, and commands get copied
+        say("Masked weights are zeros in tensors of the old size: pruner=abs or weighted makes the model smaller.")
+    say(f"Outputs: {output_dir}")  # never folded: paths and commands get copied
     if tracking_uri is not None:
         if unsent:
-            print(f"Unsent:  gsprune sync {shlex.quote(str(output_dir))}")
-        print(f"MLflow:  {ui_command(tracking_uri)}", flush=True)
+            say(f"Unsent:  gsprune sync {shlex.quote(str(output_dir))}")
+        say(f"MLflow:  {ui_command(tracking_uri)}")
 
 
-def summary_table(result: Mapping[str, Any]) -> Table:
-    """Rows of (what, dense, pruned, ratio) from `result.json`, without what was not measured."""
+def say(text: str) -> None:
+    """Print a text, and put it into the log files."""
+    print(text, flush=True)
+    to_log_file(logging.INFO, text)
+
+
+def summary_table(result: Mapping[str, Any]) -> list[str]:
+    """Lines of (what, dense, pruned, ratio) from `result.json`, without what was not measured."""
     now = "control" if _is_control(result) else "pruned"
-    table = Table("", "dense", now, f"dense / {now}")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.add_row("epochs trained", str(result["baseline_epochs"]), str(result["epochs"]), "")
+    rows = [("epochs trained", str(result["baseline_epochs"]), str(result["epochs"]), "")]
     for label, key in (("validation accuracy", "val_accuracy"), ("test accuracy", "accuracy")):
         dense, pruned = result[f"baseline_{key}"], result[key]
-        table.add_row(label, _accuracy(dense), _accuracy(pruned), f"{100 * (pruned - dense):+.2f} points")
-    of = f" of {result['sparsity_of']}" if result["sparsity_of"] else ""
-    table.add_row(f"sparsity{of}", percent(0), percent(result["sparsity"]), "")
-    if coverage := result.get("coverage"):
-        table.add_row("matrix weights in reach", "", percent(coverage), "")
-    for row in _cost_rows(result):
-        table.add_row(*row)
-    return table
+        rows.append((label, _accuracy(dense), _accuracy(pruned), f"{100 * (pruned - dense):+.2f} points"))
+    if not _is_control(result):
+        of = f" of {result['sparsity_of']}" if result["sparsity_of"] else ""
+        rows.append((f"sparsity{of}", percent(0), percent(result["sparsity"]), ""))
+        if coverage := result.get("coverage"):
+            rows.append(("matrix weights in reach", "", percent(coverage), ""))
+    return table(("", "dense", now, f"dense / {now}"), [*rows, *_cost_rows(result)], width=terminal_width())
 
 
 def chance_line(result: Mapping[str, Any]) -> str | None:
@@ -280,12 +379,12 @@ def _accuracy(share: float) -> str:
 
 
 def _cost_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    parts = [
-        ("parameters", "params", "params_dense", "{:,}"),
-        ("  not zero", "params_nonzero", "params_dense", "{:,}"),
-        ("MACs", "macs", "macs_dense", "{:,}"),
-        ("latency (ms)", "latency_ms", "latency_dense_ms", "{:.2f}"),
-        ("file size (bytes)", "file_bytes", "file_bytes_dense", "{:,}"),
+    parts: list[tuple[str, str, str, Callable[[float], str]]] = [
+        ("parameters", "params", "params_dense", "{:,}".format),
+        ("  not zero", "params_nonzero", "params_dense", "{:,}".format),
+        ("MACs", "macs", "macs_dense", "{:,}".format),
+        ("latency (ms)", "latency_ms", "latency_dense_ms", "{:.2f}".format),
+        ("file size", "file_bytes", "file_bytes_dense", size),
     ]
     rows = []
     for label, key, dense_key, form in parts:
@@ -296,7 +395,7 @@ def _cost_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
             ratio = f"{dense / now:.2f}x" if now else ""
             if key == "latency_ms":
                 ratio += f" ({result['speedup_low']:.2f} to {result['speedup_high']:.2f})"
-            rows.append((label, form.format(dense), form.format(now), ratio))
+            rows.append((label, form(dense), form(now), ratio))
     return rows
 
 

@@ -12,7 +12,7 @@ from gsprune.app.configuration import budget_of, build, hydra_choices
 from gsprune.cutting.cut import REPAIRS, Repair
 from gsprune.cutting.weights import check_levels
 from gsprune.ranking.patterns import parse_pattern
-from gsprune.training.checks import check
+from gsprune.training.checks import check, check_choice
 
 if TYPE_CHECKING:
     from gsprune.cost.budgets import CostKind
@@ -50,8 +50,8 @@ class CutSettings:
     curve: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        allowed = f"one of {', '.join(REPAIRS)}, or null"
-        check(self.repair is None or self.repair in REPAIRS, "cut.repair", self.repair, allowed)
+        if self.repair is not None:
+            check_choice("cut.repair", self.repair, REPAIRS, more=", or null")
         check(self.calibration >= 1, "cut.calibration", self.calibration, "1 or more")
         drop, sure = self.max_drop, self.confidence
         check(drop is None or 0 < drop < 100, "cut.max_drop", drop, "points of 100, above 0 and below 100, or null")
@@ -69,7 +69,7 @@ def curve_shares(settings: CutSettings) -> list[float]:
 def is_cut(cfg: DictConfig) -> bool:
     """Whether the job cuts a trained network instead of pruning it while it trains."""
     mode = cfg.get("mode", "train")
-    check(mode in MODES, "mode", mode, f"one of {', '.join(MODES)}")
+    check_choice("mode", mode, MODES)
     return bool(mode == "cut")
 
 

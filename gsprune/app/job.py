@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from gsprune import collectives
-from gsprune.app import forecast_tables
+from gsprune.app.beginning import facts
 from gsprune.app.configuration import build, check_objective, check_plan, from_command, is_timed
 from gsprune.app.cut_settings import check_mode, is_cut, wanted
 from gsprune.app.memory import explain_out_of_memory
@@ -86,7 +86,7 @@ def show_plan(cfg: DictConfig, *, output_dir: str | os.PathLike[str]) -> Pruning
         setup = set_up(job)
         pruner = setup.build_pruning()[-1]
         planned = predict.plan(setup.model, pruner, setup.example)
-    forecast_tables.print_plan(planned)
+    print(planned)
     job.writer.write("plan.json", lambda: write_json(folder / "plan.json", planned.to_json()))
     return planned
 
@@ -150,8 +150,12 @@ def _stages(job: Context) -> dict[str, Any]:
     history = History(job, setup)
     checkpoints = JobCheckpoints(job, setup, history)
     checkpoints.find(resume=setup.trainer.resume == "auto" and before.get("status") != "finished")
-    check_audit(job.cfg, setup, check_pruning(job, setup))
+    pruner = check_pruning(job, setup)
+    check_audit(job.cfg, setup, pruner)
     open_record(job, checkpoints, history, before)
+    if job.first:
+        job.progress.begin(list(facts(setup, pruner)))
+    del pruner  # it is built anew on the trained network
     training = Training(job, setup, history, checkpoints)
     dense = train_dense(training)
     if is_cut(job.cfg):

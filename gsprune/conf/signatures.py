@@ -10,6 +10,7 @@ composes the configuration for `--help` and for shell completion too, and import
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -38,6 +39,27 @@ def settings(target: str, *, without: Collection[str] = ()) -> list[Setting]:
     module, _, name = target.rpartition(".")
     parts = {part[1]: part for part in _parts(_Source.of(module), name) if part[1] not in without}
     return [_setting(*part) for part in parts.values()]
+
+
+def docstrings(target: str) -> Iterator[str]:
+    """Those of a class or function with the dotted name `target`, and of the classes that it inherits from.
+
+    >>> any("decay:" in text for text in docstrings("gsprune.criteria.Fisher"))
+    True
+    """
+    module, _, name = target.rpartition(".")
+    with contextlib.suppress(OSError, SyntaxError):
+        yield from _docstrings(_Source.of(module), name)
+
+
+def _docstrings(source: _Source, name: str) -> Iterator[str]:
+    node = source.nodes.get(name)
+    if isinstance(node, ast.ImportFrom) and str(node.module).startswith("gsprune."):
+        yield from _docstrings(_Source.of(str(node.module)), name)
+    elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+        for base in node.bases if isinstance(node, ast.ClassDef) else ():
+            yield from _docstrings(source, ast.unparse(base))
+        yield ast.get_docstring(node) or ""
 
 
 def config_type(hint: Any) -> Any:
@@ -82,7 +104,7 @@ class _Source(dict[str, Any]):
         for node in [*tree.body, *guarded]:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self.nodes |= {alias.asname or alias.name: node for alias in node.names}
-            elif isinstance(node, ast.ClassDef):
+            elif isinstance(node, ast.ClassDef | ast.FunctionDef):
                 self.nodes[node.name] = node
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 self.nodes[node.targets[0].id] = node

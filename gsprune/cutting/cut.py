@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 from weakref import WeakKeyDictionary
@@ -39,6 +39,7 @@ from gsprune.cutting.scoring import gate_gradients, readers, sharing_copy, unit_
 from gsprune.cutting.settled import Settled
 from gsprune.cutting.size import Size
 from gsprune.cutting.weights import PrunedWeights, WeightPruner, WeightScope
+from gsprune.extras import need
 from gsprune.formats.network import save_pruned
 from gsprune.pruner.part import Part
 from gsprune.pruner.rule import Rule, check_kind
@@ -55,6 +56,7 @@ from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import CutPlan, plan_cut
 from gsprune.surgery.shrink import check_shrink
 from gsprune.text.display import html_table, percent
+from gsprune.text.table import count
 
 if TYPE_CHECKING:
     from gsprune.repair.report import RepairReport
@@ -82,6 +84,7 @@ class Cut:
     scored      how many of them were used for scores: fewer if the kept set was settled earlier
     settled     batches after which it was settled; None: all were used
     seconds     duration of the call
+    scores      structure name -> (units,), what its units were ranked by
     """
 
     model: nn.Module
@@ -97,6 +100,7 @@ class Cut:
     scored: int
     settled: int | None
     seconds: float
+    scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     how_much: HowMuch | None = None
 
     def save(self, directory: str | os.PathLike[str], *, compressed: bool = False) -> None:
@@ -106,6 +110,17 @@ class Cut:
             compressed: of single weights that are zero the file holds one bit each.
         """
         save_pruned(directory, self.model, self.plan, compressed=compressed)
+
+    def plot(self, dense: nn.Module | None = None, example_input: Any = None) -> Any:
+        """A picture, for a notebook or `.save("cut.png")`: scores and what went, layer by layer, size before and after.
+
+        Args:
+            dense, example_input: to time both networks on that input, too; some seconds.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return need("gsprune.plots.pruner_figures").plot_cut(self, dense, example_input)
 
     def rows(self) -> list[tuple[str, str]]:
         """The lines of `print(cut)`, as pairs of a name and a text."""
@@ -297,13 +312,13 @@ def cut(
             return pruner.prune(sparsity) if max_drop is None else pruner.within(max_drop)
     refuse_of_weights(criterion, scope)
     if rules is None:
-        name, share = _amount(given)
+        name, share = amount(given)
         if name == "max_drop":
             check_max_drop(share)
             name, share = "macs", SHARES[0]
         chosen = [one_rule(name, share, criterion, repair, kinds=kinds, include=include, exclude=exclude)]
     else:
-        chosen = _checked_rules(rules, {**given, "criterion": criterion})
+        chosen = checked_rules(rules, {**given, "criterion": criterion})
     if max_drop is not None and evaluate is None:
         raise ValueError(f"max_drop={max_drop:g} needs evaluate, which says what a network loses")
     check_model(model)
@@ -443,7 +458,7 @@ class Cutter:
         Raises:
             ValueError: as of `gsprune.cut`.
         """
-        structures, keeps = self.chosen(rules)
+        structures, keeps, scores = self._chosen(rules)
         self.report("cutting", 0.0)
         check_shrink(self.model, structures, keeps, example_input=self.example)
         plan = plan_cut(structures, keeps)
@@ -466,20 +481,28 @@ class Cutter:
             scored=self.scored or self.data.size,
             settled=self.settled if self.scored < self.data.size else None,
             seconds=self.seconds,
+            scores=scores,
         )
 
     def chosen(self, rules: Sequence[Rule]) -> tuple[list[Structure], list[Tensor]]:
         """What rules cut, and what they keep of each: bool (units,)."""
+        structures, keeps, _ = self._chosen(rules)
+        return structures, keeps
+
+    def _chosen(self, rules: Sequence[Rule]) -> tuple[list[Structure], list[Tensor], dict[str, Tensor]]:
+        """With what units were ranked by, too."""
         structures: list[Structure] = []
         keeps: list[Tensor] = []
+        scores: dict[str, Tensor] = {}
         for number, rule in enumerate(rules):
             part = self._part(rule)
             part.take_scores(self.scores[number])
             masks = part.choose([schedule.final for schedule in part.schedules])
             for target, keep in zip(part.unit_targets, masks, strict=True):
                 structures.append(target.structure)
+                scores[target.name] = target.ranked.cpu()
                 keeps.append(self._exchanged(rule.criterion, target.name, keep.reshape(-1).cpu()))
-        return structures, keeps
+        return structures, keeps, scores
 
     def structures(self, rule: Rule) -> list[Structure]:
         """What a rule can cut, in the model's order."""
@@ -619,7 +642,8 @@ def refuse_of_weights(criterion: Criterion | None, scope: WeightScope | None) ->
         raise ValueError(f"{name} scores single weights: say which with a pattern, '1x1' or '2:4'")
 
 
-def _amount(given: Mapping[str, float | None]) -> tuple[str, float]:
+def amount(given: Mapping[str, float | None]) -> tuple[str, float]:
+    """The one setting that says how much to cut, and its value; ValueError for none or several."""
     named = {name: share for name, share in given.items() if share is not None}
     if len(named) != 1:
         said = f"{' and '.join(named)} both say" if named else "nothing says"
@@ -627,7 +651,8 @@ def _amount(given: Mapping[str, float | None]) -> tuple[str, float]:
     return next(iter(named.items()))
 
 
-def _checked_rules(rules: Sequence[Rule], others: Mapping[str, Any]) -> list[Rule]:
+def checked_rules(rules: Sequence[Rule], others: Mapping[str, Any]) -> list[Rule]:
+    """The rules, to be met at once; ValueError where another setting says what to cut, too."""
     named = [name for name, value in others.items() if value is not None]
     if "max_drop" in named:
         raise ValueError("rules and max_drop both say how much to cut: set one of them")
@@ -666,13 +691,6 @@ def _of_gates(criterion: Criterion, gates_bu: Tensor) -> Tensor:
 def _change(before: int, after: int) -> str:
     """
     >>> _change(2_000_000, 1_000_000)
-    '2.00 M -> 1.00 M (50.0 %)'
+    '2.00M -> 1.00M (50.0 %)'
     """
-    return f"{_short(before)} -> {_short(after)} ({percent(after / before)})"
-
-
-def _short(count: int) -> str:
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count >= 10 * size else f"{count / size:.2f} {unit}"
-    return str(count)
+    return f"{count(before)} -> {count(after)} ({percent(after / before)})"

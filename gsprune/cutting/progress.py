@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from gsprune.text.table import clock
+
 Report = Callable[[str, float], None]  # what is being done; the share of it that is done, in [0, 1]
 
 
@@ -32,7 +34,7 @@ class Line:
         if self._shows and (now - self._last > 0.2 or share >= 1):
             self._last = now
             left = (now - self._since) * (1 - share) / share if share > 0 else None
-            text = f"{what} {100 * share:3.0f} %" + (f", {_clock(left)} left" if left is not None and share < 1 else "")
+            text = f"{what} {100 * share:3.0f} %" + (f", {clock(left)} left" if left is not None and share < 1 else "")
             self._stream.write("\r" + text.ljust(self._width))
             self._stream.flush()
             self._width = len(text)
@@ -46,12 +48,3 @@ class Line:
 
 def silent(what: str, share: float) -> None:
     """Shows nothing."""
-
-
-def _clock(seconds: float) -> str:
-    """
-    >>> _clock(5.2), _clock(125)
-    ('6 s', '2:05 min')
-    """
-    whole = int(seconds) + 1 if seconds % 1 else int(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60}:{whole % 60:02d} min"

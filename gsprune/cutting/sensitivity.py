@@ -22,6 +22,7 @@ from gsprune.cutting.calibration import Calibration, Loss
 from gsprune.cutting.cut import Cutter, Repair, check_repair, one_rule, shown
 from gsprune.cutting.how_much import Evaluate, values_of
 from gsprune.cutting.progress import Report
+from gsprune.extras import need
 from gsprune.files.disk import write_atomic
 from gsprune.pruner.rule import Rule
 from gsprune.ranking.selection import pruned_count
@@ -79,6 +80,15 @@ class Sensitivity:
         for point in self.points:
             found.setdefault(point.structure, []).append((point.share, point.value))
         return found
+
+    def plot(self) -> Any:
+        """A picture of the scan, for a notebook or `.save("scan.png")`: a line for each structure.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        draw = need("gsprune.plots.sensitivity_figures").plot_sensitivity
+        return draw(self.lines, dense=self.dense, metric=self.metric, falls=self.metric != "loss")
 
     def shares(self, max_drop: float) -> dict[str, float]:
         """Structure -> the largest share of its units that can go, alone, while the drop is at most `max_drop`.

@@ -1,124 +1,59 @@
-"""A forecast as data: what a pruner would leave."""
+"""A forecast as data: what a pruner would leave of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import html
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from gsprune.forecast.rule_plan import Cost, Entry, RulePlan
+from gsprune.forecast.show import lines, summary
+from gsprune.text.display import html_table
+from gsprune.text.table import terminal_width
 
 __all__ = ["Cost", "Entry", "PruningPlan", "RulePlan"]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Parameters (zeros included) and MACs of the example input; MACs are None where nothing counts them."""
-
-    params: int
-    macs: int | None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One structure or one weight tensor.
-
-    name      as in `Pruner.masks()`
-    kind      "channels", "neurons", "heads" or "weights"
-    layers    modules that compute it
-    total     units or weights there are
-    least, most   how many stay at the schedule's end; the same number twice where that is certain
-    dense, pruned   what `layers` cost now and in the end; `pruned` is None where the scores decide it
-    """
-
-    name: str
-    kind: str
-    layers: tuple[str, ...]
-    total: int
-    least: int
-    most: int
-    dense: Cost
-    pruned: Cost | None
-
-    @property
-    def kept(self) -> int | None:
-        """How many stay, if that is certain."""
-        return self.least if self.least == self.most else None
-
-
-@dataclass(frozen=True)
-class RulePlan:
-    """What one rule would leave at the end of its schedule, without the other rules.
-
-    criterion     its class
-    structured    units are removed, or single weights are zeroed
-    scope         "local": counts are exact; "global": one ranking over all entries, "isomorphic": one over each set of
-                  entries that are alike, of which only bounds are known
-    pattern, per_channel, min_kept   the rule's settings
-    min_share     share of its units or weights that each entry keeps at least
-    entries       structures or tensors, in the model's order
-    total         units or weights of all entries
-    kept          how many of them stay (exact in both scopes, save where `min_kept` outweighs an N:M pattern: at least;
-                  under a budget as many as if every structure gave the same share)
-    dense, pruned   cost of the whole model now and in the end; `pruned` is None where the scores decide it
-    even          cost if every structure gave the same share of its units, where the scores decide it
-    params_left   parameters that are not pruned (not masked, not cut away), in the end; None where the scores decide it
-    macs_left     MACs with weights that are not pruned; None where the scores decide it
-    skipped       what is left whole -> why
-    collapsing    entries about to collapse -> what is left of them
-    schedule      (epoch of the pruning phase, sparsity over all entries; under a budget the share of the cost gone)
-    notes         whole sentences for the user
-    budget        what share of which cost may stay, as {"macs": 0.5}; empty where a share or a count of units is wanted
-    coverage      share of the model's matrix weights that is targeted, by this rule
-    """
-
-    criterion: str
-    structured: bool
-    scope: str
-    pattern: str
-    per_channel: bool
-    min_kept: int
-    min_share: float
-    entries: tuple[Entry, ...]
-    total: int
-    kept: int
-    dense: Cost
-    pruned: Cost | None
-    even: Cost | None
-    params_left: int | None
-    macs_left: int | None
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    collapsing: Mapping[str, str] = field(default_factory=dict)
-    schedule: tuple[tuple[float, float], ...] = ()
-    notes: tuple[str, ...] = ()
-    budget: Mapping[str, float] = field(default_factory=dict)
-    coverage: float = 0.0
-
-    @property
-    def sparsity(self) -> float:
-        """Share of units or weights gone in the end."""
-        return 1 - self.kept / self.total if self.total else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
-        data = asdict(self) | {"sparsity": self.sparsity}
-        data["entries"] = [asdict(entry) | {"kept": entry.kept, "layers": [*entry.layers]} for entry in self.entries]
-        return data | {"schedule": [[*point] for point in self.schedule], "notes": [*self.notes]}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningPlan:
     """What a pruner would leave in the end; numbers only, nothing refers to the model.
 
     rules           the plan of each, as if it were alone
     dense, pruned   cost of the whole model now, and when all units are cut out; `pruned` is None where scores decide it
+    input           shapes of the example input, which the MACs are of, as "1x3x224x224"
+
+    Its `repr` is a table for a terminal, and a notebook shows it as one.
     """
 
     rules: tuple[RulePlan, ...]
     dense: Cost
     pruned: Cost | None
+    input: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: those of the only rule, or `rules`, `dense` and `pruned`."""
         if len(self.rules) == 1:
-            return self.rules[0].to_json()
+            return self.rules[0].to_json() | {"input": self.input}
         pruned = None if self.pruned is None else asdict(self.pruned)
-        return {"rules": [rule.to_json() for rule in self.rules], "dense": asdict(self.dense), "pruned": pruned}
+        rules = [rule.to_json() for rule in self.rules]
+        return {"rules": rules, "dense": asdict(self.dense), "pruned": pruned, "input": self.input}
+
+    def lines(self, *, width: int | None = None) -> list[str]:
+        """What there is to say, as lines of at most so many columns as far as the numbers allow; None: the terminal's.
+
+        Entries alike but for a number in their name share a row, as "blocks.{0-11}.attn", and a table of more than 24
+        rows leaves out its middle; `to_json` has everything. "+2" after a structure's name: its units are those of two
+        more layers.
+        """
+        return lines(self.rules, self.dense, self.pruned, self.input, width=width or terminal_width())
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines())
+
+    def _repr_html_(self) -> str:
+        parts = []
+        for title, head, rows, notes in summary(self.rules, self.dense, self.pruned, self.input):
+            parts += [f"<p>{html.escape(text)}</p>" for text in title]
+            parts += [html_table(head, [row for row in rows if row])] if head else []
+            parts += [f"<p>{html.escape(text)}</p>" for text in notes]
+        return "".join(parts)

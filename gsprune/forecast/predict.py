@@ -1,6 +1,6 @@
 """Forecasts: what a pruner would leave of a model, and what that would cost, without training.
 
-`plan` counts, `gsprune.app.forecast_tables` shows. All measuring happens on deep copies: neither the model nor the
+`plan` counts, the `repr` of what it gives shows. All measuring happens on deep copies: neither the model nor the
 pruner is changed.
 """
 
@@ -24,6 +24,7 @@ from gsprune.pruner.weights import WeightTarget
 from gsprune.ranking.patterns import Block, Pattern, Tile
 from gsprune.ranking.selection import pruned_count
 from gsprune.schedules import Schedule
+from gsprune.structures.example import shape_text
 from gsprune.structures.twin import copy_of
 from gsprune.text.display import percent
 
@@ -66,14 +67,15 @@ def plan(model: nn.Module, pruner: Pruner, example_input: Any) -> PruningPlan:
             (_plan_units if part.units else _plan_weights)(copy_of(model), part, example_input) for part in pruner.parts
         )
         units = [rule for rule in rules if rule.structured]
+        shapes = shape_text(example_input)
         if len(rules) == 1:
-            return PruningPlan(rules, rules[0].dense, rules[0].pruned)
+            return PruningPlan(rules, rules[0].dense, rules[0].pruned, shapes)
         twin = copy_of(model)
         dense, _ = _cost(twin, [], example_input)
         if not units or any(rule.pruned is None for rule in units):
-            return PruningPlan(rules, dense, None if units else dense)
+            return PruningPlan(rules, dense, None if units else dense, shapes)
         _shrink_to(twin, pruner.unit_targets, [entry.least for rule in units for entry in rule.entries])
-        return PruningPlan(rules, dense, _cost(twin, [], example_input)[0])
+        return PruningPlan(rules, dense, _cost(twin, [], example_input)[0], shapes)
 
 
 # ---- units

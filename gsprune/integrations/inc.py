@@ -596,12 +596,18 @@ def _one_of(where: str, field: str, value: str, allowed: Mapping[str, Any]) -> A
     return allowed[value]
 
 
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gsprune convert", description="Print a file of Intel Neural Compressor as an option of the group pruner."
+    )
+    parser.add_argument("file", help="a neural-compressor 1.x or 2.x YAML file with a list of !Pruner")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`gsprune convert FILE`: print the file as an option of the group `pruner`; 1 if it cannot be read."""
-    parser = argparse.ArgumentParser(prog="gsprune convert", description=main.__doc__)
-    parser.add_argument("file", help="a neural-compressor 1.x or 2.x YAML file with a list of !Pruner")
     try:
-        print(load_inc_config(parser.parse_args(arguments).file).to_yaml(), end="")
+        print(load_inc_config(make_parser().parse_args(arguments).file).to_yaml(), end="")
     except (ValueError, OSError) as error:
         print(one_line(str(error), 4000), file=sys.stderr)
         return 1

@@ -52,6 +52,24 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+class Picture:
+    """A figure that a notebook shows, and that can be saved.
+
+    Attributes:
+        figure: matplotlib's, to change it.
+    """
+
+    def __init__(self, figure: Figure) -> None:
+        self.figure = figure
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a PNG file."""
+        write_atomic(path, self._repr_png_())
+
+    def _repr_png_(self) -> bytes:
+        return png(self.figure)
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure with set margins as a PNG; `savefig` would draw it twice."""
     figure.set_dpi(130)

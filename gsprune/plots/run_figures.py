@@ -243,8 +243,8 @@ def save_history(
     """
     rows = list(rows)
     figure = new_figure(11, 5)
-    grid = figure.add_gridspec(2, 2, height_ratios=(3, 2), width_ratios=(1.1, 1), hspace=0.17, wspace=0.1)
-    figure.subplots_adjust(left=0.035, right=0.985, top=0.94, bottom=0.095)
+    grid = figure.add_gridspec(2, 2, height_ratios=(3, 2), width_ratios=(1.1, 1), hspace=0.17, wspace=0.16)
+    figure.subplots_adjust(left=0.06, right=0.985, top=0.94, bottom=0.095)
     over_epochs, below, against = (figure.add_subplot(grid[place]) for place in ((0, 0), (1, 0), (slice(None), 1)))
     below.sharex(over_epochs)
     for name, colour, label in (("train/accuracy", "#94a3b8", "train"), ("val/accuracy", ACCURACY, "validation")):
@@ -288,13 +288,16 @@ def _mark_end(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
 
 
 def _dress(over_epochs: Axes, below: Axes, against: Axes, *, sparsity: str) -> None:
-    over_epochs.set_title("Accuracy (%) by epoch", fontsize=11, loc="left", color=INK)
+    over_epochs.set_title("Accuracy by epoch", fontsize=11, loc="left", color=INK)
+    over_epochs.set_ylabel("accuracy (%)", color=INK)
     over_epochs.tick_params(labelbottom=False)
-    below.set_title(f"{sparsity.capitalize()} by epoch", fontsize=11, loc="left", color=INK)
+    below.set_title("Sparsity by epoch", fontsize=11, loc="left", color=INK)
+    below.set_ylabel(sparsity, color=INK)
     below.set_ylim(-3, 103)
     below.set_xlabel("epoch")
     below.locator_params(axis="x", integer=True)
-    against.set_title(f"Validation accuracy (%) against {sparsity}", fontsize=11, loc="left", color=INK)
+    against.set_title("Validation accuracy against sparsity", fontsize=11, loc="left", color=INK)
+    against.set_ylabel("validation accuracy (%)", color=INK)
     against.set_xlabel(sparsity)
     against.margins(x=0.1, y=0.2)
     for axes in (over_epochs, below, against):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gsprune.plots.drawing import FAINT, INK, new_figure, plain_label, png, quiet
+from gsprune.plots.drawing import FAINT, INK, Picture, new_figure, plain_label, quiet
 from gsprune.plots.sweep_figures import OTHERS, STYLES
 
-__all__ = ["draw_sensitivity"]
+__all__ = ["draw_sensitivity", "plot_sensitivity"]
 
 
 def draw_sensitivity(
     lines: Mapping[str, Sequence[tuple[float, float]]], *, dense: float, metric: str, falls: bool = True
 ) -> bytes:
-    """A PNG: what is left of a metric against the share of units removed of one structure, after repair.
+    """The picture of `plot_sensitivity` as a PNG."""
+    return plot_sensitivity(lines, dense=dense, metric=metric, falls=falls)._repr_png_()
+
+
+def plot_sensitivity(
+    lines: Mapping[str, Sequence[tuple[float, float]]], *, dense: float, metric: str, falls: bool = True
+) -> Picture:
+    """What is left of a metric against the share of units removed of one structure, after repair.
 
     The structures that suffer most are named, as many as there are styles; the others are grey.
 
@@ -40,4 +47,4 @@ def draw_sensitivity(
         axes.plot([0, *x], [dense, *y], marker=marker, color=colour, linewidth=1.4, markersize=6, label=label)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)
-    return png(figure)
+    return Picture(figure)

@@ -19,6 +19,7 @@ from typing_extensions import Unpack
 
 from gsprune.cost.budgets import Budget, CostKind, read_budget
 from gsprune.criteria import Criterion, Magnitude
+from gsprune.extras import need
 from gsprune.pruner.attaching import Attachable
 from gsprune.pruner.describe import as_html, describe
 from gsprune.pruner.part import Part, check_counts, targeted
@@ -487,6 +488,18 @@ class Pruner(Attachable):
     def _repr_html_(self) -> str:
         return as_html(repr(self))
 
+    def plot(self, example_input: Any = None) -> Any:
+        """A picture, for a notebook or `.save("pruner.png")`: scores and what goes by them, layer by layer, and size.
+
+        Args:
+            example_input: to count MACs before and after, too.
+
+        Raises:
+            ValueError: there are no scores yet.
+            MissingExtraError: matplotlib is not installed.
+        """
+        return need("gsprune.plots.pruner_figures").plot_pruner(self, example_input)
+
     # ---- a resumed run
 
     def state_dict(self) -> dict[str, Any]:
@@ -592,7 +605,10 @@ class Pruner(Attachable):
             )
             self._update(None)
             if not self.finished:
-                raise ValueError("nothing was pruned: no batch with finite gradients was seen to score it by")
+                raise ValueError(
+                    "nothing was pruned: no batch with finite gradients was seen to score it by; lower the learning "
+                    "rate"
+                )
         for part in self.parts:
             part.check_reached()
 

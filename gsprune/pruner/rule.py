@@ -17,6 +17,7 @@ from gsprune.criteria import Criterion
 from gsprune.ranking.patterns import Pattern, parse_pattern
 from gsprune.schedules import Cubic, Schedule
 from gsprune.structures.structure import Kind
+from gsprune.text.names import did_you_mean
 
 Scope = Literal["local", "global", "isomorphic"]
 FLOOR = 0.1  # the share of each structure that stays at least where structures are ranked together
@@ -232,7 +233,8 @@ def _check_settings(rule: Rule) -> None:
         what, other = ("units", "false") if units else ("single weights", "true")
         raise ValueError(f"{name} cannot score {what}: set structured={other} or take another criterion")
     if rule.ranking not in get_args(Scope):
-        raise ValueError(f'scope is {rule.scope!r}: it must be "local", "global" or "isomorphic"')
+        near = did_you_mean(rule.scope, get_args(Scope))
+        raise ValueError(f'scope is {rule.scope!r}: it must be "local", "global" or "isomorphic"{near}')
     if rule.ranking == "isomorphic" and not units:
         raise ValueError(
             f"scope isomorphic ranks like structures, but {name} prunes single weights here: set it to local"

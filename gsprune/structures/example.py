@@ -117,6 +117,21 @@ def _refilled(old: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any
     return twin  # type: ignore[no-any-return]
 
 
+def shape_text(example_input: Example) -> str:
+    """The shapes of the tensors that a network is called with.
+
+    >>> shape_text(torch.ones(1, 3, 8, 8)), shape_text({"input_ids": torch.ones(1, 7), "mask": torch.ones(1, 7)})
+    ('1x3x8x8', 'input_ids 1x7, mask 1x7')
+    """
+
+    def shapes(value: Any) -> str:
+        return " and ".join("x".join(map(str, t.shape)) or "a number" for t in tensors_in(value, floating=False))
+
+    args, kwargs = arguments(example_input)
+    named = [f"{name} {text}" for name, value in kwargs.items() if (text := shapes(value))]
+    return ", ".join([*filter(None, map(shapes, args)), *named])
+
+
 def tensors_in(value: Any, *, floating: bool = True) -> Iterator[Tensor]:
     """Every floating-point or complex tensor (or every tensor at all) of such a nest, in order."""
     found: list[Tensor] = []

@@ -49,8 +49,10 @@ from gsprune.sweeps.sweep_dir import (
     find_begun,
     without_sweep_settings,
 )
+from gsprune.sweeps.terminal import Jobs, job_of, summary
 from gsprune.text.display import code, logger, one_line
 from gsprune.text.redact import last_line, redacted, redacted_message
+from gsprune.text.table import noun, terminal_width
 
 if TYPE_CHECKING:
     from gsprune.tracking.tracker import Status, Tracker
@@ -134,11 +136,15 @@ class SweepCallback(Callback):
         path = Path(config.hydra.runtime.output_dir) / RESULT
         if config.hydra.mode == RunMode.MULTIRUN and read_object(path).get("recorded_by") == __name__:
             path.unlink()
+        if config.hydra.mode == RunMode.MULTIRUN and OmegaConf.select(config, "trainer.progress") != "none":
+            self._say_which(int(config.hydra.job.num))
         self._lend_environment()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """In the worker: write a `result.json` for a failed job that has none, and mask what Hydra prints of it."""
         self._return_environment()
+        if self._open is not None:
+            self._open.counted.end()
         job_return.overrides = recorded_overrides(job_return.overrides or ())
         if job_return.status == JobStatus.FAILED:
             job_return.return_value = _without_secrets(job_return._return_value)
@@ -179,6 +185,15 @@ class SweepCallback(Callback):
             print("Nothing was run: correct it, or let the others run with sweep.check=false", file=sys.stderr)
             _refuse(failures({str(number): why for number, why in checked.refused.items()}, len(checked.jobs)))
         return checked
+
+    def _say_which(self, number: int) -> None:
+        """Which job starts; in the process that runs them one after the other, how long they still take, too."""
+        sweep = current_sweep()
+        if self._open is not None:
+            log.info("%s", self._open.counted.start(number))
+        elif sweep is not None:
+            jobs = sweep.record.get("jobs")
+            log.info("%s", job_of(number, jobs if isinstance(jobs, int) else None))
 
     def _lend_environment(self) -> None:
         """Point a job's own tracking (`mlflow.start_run()`, a framework's logger) to the store of its parent run."""
@@ -225,6 +240,8 @@ class _OpenSweep:
         self._tracker: Tracker | None = None
         self._closed = False
         self._unwritten: list[str] = []
+        self._said: list[str] = []  # of what the sweep has found
+        self.counted = Jobs(jobs)  # those that this process runs
 
     def begin(self, config: DictConfig, identity: str, make_tracker: Callable[..., Tracker]) -> None:
         """Write `sweep.json`, then open or continue the parent run."""
@@ -236,6 +253,7 @@ class _OpenSweep:
             "overrides": recorded_overrides(without_sweep_settings(config.hydra.overrides.task)),
             "axes": axes,
             "identity": identity,
+            "jobs": self.jobs or None,
             "status": "running",
             "started": before.get("started") or _now(),
             "ended": None,
@@ -278,6 +296,8 @@ class _OpenSweep:
             reports = self._write_report() if self.report else []
             if self._tracker is not None:
                 self._finish_run(self._tracker, results, reports)
+            if self._said:
+                print("\n".join(["", *self._said]), flush=True)
             if failed := {job.name: job.text("error") or "" for job in results.with_status("failed")}:
                 print(failures(failed, max(self.jobs, len(results.jobs))), file=sys.stderr)
         except Exception:
@@ -290,9 +310,10 @@ class _OpenSweep:
 
         try:
             report = build_report(self.sweep.directory)
-            log.info("report of %d finished jobs: %s", report.usable, report.directory / "report.html")
+            log.info("report of %s: %s", noun(report.usable, "finished job"), report.directory / "report.html")
             for note in report.notes:
                 log.info("%s", note)
+            self._said = summary([], report.points, width=terminal_width())
             return report.paths
         except (ValueError, OSError) as error:
             log.warning("no report of the sweep: %s", error)
@@ -312,7 +333,7 @@ class _OpenSweep:
         """The first lines of the parent run's page."""
         done, failed = (len(results.with_status(name)) for name in ("finished", "failed"))
         where = "report.html is among the artifacts" if self.report else "no report was wanted"
-        return f"{done} jobs finished, {failed} failed; {where}.\n\n{code(str(self._record['command']))}"
+        return f"{noun(done, 'job')} finished, {failed} failed; {where}.\n\n{code(str(self._record['command']))}"
 
     def _close_killed(self, results: Results) -> None:
         """End the MLflow runs of jobs that no process runs any more."""

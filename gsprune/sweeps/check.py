@@ -10,7 +10,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,16 +18,16 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from gsprune.settings.hydra_files import sweep_overrides
+from gsprune.settings.refusals import explained, first_values, sentence
 from gsprune.text.display import logger
-from gsprune.text.redact import redacted_message
 
-__all__ = ["Checked", "check_jobs", "sentence"]
+__all__ = ["Checked", "check_jobs"]
 
 Check = Callable[..., None]  # (configuration of a job, here=whether it will run on this machine)
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -59,7 +59,7 @@ def check_jobs(config: DictConfig, check: Check | None) -> Checked:
     listed = _listed(config, overrides)
     checked, known = Checked(listed), dict[tuple[str, ...], str | None]()
     here = str(config.hydra.launcher.get("_target_")).rpartition(".")[2] in HERE
-    for number, job in enumerate(listed if listed is not None else [_first_values(overrides)]):
+    for number, job in enumerate(listed if listed is not None else [first_values(overrides)]):
         same = tuple(text for text in job if not re.fullmatch(r"\+*seed=-?\d+", text))
         if same not in known:
             known[same] = _refusal(config, loader, job, number, check, here)
@@ -68,17 +68,6 @@ def check_jobs(config: DictConfig, check: Check | None) -> Checked:
         elif why is not None:
             log.warning("the search may hold jobs that cannot run: %s: %s", " ".join(job), why)
     return checked
-
-
-def sentence(error: BaseException) -> str:
-    """The message of an error and of its cause, where Hydra keeps details, on one line.
-
-    >>> sentence(ValueError("seed=x is not\\nallowed"))
-    'seed=x is not allowed'
-    """
-    texts = [" ".join(redacted_message(str(found)).split()) for found in (error, error.__cause__) if found is not None]
-    listed = list(dict.fromkeys(re.sub(r" full_key: \S+| object_type=\S+", "", text) for text in texts if text))
-    return ": ".join(listed) or type(error).__name__
 
 
 def _overrides(config: DictConfig, loader: ConfigLoader) -> list[Override]:
@@ -95,19 +84,6 @@ def _listed(config: DictConfig, overrides: list[Override]) -> list[list[str]] | 
     return jobs
 
 
-def _first_values(overrides: Sequence[Override]) -> list[str]:
-    values = {}
-    for override in overrides:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            values[key] = override.get_value_element_as_str()
-        elif override.is_discrete_sweep():
-            values[key] = next(iter(override.sweep_string_iterator()))
-        elif isinstance(found := override.value(), IntervalSweep):
-            values[key] = str(found.start)
-    return [f"{key}={value}" for key, value in values.items()]
-
-
 def _refusal(
     config: DictConfig, loader: ConfigLoader, overrides: list[str], number: int, check: Check | None, here: bool
 ) -> str | None:
@@ -119,7 +95,8 @@ def _refusal(
             with _as_in_a_job(job) as own:
                 check(own, here=here)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        return sentence(error)
+        told = explained(error, overrides, loader) if isinstance(error, HydraException) else None
+        return told or sentence(error)
     except Exception as error:  # unknown to the check: the job itself reports it
         log.debug("job %d could not be checked", number, exc_info=error)
     return None

@@ -79,6 +79,7 @@ class Report:
     usable: int  # finished jobs with an accuracy, each configuration once
     left_out: Mapping[str, str]  # folder -> why
     notes: Sequence[str] = ()  # what keeps its numbers from being compared as they stand
+    points: Sequence[Point] = ()  # each network of the sweep
     paths: list[Path] = field(default_factory=list)
 
 
@@ -89,7 +90,7 @@ def build_report(directory: str | Path) -> Report:
         ValueError: the directory does not exist, or holds no job whose result can be read.
     """
     sweep = _Jobs.read(Path(directory))
-    report = Report(sweep.directory, sweep.results, len(sweep.usable), sweep.left_out, sweep.notes())
+    report = Report(sweep.directory, sweep.results, len(sweep.usable), sweep.left_out, sweep.notes(), sweep.points)
     drawn = panels(sweep.points, sweep.usable, sweep.axes)
     picture = draw_panels(drawn)
     page = _page(sweep, picture, [panel.title for panel in drawn], report.notes)
@@ -100,15 +101,19 @@ def build_report(directory: str | Path) -> Report:
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `gsprune report`: 0 when there was a finished job to report, else 1."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gsprune report",
         description="Write report.html, summary.csv and pareto.png of a Hydra sweep, also while it still runs.",
     )
     parser.add_argument("directory", help="the directory of the sweep, such as multirun/2026-01-31/12-00-00")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `gsprune report`: 0 when there was a finished job to report, else 1."""
     try:
-        report = build_report(parser.parse_args(arguments).directory)
+        report = build_report(make_parser().parse_args(arguments).directory)
     except (ValueError, OSError) as error:
         say(f"Error: {error}", file=sys.stderr)
         return 1

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-__all__ = ["check_patterns", "choose", "did_you_mean", "joined", "natural"]
+__all__ = ["check_patterns", "choose", "did_you_mean", "joined", "natural", "nearest"]
 
 _LINES = 10  # of reasons
 _NAMES = 6  # for one reason
@@ -120,8 +120,17 @@ def did_you_mean(name: object, known: Iterable[str], *, cutoff: float = 0.6) -> 
     >>> did_you_mean("trian", ["train", "val"]), did_you_mean("x", ["train"])
     ("; did you mean 'train'?", '')
     """
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(str(name), known, cutoff=cutoff)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known name that is most like this one; None if none is.
+
+    >>> nearest("weigthed", ["weighted", "abs"]), nearest("x", ["abs"])
+    ('weighted', None)
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 # ---- many names in few words

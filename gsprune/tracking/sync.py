@@ -58,8 +58,7 @@ class Sent:
         return ", ".join([*parts, f"its end ({self.ended})"] if self.ended else parts) or "nothing"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `gsprune sync`: 0 when everything below the directory is in MLflow afterwards, else 1."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gsprune sync",
         description="Upload to MLflow what runs could not send while they trained. Nothing is sent twice.",
@@ -67,7 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("directory", help="of a run, of a sweep, or a folder of those")
     parser.add_argument("--tracking-uri", help="where to send it, if not where the runs tried to")
     parser.add_argument("--experiment", help="send all of it to this one, if that of the runs is no longer there")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `gsprune sync`: 0 when everything below the directory is in MLflow afterwards, else 1."""
+    given = make_parser().parse_args(arguments)
     try:
         folders = find_records(Path(given.directory))
     except ValueError as error:

@@ -54,7 +54,8 @@ class Guard:
         >>> guard.look(now=True)
         Traceback (most recent call last):
         gsprune.training.guard.BadNumbers: 1 step in a row had gradients that are not finite, first that of 'weight' \
-(inf), 1 of 2: lower the learning rate, set trainer.clip_norm, look at the data, or raise trainer.max_bad_steps=0
+(inf), 1 of 2: lower optimizer.lr (or trainer.prune_lr), set trainer.clip_norm, look at the data, or raise \
+trainer.max_bad_steps=0
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, limit: int) -> None:
@@ -183,8 +184,8 @@ class Guard:
             spoiled, steps = self._spoiled(), f"{longest} step{'s' * (longest > 1)}"
             more = "" if spoiled else f", or raise trainer.max_bad_steps={self.limit}"
             raise BadNumbers(
-                f"{steps} in a row had gradients that are not finite, {spoiled or self._first_bad()}: lower the "
-                f"learning rate, set trainer.clip_norm, look at the data{more}"
+                f"{steps} in a row had gradients that are not finite, {spoiled or self._first_bad()}: lower "
+                f"optimizer.lr (or trainer.prune_lr), set trainer.clip_norm, look at the data{more}"
             )
 
     def _spoiled(self) -> str | None:

@@ -40,7 +40,7 @@ from gsprune import collectives
 from gsprune.repair.distill import divergence, mixed
 from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors
 from gsprune.training import data_parallel
-from gsprune.training.checks import check
+from gsprune.training.checks import check, check_choice
 from gsprune.training.guard import Guard
 from gsprune.training.loading import Start
 from gsprune.training.loop_state import LoopState, Stateful
@@ -247,8 +247,7 @@ class Trainer:
         finite = 0 < self.distill_temperature < math.inf
         check(finite, "trainer.distill_temperature", self.distill_temperature, "above 0, and finite")
         for name, choices in (("precision", AUTOCAST), ("progress", PROGRESS), ("resume", RESUME)):
-            value = getattr(self, name)
-            check(value in choices, f"trainer.{name}", value, f"one of {', '.join(choices)}")
+            check_choice(f"trainer.{name}", getattr(self, name), [*choices])
         find_device(self.device)
         self._check_processes()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from jobs import ROOT, SMALL, train
@@ -15,11 +16,14 @@ def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_
     done = train(tmp_path, "pruner=elementwise", *SMALL, "hydra.run.dir=out", fresh=True)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    starts = ["dense  epoch   1/3", "prune  epoch   2/3", "prune  epoch   3/3"]
-    assert [line[:18] for line in lines[:3]] == starts
-    labels = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    names = [line.partition("  ")[0] for line in lines[: lines.index("")] if not line.startswith(" ")]
+    assert names == ["device", "data", "network", "pruning", "left whole", "epochs", "dense", "prune", "prune"]
+    epochs = [line for line in lines if "epoch   " in line]
+    assert [line[:20] for line in epochs] == [f"{phase}    epoch   {n}/3" for n, phase in enumerate(names[6:], 1)]
+    rule = next(i for i, line in enumerate(lines) if line.startswith("-----"))
+    labels = [re.split(" {2,}", line.strip())[0] for line in lines[rule + 1 : lines.index("", rule)]]
     accuracies = ["epochs trained", "validation accuracy", "test accuracy"]
-    costs = ["matrix weights in reach", "parameters", "not zero", "MACs", "latency (ms)", "file size (bytes)"]
+    costs = ["matrix weights in reach", "parameters", "not zero", "MACs", "latency (ms)", "file size"]
     assert labels == [*accuracies, "sparsity of weights", *costs]
     store = f"sqlite:///{tmp_path.resolve()}/mlflow.db"
     assert lines[-2:] == [
@@ -29,8 +33,9 @@ def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["status"] == "finished"
     assert (tmp_path / "out" / ".hydra" / "config.yaml").is_file()
-    logged = [line.split(" - ")[1] for line in (tmp_path / "out" / "train.log").read_text().splitlines()]
-    assert logged == [line[7:] for line in lines[:3]]  # the epochs
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert all(line in log for line in [*epochs, *lines[rule:]])  # the epochs with their phase, and the table
+    assert "network: convnet: " in log
     check_mlflow(store, result)
 
 
@@ -60,11 +65,15 @@ def test_a_sweep_returns_the_objective_and_one_bad_job_does_not_stop_the_others(
     lines = refused.stderr.splitlines()
     assert lines[0].startswith("job 0 would be: tracking=none pruner.min_kept=0 model.width=4")
     assert "sweep.check=false" in lines[1]
-    assert lines[2:] == ["1 of 2 failed: 0: min_kept is 0: it must be 1 or more"]
+    assert lines[2:] == ["1 of 2 failed: 0: pruner.min_kept is 0: it must be 1 or more"]
     assert list(tmp_path.iterdir()) == []  # nothing was begun
     done = train(tmp_path, *sweep, *SMALL, "sweep.check=false")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[1:] == ["min_kept is 0: it must be 1 or more", *HINT.splitlines(), *lines[2:]]
+    assert done.stderr.splitlines()[1:] == [
+        "pruner.min_kept is 0: it must be 1 or more",
+        *HINT.splitlines(),
+        *lines[2:],
+    ]
     status = [json.loads((tmp_path / "sweep" / job / "result.json").read_text())["status"] for job in "01"]
     assert status == ["failed", "finished"]
 

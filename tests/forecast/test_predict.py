@@ -10,11 +10,9 @@ import nets
 import pytest
 import torch
 from facts import refused
-from rich.console import Console
 from torch import nn
 
 from gsprune import Pruner, Rule
-from gsprune.app.forecast_tables import print_plan, render
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import Abs, Elementwise, Magnitude, Weighted
 from gsprune.forecast import predict
@@ -44,7 +42,9 @@ def plan(model, pruner, example) -> RulePlan:
     """Of a pruner of one rule."""
     planned = predict.plan(model, pruner, example)
     [rule] = planned.rules
-    assert (planned.dense, planned.pruned, planned.to_json()) == (rule.dense, rule.pruned, rule.to_json())
+    shape = "x".join(map(str, example.shape))
+    told = (planned.dense, planned.pruned, planned.input, planned.to_json())
+    assert told == (rule.dense, rule.pruned, shape, {**rule.to_json(), "input": shape})
     return rule
 
 
@@ -62,10 +62,7 @@ def text(planned, width=80):
     """As printed, on one line."""
     if isinstance(planned, RulePlan):
         planned = PruningPlan((planned,), planned.dense, planned.pruned)
-    console = Console(width=width, highlight=False, color_system=None)
-    with console.capture() as capture:
-        console.print(render(planned))
-    return re.sub(r"\s+", " ", capture.get())
+    return re.sub(r"\s+", " ", "\n".join(planned.lines(width=width)))
 
 
 LOCAL = {
@@ -237,7 +234,8 @@ def test_nothing_is_planned_without_a_pruner():
     assert planned.rules == ()
     assert planned.dense == planned.pruned == Cost(count_parameters(model), count_macs(model, DIGIT))
     assert text(planned) == (
-        "Nothing is pruned: 93.5k parameters, 1.49M MACs stay. Nothing was trained, the model is as it was. "
+        "Nothing is pruned: 93.5k parameters, 1.49M MACs for an input of 1x1x8x8 stay. "
+        "Nothing was trained, the model is as it was."
     )
 
 
@@ -379,7 +377,7 @@ def test_the_printed_plan_of_units():
     )
     assert "down +1 32 of 64 channels 55k -> 14k 885k -> 221k" in shown
     assert "whole model 80 of 160 units 94k -> 24k 1.5M -> 378k" in shown
-    assert shown.endswith("Left whole head: it feeds the model's output Nothing was trained, the model is as it was. ")
+    assert shown.endswith("Left whole head: it feeds the model's output Nothing was trained, the model is as it was.")
 
 
 def test_the_printed_plan_of_weights():
@@ -412,10 +410,7 @@ def test_a_deep_network_is_read_at_a_glance():
     model, x = resnet50(image_size=32, in_channels=3, num_classes=10), torch.ones(1, 3, 32, 32)
     planned = plan(model, make(model, Weighted(), x, target_sparsity=0.5), x)
     for width in (80, 160):
-        console = Console(width=width, highlight=False, color_system=None)
-        with console.capture() as capture:
-            console.print(render(PruningPlan((planned,), planned.dense, planned.pruned)))
-        lines = capture.get().splitlines()
+        lines = PruningPlan((planned,), planned.dense, planned.pruned).lines(width=width)
         assert len(lines) < 32
         assert max(len(line.rstrip()) for line in lines) <= 80
         assert any(line.startswith("layer3.{0-5}.conv1 ") for line in lines)
@@ -432,12 +427,32 @@ def test_the_middle_of_a_long_table_is_left_out():
     assert len(planned.to_json()["entries"]) == 30
 
 
-def test_print_plan_prints_without_colour_or_a_terminal(capsys):
+def test_a_plan_prints_as_its_table_with_the_size_of_the_input():
     model = mlp()
-    print_plan(predict.plan(model, make(model, Elementwise(), target_sparsity=0.5), torch.ones(1, 8)))
-    printed = capsys.readouterr().out
-    assert printed.startswith("Elementwise zeroes weights: 224 of 448 in 3 tensors stay (50.0 %).\n")
-    assert "\x1b" not in printed
+    planned = predict.plan(model, make(model, Elementwise(), target_sparsity=0.5), torch.ones(1, 8))
+    lines = repr(planned).splitlines()
+    assert lines[0] == "Elementwise zeroes weights: 224 of 448 in 3 tensors stay (50.0 %)."
+    assert lines[1].endswith("448 MACs for an input of 1x8.")
+    assert lines == planned.lines(width=80)
+
+
+def test_a_plan_is_a_table_in_a_notebook():
+    model = mlp()
+    page = predict.plan(model, make(model, Abs(), target_sparsity=0.5), torch.ones(1, 8))._repr_html_()
+    assert page.startswith("<p>Abs removes units: ")
+    assert "<tr><td>{0,2}</td><td>2 x 8 of 16 neurons</td>" in page
+    assert "<p>4: it feeds the model&#x27;s output</p>" in page
+
+
+@pytest.mark.parametrize("width", [30, 50, 80])
+def test_a_plan_fits_a_narrow_terminal(width):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    named = nn.ModuleDict({"a_part_with_a_long_name": model})
+    named.forward = model.forward
+    x = torch.ones(1, 8)
+    lines = predict.plan(named, make(named, Abs(), x, target_sparsity=0.5), x).lines(width=width)
+    assert max(map(len, lines)) <= max(width, 62)  # the numbers are never cut
+    assert any("a_part_with_" in line for line in lines)
 
 
 def test_json_has_everything_and_only_plain_values():

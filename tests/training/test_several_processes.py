@@ -573,8 +573,8 @@ def test_a_sweep_of_jobs_in_two_processes_is_one_run_a_job_and_trains_dense_once
     assert [result["status"] for result in results] == ["finished"] * 2
     assert [result["sparsity"] for result in results] == [pytest.approx(share, abs=1e-4) for share in (0.5, 0.8)]
     assert [result["dense"]["source"] for result in results] == ["trained", "cache"]
-    assert done.stdout.count("dense  epoch   1/3") == 1
-    assert done.stdout.count("prune  epoch   3/3") == 2
+    assert done.stdout.count("dense    epoch   1/3") == 1
+    assert done.stdout.count("prune    epoch   3/3") == 2
     check_runs(f"sqlite:///{tmp_path}/mlflow.db", results, parents=1)
 
 
@@ -625,7 +625,7 @@ def test_a_machine_without_the_checkpoint_says_so(tmp_path, monkeypatch):
 def test_two_machines_make_one_run_and_end_with_one_error(tmp_path):
     codes, out, err = on_two_machines(tmp_path)
     assert (codes, err) == ([0, 0], ("", ""))
-    assert "".join(out).count("prune  epoch   3/3") == 1
+    assert "".join(out).count("prune    epoch   3/3") == 1
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["status"], result["sparsity"]) == ("finished", 0.9)
     check_runs(f"sqlite:///{tmp_path}/mlflow.db", [result], parents=0)
@@ -658,7 +658,7 @@ def torchrun(folder, *arguments):
 def test_torchrun_works_in_a_fixed_directory(tmp_path):
     done = torchrun(tmp_path, "hydra.run.dir=out")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("prune  epoch   3/3") == 1
+    assert done.stdout.count("prune    epoch   3/3") == 1
     assert json.loads((tmp_path / "out" / "result.json").read_text())["status"] == "finished"
     assert "devices: 2" in (tmp_path / "out" / "config.yaml").read_text()
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from gsprune.app.console import epoch_line, to_log_file
 from gsprune.app.stages.context import Context
 from gsprune.app.stages.setup import Setup
 from gsprune.cost import counting
@@ -16,8 +15,11 @@ from gsprune.formats.masks import save_masks
 from gsprune.plots import run_figures
 from gsprune.structures.twin import copy_of
 from gsprune.surgery.apply import apply_cut
+from gsprune.text.display import logger
 
 Row = Mapping[str, float]
+DIVERGED = 100  # times the loss of guessing
+log = logger(__name__)
 
 
 class History:
@@ -34,6 +36,7 @@ class History:
         self.rows: list[Row] = []
         self.last: Row = {}
         self.picture: Any = None
+        self._diverged = False
         self._cost = (0, 0)  # parameters and MACs of the network as pruned so far
         self._costed = self._recorded = 0  # mask updates that `_cost` and the files of masks have seen
 
@@ -51,7 +54,20 @@ class History:
         self._track(self.last, trained)
         self.record_masks(trained, pruner)
         self._job.progress.on_epoch(trained, self.last)
-        to_log_file(logging.INFO, epoch_line(trained, self._setup.epochs, self.last, of=counts(pruner)))
+        self._warn_of_divergence(trained, self.last["train/loss"])
+
+    def _warn_of_divergence(self, trained: int, loss: float) -> None:
+        """Once, where the loss is far above that of guessing."""
+        far = DIVERGED * math.log(max(self._setup.classes, 2))
+        if not self._diverged and not loss <= far:
+            self._diverged = True
+            log.warning(
+                "training diverges: the loss of epoch %d is %.3g, more than %d times that of guessing; "
+                "lower optimizer.lr (or trainer.prune_lr)",
+                trained,
+                loss,
+                DIVERGED,
+            )
 
     def record_masks(self, trained: int, pruner: Any) -> None:
         """The masks, if they have changed since the last time."""

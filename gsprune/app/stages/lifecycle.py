@@ -188,7 +188,8 @@ def fail(job: Context, error: BaseException) -> None:
         interrupted = isinstance(error, (KeyboardInterrupt, Interrupted))
         job.write_result("interrupted" if interrupted else "failed")
         if not isinstance(error, ValueError):
-            log.warning("%s", resume_hint(job.cfg, job.folder, job.sweep))
+            what = "interrupted: " if interrupted else ""
+            log.warning("%s%s", what, resume_hint(job.cfg, job.folder, job.sweep))
         if job.save_model is not None:  # what was trained is kept
             job.writer.write(WEIGHTS, job.save_model)
         job.tracker.finish("KILLED" if interrupted else "FAILED")

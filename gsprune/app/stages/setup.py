@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsprune import collectives
-from gsprune.app.configuration import TIMED, build, check_objective, complete, is_timed, objective_names
+from gsprune.app.configuration import TIMED, build, check_fit, check_objective, complete, is_timed, objective_names
 from gsprune.app.console import Progress, make_progress
 from gsprune.app.cut_settings import check_mode, curve_rules, is_cut, is_random, rules_of, settings_of, single_weights
 from gsprune.app.memory import is_out_of_memory
@@ -86,8 +86,9 @@ class Setup:
 
     def build_optimizer(self, *, epochs: int, lr: float | None = None) -> tuple[Optimizer, LRSchedule]:
         factory, steps = build(self.cfg.optimizer), epochs * self.steps_per_epoch
-        optimizer = complete("optimizer", make_optimizer, factory, self.model, lr=lr, fused=self.trainer.fused)
-        return optimizer, complete("lr_schedule", build(self.cfg.lr_schedule), optimizer, total_steps=steps)
+        optimizer = complete(self.cfg.optimizer, make_optimizer, factory, self.model, lr=lr, fused=self.trainer.fused)
+        schedule = self.cfg.lr_schedule
+        return optimizer, complete(schedule, build(schedule), optimizer, total_steps=steps)
 
     def build_pruning(self) -> tuple[Optimizer, LRSchedule, Any]:
         """Optimizer, learning-rate schedule and pruner of the pruning phase."""
@@ -97,7 +98,7 @@ class Setup:
         if (by := settings_of(self.cfg).repair) is not None:
             self.seed(2)  # as for scoring; the phase that trains is seeded after it
             settings["repair"] = Repair(self.data.train, by=by, samples=settings_of(self.cfg).calibration)
-        pruner = complete("pruner", build(self.cfg.pruner), self.model, optimizer=optimizer, **settings)
+        pruner = complete(self.cfg.pruner, build(self.cfg.pruner), self.model, optimizer=optimizer, **settings)
         return optimizer, lr_schedule, pruner
 
     def build_cutting(self) -> Pruner:
@@ -112,7 +113,7 @@ class Setup:
             tried = 0.5 if weights.sparsity is None and settings.max_drop is not None else weights.sparsity
             check_weights(self.model, weights.criterion, tried, parse_pattern(weights.pattern), weights.scope)
             reads = {"criterion": Elementwise()} if weights.criterion.reads_inputs else {}
-            return complete("pruner", build(self.cfg.pruner), self.model, **reads)  # type: ignore[no-any-return]
+            return complete(self.cfg.pruner, build(self.cfg.pruner), self.model, **reads)  # type: ignore[no-any-return]
         rules = [  # a pruner takes no criterion that reads inputs; the cut does
             replace(rule, criterion=Fisher()) if rule.criterion.reads_inputs else rule
             for rule in rules_of(self.cfg.pruner)
@@ -152,11 +153,12 @@ def set_up(job: Context) -> Setup:
 
 
 def check_seed(job: Context) -> None:
-    """Refuse a configuration without a seed and an objective, and one that holds passwords."""
+    """Refuse a configuration without a seed and an objective, one that holds passwords, and parts that do not fit."""
     for key in ("seed", "objective"):
         if key not in job.cfg:  # as ~seed leaves it
             raise ValueError(f"{key} must be given: {key}=...")
     refuse_passwords(job.cfg)
+    check_fit(job.cfg)
     job.result["config_hash"] = config_hash(job.cfg)
     seed = job.cfg.seed
     if type(seed) is not int:
@@ -209,10 +211,9 @@ def _seed(cfg: DictConfig, trainer: Trainer, stream: int, data: Any = None) -> N
 
 
 def _build_model(cfg: DictConfig) -> nn.Module:
-    node = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
-    assert isinstance(node, DictConfig)
-    weights = node.pop("weights", None)
-    model: nn.Module = build(node)
+    plain = OmegaConf.create({"model": OmegaConf.to_container(cfg.model, resolve=True)})
+    weights = plain.model.pop("weights", None)
+    model: nn.Module = build(plain.model)
     if weights is not None:
         load_weights(model, str(weights))  # `model.weights=1` is a name too
     return model

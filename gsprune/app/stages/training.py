@@ -6,12 +6,20 @@ import time
 from dataclasses import dataclass
 
 from gsprune import collectives
+from gsprune.app.cut_settings import is_cut
 from gsprune.app.stages.checkpoint import JobCheckpoints, Phase
 from gsprune.app.stages.context import Context
 from gsprune.app.stages.history import History, counts
 from gsprune.app.stages.setup import Setup
 from gsprune.training.loop_state import LoopState
 from gsprune.training.signals import Interrupted
+
+
+def _label(job: Context, phase: Phase) -> str:
+    """What the screen calls a phase: a control prunes nothing, and a network that was cut recovers."""
+    if phase.name == "dense":
+        return phase.name
+    return "recover" if is_cut(job.cfg) else "prune" if phase.pruner.parts else "train"
 
 
 @dataclass
@@ -33,7 +41,10 @@ class Training:
         start = self.checkpoints.restore(phase) if self.checkpoints.resumes(phase.name) else None
         steps = setup.steps_per_epoch
         done = start["epoch"] * steps + start["step"] if start else 0
-        job.progress.phase(phase.name, epochs=phase.epochs, steps_per_epoch=steps, done=done, of=counts(phase.pruner))
+        at = {"done": done, "before": phase.offset}
+        job.progress.phase(
+            _label(job, phase), epochs=phase.epochs, steps_per_epoch=steps, of=counts(phase.pruner), **at
+        )
         self._written_at = time.monotonic()
         with job.watch.part("train"), job.stop.deferred():
             setup.trainer.fit(
