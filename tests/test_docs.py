@@ -101,6 +101,7 @@ def test_the_loop_makes_the_model_smaller(page: str) -> None:
 
 # ---- the pages
 
+EXAMPLES = ("resnet", "bert", "llama", "yolo", "sweep")
 
 ELSEWHERE = ("# prune.py", "# reload.py", "class Damage")  # run by tests of their own
 SNIPPETS = [
@@ -127,6 +128,25 @@ def test_a_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         model = cut.model  # type: ignore[attr-defined]
         left = sum(int(p.count_nonzero()) for p in model.parameters())
         assert left < 0.98 * sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_prints_what_its_page_shows(name: str) -> None:
+    """Line by line; numbers may differ, with the machine and the version of torch."""
+    path = ROOT / "examples" / f"{name}.py"
+    run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    shown = re.search(
+        rf"\(\.\./examples/{name}\.py\).*?^```text\n(.*?)^```", PAGES["docs/examples.md"], re.DOTALL | re.M
+    )
+    assert shown is not None
+    masked, found = (re.sub(r"-?\d[\d.,]*(e-\d+)?", "#", text).splitlines() for text in (shown[1], run.stdout))
+    assert found == masked
+
+
+def test_every_example_is_there() -> None:
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES}
 
 
 def test_the_reference_has_every_public_name() -> None:
