@@ -39,7 +39,7 @@ BESIDE = {  # in the repository -> on the site
 NAVIGATION = {
     "Start": "getting_started examples concepts coming_from",
     "Prune": "trained_networks train_and_prune partners networks choosing deploy faq",
-    "The application": "application sweeps cut_jobs mlflow long_runs",
+    "The application": "application command sweeps cut_jobs mlflow long_runs",
     "Reference": "reference/library reference/settings",
     "The project": "benchmarks/README benchmarks/faults CHANGELOG CONTRIBUTING",
 }

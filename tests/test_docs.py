@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -160,6 +161,15 @@ def test_the_reference_has_every_public_name() -> None:
     here = {str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml")}
     left = {path for path in here - files if not re.search(r"/(experiment|sampler|mode)/|pareto_macs", path)}
     assert left == set()
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    tree = ast.parse((ROOT / "docs" / "build_site.py").read_text(encoding="utf8"))
+    found = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}  # type: ignore[attr-defined]
+    pages = " ".join(ast.literal_eval(found["NAVIGATION"]).values()).split()
+    beside = {page.removesuffix(".md") for page in ast.literal_eval(found["BESIDE"]).values()}
+    here = {page.removeprefix("docs/").removesuffix(".md") for page in PAGES if page != "README.md"}
+    assert sorted(pages) == sorted((here | beside) - {"index"})
 
 
 def test_the_reader_from_elsewhere_finds_each_call_in_a_program() -> None:
