@@ -49,7 +49,7 @@ RARE = {  # expensive, in need of files, or unknown
     "model": ("resnet18", "mobilenet_v3_small", "hf_sequence_classification", "resnet_18"),
     "optimizer": ("adam",),
     "lr_schedule": ("step",),
-    "pruner": ("moovement", "heads_and_neurons", "obs"),
+    "pruner": ("moovement", "heads_and_neurons", "obs", "sparsegpt", "wanda"),
     "pruner/schedule": ("log",),
     "trainer": ("fast",),
     "tracking": ("wandb",),
@@ -73,6 +73,7 @@ SIZES = ("null", "true", "0", "-1", "0.5", "1.5", "abc", "''", "[]", "[1, 2]", "
 VALUES: dict[str, tuple[str, ...]] = {
     "seed": ("0", "1", "12345", "-1"),
     "plan": ("true", "false"),
+    "audit": ("true", "false"),
     "objective": ("val_accuracy", "[accuracy, sparsity]", "latency_ms", "accuracyy", "[]"),
     "dataset.batch_size": ("8", "32", "1"),
     "dataset.num_classes": ("10", "2", "3"),

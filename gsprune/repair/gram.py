@@ -186,7 +186,8 @@ def as_matrix(module: Any, tensor: Tensor) -> Tensor:
         return tensor.T[None]
     groups = getattr(module, "groups", 1)
     if is_transposed(module):
-        grouped = tensor.unflatten(0, (groups, -1)).transpose(1, 2)  # (g, o, in / g, *kernel)
+        parts = tensor.reshape(groups, len(tensor) // groups, *tensor.shape[1:])
+        grouped = parts.transpose(1, 2)  # (g, o, in / g, *kernel)
         return grouped.flip([*range(3, grouped.dim())]).flatten(2)
     return tensor.reshape(groups, len(tensor) // groups, -1)
 
@@ -201,7 +202,7 @@ def as_weight(module: Any, matrix: Tensor) -> Tensor:
     if is_conv1d(module):
         return matrix[0].T
     if is_transposed(module):
-        grouped = matrix.unflatten(2, (-1, *module.weight.shape[2:]))
+        grouped = matrix.reshape(*matrix.shape[:2], -1, *module.weight.shape[2:])
         return grouped.flip([*range(3, grouped.dim())]).transpose(1, 2).flatten(0, 1)
     return matrix.reshape(module.weight.shape)
 
@@ -276,7 +277,8 @@ def _spread(module: Any, x: Tensor) -> Tensor:
     """What a transposed convolution is a plain one of: the input with stride - 1 zeros between its entries, padded."""
     dims = len(module.kernel_size)
     wide = x.new_zeros(*x.shape[:2], *((x.shape[2 + i] - 1) * module.stride[i] + 1 for i in range(dims)))
-    wide[(..., *(slice(None, None, step) for step in module.stride))] = x
+    places: Any = (..., *(slice(None, None, step) for step in module.stride))
+    wide[places] = x
     room = [module.dilation[i] * (module.kernel_size[i] - 1) - module.padding[i] for i in range(dims)]
     pads = [pad for i in reversed(range(dims)) for pad in (room[i], room[i] + module.output_padding[i])]
     return F.pad(wide, pads)
@@ -431,7 +433,7 @@ def _in_parts(chosen: Sequence[Tensor | None], visit: Visit, most: int | None) -
             yield i, rows
             continue
         every = torch.arange(positions(visit.small, visit.outputs[i]), device=visit.inputs[i].device)
-        for part in (every if rows is None else rows).split(most):
+        for part in torch.split(every if rows is None else rows, most):
             yield i, part
 
 
