@@ -175,7 +175,7 @@ def test_the_command_names_the_extra_of_its_launcher(monkeypatch: pytest.MonkeyP
         ("submitit_local", "hydra_plugins.hydra_submitit_launcher", "slurm"),
         ("ray_cluster", "hydra_plugins.hydra_ray_launcher", "ray"),
     ):
-        monkeypatch.setattr("gsprune.extras._is_installed", lambda name, missing=module: name != missing)
+        monkeypatch.setattr("gsprune.extras.is_installed", lambda name, missing=module: name != missing)
         with pytest.raises(MissingExtraError) as caught:
             check_command([f"hydra/launcher={launcher}"])
         assert module.partition(".")[2].replace("_", "-") in str(caught.value)

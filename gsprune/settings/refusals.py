@@ -80,7 +80,7 @@ def _in_conf(error: HydraException, conf: Path) -> str | None:
     if any(text.startswith(("--config", "-cn", "-cp", "-cd")) for text in given):  # another configuration
         return None
     version = {name: value for name, value in main_arguments(conf).items() if name == "version_base"}
-    with suppress(Exception), initialize_config_dir(str(conf), **version):  # else Hydra's own words remain
+    with suppress(Exception), initialize_config_dir(str(conf.absolute()), **version):  # else Hydra's own words remain
         loader = GlobalHydra.instance().config_loader()
         return explained(error, [text for text in given if not text.startswith("-")], loader)
     return None
