@@ -57,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _packages(faults: list[str]) -> Iterator[tuple[str, str]]:
-    wanted = _wanted()
-    yield "library", ", ".join(_package(name, wanted, faults, extra="") for name in CORE)
+    yield "library", ", ".join(_package(name, faults, extra="") for name in CORE)
     for extra, names in EXTRAS.items():
         missing = [distribution(name) for name in names if not is_installed(name)]
         if missing and extra == "app" and len(missing) < len(names):
@@ -66,10 +65,10 @@ def _packages(faults: list[str]) -> Iterator[tuple[str, str]]:
         if missing:
             yield f"[{extra}]", f"not installed ({', '.join(missing)}): pip install 'gsprune[{extra}]'"
         else:
-            yield f"[{extra}]", ", ".join(_package(name, wanted, faults, extra=extra) for name in names)
+            yield f"[{extra}]", ", ".join(_package(name, faults, extra=extra) for name in names)
 
 
-def _package(module: str, wanted: dict[str, Any], faults: list[str], *, extra: str) -> str:
+def _package(module: str, faults: list[str], *, extra: str) -> str:
     """A package with its version; a fault where it is missing, or its version is not one that gsprune takes."""
     name = distribution(module)
     found = _version(name)
@@ -77,7 +76,7 @@ def _package(module: str, wanted: dict[str, Any], faults: list[str], *, extra: s
     if found is None:
         faults.append(f"{name} is missing: pip install 'gsprune{more}'")
         return f"{name} missing"
-    specifier = wanted.get(_plain(name))
+    specifier = _wanted(extra).get(_plain(name))
     if specifier is not None and not specifier.contains(found, prereleases=True):
         told = f"{name} {found} is not of the versions that gsprune takes"
         faults.append(f"{told} ({specifier}): pip install '{name}{specifier}'")
@@ -91,15 +90,16 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _wanted() -> dict[str, Any]:
-    """Package -> the versions that gsprune takes; empty where nothing can read them."""
+def _wanted(extra: str) -> dict[str, Any]:
+    """Package -> the versions that gsprune, or an extra of it, takes; empty where nothing can read them."""
     try:
         requirements = importlib.import_module("packaging.requirements")
         listed = importlib.metadata.requires("gsprune") or []
     except (ImportError, importlib.metadata.PackageNotFoundError):
         return {}
     found = [requirements.Requirement(text) for text in listed]
-    return {_plain(one.name): one.specifier for one in found if str(one.specifier)}
+    mine = [one for one in found if one.marker is None or one.marker.evaluate({"extra": extra})]
+    return {_plain(one.name): one.specifier for one in mine if str(one.specifier)}
 
 
 def _plain(name: str) -> str:

@@ -130,7 +130,7 @@ def explained(error: HydraException, overrides: Sequence[str], loader: ConfigLoa
     """
     if isinstance(error, MissingConfigException):
         return _choice(error)
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    text = redacted_message(" ".join(f"{error} {error.__cause__ or ''}".split()))
     if found := re.match(r"Ambiguous value for argument '(.+?)=(.+?)'", text):
         return (
             f"{found[1]}={found[2]} are values to sweep over: add --multirun, or give one list, {found[1]}=[{found[2]}]"

@@ -36,7 +36,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from gsprune.extras import need
-from gsprune.files.disk import read_object, spared, write_json
+from gsprune.files.disk import read_object, reason, spared, write_json
 from gsprune.files.layout import RESULT, SWEEP, TRACKING
 from gsprune.settings.hydra_files import protect, recorded_overrides, redact_files, sweep_overrides
 from gsprune.settings.instantiation import make
@@ -124,6 +124,7 @@ class SweepCallback(Callback):
         identity = command_identity(config)
         sweep = Sweep((self._earlier(config, identity) or Path(str(config.hydra.sweep.dir))).absolute())
         _settle(config, sweep.directory)
+        _make(sweep.directory)
         self._open = _OpenSweep(sweep, report=self.report, jobs=len(checked.jobs or ()))
         if not self._open.lock.acquire():
             _refuse(f"another process sweeps in {sweep.directory}: wait for it, or choose another hydra.sweep.dir")
@@ -365,6 +366,14 @@ def _refuse(message: str) -> NoReturn:
     """End the command: Hydra would turn an ordinary exception of a callback into a warning, and go on."""
     print(one_line(message) if "\n" not in message else message, file=sys.stderr)
     raise SystemExit(1)
+
+
+def _make(directory: Path) -> None:
+    """End the command where the sweep's directory cannot be made."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _refuse(f"{directory} cannot be made: {reason(error)}; give another hydra.sweep.dir")
 
 
 def _runs(jobs: Iterable[JobResult]) -> list[str]:

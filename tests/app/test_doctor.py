@@ -40,7 +40,7 @@ def test_what_is_missing_comes_with_its_command(monkeypatch, capsys):
 def test_a_version_that_is_too_old_is_a_fault(monkeypatch, capsys):
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: "1.0" if name == "torch" else real(name))
-    monkeypatch.setattr(doctor, "_wanted", lambda: {"torch": _AtLeast26()})
+    monkeypatch.setattr(doctor, "_wanted", lambda extra: {"torch": _AtLeast26()} if extra == "" else {})
     assert main(["doctor"]) == 1
     assert "Fault: torch 1.0" in told(capsys)
 
@@ -51,6 +51,15 @@ class _AtLeast26:
 
     def __str__(self) -> str:
         return ">=2.6"
+
+
+def test_an_extra_asks_for_versions_of_its_own(monkeypatch):
+    listed = ["torch>=2.6", "hydra-core<1.5,>=1.3.2", 'hydra-core<1.4; extra == "ray"', 'rich>=13; extra == "app"']
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: listed)
+    assert doctor._wanted("")["hydra-core"].contains("1.4.0")
+    assert not doctor._wanted("ray")["hydra-core"].contains("1.4.0")
+    assert "rich" not in doctor._wanted("")
+    assert "rich" in doctor._wanted("app")
 
 
 def test_databases_and_servers(tmp_path, monkeypatch, capsys):
