@@ -1,6 +1,6 @@
 """Cutting trained networks: `gsprune.cut` against its rivals, without training and after two epochs.
 
-    python benchmarks/cut.py                                  # one set of calibration data; under an hour on 2 cores
+    python benchmarks/cut.py                                  # one set of calibration data
     python benchmarks/cut.py --full                           # five sets, three of them trained for two epochs, too
     python benchmarks/cut.py --quick                          # one seed on digits, two minutes
     python benchmarks/cut.py --tasks minilm_r8 --seeds 2 --methods gsprune FLAP
