@@ -426,6 +426,7 @@ class Cutter:
         report: Report = silent,
     ) -> None:
         check_model(model)
+        from gsprune.discovery.branches import with_branches
         from gsprune.discovery.find import find_structures  # heavy: imports torch-pruning
 
         self._since = time.perf_counter()
@@ -437,6 +438,8 @@ class Cutter:
         self.example = to_device_of(model, example)
         report("finding what can be cut", 0.0)
         self.found: Found = find_structures(model, self.example)
+        if any("branches" in (rule.kinds or ()) for rule in rules):
+            self.found = with_branches(self.found, model, self.example)
         if not self.data.labelled and any(_needs_loss(rule.criterion) for rule in rules):
             self.data = self.data.drawn_from(model)
         self.gates: dict[str, Tensor] = {}  # gate gradients of single samples, of criteria that are read off them

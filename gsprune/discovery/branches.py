@@ -8,13 +8,14 @@ same shape. With that layer at zero the branch adds nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, call, map_tensors, tensors_in
@@ -96,6 +97,15 @@ def find_branches(model: nn.Module, example_input: Example) -> Found:
         alone = {s.name: _DEAD for s in kept if not _depends(masked, s)}
     skipped |= alone
     return Found(tuple(s for s in kept if s.name not in alone), (), skipped)
+
+
+def with_branches(found: Found, model: nn.Module, example_input: Example) -> Found:
+    """What was found, and branches; one that is called as another structure is (its heads) has "branch " before."""
+    branches = find_branches(model, example_input)
+    taken = {s.name for s in found.structures}
+    named = (replace(s, name=f"branch {s.name}") if s.name in taken else s for s in branches.structures)
+    skipped = {f"branch {name}" if name in found.skipped else name: why for name, why in branches.skipped.items()}
+    return replace(found, structures=(*found.structures, *named), skipped={**found.skipped, **skipped})
 
 
 _DEAD = "without it the network's output does not depend on the input any more"
@@ -233,8 +243,7 @@ def _structures(twin: nn.Module, args: Example) -> list[Structure]:
     dead = _dead(twin, args, set(homes.values()))
     found = []
     for name, home in homes.items():
-        gone = _whole_modules(twin, dead[home], form)
-        removed = {path: n for path, (_, n) in form.items() if path == home or path in gone}
+        removed = {path: n for path, (_, n) in form.items() if path == home or path in dead[home]}
         order = [path for path in modules if path in removed]
         removed = {p: removed[p] for p in order if not any(p.startswith(f"{q}.") for q in order)}
         members = tuple(_member(twin, tensor) for tensor in _tensors(modules[name], name))
@@ -282,47 +291,36 @@ def _forms(twin: nn.Module, args: Example, zero: Iterable[str]) -> dict[str, tup
 
 
 def _dead(twin: nn.Module, args: Example, homes: set[str]) -> dict[str, set[str]]:
-    """Each of these modules -> the parameters that nothing but its output depends on."""
-    ends: dict[str, Any] = {}
+    """Each of these modules -> the modules with parameters whose outputs nothing but its own output depends on."""
+    ends: dict[str, list[Any]] = {}
 
     def note(name: str, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) else output
-        ends[name] = first.grad_fn
+        first = output[0] if isinstance(output, tuple) and name in homes else output
+        ends.setdefault(name, []).extend(t.grad_fn for t in tensors_in(first) if t.grad_fn is not None)
 
-    hooks = (
-        m.register_forward_hook(lambda m, i, o, name=n: note(name, o)) for n, m in twin.named_modules() if n in homes
-    )
-    with hooked(hooks), torch.enable_grad(), no_fast_path():
+    def hooks() -> Iterator[RemovableHandle]:
+        for name, module in twin.named_modules():
+            if name and any(True for _ in module.parameters()):
+                yield module.register_forward_hook(lambda m, i, o, name=name: note(name, o))
+
+    with hooked(hooks()), torch.enable_grad(), no_fast_path():
         starts = [t.grad_fn for t in tensors_in(call(twin, map_tensors(Tensor.clone, args))) if t.grad_fn is not None]
-    names = {id(p): name for name, p in twin.named_parameters()}
-    everything = _reached(starts, None)
-    return {
-        name: {names[key] for key in everything - _reached(starts, ends.get(name)) if key in names} for name in homes
-    }
+    dead = {}
+    for home in homes:
+        live = _reached(starts, ends.get(home, ()))
+        dead[home] = {name for name, nodes in ends.items() if nodes and not live.intersection(nodes)}
+    return dead
 
 
-def _reached(starts: Iterable[Any], without: Any) -> set[int]:
-    """ids of the parameters that these nodes depend on by ways that do not pass the node `without`."""
-    found: set[int] = set()
-    stack, seen = [node for node in starts if node is not without], {without}
+def _reached(starts: Iterable[Any], without: Iterable[Any]) -> set[Any]:
+    """The nodes that these depend on by ways that do not pass `without`."""
+    closed = {*without, None}
+    seen: set[Any] = set()
+    stack = list(starts)
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in closed or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
         stack.extend(parent for parent, _ in node.next_functions)
-    return found
-
-
-def _whole_modules(twin: nn.Module, dead: set[str], called: Mapping[str, Any]) -> set[str]:
-    """Modules that are called and all of whose parameters are dead; there is one at least."""
-    return set(_all_dead(twin, dead, called))
-
-
-def _all_dead(twin: nn.Module, dead: set[str], called: Mapping[str, Any]) -> Iterator[str]:
-    for path, module in twin.named_modules():
-        names = [joined(path, name) for name, _ in module.named_parameters()]
-        if path in called and names and all(name in dead for name in names):
-            yield path
+    return seen

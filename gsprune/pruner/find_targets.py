@@ -35,19 +35,19 @@ def unit_targets(
 
     Args:
         counts: units to keep of a kind; these are the kinds then.
-        found: what `find_structures` gave for all names, where that is known.
+        found: what `find_structures` gave for all names, and `with_branches` if `kinds` asks for these, where known.
 
     Raises:
         ValueError: the model has no such units, or is one that units cannot be cut out of.
     """
-    from gsprune.discovery.branches import find_branches
+    from gsprune.discovery.branches import with_branches
     from gsprune.discovery.find import find_structures, only  # heavy: imports torch-pruning
 
     _refuse_parameters(model)
     if example_input is None:
         raise ValueError("pruning units needs example_input, a batch to trace the model with")
-    if kinds is not None and "branches" in kinds:
-        found = _joined(found or find_structures(model, example_input), find_branches(model, example_input))
+    if found is None and kinds is not None and "branches" in kinds:
+        found = with_branches(find_structures(model, example_input), model, example_input)
     if found is None:
         offered = find_structures(model, example_input, include=include, exclude=exclude)
     else:
@@ -86,14 +86,6 @@ def _heaviest_first(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, s
         mine = sum(size for other, size in sizes.items() if other == name or other.startswith(f"{name}."))
         heavy[why] = heavy.get(why, 0) + mine
     return dict(sorted(skipped.items(), key=lambda item: -heavy[item[1]]))
-
-
-def _joined(found: Found, branches: Found) -> Found:
-    """Both; a branch that is called as another structure is (its heads) has "branch " before its name."""
-    taken = {s.name for s in found.structures}
-    named = (replace(s, name=f"branch {s.name}") if s.name in taken else s for s in branches.structures)
-    skipped = {f"branch {name}" if name in found.skipped else name: why for name, why in branches.skipped.items()}
-    return replace(found, structures=(*found.structures, *named), skipped={**found.skipped, **skipped})
 
 
 def _refuse_parameters(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ from gsprune.pruner.repairing import Repairs
 from gsprune.pruner.rule import Rule, Scores, Settings, check_number, takes_settings
 from gsprune.pruner.starting_scores import load_scores, names_of_criteria
 from gsprune.pruner.targets import Share, Target, sum_of
-from gsprune.pruner.together import check_together, dense_sizes, make_shrinker, mixed_share, next_cut
+from gsprune.pruner.together import check_together, dense_sizes, left_of, make_shrinker, mixed_share, next_cut
 from gsprune.pruner.units import UnitTarget
 from gsprune.repair.calibrated import Repair
 from gsprune.schedules import OneShot, Schedule
@@ -233,11 +233,26 @@ class Pruner(Attachable):
         (0.0, 0.25)
         """
         schedule = OneShot(target_sparsity=0.5)
+        units, weights = _units_and_weights(model, masks, example_input)
+        branches = [name for name in units if masks[name].shape == (1,)]
+        others = [name for name in units if name not in branches]
+        streams = _streams(model, others, example_input)
+        groups: list[tuple[bool, list[str] | None, list[str]]] = [
+            (True, None, [name for name in others if name not in streams]),
+            (True, ["residual"], streams),
+            (True, ["branches"], branches),
+            (False, None, weights),
+        ]
         rules = [
             Rule(
-                Magnitude(), structured=units, scope="local", schedule=schedule, include=[_literally(n) for n in names]
+                Magnitude(),
+                structured=of_units,
+                kinds=kinds,
+                scope="local",
+                schedule=schedule,
+                include=[_literally(n) for n in names],
             )
-            for units, names in _of_units_and_weights(model, masks, example_input).items()
+            for of_units, kinds, names in groups
             if names
         ]
         with warnings.catch_warnings():
@@ -582,7 +597,8 @@ class Pruner(Attachable):
 
     def _drop_along(self) -> None:
         """After units were pruned: their weights count as pruned single weights."""
-        kept = next_cut(self.parts).kept if self._weights else {}
+        names = [target.name for part in self._weights for target in part.targets]
+        kept = left_of(next_cut(self.parts), names) if names else {}
         for part in self._weights:
             part.drop(kept)
             for copy in self.copies:
@@ -710,15 +726,27 @@ def _literally(name: str) -> str:
     return re.sub(r"[*?[]", r"[\g<0>]", name)
 
 
-def _of_units_and_weights(model: nn.Module, masks: Mapping[str, Tensor], example_input: Any) -> dict[bool, list[str]]:
-    """The names of the masks of structures (True) and of tensors (False)."""
+def _streams(model: nn.Module, names: Sequence[str], example_input: Any) -> list[str]:
+    """Those that are residual streams."""
+    if not names:
+        return []
+    from gsprune.discovery.find import find_structures
+
+    found = find_structures(model, example_input)
+    return [s.name for s in found.structures if s.kind == "residual" and s.name in names]
+
+
+def _units_and_weights(
+    model: nn.Module, masks: Mapping[str, Tensor], example_input: Any
+) -> tuple[list[str], list[str]]:
+    """The names of the masks of structures and of tensors."""
     if not isinstance(masks, Mapping) or not masks:
         raise ValueError("masks must map names of tensors or structures to bool tensors, and have one at least")
     for name, mask in masks.items():
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"the mask of {name} is {given}: masks are bool tensors, True where a weight is kept")
-        if mask.is_meta or not bool(mask.any()):
+        if mask.is_meta or not (bool(mask.any()) or mask.shape == (1,)):  # a branch has one unit, which may go
             why = "has no values (it is on the meta device)" if mask.is_meta else "keeps nothing: take the layer out"
             raise ValueError(f"the mask of {name} {why}")
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)} & set(masks)
@@ -728,4 +756,4 @@ def _of_units_and_weights(model: nn.Module, masks: Mapping[str, Tensor], example
             f"there is a mask of {units[0]!r}, which is no tensor of the model: give example_input, if that is a "
             f"structure; units that were cut out of it already need none"
         )
-    return {True: units, False: [name for name in masks if name in weights]}
+    return units, [name for name in masks if name in weights]

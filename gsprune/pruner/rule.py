@@ -16,7 +16,7 @@ from gsprune.cost.budgets import CostKind, read_budget
 from gsprune.criteria import Criterion
 from gsprune.ranking.patterns import Pattern, parse_pattern
 from gsprune.schedules import Cubic, Schedule
-from gsprune.structures.structure import Kind
+from gsprune.structures.structure import Counted, Kind
 from gsprune.text.names import did_you_mean
 
 Scope = Literal["local", "global", "isomorphic"]
@@ -73,7 +73,7 @@ class Rule:
     target_sparsity: float | None = None
     schedule: Schedule | None = None
     budget: Mapping[CostKind, float | None] | None = None
-    keep: Mapping[Kind, int | None] | None = None
+    keep: Mapping[Counted, int | None] | None = None
     kinds: Sequence[str] | None = None
     structured: bool | None = None
     pattern: str | Pattern = "1x1"
@@ -147,7 +147,7 @@ class Settings(TypedDict, total=False):
 
     target_sparsity: float | None
     budget: Mapping[CostKind, float | None] | None
-    keep: Mapping[Kind, int | None] | None
+    keep: Mapping[Counted, int | None] | None
     kinds: Sequence[str] | None
     structured: bool | None
     pattern: str | Pattern
@@ -195,6 +195,13 @@ def _check_types(rule: Rule) -> None:
         raise ValueError(f"keep is {keep!r}: it must map kinds of units to how many stay, as in {{'neurons': 600}}")
     if kinds is not None and (isinstance(kinds, str) or not isinstance(kinds, Collection) or not kinds):
         raise ValueError(f"kinds is {kinds!r}: it must list kinds of units, as in ['neurons'], or be None for all")
+    for kind in kinds or ():
+        if kind not in get_args(Kind):
+            known = get_args(Kind)
+            raise ValueError(
+                f"kinds names {kind!r}, which is no kind of units: there are {', '.join(known)}"
+                f"{did_you_mean(kind, known)}"
+            )
     for name in ("structured", "per_channel"):
         value = getattr(rule, name)
         if not isinstance(value, bool) and not (value is None and name == "structured"):

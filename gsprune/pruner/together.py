@@ -6,15 +6,17 @@ pruned single weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gsprune.pruner.part import Part
 from gsprune.pruner.targets import Share, tensor_of
 from gsprune.pruner.weights import WeightTarget
 from gsprune.ranking.patterns import Tile
+from gsprune.surgery.no_branch import inside
 
 if TYPE_CHECKING:
     from gsprune.surgery.cut_plan import CutPlan
@@ -75,6 +77,12 @@ def next_cut(parts: Sequence[Part]) -> CutPlan:
     return plan_cut(_structures(parts), [target.keep for part in parts for target in part.unit_targets])
 
 
+def left_of(plan: CutPlan, tensors: Iterable[str]) -> dict[str, Mapping[int, Tensor]]:
+    """Tensor -> dimension -> positions that stay; of tensors in modules that are gone none."""
+    nothing = {0: torch.zeros(0, dtype=torch.int64)}
+    return {**plan.kept, **{name: nothing for name in tensors if inside(name, plan.removed)}}
+
+
 def dense_sizes(model: nn.Module, parts: Sequence[Part]) -> dict[str, int]:
     """Entries of every matrix or kernel that loses units or weights, by its name."""
     weights = [target.name for part in parts for target in part.weight_targets]
@@ -86,12 +94,13 @@ def mixed_share(parts: Sequence[Part], sizes: Mapping[str, int]) -> Share:
     """Weights that are zero or cut out, of all in the tensors that lose any."""
     gone = {target.name: target.pruned for part in parts for target in part.weight_targets}
     plan = next_cut(parts)
-    for name, cuts in plan.kept.items():
-        if name in sizes and name not in gone:
-            left = sizes[name]
-            for dim, kept in cuts.items():
-                left = left // plan.sizes[name][dim] * len(kept)
-            gone[name] = sizes[name] - left
+    for name, size in sizes.items():
+        if name in gone:
+            continue
+        left = 0 if inside(name, plan.removed) else size
+        for dim, kept in plan.kept.get(name, {}).items():
+            left = left // plan.sizes[name][dim] * len(kept)
+        gone[name] = size - left
     return Share(sum(gone.values()), sum(sizes.values()), "weights")
 
 

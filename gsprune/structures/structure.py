@@ -13,6 +13,7 @@ from torch import Tensor
 from gsprune.text.display import html_table
 
 Kind = Literal["channels", "neurons", "heads", "residual", "branches"]
+Counted = Literal["channels", "neurons", "heads", "residual"]  # kinds of which a structure has several units
 INNER: tuple[Kind, ...] = ("channels", "neurons", "heads")  # what a rule prunes that names no kinds
 
 
@@ -109,16 +110,25 @@ class Found:
         kinds = Counter[str]()
         for structure in self.structures:
             kinds[structure.kind] += structure.units
-        units = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        units = ", ".join(counted(count, kind) for kind, count in kinds.items())
         first = f"Found {len(self.structures)} structures ({units})" if kinds else "Found no structures"
         lines = [f"{first}, left out {len(self.left_out)}, skipped {len(self.skipped)}"]
-        lines += _few([f"  {s.name}: {s.units} {s.kind}" for s in self.structures])
+        lines += _few([f"  {s.name}: {counted(s.units, s.kind)}" for s in self.structures])
         return "\n".join([*lines, *_few([f"  - {name}: {why}" for name, why in self.skipped.items()])])
 
     def _repr_html_(self) -> str:
         rows = [(s.name, str(s.units), str(s.kind)) for s in self.structures]
         rows += [(s.name, str(s.units), f"{s.kind}, left out") for s in self.left_out]
         return html_table(("name", "units", "what"), [*rows, *((name, "", why) for name, why in self.skipped.items())])
+
+
+def counted(units: int, kind: str) -> str:
+    """
+    >>> counted(12, "heads"), counted(8, "residual"), counted(1, "branches")
+    ('12 heads', '8 residual positions', '1 branch')
+    """
+    words = {"residual": "residual positions", "branches": "branch" if units == 1 else "branches"}
+    return f"{units} {words.get(kind, kind)}"
 
 
 def _few(lines: list[str], count: int = 8) -> list[str]:

@@ -323,8 +323,8 @@ def test_patterns_arrive_as_text(pattern: str, compose_config: Compose) -> None:
 @pytest.mark.parametrize(
     ("override", "keep"),
     [
-        ("pruner.keep.heads=8", {"channels": None, "neurons": None, "heads": 8}),
-        ("pruner.keep={heads:8,neurons:600}", {"channels": None, "neurons": 600, "heads": 8}),
+        ("pruner.keep.heads=8", {"channels": None, "neurons": None, "heads": 8, "residual": None}),
+        ("pruner.keep={heads:8,neurons:600}", {"channels": None, "neurons": 600, "heads": 8, "residual": None}),
         ("pruner.keep=null", None),
     ],
 )

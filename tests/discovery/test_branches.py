@@ -9,10 +9,12 @@ import nets
 import pytest
 import torch
 from conformance import Network, NetworkTester
+from facts import refused
 from torch import Tensor, nn
 
-from gsprune import Pruner
-from gsprune.criteria import Abs, Fisher
+import gsprune
+from gsprune import Pruner, Rule
+from gsprune.criteria import Abs, Fisher, Magnitude
 from gsprune.discovery.branches import find_branches
 from gsprune.schedules import OneShot
 from gsprune.surgery.apply import apply_cut
@@ -130,4 +132,66 @@ def test_local_scope_ranks_branches_together() -> None:
     before = model.eval()(x)
     pruner.on_train_end()
     assert sum(isinstance(m, NoBranch) for m in model.modules()) == len(pruner.plan.removed) >= 4
+    torch.testing.assert_close(model(x), before)
+
+
+def test_masks_of_branches_and_of_neurons_are_applied_and_cut() -> None:
+    torch.manual_seed(0)
+    model, x = nets.ViT().eval(), nets.images()
+    neurons = torch.arange(10) < 4
+    masks = {"blocks.0.fc1": neurons, "blocks.1.fc2": torch.tensor([False])}
+    pruner = Pruner.from_masks(model, masks, example_input=x)
+    before = model(x)
+    pruner.finish()
+    assert isinstance(model.blocks[1].fc2, NoBranch)
+    assert model.blocks[0].fc1.out_features == 4
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_block_all_of_whose_parameters_are_a_branch_s_still_passes_its_stream_on() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(torch.relu(self.up(self.norm(x))))  # type: ignore[no-any-return]
+
+    net = nn.Sequential(nn.Linear(3, 4), Block(), Block(), nn.Linear(4, 2))
+    assert [dict(s.removed) for s in find_branches(net, torch.randn(2, 3)).structures] == [
+        {f"{i}.norm": 0, f"{i}.up": 0, f"{i}.down": 0} for i in (1, 2)
+    ]
+
+
+def test_a_wrong_kind_is_named_with_the_nearest() -> None:
+    with refused("'branch'", "did you mean 'branches'?"):
+        Rule(Abs(), kinds=["branch"])
+
+
+def test_a_trained_network_loses_width_and_depth() -> None:
+    """`gsprune.cut` ranks branches beside neurons, and repairs what is left."""
+    torch.manual_seed(0)
+    net, x = nets.ViT().eval(), nets.images(8)
+    data = [(x, torch.randint(3, (8,)))]
+    kinds = ["heads", "neurons", "branches"]
+    found = gsprune.cut(net, data, nn.functional.cross_entropy, macs=0.3, kinds=kinds, progress=False)
+    assert any(isinstance(m, NoBranch) for m in found.model.modules())
+    assert found.small.macs == pytest.approx(0.3 * found.dense.macs, rel=0.2)
+    assert found.model(x).isfinite().all()
+
+
+def test_single_weights_of_a_branch_that_goes_count_as_pruned() -> None:
+    torch.manual_seed(0)
+    model, x = nets.ViT(), nets.images()
+    rules = [
+        Rule(Magnitude(), structured=True, kinds=["branches"], target_sparsity=0.5),
+        Rule(Magnitude(), target_sparsity=0.8, exclude=["patch*", "head*"]),
+    ]
+    pruner = Pruner(model, rules=rules, schedule=OneShot(), example_input=x)
+    pruner.on_train_begin()
+    pruner.on_step_begin(0)
+    before = model.eval()(x)
+    pruner.on_train_end()
+    assert sum(isinstance(m, NoBranch) for m in model.modules()) >= 4
+    assert pruner.sparsity == pytest.approx(0.8, abs=0.01)
     torch.testing.assert_close(model(x), before)

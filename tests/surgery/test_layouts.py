@@ -193,3 +193,13 @@ def test_a_narrow_norm_leaves_pytorch_as_a_graph() -> None:
     half = net.bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), masked(x), rtol=0.1, atol=0.1)
+
+
+def test_a_mask_of_a_stream_from_elsewhere_is_applied_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    found_by(monkeypatch, by_hand.in_stream)
+    net = by_hand.Stream().eval()
+    pruner = Pruner.from_masks(net, {"table": torch.arange(8) % 2 == 0}, example_input=IDS)
+    before = net(IDS)
+    pruner.finish()
+    assert net.table.embedding_dim == 4
+    torch.testing.assert_close(net(IDS), before)
