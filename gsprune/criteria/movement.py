@@ -12,7 +12,8 @@ class Movement(Criterion):
     """Removes first the weights that training moves towards zero: S = -sum over steps of w * g, with its sign.
 
     A weight whose gradient steps move it away from zero scores above 0, one that moves to zero below, whatever its
-    size. Meant for fine-tuning a network that was trained for something else; tiles (pattern "32x32") are block movement.
+    size. Meant for fine-tuning a network that was trained for something else; tiles (pattern "32x32") are block
+    movement.
 
     Args:
         decay: d in (0, 1] of S <- d * S - w * g; 1 is the plain sum.

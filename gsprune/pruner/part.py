@@ -335,7 +335,10 @@ class Part:
             target.check(keep, keep)
             zeros = torch.zeros_like(target.outside(target.score))
             target.load(dict.fromkeys(target.running, zeros), keep)
-        self.schedules = [OneShot(target_sparsity=target.pruned / target.total) for target in self.targets]
+        branches = [target for target in self.targets if target.of == "branches"]  # one unit each, which may be gone
+        gone = sum(target.pruned for target in branches) / max(1, len(branches))
+        shares = [gone if target.of == "branches" else target.pruned / target.total for target in self.targets]
+        self.schedules = [OneShot(target_sparsity=min(share, 1 - 1e-9)) for share in shares]
         self._applied = [schedule.final for schedule in self.schedules]
         self.updates = 1
         with torch.no_grad():
@@ -544,7 +547,9 @@ def _first_of(names: Sequence[str]) -> str:
 def _checked(target: Target) -> Tensor:
     """The target's group scores, or an error if the running score holds an inf or a NaN."""
     groups = target.groups()
-    if not math.isfinite(best := target.best(groups)):  # -inf is what is pruned already
+    if (
+        not math.isfinite(best := target.best(groups)) and target.pruned < target.total
+    ):  # -inf is what is pruned already
         raise ValueError(f"the score of {target.name} is not finite ({best}): its gradients or weights grew too large")
     return groups
 

@@ -126,11 +126,11 @@ class ShardedWeights(WeightTargets):
         return bool(found)
 
     def select(
-        self, groups: Sequence[Tensor], share: float, targets: Sequence[Target], *, least: Callable[[int], int]
+        self, groups: Sequence[Tensor], share: float, targets: Sequence[Target], *, least: Callable[[int, str], int]
     ) -> list[Tensor]:
         totals = [target.total for target in targets]
         k = max(pruned_count(share, sum(totals)), sum(target.pruned for target in targets))
-        return select(groups, k, totals=totals, group=self.group, min_kept=[*map(least, totals)])
+        return select(groups, k, totals=totals, group=self.group, min_kept=[least(t.total, t.of) for t in targets])
 
 
 def select(

@@ -258,12 +258,16 @@ class Targets(ABC):
             least: groups in a row of a target, and what it prunes -> how many of them stay in any case.
         """
         n, rows = sum(group.shape[1] for group in groups), len(groups[0])
-        gone = sum(target.pruned * group.numel() // target.total for target, group in zip(targets, groups, strict=True))
-        k = max(pruned_count(share, n), gone // rows)  # what is pruned stays pruned
+        pairs = [*zip(targets, groups, strict=True)]
+        gone = [target.pruned * group.numel() // target.total for target, group in pairs]
+        k = max(pruned_count(share, n), sum(gone) // rows)  # what is pruned stays pruned
         protected = [target.protected(group) for target, group in zip(targets, groups, strict=True)]
         known = [safe for safe in protected if safe is not None]
-        least_kept = [least(group.shape[1], target.of) for target, group in zip(targets, groups, strict=True)]
-        return select(groups, k, protected=known or None, min_kept=least_kept)
+        alive = [
+            group.shape[1] - lost // rows for group, lost in zip(groups, gone, strict=True)
+        ]  # none: all went along
+        kept = [min(least(group.shape[1], t.of), left) for (t, group), left in zip(pairs, alive, strict=True)]
+        return select(groups, k, protected=known or None, min_kept=kept)
 
     @abstractmethod
     def probe(self, criterion: Criterion) -> Tensor:
