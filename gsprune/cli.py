@@ -3,7 +3,8 @@
     gsprune doctor                            # versions, devices, tracking database, what is missing
     gsprune plan --model torchvision:resnet18 --input 1,3,224,224
     gsprune cut --model my_nets:build --weights trained.safetensors --data batches/ --macs 0.5 --out smaller
-    gsprune report multirun/<date>/<time>     # report.html, summary.csv and pareto.png of a sweep
+    gsprune report multirun/<date>/<time>     # report.html, summary.csv and pareto.svg of a sweep
+    gsprune take multirun/<date>/<time>       # the network that the report says to take
     gsprune sync outputs/<date>/<time>        # what a run could not send to MLflow
     gsprune convert head_conf.yaml            # a file of Intel Neural Compressor as a choice of the group `pruner`
 
@@ -25,7 +26,8 @@ COMMANDS = {
     "doctor": ("gsprune.app.doctor", "show versions, devices, database, and what is missing"),
     "plan": ("gsprune.app.network_commands:plan", "print what would be pruned of a network, and what that saves"),
     "cut": ("gsprune.app.network_commands:cut", "make a trained network smaller"),
-    "report": ("gsprune.sweeps.report", "write report.html, summary.csv and pareto.png of a sweep"),
+    "report": ("gsprune.sweeps.report", "write report.html, summary.csv and pareto.svg of a sweep"),
+    "take": ("gsprune.sweeps.take", "copy or register the network that a sweep's report says to take"),
     "sync": ("gsprune.tracking.sync", "upload to MLflow what runs could not send"),
     "convert": ("gsprune.integrations.inc", "print a file of Intel Neural Compressor as a choice of the group pruner"),
 }

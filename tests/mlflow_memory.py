@@ -58,9 +58,13 @@ class Client:
         return self._memory.experiments.get(name)
 
     def create_experiment(self, name: str, artifact_location: str | None, tags: dict[str, str]) -> str:
-        made = SimpleNamespace(experiment_id=str(len(self._memory.experiments)), lifecycle_stage="active")
+        number = str(len(self._memory.experiments))
+        made = SimpleNamespace(experiment_id=number, lifecycle_stage="active", tags=dict(tags))
         self._memory.experiments[name] = made
         return str(made.experiment_id)
+
+    def set_experiment_tag(self, experiment_id: str, key: str, value: str) -> None:
+        next(e for e in self._memory.experiments.values() if e.experiment_id == experiment_id).tags[key] = value
 
     def create_run(self, experiment_id: str, start_time: int, run_name: str | None, tags: dict[str, str]) -> Any:
         run_id, stage = f"{len(self._memory.runs):032x}", "active"

@@ -21,8 +21,8 @@ from rich.progress import Progress as RichProgress
 from gsprune.cost.latency import NOT_HERE
 from gsprune.text.display import one_line, percent
 from gsprune.text.names import lines_by_reason
-from gsprune.text.redact import redacted
 from gsprune.text.table import WIDTH, clock, labelled, size, table, terminal_width, until
+from gsprune.tracking.views import Page, ui_command
 
 if TYPE_CHECKING:
     from gsprune.training.trainer import Totals
@@ -275,7 +275,12 @@ def to_log_file(level: int, text: str) -> None:
 
 
 def print_summary(
-    result: Mapping[str, Any], output_dir: Path, *, tracking_uri: str | None, unsent: bool = False
+    result: Mapping[str, Any],
+    output_dir: Path,
+    *,
+    tracking_uri: str | None,
+    unsent: bool = False,
+    page: Page | None = None,
 ) -> None:
     """Print dense and pruned side by side, where the files are, and how to open them in MLflow; the log file has it."""
     say("\n".join(["", *summary_table(result), ""]))
@@ -296,7 +301,24 @@ def print_summary(
     if tracking_uri is not None:
         if unsent:
             say(f"Unsent:  gsprune sync {shlex.quote(str(output_dir))}")
-        say(f"MLflow:  {ui_command(tracking_uri)}")
+        for line in mlflow_lines(tracking_uri, page):
+            say(line)
+
+
+def mlflow_lines(tracking_uri: str, page: Page | None) -> list[str]:
+    """How to open a page of MLflow: the command that serves it, if it takes one, and its address.
+
+    >>> from gsprune.tracking.views import Page
+    >>> mlflow_lines("http://host:5000", Page("http://host:5000/#/experiments/1/runs/ab12"))
+    ['MLflow:  http://host:5000/#/experiments/1/runs/ab12']
+    >>> mlflow_lines("sqlite:///mlflow.db", Page("http://127.0.0.1:5000/#/experiments/1/runs/ab12", "mlflow ui ..."))
+    ['MLflow:  mlflow ui ...', '         then http://127.0.0.1:5000/#/experiments/1/runs/ab12']
+    """
+    if page is None or not page.address:
+        return [f"MLflow:  {ui_command(tracking_uri)}"]
+    if not page.command:
+        return [f"MLflow:  {page.address}"]
+    return [f"MLflow:  {page.command}", f"         then {page.address}"]
 
 
 def say(text: str) -> None:
@@ -397,16 +419,3 @@ def _cost_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
                 ratio += f" ({result['speedup_low']:.2f} to {result['speedup_high']:.2f})"
             rows.append((label, form(dense), form(now), ratio))
     return rows
-
-
-def ui_command(tracking_uri: str) -> str:
-    """The command that opens MLflow's page, for this machine only; of a server its address.
-
-    >>> ui_command("sqlite:////data/mlflow.db")
-    'mlflow ui --backend-store-uri sqlite:////data/mlflow.db --host 127.0.0.1'
-    >>> ui_command("http://tracking.example:5000")
-    'http://tracking.example:5000'
-    """
-    if tracking_uri.startswith(("http://", "https://")):
-        return redacted(tracking_uri)
-    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)} --host 127.0.0.1"

@@ -1,4 +1,4 @@
-"""Draws the pictures of a sweep: accuracy against cost, and the sparsity of each layer in several runs."""
+"""Draws accuracy against cost as a PNG, for a run that has several networks; a sweep's is front_figure.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Line", "Mark", "Panel", "draw_heatmap", "draw_panels"]
+__all__ = ["Line", "Mark", "Panel", "draw_panels", "ticks"]
 
 # Okabe and Ito's colours (2008) without yellow, dark enough on white; each has a marker too, for grey print.
 STYLES = (
@@ -30,8 +30,6 @@ OTHERS = "#b6bcc6"
 DENSE: Mapping[str, Any] = {"color": FAINT, "linestyle": (0, (5, 3)), "linewidth": 1.3}
 CONTROL: Mapping[str, Any] = {"color": INK, "linestyle": "-", "linewidth": 1.1}
 _MAX_JOINED = 12  # points of a variant that a line joins; more are a cloud
-_MAX_CELLS_WITH_TEXT = 16  # columns
-_MAX_LAYERS = 60  # columns of a heatmap
 
 
 @dataclass(frozen=True)
@@ -181,16 +179,16 @@ def _limits(axes: Axes, panel: Panel, marks: Sequence[Mark]) -> None:
     most, least = max(most, 1.4 * middle) * room, min(least, middle / 1.4) / room
     axes.set_xscale("log")
     axes.set_xlim(most, least)
-    ticks = _ticks(least, most)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    values = ticks(least, most)
+    axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.minorticks_off()
     axes.set_ylim(*_range(y, least=1, pad=0.12))
 
 
-def _ticks(least: float, most: float) -> list[float]:
+def ticks(least: float, most: float) -> list[float]:
     """At most eight round values for a logarithmic axis in per cent.
 
-    >>> _ticks(0.9, 60), _ticks(0.001, 100)
+    >>> ticks(0.9, 60), ticks(0.001, 100)
     ([1.0, 2.0, 5.0, 10.0, 20.0, 50.0], [0.001, 0.01, 0.1, 1.0, 10.0, 100.0])
     """
     found: list[float] = []
@@ -247,63 +245,3 @@ def _draw_key(figure: Figure, panels: Sequence[Panel], named: Mapping[int, str],
         key = figure.legend(handles, [""] * len(labels), loc="outside lower center", ncols=columns, **options)
         for text, label in zip(key.get_texts(), labels, strict=True):
             text.set_text(label)  # so that a name may begin with "_"
-
-
-# --- sparsity by layer -------------------------------------------------------------------------------------
-
-
-def draw_heatmap(runs: Mapping[str, Mapping[str, float]]) -> tuple[bytes, int]:
-    """A PNG of the share pruned, the more the darker, and how many layers in the middle it leaves out.
-
-    Cells hold the share in per cent, if there is room.
-
-    Args:
-        runs: a row for each run: its label -> layer -> share pruned, 0 to 1. A layer that a run lacks is empty.
-    """
-    from matplotlib.colors import LinearSegmentedColormap
-
-    columns, rows = list(dict.fromkeys(layer for shares in runs.values() for layer in shares)), list(runs)
-    hidden = max(len(columns) - _MAX_LAYERS, 0)
-    if hidden:
-        columns = [*columns[: _MAX_LAYERS // 2], "…", *columns[-(_MAX_LAYERS // 2) :]]
-    texts = len(columns) <= _MAX_CELLS_WITH_TEXT
-    longest = max(min(len(row), 48) for row in rows)
-    width = 0.085 * longest + 1.6 + max(len(columns) * (0.52 if texts else 0.21), 2.5)
-    figure = new_figure(width, 0.6 + 0.28 * len(rows) + 0.055 * max(min(len(name), 34) for name in columns))
-    axes = figure.add_subplot()
-    scale = LinearSegmentedColormap.from_list("pruned", ["#fff7ec", "#fdbb84", "#d7301f", "#5b0a0a"])
-    colours = scale.with_extremes(bad="white")
-    cells = [[100 * shares.get(layer, math.nan) for layer in columns] for shares in runs.values()]
-    image = axes.pcolormesh(cells, cmap=colours, vmin=0, vmax=100, edgecolors="white", linewidth=1.2)
-    axes.invert_yaxis()
-    axes.spines[:].set_visible(False)
-    axes.set_xticks([i + 0.5 for i in range(len(columns))], [plain_label(name, 34) for name in columns])
-    axes.set_yticks([i + 0.5 for i in range(len(rows))], [plain_label(name, 48) for name in rows])
-    axes.tick_params(axis="both", labelsize=8.5, colors=INK, length=0)
-    for label in axes.get_xticklabels():
-        label.set(rotation=50, ha="right", rotation_mode="anchor")
-    if texts:
-        _write_cells(axes, cells)
-    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02, use_gridspec=False)
-    bar.set_label("pruned (%)", fontsize=8.5, color=INK)
-    bar.ax.tick_params(labelsize=8, colors=INK)
-    return png(figure), hidden
-
-
-def _write_cells(axes: Axes, cells: Sequence[Sequence[float]]) -> None:
-    for row, values in enumerate(cells):
-        for column, value in enumerate(values):
-            if math.isfinite(value):
-                colour = "white" if value > 55 else INK
-                axes.text(column + 0.5, row + 0.5, _cell(value), ha="center", va="center", fontsize=8, color=colour)
-
-
-def _cell(value: float) -> str:
-    """Whole per cent, but 0 and 100 only for exactly that.
-
-    >>> [_cell(value) for value in (0, 0.2, 50, 99.8, 100)]
-    ['0', '<1', '50', '>99', '100']
-    """
-    if 0 < value < 0.5:
-        return "<1"
-    return ">99" if 99.5 <= value < 100 else f"{value:.0f}"

@@ -28,6 +28,8 @@ NOT_HASHED = (
     "plan",
     "sweep.resume",
     "sweep.check",
+    "report.max_drop",
+    "report.by",
     "tracking",
     "objective",
     "trainer.progress",

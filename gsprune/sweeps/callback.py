@@ -8,7 +8,7 @@ so it imports mlflow and the report (matplotlib) only when a sweep needs them.
 In the directory of a sweep:
 
     sweep.json                             the command, its axes, the parent run
-    report.html summary.csv pareto.png     the report (`gsprune report` makes it again)
+    report.html summary.csv pareto.svg     the report (`gsprune report` makes it again)
     0/ 1/ ...                              the jobs
     dense_cache/                           dense networks that several jobs start from
     .gsprune/                              the local record of the parent run, and locks
@@ -50,11 +50,13 @@ from gsprune.sweeps.sweep_dir import (
     without_sweep_settings,
 )
 from gsprune.sweeps.terminal import Jobs, job_of, summary
+from gsprune.sweeps.verdict import Terms
 from gsprune.text.display import code, logger, one_line
 from gsprune.text.redact import last_line, redacted, redacted_message
 from gsprune.text.table import noun, terminal_width
 
 if TYPE_CHECKING:
+    from gsprune.sweeps.report import Report
     from gsprune.tracking.tracker import Status, Tracker
 
 __all__ = ["SweepCallback", "start_run"]
@@ -88,8 +90,9 @@ class SweepCallback(Callback):
 
     Args:
         resume: continue the newest sweep of the same command. A sweep in a fixed `hydra.sweep.dir` always continues.
-        report: write `report.html`, `summary.csv` and `pareto.png` at the end.
+        report: write `report.html`, `summary.csv` and `pareto.svg` at the end.
         check: compose and check every job before the first one runs; none runs if one has a mistake.
+        max_drop, by: which network the report says to take: `gsprune.sweeps.verdict.Terms`.
         rehearse: name of the application's part of that check, a function `(cfg, *, here)` that raises a ValueError of
             one sentence; `here` is whether the jobs run on this machine.
         tracking_uri, experiment: for applications without a `tracking` group.
@@ -103,11 +106,14 @@ class SweepCallback(Callback):
         resume: bool = False,
         report: bool = True,
         check: bool = True,
+        max_drop: float = 1.0,
+        by: str = "params",
         rehearse: str | None = None,
         tracking_uri: str | None = None,
         experiment: str | None = None,
     ) -> None:
         self.resume, self.report, self.check, self.rehearse = resume, report, check, rehearse
+        self.max_drop, self.by = max_drop, by
         self.tracking_uri, self.experiment = tracking_uri, experiment
         self._open: _OpenSweep | None = None
         self._lent: list[str] = []  # environment variables set for this process's job
@@ -125,7 +131,8 @@ class SweepCallback(Callback):
         sweep = Sweep((self._earlier(config, identity) or Path(str(config.hydra.sweep.dir))).absolute())
         _settle(config, sweep.directory)
         _make(sweep.directory)
-        self._open = _OpenSweep(sweep, report=self.report, jobs=len(checked.jobs or ()))
+        terms = {"max_drop": self.max_drop, "by": self.by}
+        self._open = _OpenSweep(sweep, report=self.report, terms=terms, jobs=len(checked.jobs or ()))
         if not self._open.lock.acquire():
             _refuse(f"another process sweeps in {sweep.directory}: wait for it, or choose another hydra.sweep.dir")
         atexit.register(self._open.close, "failed")  # after an error, which Hydra has printed by then
@@ -175,6 +182,10 @@ class SweepCallback(Callback):
             if not isinstance(value := getattr(self, name), bool):
                 setting = f"sweep.{name}" if name != "report" else "hydra.callbacks.gsprune.report"
                 _refuse(f"{setting}={value} is not allowed: it must be true or false")
+        try:
+            Terms(self.max_drop, self.by)
+        except ValueError as error:
+            _refuse(str(error))
 
     def _check_jobs(self, config: DictConfig) -> Checked:
         """End the command if a job has a mistake, and print each."""
@@ -234,8 +245,8 @@ class SweepCallback(Callback):
 class _OpenSweep:
     """A running sweep, in the process that started it."""
 
-    def __init__(self, sweep: Sweep, *, report: bool, jobs: int = 0) -> None:
-        self.sweep, self.report, self.jobs = sweep, report, jobs
+    def __init__(self, sweep: Sweep, *, report: bool, terms: Mapping[str, object] | None = None, jobs: int = 0) -> None:
+        self.sweep, self.report, self.terms, self.jobs = sweep, report, terms, jobs
         self.lock, self._process = sweep.lock("sweep"), os.getpid()
         self._record: dict[str, Any] = {}
         self._tracker: Tracker | None = None
@@ -255,6 +266,7 @@ class _OpenSweep:
             "axes": axes,
             "identity": identity,
             "jobs": self.jobs or None,
+            "report": self.terms,
             "status": "running",
             "started": before.get("started") or _now(),
             "ended": None,
@@ -294,11 +306,13 @@ class _OpenSweep:
                 status = "interrupted"
             self._record |= {"status": status, "ended": _now()}
             self._write()
-            reports = self._write_report() if self.report else []
+            report = self._write_report() if self.report else None
             if self._tracker is not None:
-                self._finish_run(self._tracker, results, reports)
+                self._finish_run(self._tracker, results, report)
             if self._said:
                 print("\n".join(["", *self._said]), flush=True)
+            if self._tracker is not None:
+                self._say_page(self._tracker)
             if failed := {job.name: job.text("error") or "" for job in results.with_status("failed")}:
                 print(failures(failed, max(self.jobs, len(results.jobs))), file=sys.stderr)
         except Exception:
@@ -306,35 +320,49 @@ class _OpenSweep:
         finally:
             self.lock.release()
 
-    def _write_report(self) -> list[Path]:
-        from gsprune.sweeps.report import build_report
+    def _write_report(self) -> Report | None:
+        from gsprune.sweeps.report import build_report, told
 
         try:
             report = build_report(self.sweep.directory)
             log.info("report of %s: %s", noun(report.usable, "finished job"), report.directory / "report.html")
             for note in report.notes:
                 log.info("%s", note)
-            self._said = summary([], report.points, width=terminal_width())
-            return report.paths
+            self._said = summary(told(report), report.points, width=terminal_width())
+            return report
         except (ValueError, OSError) as error:
             log.warning("no report of the sweep: %s", error)
         except Exception:  # a fault of ours must not cost the parent run its end
             log.exception("no report of the sweep in %s", self.sweep.directory)
-        return []
+        return None
 
-    def _finish_run(self, tracker: Tracker, results: Results, reports: list[Path]) -> None:
+    def _say_page(self, tracker: Tracker) -> None:
+        page = getattr(tracker, "page", None)
+        if page is not None and page.address:
+            log.info("MLflow: %s", f"{page.command}, then {page.address}" if page.command else page.address)
+
+    def _finish_run(self, tracker: Tracker, results: Results, report: Report | None) -> None:
         self._close_killed(results)
-        tracker.log_metrics({f"jobs/{name}": len(results.with_status(name)) for name in ("finished", "failed")}, step=0)
-        for path in reports:
+        counts = {f"jobs/{name}": len(results.with_status(name)) for name in ("finished", "failed")}
+        tracker.log_metrics({**counts, **(report.values if report else {})}, step=0)
+        for path in report.paths if report else ():
             tracker.log_artifact(path)
-        tracker.log_tags({"mlflow.note.content": self._description(results)})
+        verdict = " ".join(f"{found}." for found in report.verdicts) if report else ""
+        tracker.log_tags(
+            {
+                "mlflow.note.content": self._description(results, verdict),
+                **({"sweep.verdict": verdict} if verdict else {}),
+            }
+        )
         tracker.finish(_RUN_STATUS[str(self._record["status"])])
 
-    def _description(self, results: Results) -> str:
+    def _description(self, results: Results, verdict: str = "") -> str:
         """The first lines of the parent run's page."""
         done, failed = (len(results.with_status(name)) for name in ("finished", "failed"))
         where = "report.html is among the artifacts" if self.report else "no report was wanted"
-        return f"{noun(done, 'job')} finished, {failed} failed; {where}.\n\n{code(str(self._record['command']))}"
+        first = f"{code(verdict)}\n\n" if verdict else ""
+        counts = f"{noun(done, 'job')} finished, {failed} failed"
+        return f"{first}{counts}; {where}.\n\n{code(str(self._record['command']))}"
 
     def _close_killed(self, results: Results) -> None:
         """End the MLflow runs of jobs that no process runs any more."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gsprune.plots.sweep_figures import STYLES, Line, Mark, Panel
+from gsprune.plots.front_figure import Dot, Front, Series
+from gsprune.plots.sweep_figures import STYLES
 from gsprune.sweeps.results import JobResult
-from gsprune.sweeps.variants import VALIDATION, Point, chosen_by, control_levels, dense_levels, pareto_front
+from gsprune.sweeps.variants import VALIDATION, Point, chosen_by, job_ratio, pareto_front, stat
+from gsprune.sweeps.verdict import Terms, Verdict
 from gsprune.text.names import natural
 
-__all__ = ["MEASURES", "Measure", "panels", "with_fronts"]
+__all__ = ["MEASURES", "Measure", "pictures", "with_fronts"]
 
 Interval = tuple[float, float, float]  # low, middle, high
+_BASELINES = ("magnitude", "random")  # pruners that others are compared with
 
 
 @dataclass(frozen=True)
@@ -22,15 +27,21 @@ class Measure:
 
     Attributes:
         name: the name of its front.
-        title, axis: of its panel in the picture.
+        switch: of its button above the picture.
+        axis: of the picture.
         table: the heading of its table on the page; "" without one.
+        timed: whether its interval is that of a measurement; else it is what the jobs of a point differ by.
+        whole, form: the number of a result that is 100 %, and how it is written.
     """
 
     name: str
-    title: str
+    switch: str
     axis: str
     table: str
     share: Callable[[Point], Interval | None]
+    whole: str
+    form: str
+    timed: bool = False
 
     def left(self, point: Point) -> Interval | None:
         """In per cent; None if unknown, or out of the range that a network can have and a logarithmic axis can show."""
@@ -45,13 +56,24 @@ class Measure:
         if (left := self.left(point)) is None:
             return None
         low, middle, high = left
-        if low == high:
+        if not self.timed or low == high:
             low = high = float(f"{middle:.3g}")
         return -high, -low, round(point.choice.mean, 4)
 
 
-def _exact(share: float | None) -> Interval | None:
-    return None if share is None else (share, share, share)
+def _counted(name: str, whole: str) -> Callable[[Point], Interval | None]:
+    """The share that the jobs of a point have left: the least, the mean, the most."""
+
+    def share(point: Point) -> Interval | None:
+        found = [ratio for job in point.jobs if (ratio := job_ratio(job, name, whole)) is not None]
+        return (min(found), math.fsum(found) / len(found), max(found)) if found else None
+
+    return share
+
+
+def _parameters(point: Point) -> Interval | None:
+    found = _counted("params_nonzero", "params_dense")(point)
+    return _counted("params", "params_dense")(point) if found is None and point.shrunk else found
 
 
 def _latency(point: Point) -> Interval | None:
@@ -64,19 +86,15 @@ def _latency(point: Point) -> Interval | None:
 MEASURES = (
     Measure(
         "parameters",
-        "Accuracy against parameters left",
-        "parameters left, not zero (% of the dense network's)",
+        "parameters",
+        "parameters left that are not zero",
         "parameters left (not zero)",
-        lambda point: _exact(point.left),
+        _parameters,
+        "params_dense",
+        "{:,.0f}",
     ),
-    Measure(
-        "MACs",
-        "Accuracy against multiplications left",
-        "MACs left (% of the dense network's)",
-        "MACs left",
-        lambda point: _exact(point.ratio("macs", "macs_dense")),
-    ),
-    Measure("latency", "Accuracy against time left", "latency left (% of the dense network's)", "", _latency),
+    Measure("MACs", "MACs", "MACs left", "MACs left", _counted("macs", "macs_dense"), "macs_dense", "{:,.0f}"),
+    Measure("latency", "time (ms)", "time left", "", _latency, "latency_dense_ms", "{:.3g} ms", timed=True),
 )
 
 
@@ -94,20 +112,48 @@ def with_fronts(points: Sequence[Point]) -> list[Point]:
 # --- the picture -------------------------------------------------------------------------------------------
 
 
-def panels(points: Sequence[Point], jobs: Sequence[JobResult], axes: Mapping[str, Sequence[str]]) -> list[Panel]:
-    """A panel for each measure by which some network is smaller; the first one in any case."""
-    dense, control = (
-        {f"{label}: {100 * accuracy:.2f} %": 100 * accuracy for label, accuracy in levels(jobs, axes).items()}
-        for levels in (dense_levels, control_levels)
-    )
+def pictures(
+    points: Sequence[Point],
+    jobs: Sequence[JobResult],
+    verdicts: Sequence[Verdict],
+    terms: Terms,
+    links: Mapping[Hashable, str],
+) -> dict[str, Front]:
+    """Switch -> picture, for each measure by which some network is smaller; the first one in any case.
+
+    Args:
+        links: key of a point -> what a click on it opens.
+    """
     split = "validation" if chosen_by(jobs) == VALIDATION else "test"
-    empty = "no finished job says how many parameters are left" if points else "no pruned network yet"
-    styles, found = _styles(points), list[Panel]()
+    taken = {verdict.taken.key for verdict in verdicts if verdict.taken is not None}
+    references = [verdict.reference for verdict in verdicts if verdict.reference is not None]
+    one = references[0] if len(verdicts) == 1 and references else None  # levels of several models mean nothing
+    dense = stat(job.number(f"baseline_{chosen_by(jobs)}") for job in jobs) if one else None
+    styles, found = _styles(points), dict[str, Front]()
     for measure in MEASURES:
-        lines = _lines(points, measure, styles)
-        if not found or any(mark.x < 99.95 for line in lines for mark in line.marks):
-            found.append(Panel(measure.title, measure.axis, lines, dense, empty, f"{split} accuracy (%)", control))
+        series = _series(points, measure, styles, taken, links)
+        if found and not any(dot.x < 99.95 for one_of in series for dot in one_of.dots):
+            continue
+        found[measure.switch] = Front(
+            title=f"{split} accuracy against {measure.axis}",
+            across=measure.axis,
+            more=f"(% of the dense network's{_whole(measure, jobs)})",
+            up=f"{split} accuracy (%)",
+            series=series,
+            control=100 * one.mean if one and one.is_control else None,
+            dense=100 * dense.mean if dense else None,
+            max_drop=terms.max_drop,
+            empty="no finished job says how many parameters are left" if points else "no pruned network yet",
+        )
     return found
+
+
+def _whole(measure: Measure, jobs: Sequence[JobResult]) -> str:
+    """The dense network's own number, where all have about the same."""
+    known = [value for job in jobs if (value := job.number(measure.whole))]
+    if not known or max(known) > (2.0 if measure.timed else 1.0) * min(known):
+        return ""
+    return " " + measure.form.format(statistics.median(known))
 
 
 def _is_search(points: Sequence[Point]) -> bool:
@@ -136,17 +182,30 @@ def _styles(points: Sequence[Point]) -> dict[str, int]:
     return {name: index for index, name in enumerate(sorted(chosen, key=natural))}
 
 
-def _lines(points: Sequence[Point], measure: Measure, styles: Mapping[str, int]) -> list[Line]:
-    joined = not _is_search(points)
-    marked = {
-        name: [_mark(point, left, measure) for point in own if (left := measure.left(point)) is not None]
-        for name, own in _by_line(points).items()
-    }
-    return [Line(name, styles.get(name), marks, joined=joined) for name, marks in marked.items() if marks]
+def _series(
+    points: Sequence[Point],
+    measure: Measure,
+    styles: Mapping[str, int],
+    taken: Collection[Hashable],
+    links: Mapping[Hashable, str],
+) -> list[Series]:
+    joined, found = not _is_search(points), list[Series]()
+    for name, own in _by_line(points).items():
+        dots = [
+            _dot(point, left, measure, point.key in taken, links.get(point.key, ""))
+            for point in own
+            if (left := measure.left(point)) is not None
+        ]
+        if dots:
+            found.append(Series(name, styles.get(name), dots, own[0].pruner in _BASELINES, joined))
+    return sorted(found, key=lambda series: (series.style is None, series.style or 0))
 
 
-def _mark(point: Point, left: Interval, measure: Measure) -> Mark:
+def _dot(point: Point, left: Interval, measure: Measure, taken: bool, link: str) -> Dot:
     low, middle, high = left
-    spread = None if point.choice.spread is None else 100 * point.choice.spread
+    accuracy, spread = 100 * point.choice.mean, point.choice.spread
+    up = (accuracy - 100 * spread, accuracy + 100 * spread) if spread else None
+    note = f"{point.variant}: {accuracy:.2f} %, {middle:.3g} % of {measure.switch} left, {point.choice.count} seeds"
+    across = (low, high) if high > 1.001 * low else None
     on_front = measure.name in point.fronts
-    return Mark(middle, 100 * point.choice.mean, spread, on_front, (low, high) if low < high else None)
+    return Dot(middle, accuracy, across, up, point.shrunk, taken, on_front, note, link)

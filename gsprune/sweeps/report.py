@@ -1,4 +1,4 @@
-"""The report of a sweep: `report.html`, `summary.csv` and `pareto.png` in its directory.
+"""The report of a sweep: `report.html`, `summary.csv` and `pareto.svg` in its directory.
 
     gsprune report multirun/<date>/<time>
 
@@ -9,26 +9,27 @@ works at any time, also while the sweep runs: it reads the results of the jobs (
 from __future__ import annotations
 
 import argparse
-import base64
 import csv
 import io
+import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from gsprune.extras import need
-from gsprune.files.disk import write_atomic
-from gsprune.files.layout import RESULT
-from gsprune.plots.audit_figures import draw_audit
-from gsprune.plots.sweep_figures import draw_heatmap, draw_panels
+from gsprune.files.disk import read_object, write_atomic
+from gsprune.files.layout import RESULT, TRACKING
+from gsprune.plots.front_figure import NARROW, THEME, WIDE, Front, document, draw
 from gsprune.sweeps.audits import audits
 from gsprune.sweeps.layers import heatmaps
-from gsprune.sweeps.measures import MEASURES, panels, with_fronts
+from gsprune.sweeps.measures import MEASURES, pictures, with_fronts
 from gsprune.sweeps.results import JobResult, Results, read_results
 from gsprune.sweeps.sweep_dir import Sweep
 from gsprune.sweeps.variants import (
@@ -46,13 +47,15 @@ from gsprune.sweeps.variants import (
     unpruned,
     variants,
 )
+from gsprune.sweeps.verdict import BY, Terms, Verdict, on_test_text, verdicts
 from gsprune.text.display import cell, percent
 from gsprune.text.names import natural
 from gsprune.text.redact import redacted, say, shown_text
+from gsprune.tracking.views import Page, run_page
 
 __all__ = ["Report", "build_report", "main"]
 
-FILES = ("report.html", "summary.csv", "pareto.png")
+FILES = ("report.html", "summary.csv", "pareto.svg")
 PARTS = {
     "start": "start: data, model, rehearsal",
     "train": "training, dense and pruned",
@@ -60,11 +63,17 @@ PARTS = {
     "files": "files and figures",
     "tracking": "tracking",
 }
+# What the parent run of a sweep carries, under the names that its jobs have.
+_VALUES = (
+    *("val_accuracy", "accuracy", "baseline_accuracy", "target_sparsity", "sparsity"),
+    *("params", "params_nonzero", "macs", "speedup"),
+)
 UNFINISHED = ("running", "interrupted")
 _TEXTS = ("latency_note", "config_hash", "mlflow_run_id", "error")  # the last columns of summary.csv
 _MAX_BEST = 8  # rows of each table at the top of the page
 _MAX_GROUPS = 12  # target sparsities with a heading of their own in the table; more go by tens
 _MAX_UNPRUNED = 20  # rows
+_MAX_LAYERS, _MAX_RUNS_BESIDE = 60, 7  # of a heatmap
 _MAX_PRINTED = 20
 _MAX_COLUMNS = 200  # of one kind in summary.csv
 _MAX_AXES = 30  # named in the head of the page
@@ -80,21 +89,42 @@ class Report:
     left_out: Mapping[str, str]  # folder -> why
     notes: Sequence[str] = ()  # what keeps its numbers from being compared as they stand
     points: Sequence[Point] = ()  # each network of the sweep
+    verdicts: Sequence[Verdict] = ()  # which network to take, of each model and data set
+    terms: Terms = field(default_factory=Terms)
+    values: Mapping[str, float] = field(
+        default_factory=dict
+    )  # means over seeds of the network that the sweep stands for
     paths: list[Path] = field(default_factory=list)
 
 
-def build_report(directory: str | Path) -> Report:
-    """Write report.html, summary.csv and pareto.png into the sweep directory, each whole or not at all.
+def build_report(directory: str | Path, terms: Terms | None = None) -> Report:
+    """Write report.html, summary.csv and pareto.svg into the sweep directory, each whole or not at all.
+
+    Args:
+        terms: which network to take; None: as the sweep's command said.
 
     Raises:
         ValueError: the directory does not exist, or holds no job whose result can be read.
     """
-    sweep = _Jobs.read(Path(directory))
-    report = Report(sweep.directory, sweep.results, len(sweep.usable), sweep.left_out, sweep.notes(), sweep.points)
-    drawn = panels(sweep.points, sweep.usable, sweep.axes)
-    picture = draw_panels(drawn)
-    page = _page(sweep, picture, [panel.title for panel in drawn], report.notes)
-    contents = (page.encode("utf-8", "replace"), _table(sweep).encode("utf-8", "replace"), picture)
+    sweep = SweepJobs.read(Path(directory), terms)
+    report = Report(
+        sweep.directory,
+        sweep.results,
+        len(sweep.usable),
+        sweep.left_out,
+        notes=sweep.notes(),
+        points=sweep.points,
+        verdicts=sweep.verdicts,
+        terms=sweep.terms,
+        values=sweep.values,
+    )
+    anchors = {point.key: f"p{number}" for number, point in enumerate(sweep.points)}
+    links: dict[Hashable, str] = {key: f"#{anchor}" for key, anchor in anchors.items()}
+    drawn = pictures(sweep.points, sweep.usable, sweep.verdicts, sweep.terms, links)
+    page = _page(sweep, report, drawn, anchors)
+    texts = (page, _table(sweep))
+    alone = next(iter(pictures(sweep.points, sweep.usable, sweep.verdicts, sweep.terms, {}).values()))
+    contents = (*(text.encode("utf-8", "replace") for text in texts), document(alone))
     for name, content in zip(FILES, contents, strict=True):
         write_atomic(sweep.directory / name, content)
         report.paths.append(sweep.directory / name)
@@ -104,20 +134,23 @@ def build_report(directory: str | Path) -> Report:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gsprune report",
-        description="Write report.html, summary.csv and pareto.png of a Hydra sweep, also while it still runs.",
+        description="Say which network of a Hydra sweep to take, and write report.html, summary.csv and pareto.svg.",
+        epilog="It works at any time, also while the sweep still runs.",
     )
     parser.add_argument("directory", help="the directory of the sweep, such as multirun/2026-01-31/12-00-00")
+    add_terms(parser)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `gsprune report`: 0 when there was a finished job to report, else 1."""
+    given = make_parser().parse_args(arguments)
     try:
-        report = build_report(make_parser().parse_args(arguments).directory)
+        report = build_report(given.directory, terms_of(given))
     except (ValueError, OSError) as error:
         say(f"Error: {error}", file=sys.stderr)
         return 1
-    lines = [*(f"Wrote {path}" for path in report.paths), *(f"Note: {note}" for note in report.notes)]
+    lines = [*told(report), *(f"Wrote {path}" for path in report.paths), *(f"Note: {note}" for note in report.notes)]
     lines += [f"Skipped {folder}: {reason}" for folder, reason in list(report.left_out.items())[:_MAX_PRINTED]]
     for line in lines:
         say(line)
@@ -129,11 +162,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def add_terms(parser: argparse.ArgumentParser) -> None:
+    """The options that say which network to take; `terms_of` reads them."""
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="points of validation accuracy that it may lose to the control (default: report.max_drop of the sweep)",
+    )
+    parser.add_argument("--by", choices=BY, help="what it should have least of (default: report.by of the sweep)")
+
+
+def terms_of(given: argparse.Namespace) -> Terms | None:
+    """The terms that the options give, those of the sweep's record where they are left out.
+
+    Raises:
+        ValueError: a drop below 0 or above 100.
+    """
+    if given.max_drop is None and given.by is None:
+        return None
+    before = Terms.read(Sweep(Path(given.directory)).record.get("report"))
+    return Terms(before.max_drop if given.max_drop is None else given.max_drop, given.by or before.by)
+
+
+def told(report: Report) -> list[str]:
+    """The lines of a terminal: the verdict, what it does not know, the network and the command that takes it."""
+    lines = []
+    for verdict in report.verdicts:
+        lines.append(f"{verdict}.")
+        lines += [f"  {doubt}." for doubt in verdict.doubts]
+        if verdict.job is not None:
+            lines.append(f"  Network: {verdict.job.folder}")
+            lines.append(f"  Take it: {take_command(report, verdict)}")
+    return [shown_text(line, 1000) for line in lines]
+
+
+def take_command(report: Report, verdict: Verdict) -> str:
+    """The one command that takes the network of a verdict."""
+    recorded = Terms.read(Sweep(report.directory).record.get("report"))
+    words = ["gsprune", "take", str(report.directory.resolve())]
+    if len(report.verdicts) > 1 and verdict.job is not None:
+        return shlex.join([*words, "--job", verdict.job.name])
+    words += [f"--max-drop={report.terms.max_drop:g}"] if report.terms.max_drop != recorded.max_drop else []
+    return shlex.join([*words, *([f"--by={report.terms.by}"] if report.terms.by != recorded.by else [])])
+
+
 # --- the jobs ----------------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Jobs:
+class SweepJobs:
     """What the three files are made from."""
 
     directory: Path
@@ -143,9 +221,15 @@ class _Jobs:
     axes: dict[str, list[str]]
     variants: dict[str, str]
     points: list[Point]
+    terms: Terms
 
     @classmethod
-    def read(cls, directory: Path) -> _Jobs:
+    def read(cls, directory: Path, terms: Terms | None = None) -> SweepJobs:
+        """
+        Raises:
+            ValueError: the directory does not exist, or holds no job whose result can be read.
+        """
+        terms = terms or Terms.read(Sweep(directory).record.get("report"))
         results = read_results(directory)
         if not results.jobs:
             some = "".join(f"; {name}: {reason}" for name, reason in list(results.skipped.items())[:3])
@@ -155,11 +239,33 @@ class _Jobs:
         axes = swept(jobs)
         names = variants(jobs, axes)
         found = with_fronts(equal_merged(points([job for job in jobs if _usable(job)], names)))
-        return cls(directory, results, jobs, left_out, axes, names, found)
+        return cls(directory, results, jobs, left_out, axes, names, found, terms)
 
     @property
     def usable(self) -> list[JobResult]:
         return [job for job in self.jobs if _usable(job)]
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """Which network to take, of each model and data set."""
+        unfinished = sum(job.status in UNFINISHED or _error(job) is not None for job in self.jobs)
+        ended = self.status not in ("running", "interrupted")
+        return verdicts(self.points, self.usable, self.axes, self.terms, unfinished=unfinished, ended=ended)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The numbers of the network that is taken: of several the most accurate, as where none is."""
+        found = [v.taken for v in self.verdicts if v.taken is not None] or self.points
+        best = max(found, key=lambda point: point.choice.mean, default=None)
+        means = {name: best.mean(name) for name in _VALUES} if best is not None else {}
+        return {name: mean for name, mean in means.items() if mean is not None}
+
+    @property
+    def status(self) -> str:
+        """Of the sweep as its record has it, but "interrupted" if no process runs it; "" without a record."""
+        record = Sweep(self.directory.absolute())
+        found = record.text("status") or ""
+        return "interrupted" if found == "running" and not record.is_open() else found
 
     @property
     def by(self) -> str:
@@ -171,45 +277,12 @@ class _Jobs:
         return [job for job in self.usable if is_control(job)]
 
     def notes(self) -> list[str]:
-        """What keeps the numbers from being compared as they stand."""
-        return [shown_text(note, 1000) for note in (self._choice_note(), self._control_note()) if note]
-
-    def _choice_note(self) -> str:
-        without = [job for job in self.usable if job.number(VALIDATION) is None]
-        if not without:
-            return ""
-        some = f"{len(without)} of {len(self.usable)} finished jobs (such as {without[0].name})"
-        return (
-            "choices are made on test accuracy here, so the test accuracy of the chosen network is too good: "
-            f"{some} have no {VALIDATION} in their {RESULT}"
-        )
-
-    def _control_note(self) -> str:
-        """What differences refer to, unless it is a fair control of each."""
-        compared = [point for point in self.points if point.delta is not None]
-        if self.controls:
-            lone = len(self.points) - len(compared)
-            rows = f"{lone} of {len(self.points)} rows have no control (pruner=none) of the same seed and settings"
-            return f"{rows}: they show no difference" if lone else ""
-        training = _shorter_training(self.usable) if compared else ""
-        pruners = list(dict.fromkeys(point.pruner for point in self.points if point.pruner != "all jobs"))
-        override = f"pruner={','.join([*self.axes.get('pruner', pruners), 'none'])}"
-        return training and (
-            f"the dense network {training}, so differences to it are not what pruning costs: {override} adds the "
-            "control that has trained as long"
-        )
-
-
-def _shorter_training(jobs: Sequence[JobResult]) -> str:
-    """How much less the dense networks have trained than the pruned ones; "" if they have trained as long."""
-    pairs = {(job.number("baseline_epochs"), job.number("epochs")) for job in jobs}
-    known = [(dense, whole) for dense, whole in pairs if dense is not None and whole is not None]
-    if len(known) < len(pairs):
-        return "may have trained less"
-    if all(dense >= whole for dense, whole in known):
-        return ""
-    ((dense, whole), *more) = known
-    return "has trained less" if more else f"has trained less ({dense:g} epochs) than the pruned one ({whole:g})"
+        """What keeps the numbers of the tables from being compared as they stand."""
+        lone = sum(point.delta is None for point in self.points)
+        if not (self.controls and lone):
+            return []
+        rows = f"{lone} of {len(self.points)} rows have no control (pruner=none) of the same seed and settings"
+        return [f"{rows}: they show no difference"]
 
 
 def _usable(job: JobResult) -> bool:
@@ -228,12 +301,13 @@ def _error(job: JobResult) -> str | None:
 # --- summary.csv -------------------------------------------------------------------------------------------
 
 
-def _table(sweep: _Jobs) -> str:
+def _table(sweep: SweepJobs) -> str:
     """One row for each job: folder, status, variant, overrides, every number of its result, texts (RFC 4180)."""
     rows = [(job, dict(_numbers(job.result))) for job in sweep.results.jobs]
     numbers = list(dict.fromkeys(name for _, found in rows for name in found))[:_MAX_COLUMNS]
     axes = [axis for axis in sweep.axes if axis not in numbers][:_MAX_COLUMNS]
-    columns = ["folder", "status", "variant", *axes, *numbers, *_TEXTS]
+    columns = ["folder", "status", "variant", "verdict", *axes, *numbers, *_TEXTS]
+    take = {verdict.job.name: f"{verdict}." for verdict in sweep.verdicts if verdict.job is not None}
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(map(_cell, columns))
@@ -241,6 +315,7 @@ def _table(sweep: _Jobs) -> str:
         given = {axis: job.overrides.get(axis, "") for axis in sweep.axes}
         texts = {name: job.text(name) or "" for name in _TEXTS}
         own = {"folder": job.name, "status": job.status, "variant": sweep.variants.get(job.name, "")}
+        own["verdict"] = take.get(job.name, "")
         row = {**given, **found, **texts, **own}
         writer.writerow(_cell(row.get(name, "")) for name in columns)
     return buffer.getvalue()
@@ -267,24 +342,32 @@ def _cell(value: object) -> object:
 # --- report.html -------------------------------------------------------------------------------------------
 
 
-def _page(sweep: _Jobs, picture: bytes, titles: Sequence[str], notes: Sequence[str]) -> str:
+def _page(sweep: SweepJobs, report: Report, drawn: Mapping[str, Front], anchors: Mapping[Hashable, str]) -> str:
     jinja2 = need("jinja2")
+    from markupsafe import Markup
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: shown_text(value, 2000) if type(value) is str else value,  # Markup is HTML of ours
     )
-    environment.filters |= _FILTERS
+    environment.filters |= _FILTERS | {"command": lambda verdict: take_command(report, verdict)}
+    maps, unmapped = heatmaps({f"{_heading(p)}, {p.variant} (job {p.best.name})": p for p in sweep.points})
     page: str = environment.get_template("report.html").render(
         title=shown_text("/".join(sweep.directory.resolve().parts[-2:]), 200),
         made=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC",
         facts=_facts(sweep),
         finished=len(sweep.usable),
+        theme=Markup(THEME),  # nothing in it, nor in the pictures, is left to escape
+        verdicts=report.verdicts,
+        taken={verdict.taken.key for verdict in report.verdicts if verdict.taken is not None},
+        terms=report.terms,
+        place=shlex.quote(str(sweep.directory.resolve())),
+        anchors=anchors,
         best=_best(sweep.points),
-        picture=picture,
-        panels=titles,
-        notes=notes,
+        pictures={name: [Markup(draw(front, size)) for size in (WIDE, NARROW)] for name, front in drawn.items()},
+        notes=report.notes,
         by_test=sweep.by == TEST,
         fair=bool(sweep.controls),
         unpruned=_unpruned(sweep),
@@ -293,7 +376,7 @@ def _page(sweep: _Jobs, picture: bytes, titles: Sequence[str], notes: Sequence[s
         failed=[(job, error) for job in sweep.jobs if (error := _error(job)) is not None],
         unfinished=[(job, "") for job in sweep.jobs if job.status in UNFINISHED],
         left_out=sweep.left_out,
-        heatmaps=heatmaps({f"{_heading(p)}, {p.variant} (job {p.best.name})": p for p in sweep.points}),
+        heatmaps=([_map(runs) for runs in maps], unmapped),
         audits=_audits(sweep),
         times=_times(sweep.usable),
         dense=_dense_cache(sweep.usable),
@@ -301,12 +384,11 @@ def _page(sweep: _Jobs, picture: bytes, titles: Sequence[str], notes: Sequence[s
     return page
 
 
-def _facts(sweep: _Jobs) -> list[tuple[str, str]]:
+def _facts(sweep: SweepJobs) -> list[tuple[str, str]]:
     """The head of the page: label and text, partly from `sweep.json`."""
     record = Sweep(sweep.directory.absolute())
     texts = {key: value for key, value in record.record.items() if isinstance(value, str)}
-    if texts.get("status") == "running" and not record.is_open():
-        texts["status"] = "interrupted"
+    texts["status"] = sweep.status
     first, *others = (job.overrides for job in sweep.jobs)
     common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     found = {
@@ -342,7 +424,7 @@ def _spread_out(count: int, most: int) -> list[int]:
     return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
-def _unpruned(sweep: _Jobs) -> list[dict[str, Any]]:
+def _unpruned(sweep: SweepJobs) -> list[dict[str, Any]]:
     """Rows of the networks that are not pruned: the dense ones, and the controls."""
     rows = []
     kinds = (("dense network", sweep.usable, "baseline_"), ("control, pruner=none", sweep.controls, ""))
@@ -353,7 +435,8 @@ def _unpruned(sweep: _Jobs) -> list[dict[str, Any]]:
                 epochs = {job.number(f"{prefix}epochs") for job in group}
                 variant = ", ".join(filter(None, (title, name)))
                 same = epochs.pop() if len(epochs) == 1 else None
-                rows.append({"variant": variant, "accuracy": accuracy, "choice": choice, "epochs": same})
+                row = {"variant": variant, "accuracy": accuracy, "choice": choice, "epochs": same}
+                rows.append({**row, "jobs": group if prefix == "" else []})
     return rows[:_MAX_UNPRUNED]
 
 
@@ -382,13 +465,24 @@ def _heading(point: Point, *, tens: bool = False) -> str:
     return f"{share} of {of} pruned" if of else f"{share} pruned, of what is not recorded"
 
 
-def _audits(sweep: _Jobs) -> dict[str, Any]:
-    """The table of the jobs' audits, and its picture: of one dense network alone, since names are criteria there."""
+def _audits(sweep: SweepJobs) -> dict[str, Any]:
+    """The table of the jobs' audits."""
     rows, more = audits(sweep.usable, sweep.axes)
-    networks = len({row.network for row in rows}) > 1
-    ranks = [(row.criterion, row.kind, row.size) for row in rows if row.size is not None]
-    picture = draw_audit(ranks) if ranks and not networks else None
-    return {"rows": rows, "more": more, "networks": networks, "picture": picture}
+    return {"rows": rows, "more": more, "networks": len({row.network for row in rows}) > 1}
+
+
+def _map(runs: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """A heatmap as tables of a few runs each, so that they fit on any page: a row for each layer."""
+    layers, labels = list(dict.fromkeys(layer for shares in runs.values() for layer in shares)), list(runs)
+    hidden = max(len(layers) - _MAX_LAYERS, 0)
+    if hidden:
+        layers = [*layers[: _MAX_LAYERS // 2], "…", *layers[-(_MAX_LAYERS // 2) :]]
+    chunks = []
+    for start in range(0, len(labels), _MAX_RUNS_BESIDE):
+        some = labels[start : start + _MAX_RUNS_BESIDE]
+        rows = [(layer, [runs[label].get(layer) for label in some]) for layer in layers]
+        chunks.append({"start": start + 1, "labels": some, "rows": rows})
+    return {"chunks": chunks, "hidden": hidden}
 
 
 def _times(jobs: Sequence[JobResult]) -> dict[str, Any] | None:
@@ -501,10 +595,28 @@ def _moment(text: str) -> str:
     return ""
 
 
-def _picture(png: bytes) -> Any:
-    from markupsafe import Markup
+def _folder(job: JobResult) -> str:
+    """The job's folder as seen from the page.
 
-    return Markup(f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}")  # nothing in it to escape
+    >>> _folder(JobResult(Path("/a/seed=0/3"), {}, Path("/a")))
+    './seed%3D0/3/'
+    """
+    return "./" if job.folder == job.sweep else f"./{quote(job.name)}/"
+
+
+def _in_mlflow(job: JobResult) -> Page:
+    return run_page(read_object(job.folder / TRACKING))
+
+
+def _whole(share: float) -> str:
+    """Whole per cent, but 0 and 100 only for exactly that.
+
+    >>> [_whole(share) for share in (0, 0.002, 0.5, 0.998, 1)]
+    ['0', '<1', '50', '>99', '100']
+    """
+    if 0 < share < 0.005:
+        return "<1"
+    return ">99" if 0.995 <= share < 1 else f"{100 * share:.0f}"
 
 
 _FILTERS = {
@@ -518,6 +630,9 @@ _FILTERS = {
     "size": _size,
     "interval": _interval,
     "overrides": _overrides,
-    "heatmap": draw_heatmap,
-    "picture": _picture,
+    "folder": _folder,
+    "title": lambda job: shown_text(job.text("name") or job.name, 120),
+    "mlflow": _in_mlflow,
+    "on_test": on_test_text,
+    "whole": _whole,
 }

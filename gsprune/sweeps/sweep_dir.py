@@ -158,14 +158,15 @@ def _move_results(source: Path, target: Path) -> None:
 def without_sweep_settings(overrides: Iterable[str]) -> list[str]:
     """The overrides without those that change how the sweep runs, and not its jobs.
 
-    >>> without_sweep_settings(["pruner=abs", "sweep.resume=true", "sweep.check=false", "+sweep.lr=1"])
+    >>> without_sweep_settings(["pruner=abs", "sweep.resume=true", "report.max_drop=2", "+sweep.lr=1"])
     ['pruner=abs', '+sweep.lr=1']
     """
-    return [override for override in as_given(overrides) if not re.match(r"\+*sweep\.(resume|check)=", override)]
+    ours = r"\+*(sweep\.(resume|check)|report\.(max_drop|by))="
+    return [override for override in as_given(overrides) if not re.match(ours, override)]
 
 
 def command_identity(config: DictConfig) -> str:
-    """Equal for equal commands: application, configuration and overrides in any order, without `sweep.resume`."""
+    """Equal for equal commands: application, configuration and overrides in any order, without how the sweep runs."""
     what = [
         str(config.hydra.job.name),
         str(config.hydra.job.config_name),

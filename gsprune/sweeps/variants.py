@@ -24,14 +24,14 @@ __all__ = [
     "Point",
     "Stat",
     "chosen_by",
-    "control_levels",
     "controls",
-    "dense_levels",
     "equal_merged",
     "is_control",
+    "job_ratio",
     "once_each",
     "pareto_front",
     "points",
+    "seed_of",
     "stat",
     "swept",
     "unpruned",
@@ -153,7 +153,7 @@ class Point:
 
     def ratio(self, above: str, below: str) -> float | None:
         """above / below, the mean over the jobs: `ratio("params_dense", "params")` is 4.0 if four times smaller."""
-        found = stat(_ratio(job, above, below) for job in self.jobs)
+        found = stat(job_ratio(job, above, below) for job in self.jobs)
         return found.mean if found else None
 
     @cached_property
@@ -278,10 +278,20 @@ def unpruned(jobs: Sequence[JobResult], axes: Iterable[str]) -> dict[str, list[J
 
 def _settings(job: JobResult) -> Hashable:
     """Seed and settings outside the pruner: jobs that share them differ in how they prune, and in nothing else."""
-    seed, chosen = job.number(SEED), job.choices
-    own_seed = str(int(seed)) if seed is not None else job.overrides.get(SEED, "")
+    chosen = job.choices
     found = {**{key: value for key, value in job.overrides.items() if key not in chosen}, **chosen}
-    return own_seed, frozenset((key, value) for key, value in found.items() if _is_shared(key))
+    return seed_of(job), frozenset((key, value) for key, value in found.items() if _is_shared(key))
+
+
+def seed_of(job: JobResult) -> str:
+    """The job's seed; "" if it has none.
+
+    >>> from pathlib import Path
+    >>> seed_of(JobResult(Path("0"), {"status": "finished", "seed": 3}))
+    '3'
+    """
+    seed = job.number(SEED)
+    return str(int(seed)) if seed is not None else job.overrides.get(SEED, "")
 
 
 def _is_shared(key: str) -> bool:
@@ -353,31 +363,6 @@ def pareto_front(found: Sequence[tuple[float, float, float]]) -> list[bool]:
     return [above[merit] < low and lows[merit] <= high for low, high, merit in found]
 
 
-def dense_levels(jobs: Sequence[JobResult], axes: Iterable[str], *, most: int = 3) -> dict[str, float]:
-    """Label -> mean accuracy of the dense networks, on the split that choices are made by.
-
-    One level for each setting outside the pruner, if these are few and differ.
-    """
-    return _levels("dense network", jobs, axes, f"baseline_{chosen_by(jobs)}", most)
-
-
-def control_levels(jobs: Sequence[JobResult], axes: Iterable[str], *, most: int = 3) -> dict[str, float]:
-    """The same of the controls."""
-    return _levels("control, pruner=none", list(filter(is_control, jobs)), axes, chosen_by(jobs), most)
-
-
-def _levels(what: str, jobs: Sequence[JobResult], axes: Iterable[str], by: str, most: int) -> dict[str, float]:
-    levels: dict[float, list[str]] = defaultdict(list)
-    for name, group in unpruned(jobs, axes).items():
-        if found := stat(job.number(by) for job in group):
-            levels[round(found.mean, 4)].append(name)
-    if len(levels) <= 1:
-        return {what: min(levels)} if levels else {}
-    if len(levels) <= most:
-        return {f"{what}, {' or '.join(names)}": level for level, names in sorted(levels.items())}
-    return {f"lowest {what}": min(levels), f"highest {what}": max(levels)}
-
-
 # --- numbers of one job ------------------------------------------------------------------------------------
 
 
@@ -411,7 +396,8 @@ def _difference(job: JobResult, name: str, other: JobResult, other_name: str) ->
     return None if first is None or second is None else first - second
 
 
-def _ratio(job: JobResult, above: str, below: str) -> float | None:
+def job_ratio(job: JobResult, above: str, below: str) -> float | None:
+    """One number of a result over another; None where either is unknown or below 0."""
     first, second = job.number(above), job.number(below)
     if first is None or second is None or first < 0 or second <= 0:
         return None

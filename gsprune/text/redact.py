@@ -50,7 +50,10 @@ _TOKENS = {
     *("pad", "eos", "bos", "unk", "sep", "cls", "mask", "class", "image", "start", "end", "max", "min", "num", "n"),
     *("dist", "distillation", "prompt", "special", "register", "sos", "blank", "patch", "per", "first", "last"),
 }
-_KEYS = {"sort", "text", "label", "image", "input", "output", "target", "primary", "foreign", "group", "data", "metric"}
+_KEYS = {
+    *("sort", "text", "label", "image", "input", "output", "target", "primary", "foreign", "group", "data", "metric"),
+    "share",  # MLflow's viewStateShareKey
+}
 
 
 def is_secret(name: str) -> bool:
@@ -58,8 +61,8 @@ def is_secret(name: str) -> bool:
 
     >>> [is_secret(name) for name in ("model.hf_token", "apiKeys", "DB_PASSWORD", "+extra.secret", "key")]
     [True, True, True, True, True]
-    >>> [is_secret(name) for name in ("tokenizer", "max_tokens", "pad_token", "sort_key", "forward_pass", "seed")]
-    [False, False, False, False, False, False]
+    >>> [is_secret(name) for name in ("max_tokens", "pad_token", "viewStateShareKey", "forward_pass", "seed")]
+    [False, False, False, False, False]
     """
     words = _words(name)
     if not words:

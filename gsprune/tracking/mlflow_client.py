@@ -22,13 +22,14 @@ from gsprune.settings.addresses import command_directory, database_file, resolve
 from gsprune.text.display import one_line, tag
 from gsprune.text.redact import redacted, redacted_message
 from gsprune.tracking.mlflow_names import fit_tags
-from gsprune.tracking.views import experiment_tags
+from gsprune.tracking.views import VIEW, experiment_tags, sweep_key, sweep_view
 
-__all__ = ["DeletedError", "RemoteRun", "brief_error", "download_artifact", "import_client"]
+__all__ = ["DeletedError", "RemoteRun", "brief_error", "download_artifact", "import_client", "register_model"]
 
 THREAD = "gsprune-tracking"
 LOCKED = 10.0  # seconds that a local database which another program has locked may cost
 RECORD_TAG = "gsprune.record"
+SWEEP_TAG = "sweep.directory"  # of the parent run of a sweep
 NESTED = "mlflow.parentRunId"
 
 
@@ -80,18 +81,18 @@ class RemoteRun:
         self._steps: dict[str, set[int]] = {}  # of metrics for which the last step was not enough to tell
         self._pictures: dict[tuple[str, str], list[str]] | None = None  # key and step -> names of files
         self._client: Any = None
-        self._experiment_id = ""
+        self.experiment_id = ""
 
     # finding and creating
 
     def attach(self) -> Any:
         """Go on with the run as it is in MLflow; returns it, or None if there is none."""
-        self._experiment_id = self._open()
+        self.experiment_id = self._open()
         found = self._find(self._wanted) if self._wanted else None
         if found is None and self.once and self.record:
             tagged = f"tags.`{RECORD_TAG}` = '{self.record}'"
             order = ["attributes.start_time ASC"]
-            tried = self._client.search_runs([self._experiment_id], tagged, max_results=1, order_by=order)
+            tried = self._client.search_runs([self.experiment_id], tagged, max_results=1, order_by=order)
             found = next(iter(tried), None)
         if found is not None:
             self.run_id, self.status, self.began = found.info.run_id, found.info.status, found.info.start_time
@@ -113,10 +114,20 @@ class RemoteRun:
 
     def _create(self, tags: Mapping[str, str], time_ms: int) -> None:
         first = dict(islice(fit_tags({**self._parent, **tags}).items(), 50))
-        run = self._client.create_run(self._experiment_id, start_time=time_ms, run_name=self._name, tags=first)
+        run = self._client.create_run(self.experiment_id, start_time=time_ms, run_name=self._name, tags=first)
         self.run_id, self.began, self._tags, self.created = run.info.run_id, time_ms, first, True
         self.status = "RUNNING"
         self.counts["run"] += 1
+        if SWEEP_TAG in tags:
+            self._offer_views({sweep_key(run.info.run_id): sweep_view(run.info.run_id)})
+
+    def _offer_views(self, views: Mapping[str, str]) -> None:
+        """Add views to the experiment; one that may not be changed does without."""
+        from mlflow.exceptions import MlflowException
+
+        with contextlib.suppress(MlflowException):
+            for key, state in views.items():
+                self._client.set_experiment_tag(self.experiment_id, f"{VIEW}{key}", state)
 
     # what belongs to the run
 
@@ -296,7 +307,13 @@ class RemoteRun:
                     raise
         if found.lifecycle_stage != "active":
             raise DeletedError(self._how_to_restore(found.experiment_id))
-        return str(found.experiment_id)
+        self.experiment_id = str(found.experiment_id)
+        wanted = experiment_tags(time_ms=int(time.time() * 1000)).items()
+        missing = {
+            key.removeprefix(VIEW): state for key, state in wanted if key.startswith(VIEW) and key not in found.tags
+        }
+        self._offer_views(missing)
+        return self.experiment_id
 
     @property
     def _command(self) -> str:
@@ -414,6 +431,39 @@ def download_artifact(tracking_uri: str | None, run_id: str, name: str, folder: 
     except Exception as error:
         where = redacted(uri)
         raise ValueError(f"the run {run_id} at {where} has no {name} to start from ({brief_error(error)})") from None
+
+
+def register_model(tracking_uri: str, run_id: str, folder: Path, name: str) -> str:
+    """Add a folder to a run as a logged model, and register it as a new version of the model `name`.
+
+    Returns what was made, such as "digits, version 3".
+
+    Raises:
+        ValueError: MLflow cannot be reached, has no such run, or refuses the name.
+    """
+    uri = resolve_tracking_uri(tracking_uri)
+    try:
+        import_client(timeout_s=30)
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        run = client.get_run(run_id)
+        model = client.create_logged_model(run.info.experiment_id, name="taken", source_run_id=run_id)
+        for path in sorted(folder.iterdir()):
+            client.log_model_artifact(model.model_id, str(path))
+        client.finalize_logged_model(model.model_id, "READY")
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = model.artifact_location  # "models:/<id>" would be looked for in the store of the environment
+        version = client.create_model_version(name, source, run_id=run_id, model_id=model.model_id)
+    except Exception as error:
+        where = redacted(uri)
+        raise ValueError(f"the model {name} cannot be registered at {where} ({brief_error(error)})") from None
+    return f"{version.name}, version {version.version}"
 
 
 def brief_error(error: BaseException) -> str:

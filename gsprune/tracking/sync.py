@@ -28,7 +28,7 @@ from gsprune.tracking.drain import Drain
 from gsprune.tracking.mlflow_client import NESTED, DeletedError, RemoteRun, import_client
 from gsprune.tracking.outbox import ENDED, MAX_BYTES, Outbox, identifier, text
 
-__all__ = ["Sent", "main", "sync"]
+__all__ = ["Sent", "main", "recorded_address", "sync"]
 
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
 _MAX_DEPTH = 16
@@ -163,7 +163,7 @@ class _Upload:
         self.folder, self.note, self._avoid = folder, note, avoid
         self.outbox = Outbox(folder)
         self.outbox.load()
-        self.uri, self.run_id = _address(folder, self.note, uri), identifier(self.note, "run_id")
+        self.uri, self.run_id = recorded_address(folder, self.note, uri), identifier(self.note, "run_id")
         noted = text(self.note, "experiment") or "gsprune"
         self.experiment, self.moves = experiment or noted, experiment not in (None, noted)
         known = identifier(self.note, "parent_run_id")
@@ -258,8 +258,13 @@ def _read_note(folder: Path) -> dict[str, Any]:
     return read_object(path, most=MAX_BYTES) if path.resolve().is_relative_to(folder.resolve()) else {}
 
 
-def _address(folder: Path, note: dict[str, Any], given: str | None) -> str:
-    """Where to: as given, else as recorded. A password is never on record: the environment may have it."""
+def recorded_address(folder: Path, note: dict[str, Any], given: str | None) -> str:
+    """Where a run is tracked: as given, else as its record says.
+
+    Raises:
+        ValueError: the record names no address, or only part of one, or a server that MLflow would send the password of
+            the environment to: only a person may name that one.
+    """
     if given:
         return resolve_tracking_uri(given)
     noted, here = text(note, "tracking_uri"), os.environ.get("MLFLOW_TRACKING_URI")

@@ -31,9 +31,10 @@ from gsprune.settings.addresses import resolve_tracking_uri
 from gsprune.text.display import logger
 from gsprune.text.redact import redacted, redacted_data, redacted_message, redacted_texts
 from gsprune.tracking.drain import Deadlines, Drain
-from gsprune.tracking.mlflow_client import RECORD_TAG, DeletedError, RemoteRun, brief_error, import_client
+from gsprune.tracking.mlflow_client import RECORD_TAG, SWEEP_TAG, DeletedError, RemoteRun, brief_error, import_client
 from gsprune.tracking.mlflow_names import Names, flatten
 from gsprune.tracking.outbox import Log, Outbox, identifier, read_metrics, rewind
+from gsprune.tracking.views import Page, run_page, sweep_page
 
 if TYPE_CHECKING:
     import numpy as np
@@ -246,6 +247,7 @@ class MLflowTracker(Tracker):
         self._outbox = Outbox(self.output_dir, write=self._locally)
         self._deadlines = Deadlines(self.tracking_uri, timeout_s)
         self._lock = Lock(self.output_dir / TRACKING_LOCK)
+        self._is_sweep = False
 
     def start(
         self,
@@ -260,6 +262,7 @@ class MLflowTracker(Tracker):
             self._go_on()
         self._note("RUNNING")
         params = {self._names[key]: value for key, value in flatten(redacted_data(config)).items()}
+        self._is_sweep = SWEEP_TAG in tags
         tags = {**_origin(), **tags, RECORD_TAG: str(self._identity["record"])}
         began = min(self._outbox.times("start"), default=_now_ms())
         self._add("start", params=params, tags=tags, time_ms=began)
@@ -273,7 +276,7 @@ class MLflowTracker(Tracker):
 
     def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
         row = self._record_metrics(values, step)
-        named = {self._names[name]: value for name, value in row.items() if name not in ("step", "time")}
+        named = {self._names[name]: _rounded(value) for name, value in row.items() if name not in ("step", "time")}
         self._log("metrics", values=named, step=step, time_ms=round(row["time"] * 1000))
 
     def log_artifact(self, path: str | os.PathLike[str], *, folder: str | None = None) -> None:
@@ -339,6 +342,12 @@ class MLflowTracker(Tracker):
         self._deadlines.close()
 
     @property
+    def page(self) -> Page:
+        """The page of this run in MLflow; of a sweep the page of its jobs."""
+        note = {"tracking_uri": self.tracking_uri, "experiment_id": self._run.experiment_id, "run_id": self.run_id}
+        return sweep_page(note) if self._is_sweep else run_page(note)
+
+    @property
     def unsent(self) -> bool:
         """Whether MLflow lacks something, of this process or one before it, that `gsprune sync` can send."""
         return self.stopped is not None or self._outbox.lacking
@@ -399,6 +408,7 @@ class MLflowTracker(Tracker):
         note = {
             "tracking_uri": redacted(self.tracking_uri),
             "experiment": self.experiment,
+            "experiment_id": self._run.experiment_id or None,
             "run_id": self._run.run_id or self._continued,
             "status": status,
             "stopped": self.stopped,
@@ -406,6 +416,15 @@ class MLflowTracker(Tracker):
         }
         path = self.output_dir / TRACKING
         self._locally(path, lambda: write_json(path, note))
+
+
+def _rounded(value: Any) -> Any:
+    """A number as a table shows it: six digits; metrics.jsonl has all.
+
+    >>> _rounded(0.9916666746139526), _rounded(93546), _rounded("NaN")
+    (0.991667, 93546, 'NaN')
+    """
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _now_ms() -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gsprune.plots.sweep_figures import STYLES, Line, Mark, Panel, draw_heatmap, draw_panels
+from gsprune.plots.sweep_figures import STYLES, Line, Mark, Panel, draw_panels
 
 
 def picture(data: bytes) -> np.ndarray:
@@ -48,18 +48,3 @@ def test_more_variants_than_styles_are_grey_and_named_together() -> None:
 @pytest.mark.parametrize("count_of_panels", [1, 2, 3])
 def test_nothing_to_draw_is_said_not_a_fault(count_of_panels: int) -> None:
     assert picture(draw_panels([panel()] * count_of_panels)).shape[1] == 1430
-
-
-def test_a_heatmap_is_darker_where_more_is_pruned_and_white_where_there_is_no_layer() -> None:
-    png, hidden = draw_heatmap({"run": {"a": 0.0, "b": 1.0}, "other": {"c": 0.5}})
-    pixels = picture(png)
-    assert hidden == 0
-    assert count(pixels, "#fff7ec") > 500
-    assert count(pixels, "#5b0a0a") > 500
-
-
-def test_a_heatmap_of_many_layers_and_runs_stays_of_a_readable_size() -> None:
-    layers = {f"encoder.layers.{index}.attention.output.dense.weight": 0.5 for index in range(90)}
-    png, hidden = draw_heatmap({f"80 %, run {i}": layers for i in range(20)})
-    height, width, _ = picture(png).shape
-    assert (height < 1200, width < 2400, hidden) == (True, True, 30)

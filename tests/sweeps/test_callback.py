@@ -99,10 +99,10 @@ def test_a_failed_job_leaves_a_closed_parent_and_a_report_in_any_application(tmp
     failed = json.loads((tmp_path / "s" / "1" / "result.json").read_text())
     told = {"status": "failed", "error": "RuntimeError: three is too much", "overrides": ["+x=3"]}
     assert failed == {**told, "recorded_by": "gsprune.sweeps.callback"}
-    for name in ("report.html", "summary.csv", "pareto.png"):
+    for name in ("report.html", "summary.csv", "pareto.svg"):
         assert (tmp_path / "s" / name).stat().st_size > 0
     artifacts = {path.name for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file()}
-    assert {"report.html", "summary.csv", "pareto.png"} <= artifacts
+    assert {"report.html", "summary.csv", "pareto.svg"} <= artifacts
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_a_foreign_folder_among_jobs_is_named_by_itself(tmp_path: Path) -> None:
 def test_what_is_nobodys_business_is_left_out_in_silence(tmp_path: Path) -> None:
     for name in (".gsprune/0", "dense_cache/abc", "mlartifacts/run/artifacts", "mlruns/1"):
         job(tmp_path / name)
-    for name in ("report.html", "summary.csv", "pareto.png", "sweep.json", "multirun.yaml"):
+    for name in ("report.html", "summary.csv", "pareto.svg", "sweep.json", "multirun.yaml"):
         (tmp_path / name).write_text("")
     job(tmp_path / "3", status="skipped", same_as="0")
     (tmp_path / "link").symlink_to(tmp_path / ".gsprune", target_is_directory=True)

@@ -14,9 +14,7 @@ from gsprune.sweeps.variants import (
     Point,
     Stat,
     chosen_by,
-    control_levels,
     controls,
-    dense_levels,
     equal_merged,
     once_each,
     pareto_front,
@@ -160,17 +158,16 @@ def test_an_equal_job_is_counted_once() -> None:
     }
 
 
-def test_dense_networks_stand_apart_when_they_are_few_and_differ() -> None:
+def test_dense_networks_of_different_settings_stand_apart() -> None:
     jobs = [
         job(str(i), f"model={m}", f"pruner={p}", f"seed={s}", baseline_accuracy=b + s / 100)
         for i, (m, b, p, s) in enumerate(
             (m, b, p, s) for m, b in (("big", 0.9), ("small", 0.8)) for p in "ab" for s in (0, 1)
         )
     ]
-    assert dense_levels(jobs, swept(jobs)) == {"dense network, small": 0.805, "dense network, big": 0.905}
-    assert dense_levels(jobs[:4], swept(jobs[:4])) == {"dense network": 0.905}
-    assert dense_levels(jobs, swept(jobs), most=1) == {"lowest dense network": 0.805, "highest dense network": 0.905}
-    assert dense_levels([job("0")], {}) == {}
+    found = {name: [j.name for j in group] for name, group in unpruned(jobs, swept(jobs)).items()}
+    assert found == {"big": ["0", "1"], "small": ["4", "5"]}  # one job for each network
+    assert list(unpruned(jobs[:4], swept(jobs[:4]))) == [""]
 
 
 # --- what is chosen, and by what ---------------------------------------------------------------------------
@@ -195,8 +192,6 @@ def test_unlike_splits_are_not_compared() -> None:
     new = job("0", val_accuracy=0.9, accuracy=0.8, baseline_val_accuracy=0.95, baseline_accuracy=0.85)
     old = job("1", accuracy=0.7)
     assert (chosen_by([new]), chosen_by([new, old])) == ("val_accuracy", "accuracy")
-    assert dense_levels([new], {}) == {"dense network": 0.95}
-    assert dense_levels([new, old], {}) == {"dense network": 0.85}
     assert [p.choice.mean for p in points([new, old], {"0": "a", "1": "b"})] == [0.8, 0.7]
 
 
@@ -259,7 +254,6 @@ def test_a_control_that_was_run_for_each_sparsity_counts_once_a_seed() -> None:
         for target in (0.5, 0.9)
     ]
     assert [found.name for found in unpruned(jobs, swept(jobs))[""]] == ["00.5", "10.5"]
-    assert control_levels(jobs, swept(jobs)) == {"control, pruner=none": pytest.approx(0.91)}
 
 
 # --- unlike and equal things -------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from gsprune.surgery.cut_plan import CutPlan
 from gsprune.text.display import logger
 from gsprune.text.redact import last_line
 from gsprune.tracking.tracker import read_metrics
+from gsprune.tracking.views import FINAL_MASKS, run_color
 from gsprune.training.checkpoints import Checkpoints
 from gsprune.training.signals import Interrupted
 
@@ -79,6 +80,8 @@ def _start_tracker(job: Context, history: History | None) -> None:
         more["run_id"] = run_id
     job.tracker = build(job.cfg.tracking, output_dir=str(job.folder), run_name=name, **more)
     tags = {"config_hash": job.result["config_hash"], **hydra_tags()}
+    if pruner := job.result["choices"].get("pruner"):
+        tags["mlflow.runColor"] = run_color(pruner)
     rows = {} if history is None else {"rows": history.rows}  # a tracker of a user's own may start anew only
     job.tracker.start(config=recorded(job.cfg), tags=tags, **rows)
     # The name of an option is what a person compares by; in the configuration it is spread over many values.
@@ -152,11 +155,11 @@ def finish(job: Context, history: History) -> dict[str, Any]:
         _track_numbers(job, history)
     job.write_result("finished")  # from here on the job is not run again, so all else is on disk
     with job.watch.part("tracking"):
-        _track_files(job)
+        _track_files(job, history)
     job.write_result("finished")  # again, with the seconds that tracking took
     job.progress.close()
-    uri, unsent = (getattr(job.tracker, name, None) for name in ("tracking_uri", "unsent"))
-    print_summary(job.result, job.folder, tracking_uri=uri, unsent=bool(unsent))
+    uri, unsent, page = (getattr(job.tracker, name, None) for name in ("tracking_uri", "unsent", "page"))
+    print_summary(job.result, job.folder, tracking_uri=uri, unsent=bool(unsent), page=page)
     return job.result
 
 
@@ -170,7 +173,9 @@ def _track_numbers(job: Context, history: History) -> None:
         job.tracker.log_params({"sparsity_of": job.result["sparsity_of"]})
 
 
-def _track_files(job: Context) -> None:
+def _track_files(job: Context, history: History) -> None:
+    if history.picture is not None:
+        job.tracker.log_image(history.picture, key=FINAL_MASKS, step=0)
     for name in ("result.json", "masks.safetensors", WEIGHTS, "pruning.json"):
         job.track_file(name)
     for path in sorted((job.folder / "figures").glob("*.png")):

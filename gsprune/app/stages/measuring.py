@@ -27,6 +27,7 @@ def measure(job: Context, setup: Setup, history: History, dense: Dense, pruner: 
             "accuracy": test["accuracy"],
             "loss": test["loss"],
             "val_accuracy": val["accuracy"],  # of the final network: that of the last epoch may be of an older one
+            "val_samples": len(getattr(setup.data.val, "dataset", ())) or None,
             "sparsity": pruner.sparsity,
             "sparsity_of": counts(pruner),
             "layers": {name: [share.pruned, share.total] for name, share in pruner.shares().items()},
