@@ -461,6 +461,7 @@ class FakeRun:
     """Stands in for `RemoteRun`: answers until `dies_at`, then does what `fault` does."""
 
     run_id: str | None = None
+    experiment_id = "1"
     created = False
 
     def __init__(self, dies_at: int, fault: Any) -> None:
