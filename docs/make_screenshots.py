@@ -9,7 +9,7 @@ Needs Chromium and its driver (Debian: `apt-get install chromium chromium-driver
 on the loopback address, on a free port. Writes into the output folder (default: this one)
 
     mlflow_runs.png       the run table of the experiment, with the sweep's jobs under their parent
-    mlflow_compare.png    all jobs of the experiment in parallel coordinates
+    mlflow_compare.png    all jobs of the experiment: validation accuracy against parameters
     mlflow_masks.png      the masks of one job
 
 The sweep of its own is stored through the server, so that no path of this machine is in the pictures. It was written
@@ -153,7 +153,7 @@ def take_runs(page: Page, sweep: SweepRuns) -> None:
 
 
 def take_compare(page: Page, sweep: SweepRuns) -> None:
-    """All jobs in parallel coordinates: the first chart of the view "Jobs, best validation accuracy first".
+    """All jobs, accuracy against parameters: the first chart of the view "Jobs, best validation accuracy first".
 
     An experiment without that view has its runs compared on the page behind the button "Compare".
     """
@@ -166,7 +166,7 @@ def take_compare(page: Page, sweep: SweepRuns) -> None:
     page.open_view(sweep, "best", mode="CHART")
     page.find("the jobs' colours", "[data-testid='experiment-view-table-run-color']")
     page.click("the first chart's full-screen button", "[data-component-id='fullscreen_button_chartcard']")
-    page.find("the chart's lines", "[role=dialog] svg path, [role=dialog] canvas")
+    page.find("the chart's points", "[role=dialog] svg path, [role=dialog] canvas")
 
 
 def take_masks(page: Page, sweep: SweepRuns) -> None:

@@ -128,7 +128,8 @@ def _uuid(name: str) -> tuple[str, str]:
 def _section(uuid: str, name: str, is_open: bool) -> dict[str, Any]:
     own = name == "Sweep"
     place = {"uuid": uuid, "name": name, "display": is_open, "isReordered": True}
-    return {**place, "deleted": False, "isGenerated": not own}
+    wide = {"columns": 2, "cardHeight": 360} if own else {}
+    return {**place, "deleted": False, "isGenerated": not own, **wide}
 
 
 def _chart(kind: str, **settings: Any) -> dict[str, Any]:
