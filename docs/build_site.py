@@ -51,6 +51,7 @@ SETTINGS = {
     "myst_heading_anchors": 4,
     "html_copy_source": False,
     "html_show_sphinx": False,
+    "smartquotes": False,
     "html_show_copyright": False,
 }
 SECTIONS = {"Args", "Attributes", "Example", "Examples", "Raises", "Returns", "Source", "Yields"}
@@ -169,12 +170,13 @@ def _file(name: str) -> str:
     rows, above = [], list[tuple[int, str]]()
     for line in lines:
         found = re.match(r"^( *)([\w/.]+):(?: +(.*?))?(?: +# (.*))?$", line)
-        if not found or found[2] in ("defaults", "hydra"):
+        if not found:
             continue
         above = [part for part in above if part[0] < len(found[1])]
         key = ".".join([*(part[1] for part in above), found[2]])
         above.append((len(found[1]), found[2]))
-        if found[3] and not found[3].startswith("#") and not found[2].startswith("_"):
+        hidden = above[0][1] in ("defaults", "hydra") or found[2].startswith("_")
+        if found[3] and not found[3].startswith("#") and not hidden:
             rows.append((key, found[3], found[4] or ""))
     head = [f"### `{name}`", "", about.replace("<", "&lt;"), ""]
     return "\n".join([*head, *_table(("Key", "Default", "Means"), rows)]) + "\n"
@@ -201,7 +203,7 @@ def _schema(name: str) -> str:
         if not field.name.startswith("_"):
             made_default = field.default_factory() if callable(field.default_factory) else field.default
             default = (
-                "see below"
+                "null"
                 if dataclasses.is_dataclass(made_default)
                 else "null"
                 if made_default is None
@@ -214,7 +216,10 @@ def _schema(name: str) -> str:
 def _table(heads: tuple[str, ...], rows: list[tuple[str, str, str]]) -> list[str]:
     if not rows:
         return []
-    cells = [[f"`{key}`", f"`{default}`".replace("|", "\\|"), text.replace("|", "\\|")] for key, default, text in rows]
+    cells = [
+        [f"`{key}`", f"`{default}`".replace("|", "\\|"), text.replace("|", "\\|").replace("<", "&lt;")]
+        for key, default, text in rows
+    ]
     return [f"| {' | '.join(row)} |" for row in (list(heads), ["---"] * len(heads), *cells)] + [""]
 
 

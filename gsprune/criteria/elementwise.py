@@ -12,7 +12,7 @@ class Elementwise(Criterion):
     """First-order loss change of zeroing each weight: s = abs(w * g).
 
     Args:
-        decay: d in (0, 1] of S <- d * S + s. 0.9 keeps about the last ten steps, 1.0 is the ancestor's plain sum.
+        decay: d in (0, 1] of S <- d * S + s. 0.9 keeps about the last ten steps, 1.0 is a plain sum.
 
     Source: Mozer and Smolensky, "Skeletonization", 1989; accumulated over steps as in Intel Neural Compressor.
 

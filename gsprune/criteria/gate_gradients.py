@@ -26,7 +26,7 @@ class Abs(GateGradient):
     """Gradient of a gate on unit u's output: s_u = abs(sum over consumers of w[:, u] * g[:, u]).
 
     Args:
-        decay: d in (0, 1] of S <- d * S + s; 1 is the ancestor's plain sum.
+        decay: d in (0, 1] of S <- d * S + s; 1 is a plain sum.
         normalize: divide each structure's scores by their mean before several structures are ranked together, which
             None does too.
 
@@ -60,7 +60,7 @@ class Weighted(GateGradient):
     this equals `Abs`; without, it sees the activation's slope, which `Abs` does not.
 
     Args:
-        decay: d in (0, 1] of S <- d * S + s; 1 is the ancestor's plain sum.
+        decay: d in (0, 1] of S <- d * S + s; 1 is a plain sum.
         normalize: divide each structure's scores by their mean before several structures are ranked together, which
             None does too.
 
