@@ -27,7 +27,7 @@ from gsprune.discovery.heads import called_heads, heads_of, packed_heads
 from gsprune.discovery.observe import check_static, observe
 from gsprune.discovery.trace import CONV1D, Trace, Unprunable, trace_graph
 from gsprune.structures.example import Example, map_tensors, plain
-from gsprune.structures.matrices import is_conv1d
+from gsprune.structures.matrices import heaviest_first, is_conv1d
 from gsprune.structures.running import same_randomness, wake
 from gsprune.structures.structure import Found, Structure
 from gsprune.structures.twin import to_precision, twin_of
@@ -65,6 +65,7 @@ def find_structures(
         twin, args = to_precision(twin, torch.float64), map_tensors(lambda t: plain(t, torch.float64), args)
         proven, unfit = _prove(twin, args, traced)
     skipped |= unfit
+    skipped = skipped if proven else heaviest_first(model, skipped)  # the first reason is told
     if traced and not proven and tuple(include) == ("*",):
         return Found((), (), skipped)
     return only(Found(tuple(proven), (), skipped), tuple(include), tuple(exclude))

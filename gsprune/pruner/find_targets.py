@@ -13,7 +13,7 @@ from gsprune.pruner.units import UnitTarget, UnitTargets
 from gsprune.pruner.weights import WeightTarget, WeightTargets
 from gsprune.ranking.patterns import Pattern, Tile
 from gsprune.ranking.selection import PRUNED
-from gsprune.structures.matrices import Matrix, find_matrices, is_sharded
+from gsprune.structures.matrices import Matrix, find_matrices, heaviest_first, is_sharded
 from gsprune.structures.structure import INNER
 from gsprune.text.names import choose, lines_by_reason
 
@@ -56,7 +56,7 @@ def unit_targets(
     if not structures and not skipped:
         raise ValueError(f"{name} has no linear or convolution layers whose units could be pruned")
     if not structures and not offered.left_out:
-        reasons = "; ".join(lines_by_reason(_heaviest_first(model, skipped))[:3])
+        reasons = "; ".join(lines_by_reason(heaviest_first(model, skipped))[:3])
         raise ValueError(f"no units of {name} can be pruned ({reasons})")
     here = {structure.kind for structure in structures}
     usual = [kind for kind in INNER if kind in here]
@@ -71,21 +71,6 @@ def unit_targets(
     chosen = [structure for structure in structures if structure.kind in wanted]
     left_out = [*offered.left_out, *(structure for structure in structures if structure.kind not in wanted)]
     return UnitTargets([UnitTarget(structure, model) for structure in chosen]), skipped, left_out
-
-
-def _heaviest_first(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, str]:
-    """The same, the reason of most parameters first.
-
-    >>> net = nn.ModuleDict({"head": nn.Linear(2, 3), "h": nn.Linear(8, 8)})
-    >>> [*_heaviest_first(net, {"head": "it is the output", "h": "it is odd"})]
-    ['h', 'head']
-    """
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    heavy: dict[str, int] = {}
-    for name, why in skipped.items():
-        mine = sum(size for other, size in sizes.items() if other == name or other.startswith(f"{name}."))
-        heavy[why] = heavy.get(why, 0) + mine
-    return dict(sorted(skipped.items(), key=lambda item: -heavy[item[1]]))
 
 
 def _refuse_parameters(model: nn.Module) -> None:

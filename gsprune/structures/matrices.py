@@ -125,6 +125,21 @@ def warn_of_little(
     warnings.warn(f"{text}{told}{more}".replace("%", " %"), stacklevel=stacklevel + 1)
 
 
+def heaviest_first(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, str]:
+    """The same, the reason of most parameters first.
+
+    >>> net = nn.ModuleDict({"head": nn.Linear(2, 3), "h": nn.Linear(8, 8)})
+    >>> [*heaviest_first(net, {"head": "it is the output", "h": "it is odd"})]
+    ['h', 'head']
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    heavy: dict[str, int] = {}
+    for name, why in skipped.items():
+        mine = sum(size for other, size in sizes.items() if other == name or other.startswith(f"{name}."))
+        heavy[why] = heavy.get(why, 0) + mine
+    return dict(sorted(skipped.items(), key=lambda item: -heavy[item[1]]))
+
+
 def is_sharded(weight: Tensor) -> bool:
     """Whether other processes have parts of it (a `DTensor`, as `fully_shard` makes them)."""
     return hasattr(weight, "placements")
