@@ -109,6 +109,8 @@ class RemoteRun:
         elif found is not None:  # it was attached here: a run goes on
             self._client.update_run(self.run_id, status="RUNNING", name=self._name)
             self.status = "RUNNING"
+        if SWEEP_TAG in tags and self.run_id is not None:
+            self._offer_views({sweep_key(self.run_id): sweep_view(self.run_id)})
         self.params(params=params)
         self.tags(tags=tags)
 
@@ -118,8 +120,6 @@ class RemoteRun:
         self.run_id, self.began, self._tags, self.created = run.info.run_id, time_ms, first, True
         self.status = "RUNNING"
         self.counts["run"] += 1
-        if SWEEP_TAG in tags:
-            self._offer_views({sweep_key(run.info.run_id): sweep_view(run.info.run_id)})
 
     def _offer_views(self, views: Mapping[str, str]) -> None:
         """Add views to the experiment; one that may not be changed does without."""

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gsprune.sweeps import callback as callback_
 from gsprune.sweeps import sweep_dir
 from gsprune.sweeps.callback import SweepCallback
 from gsprune.sweeps.sweep_dir import Sweep
+from gsprune.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[2]
 # Another Hydra application: it knows nothing of the sweep but the name of the callback.
@@ -253,6 +255,48 @@ def test_the_end_of_a_sweep_is_told_by_its_jobs(
     told = capsys.readouterr().err
     assert told == ("1 of 3 failed: 1: \n" if "failed" in jobs else "")
     assert not Sweep(tmp_path).is_open()
+
+
+def test_the_parent_run_carries_the_values_of_the_network_that_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By which sweeps can be sorted; and the last lines begin with the verdict."""
+    for number, (pruner, seed, accuracy) in enumerate(
+        (p, s, a) for p, a in (("none", 0.9), ("abs", 0.89)) for s in "01"
+    ):
+        told = {"status": "finished", "accuracy": accuracy - 0.1, "val_accuracy": accuracy, "params_dense": 100}
+        told |= {"params": 100 if pruner == "none" else 20, "overrides": [f"pruner={pruner}", f"seed={seed}"]}
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "result.json").write_text(json.dumps(told))
+    told = {}
+
+    class Parent(Tracker):
+        def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
+            told.update(values)
+
+        def log_tags(self, tags: Mapping[str, str]) -> None:
+            told.update(tags)
+
+    opened = callback_._OpenSweep(Sweep(tmp_path), report=True, terms={"max_drop": 2.0, "by": "params"}, jobs=4)
+    assert opened.lock.acquire()
+    opened._record, opened._tracker = {"command": "python train.py", "report": opened.terms}, Parent(tmp_path / "t")
+    opened.close("finished")
+    assert {key: told[key] for key in ("val_accuracy", "accuracy", "params", "jobs/finished")} == {
+        "val_accuracy": 0.89, "accuracy": pytest.approx(0.79), "params": 20, "jobs/finished": 4,
+    }  # fmt: skip
+    verdict = "Provisionally, take abs: 5.0x fewer parameters, 1.0 points below the control (2 seeds); nothing smaller"
+    assert told["sweep.verdict"].startswith(verdict)
+    assert told["mlflow.note.content"].startswith(f"`{verdict}")
+    first = next(line for line in capsys.readouterr().out.splitlines() if line)
+    assert first.startswith(verdict)
+
+
+def test_terms_of_the_report_are_checked_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for setting, value in (("max_drop", -1), ("max_drop", "much"), ("by", "size")):
+        callback = SweepCallback(**{setting: value})  # type: ignore[arg-type]
+        with pytest.raises(SystemExit):
+            callback.on_multirun_start(composed())
+        assert f"report.{setting}={value} is not allowed" in capsys.readouterr().err
 
 
 def test_what_the_callback_recorded_of_a_failure_goes_when_the_job_is_tried_again(tmp_path: Path) -> None:

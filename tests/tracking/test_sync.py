@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,28 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     for module in (room, tracker_):
         monkeypatch.setattr(module, "import_client", lambda timeout_s: None)
     return made
+
+
+def test_a_sweep_leaves_a_view_of_its_jobs_and_an_older_experiment_gets_the_views_it_lacks(
+    memory: Memory, tmp_path: Path
+) -> None:
+    other = {"mlflow.sharedViewState.gsprune-best": "changed by its user"}
+    memory.experiments["gsprune"] = SimpleNamespace(experiment_id="7", lifecycle_stage="active", tags=other)
+    tracker = MLflowTracker(tmp_path / "out", tracking_uri=DOWN)
+    tracker.start(config=CONFIG, tags={"sweep.directory": "/sweeps/a"})
+    tracker.log_metrics({"val_accuracy": 0.9916666746139526, "params": 93546}, step=0)
+    tracker.finish("FINISHED")
+    (run_id,) = memory.runs
+    route = f"/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=sweep-{run_id[:12]}"
+    assert tracker.page.address == f"{DOWN}{route}"
+    view = json.loads(other[f"mlflow.sharedViewState.sweep-{run_id[:12]}"])
+    assert view["searchFilter"] == f"tags.mlflow.parentRunId = '{run_id}'"
+    assert other["mlflow.sharedViewState.gsprune-best"] == "changed by its user"
+    assert "mlflow.sharedViewState.gsprune-sweeps" in other
+    sent = {metric.key: metric.value for metric in memory.runs[run_id].metrics}
+    assert sent == {"val_accuracy": 0.991667, "params": 93546}
+    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text())["val_accuracy"] == 0.9916666746139526
+    assert json.loads((tmp_path / "out" / "tracking.json").read_text())["experiment_id"] == "7"
 
 
 def counted(sent: room.Sent) -> dict[str, int]:
