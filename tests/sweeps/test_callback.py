@@ -303,7 +303,7 @@ def test_what_the_callback_recorded_of_a_failure_goes_when_the_job_is_tried_agai
     config = composed("hydra.mode=MULTIRUN")
     OmegaConf.set_readonly(config, False)
     config.hydra.runtime.output_dir = str(tmp_path)
-    config.hydra.overrides.task = ["seed=1"]
+    config.hydra.overrides.task, config.hydra.job.num = ["seed=1"], 0
     failed = JobReturn(status=JobStatus.FAILED, _return_value=RuntimeError("the disk\nis full"))
     SweepCallback().on_job_end(config, failed)
     result = json.loads((tmp_path / "result.json").read_text())
