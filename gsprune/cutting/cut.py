@@ -50,7 +50,7 @@ from gsprune.repair.least_squares import least_squares
 from gsprune.repair.shared import SharedMoments
 from gsprune.schedules import OneShot
 from gsprune.structures.running import to_device_of
-from gsprune.structures.structure import Found, Structure
+from gsprune.structures.structure import Found, Structure, called
 from gsprune.structures.twin import copy_of, refuse_wrapped
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import CutPlan, plan_cut
@@ -130,7 +130,7 @@ class Cut:
             kept[structure.kind] += int(self.keeps[structure.name].sum())
         rows = [
             ("parameters", _change(self.dense.params, self.small.params)),
-            ("kept", ", ".join(f"{kept[kind]:,} of {units[kind]:,} {kind}" for kind in units)),
+            ("kept", ", ".join(f"{kept[kind]:,} of {units[kind]:,} {called(kind, units[kind])}" for kind in units)),
         ]
         if self.dense.macs and self.small.macs:
             rows.insert(0, ("MACs", _change(self.dense.macs, self.small.macs)))

@@ -8,6 +8,7 @@ from typing import Any
 
 from gsprune.cost.budgets import KINDS
 from gsprune.forecast.rule_plan import Cost, Entry, RulePlan
+from gsprune.structures.structure import called
 from gsprune.text.display import percent
 from gsprune.text.names import alike, folded, lines_by_reason
 from gsprune.text.table import count, noun, table
@@ -156,7 +157,7 @@ def _coupled(entry: Entry) -> str:
 def _staying(group: Sequence[Entry]) -> str:
     first, many = group[0], f"{len(group)} x " if len(group) > 1 else ""
     stay = f"{first.least:,}" if first.kept is not None else f"{first.least:,} to {first.most:,}"
-    return f"{many}{stay} of {first.total:,} {first.kind}"
+    return f"{many}{stay} of {first.total:,} {called(first.kind, first.total)}"
 
 
 def _costs(group: Sequence[Entry]) -> tuple[str, str]:

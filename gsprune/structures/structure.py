@@ -123,12 +123,17 @@ class Found:
 
 
 def counted(units: int, kind: str) -> str:
-    """
+    """A number of units, for readers.
+
     >>> counted(12, "heads"), counted(8, "residual"), counted(1, "branches")
     ('12 heads', '8 residual positions', '1 branch')
     """
-    words = {"residual": "residual positions", "branches": "branch" if units == 1 else "branches"}
-    return f"{units} {words.get(kind, kind)}"
+    return f"{units} {called(kind, units)}"
+
+
+def called(kind: str, units: int) -> str:
+    """So many units of a kind without the number."""
+    return {"residual": "residual positions", "branches": "branch" if units == 1 else "branches"}.get(kind, kind)
 
 
 def _few(lines: list[str], count: int = 8) -> list[str]:
