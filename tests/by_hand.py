@@ -371,3 +371,23 @@ def in_llama(model: nn.Module) -> list[Structure]:
             norms=[(f"{name}.weight", 0) for name in norms],
         )
     ]
+
+
+class Cell(nn.Module):
+    """A recurrent cell that is called at each step, over a line of five numbers."""
+
+    def __init__(self, make: type[nn.RNNCellBase] = nn.GRUCell) -> None:
+        super().__init__()
+        self.cell, self.out = make(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return self.out(state[0] if isinstance(state, tuple) else state)  # type: ignore[no-any-return]
+
+
+def in_cell(model: nn.Module) -> list[Structure]:
+    rows: Side = [(f"cell.{part}", 0, "turns") for part in _PARTS]
+    read: Side = [("cell.weight_hh", 1), ("out.weight", 1)]
+    return [structure(model, "cell", "neurons", model.cell.hidden_size, producers=rows, consumers=read)]

@@ -358,17 +358,20 @@ def _budget_notes(budget: Budget, scope: str) -> Iterable[str]:
 
 def _notes(part: Part, entries: Sequence[Entry], kept: int) -> Iterable[str]:
     total, things = sum(entry.total for entry in entries), "structures" if part.units else "tensors"
-    asked = sum(pruned_count(s.final, t.total) for s, t in zip(part.schedules, part.targets, strict=True))
+    asked = part.asked
     if total - kept < asked - max(1.0, 0.01 * asked):  # the warning that the pruner would give in the end
         yield (
             f"{1 - kept / total:.1%} instead of {part.target_sparsity or 0:.1%} will be reached: "
             f"{floor_text(part.rule.min_kept, part.min_share)} in each of {len(entries)} {things} allows no more."
         ).replace("%", " %")
     if any(entry.kept is None for entry in entries):
-        units, ranked = ("units", _TOGETHER[part.rule.ranking]) if part.units else ("weights", "The tensors")
+        local = part.rule.ranking == "local"  # where branches alone are ranked together
+        together = "Branches" if local else _TOGETHER[part.rule.ranking]
+        units, ranked = ("units", together) if part.units else ("weights", "The tensors")
+        own = "" if local else " scope=local gives each its own share."
         yield (
             f"{ranked} are ranked together: the scores will say where the {kept:,} {units} that stay are, so there are "
-            f"only bounds for each. scope=local gives each its own share."
+            f"only bounds for each.{own}"
         )
     if not part.units and part.coverage < 1:
         yield (f"The tensors hold {percent(part.coverage)} of the model's matrix weights: sparsity is that of them.")

@@ -140,6 +140,14 @@ class Part:
         return type(self.criterion).__name__
 
     @property
+    def asked(self) -> int:
+        """How many weights or units are to go in the end, each target by itself; of branches, all of them together."""
+        pairs = [*zip(self.schedules, self.targets, strict=True)]
+        branches = [schedule for schedule, target in pairs if target.of == "branches"]
+        together = pruned_count(branches[0].final, len(branches)) if branches else 0
+        return together + sum(pruned_count(s.final, t.total) for s, t in pairs if t.of != "branches")
+
+    @property
     def finished(self) -> bool:
         """Whether the mask is final."""
         return all(now >= s.final for now, s in zip(self._applied, self.schedules, strict=True))
@@ -350,10 +358,7 @@ class Part:
             if missed := self.budget.missed([target.keep.cpu() for target in self.targets]):
                 warnings.warn(missed, stacklevel=4)
             return
-        pairs = [*zip(self.schedules, self.targets, strict=True)]
-        asked = sum(pruned_count(s.final, t.total) for s, t in pairs if t.of != "branches")
-        if branches := [s for s, t in pairs if t.of == "branches"]:  # which are ranked together
-            asked += pruned_count(branches[0].final, len(branches))
+        asked = self.asked
         reached, slack = sum(target.pruned for target in self.targets), max(1.0, 0.01 * asked)
         if reached < asked - slack:
             warnings.warn(

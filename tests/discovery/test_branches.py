@@ -16,6 +16,7 @@ import gsprune
 from gsprune import Pruner, Rule
 from gsprune.criteria import Abs, Fisher, Magnitude
 from gsprune.discovery.branches import find_branches
+from gsprune.forecast.predict import plan
 from gsprune.schedules import OneShot
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import plan_cut
@@ -195,3 +196,12 @@ def test_single_weights_of_a_branch_that_goes_count_as_pruned() -> None:
     assert sum(isinstance(m, NoBranch) for m in model.modules()) >= 4
     assert pruner.sparsity == pytest.approx(0.8, abs=0.01)
     torch.testing.assert_close(model(x), before)
+
+
+def test_a_forecast_has_bounds_for_branches_and_the_sum() -> None:
+    model, x = nets.ViT(), nets.images()
+    pruner = Pruner(model, Abs(), kinds=["branches"], target_sparsity=0.5, schedule=OneShot(), example_input=x)
+    (rule,) = plan(model, pruner, x).rules
+    assert [(entry.least, entry.most) for entry in rule.entries] == [(0, 1)] * 4
+    assert rule.kept == 2
+    assert "1 branch" in str(plan(model, pruner, x))

@@ -54,6 +54,8 @@ class TestLayouts(NetworkTester):
         ),
         "gru": by(lambda: by_hand.Recurrent(nn.GRU), by_hand.in_recurrent, THREE),
         "rnn": by(lambda: by_hand.Recurrent(nn.RNN), by_hand.in_recurrent, THREE),
+        "gru cell": by(by_hand.Cell, by_hand.in_cell, THREE, again=True),
+        "lstm cell": by(lambda: by_hand.Cell(nn.LSTMCell), by_hand.in_cell, THREE),
     }
 
 
