@@ -334,9 +334,8 @@ def summary_table(result: Mapping[str, Any]) -> list[str]:
     for label, key in (("validation accuracy", "val_accuracy"), ("test accuracy", "accuracy")):
         dense, pruned = result[f"baseline_{key}"], result[key]
         rows.append((label, _accuracy(dense), _accuracy(pruned), f"{100 * (pruned - dense):+.2f} points"))
-    if not _is_control(result):
-        of = f" of {result['sparsity_of']}" if result["sparsity_of"] else ""
-        rows.append((f"sparsity{of}", percent(0), percent(result["sparsity"]), ""))
+    if result["sparsity_of"]:  # a control prunes nothing
+        rows.append((f"sparsity of {result['sparsity_of']}", percent(0), percent(result["sparsity"]), ""))
         if coverage := result.get("coverage"):
             rows.append(("matrix weights in reach", "", percent(coverage), ""))
     return table(("", "dense", now, f"dense / {now}"), [*rows, *_cost_rows(result)], width=terminal_width())
