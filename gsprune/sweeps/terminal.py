@@ -60,7 +60,7 @@ def summary(verdicts: Sequence[str], points: Sequence[Point], *, width: int) -> 
     if not points:
         return lines
     by = "validation" if points[0].by == VALIDATION else "test"
-    head = ("network", "jobs", by, "difference", "sparsity", "parameters", "MACs", "faster")
+    head = ("network", "jobs", by, "test difference", "sparsity", "parameters", "MACs", "faster")
     ordered = sorted(points, key=lambda point: (natural(point.variant), point.target_sparsity or 0))
     rows = [_row(point) for point in ordered[:MOST]]
     used = [i for i, _ in enumerate(head) if i < 3 or any(row[i] for row in rows)]
