@@ -1,6 +1,6 @@
 """The packages that come with an extra, as in `pip install 'gsprune[app]'`, imported where they are used.
 
-The library itself takes torch, torch-pruning, safetensors and numpy; its Hydra groups take hydra-core and omegaconf.
+The library itself takes torch, safetensors and numpy; its Hydra groups take hydra-core and omegaconf.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def _missing(module: str) -> MissingExtraError:
 def distribution(module: str) -> str:
     """The name that pip knows a module by.
 
-    >>> distribution("sklearn.tree"), distribution("hydra_plugins.hydra_joblib_launcher"), distribution("torch_pruning")
-    ('scikit-learn', 'hydra-joblib-launcher', 'torch-pruning')
+    >>> distribution("sklearn.tree"), distribution("hydra_plugins.hydra_joblib_launcher"), distribution("torch")
+    ('scikit-learn', 'hydra-joblib-launcher', 'torch')
     """
-    names = {"sklearn": "scikit-learn", "hydra": "hydra-core", "torch_pruning": "torch-pruning"}
+    names = {"sklearn": "scikit-learn", "hydra": "hydra-core"}
     names["hydra_plugins"] = module.rpartition(".")[2].replace("_", "-")
     top = module.partition(".")[0]
     return names.get(top, top)

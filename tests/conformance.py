@@ -40,7 +40,6 @@ from gsprune.surgery.no_branch import inside
 from gsprune.surgery.shrink import mask_units, shrink
 
 OUTPUT = "feeds the model's output"
-NORM = "Norm, which mixes units"
 DEVICES = ["meta", *(["cuda"] if torch.cuda.is_available() else [])]
 TINY = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "torchvision", "torch_pruning", "mlflow", "matplotlib.figure", "sklearn.datasets", "hydra", "rich")
+HEAVY = ("torch", "torchvision", "mlflow", "matplotlib.figure", "sklearn.datasets", "hydra", "rich")
 
 
 class Forks:

@@ -33,7 +33,6 @@ import matplotlib.pyplot
 import PIL.Image
 import sklearn.datasets  # noqa: F401
 import torch._inductor  # noqa: F401  what torch.use_deterministic_algorithms imports
-import torch_pruning  # noqa: F401
 from jobs import configure
 from omegaconf import DictConfig
 from safetensors.torch import load_file

@@ -24,7 +24,7 @@ from gsprune.extras import EXTRAS, distribution, is_installed
 from gsprune.text.redact import redacted
 from gsprune.text.table import labelled, noun, size, terminal_width
 
-CORE = ("torch", "torch_pruning", "numpy", "safetensors", "hydra", "omegaconf")
+CORE = ("torch", "numpy", "safetensors", "hydra", "omegaconf")
 SECONDS = 3.0  # that a tracking server has to answer
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 FREE = 1_000_000_000  # bytes of room that a run should find

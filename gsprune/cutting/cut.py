@@ -427,7 +427,7 @@ class Cutter:
     ) -> None:
         check_model(model)
         from gsprune.discovery.branches import with_branches
-        from gsprune.discovery.find import find_structures  # heavy: imports torch-pruning
+        from gsprune.discovery.find import find_structures
 
         self._since = time.perf_counter()
         self.model, self.report = model, report

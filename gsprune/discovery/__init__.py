@@ -1,1 +1,1 @@
-"""Which structures a network has: traced, grouped, proven. The only package that imports torch-pruning."""
+"""Which structures a network has: labels on the tensors of one forward pass, classes of them, the proof."""

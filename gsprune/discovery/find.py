@@ -1,34 +1,22 @@
 """Find what can be removed: conv channels, hidden neurons, attention heads, and every tensor they live in.
 
-Coupled tensors come from torch-pruning's dependency graph (`trace`). Each of its groups becomes a `Structure`, or a
-line that says why it cannot be pruned (`groups`, `heads`). Attentions that the graph cannot follow are read off the
-calls of one forward pass (`observe`). What is found is then proven on a float64 copy.
+Labels on the tensors of one forward pass say which positions of which tensors belong together (`follow`, by the rules
+of `ops`). What is tied becomes units (`classes`), units in the same tensors a `Structure`, or a line that says why they
+stay (`units`). What is found is then proven on a float64 copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gsprune.discovery.groups import (
-    Group,
-    as_group,
-    check,
-    enough_units,
-    is_attention,
-    parts,
-    plain_structure,
-    raw_groups,
-    rename,
-)
-from gsprune.discovery.heads import called_heads, heads_of, packed_heads
-from gsprune.discovery.observe import check_static, observe
-from gsprune.discovery.trace import CONV1D, Trace, Unprunable, trace_graph
+from gsprune.discovery.follow import follow
+from gsprune.discovery.units import convert
 from gsprune.structures.example import Example, map_tensors, plain
-from gsprune.structures.matrices import heaviest_first, is_conv1d
-from gsprune.structures.running import same_randomness, wake
+from gsprune.structures.matrices import heaviest_first
+from gsprune.structures.running import called_modules, same_randomness, wake
 from gsprune.structures.structure import Found, Structure
 from gsprune.structures.twin import to_precision, twin_of
 from gsprune.surgery.proof import Masked, sift, unproven, wake_scales_
@@ -39,7 +27,7 @@ from gsprune.text.names import check_patterns, choose
 def find_structures(
     model: nn.Module, example_input: Example, *, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()
 ) -> Found:
-    """Find the channels, neurons and heads of `model` that can be removed exactly.
+    """Find the channels, neurons, heads and residual streams of `model` that can be removed exactly.
 
     A structure is offered only if zeroing its consumers' columns makes the unit contribute nothing; this is
     tested on the example input. `include` and `exclude` are `*` patterns for a structure's name or for the
@@ -61,7 +49,7 @@ def find_structures(
     check_patterns(include, exclude)
     twin, args = twin_of(model, example_input, torch.float32)  # half the time where values do not matter
     with same_randomness(twin), torch.enable_grad():
-        traced, skipped = _convert(_trace(twin, args))
+        traced, skipped = _trace(twin, args)
         twin, args = to_precision(twin, torch.float64), map_tensors(lambda t: plain(t, torch.float64), args)
         proven, unfit = _prove(twin, args, traced)
     skipped |= unfit
@@ -81,46 +69,29 @@ def only(found: Found, include: Sequence[str], exclude: Sequence[str]) -> Found:
     return Found(tuple(offered[name] for name in chosen), (*found.left_out, *left_out), found.skipped)
 
 
-def _trace(twin: nn.Module, args: Example) -> Trace:
-    observed = observe(twin, args)
-    if wake(twin, args, observed.calls):
-        observed = observe(twin, args)
-    check_static(observed, args)
-    return trace_graph(observed, args)
+def _trace(twin: nn.Module, args: Example) -> tuple[list[Structure], dict[str, str]]:
+    log, calls = follow(twin, args)
+    if wake(twin, args, calls):
+        log, calls = follow(twin, args)
+    _check_static(twin, args, calls)
+    return convert(twin, log)
 
 
-def _convert(trace: Trace) -> tuple[list[Structure], dict[str, str]]:
-    structures: list[Structure] = []
-    skipped: dict[str, str] = {}
-    groups = [part for raw in raw_groups(trace, skipped) for part in parts(as_group(trace, raw))]
-    for name, attention in trace.attentions.items():
-        try:
-            structures.append(packed_heads(trace, name) if attention is None else called_heads(trace, name, attention))
-        except Unprunable as reason:
-            skipped[name] = str(reason)
-    for group in sorted(groups, key=lambda g: trace.rank[g.name(g.producers()[0])]):
-        try:
-            structures.append(rename(_structure(group), {s.name for s in structures}))
-        except Unprunable as reason:
-            skipped[group.name(group.producers()[0])] = str(reason)
-    for module, name in trace.names.items():
-        if is_conv1d(module):
-            skipped[name] = f"it is {CONV1D}"
-        elif any(p.is_complex() for p in module.parameters(recurse=False)):
-            skipped[name or type(module).__name__] = "it has complex weights, which are not supported"
-        elif isinstance(module, nn.RNNBase):
-            kind = type(module).__name__
-            skipped[name or kind] = f"it is a recurrent layer ({kind}), whose units are not supported"
-    structures.sort(key=lambda s: trace.rank[s.modules()[0]])
-    return structures, skipped
+def _check_static(model: nn.Module, args: Example, calls: Mapping[nn.Module, int]) -> None:
+    """Raise for a model that calls other modules on another input than on the example: those ways are not seen."""
 
+    def other(value: Tensor) -> Tensor:
+        if not value.dim():
+            return value
+        return -1.5 * value if value.is_floating_point() else value.flip(-1)
 
-def _structure(group: Group) -> Structure:
-    for item in group.items:
-        check(group, item)
-    if not group.consumers():
-        raise Unprunable("it feeds the model's output")
-    return enough_units(heads_of(group) if is_attention(group) else plain_structure(group))
+    again = called_modules(model, map_tensors(other, args))
+    if again is None:
+        return
+    for name, module in model.named_modules():
+        if bool(again[module]) != bool(calls[module]):
+            kind = type(model).__name__
+            raise ValueError(f"{kind} cannot be traced: {name!r} is called for some inputs only (dynamic control flow)")
 
 
 # ---- the proof: zero columns -> the unit contributes nothing

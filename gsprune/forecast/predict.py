@@ -130,7 +130,8 @@ def _even(part: Part, targets: Sequence[UnitTarget], kept: int) -> list[int]:
 def _skipped_units(model: nn.Module, part: Part, targets: Sequence[UnitTarget]) -> dict[str, str]:
     """Every layer whose rows are not up for pruning, in the model's order."""
     chosen = {name for target in targets for name in target.structure.modules()}
-    by_name = {name: NAMED_HERE for structure in part.left_out for name in structure.modules() if name not in chosen}
+    left_out = {name for structure in part.left_out for name in structure.modules() if name}  # "" is the network itself
+    by_name = dict.fromkeys(left_out - chosen, NAMED_HERE)
     reasons = {**part.skipped, **by_name}
     tied = "it is coupled to a layer that is left whole, or not traced"
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}

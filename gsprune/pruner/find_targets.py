@@ -41,7 +41,7 @@ def unit_targets(
         ValueError: the model has no such units, or is one that units cannot be cut out of.
     """
     from gsprune.discovery.branches import with_branches
-    from gsprune.discovery.find import find_structures, only  # heavy: imports torch-pruning
+    from gsprune.discovery.find import find_structures, only
 
     _refuse_parameters(model)
     if example_input is None:

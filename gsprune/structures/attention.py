@@ -11,7 +11,7 @@ from torch import nn
 # Attributes by which attentions of whatever library say how their projections are cut.
 HEAD_NAMES = ("num_heads", "num_attention_heads", "n_heads", "heads", "nhead", "n_head")
 GROUP_NAMES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
-WIDTH_NAMES = ("all_head_size", "inner_dim", "attn_dim", "attention_dim")
+WIDTH_NAMES = ("all_head_size", "inner_dim", "attn_dim", "attention_dim", "split_size")
 SIZE_NAMES = ("head_dim", "attention_head_size", "head_size", "d_head", "num_key_value_groups")  # not cut
 
 

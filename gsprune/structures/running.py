@@ -9,19 +9,52 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, call, map_tensors, tensors_in
+from gsprune.structures.norms import may_be_stream_norm
 
 
 def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
     """The floating-point outputs, without gradients; the example is cloned, the model may write into it.
 
     Encoders of PyTorch run as they do in training: their fast path puts zeros at padded positions, the other does not.
+    Norms that compute in float32 compute in float64 on tensors of that type, so that rounding hides nothing.
     """
-    with torch.no_grad(), same_randomness(model), no_fast_path():
+    with torch.no_grad(), same_randomness(model), no_fast_path(), _precise_norms(model):
         return list(tensors_in(call(model, map_tensors(Tensor.clone, example_input))))
+
+
+class _Precise(TorchFunctionMode):
+    """While `inside` is not 0, tensors of float64 are not made float32."""
+
+    inside = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inside and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            narrow = torch.float32 in (*args[1:], kwargs.get("dtype")) if func is Tensor.to else func is Tensor.float
+            if narrow:
+                return args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _precise_norms(model: nn.Module) -> Iterator[None]:
+    norms = [m for m in model.modules() if may_be_stream_norm(m) and not isinstance(m, nn.LayerNorm | nn.RMSNorm)]
+    if not norms:
+        yield
+        return
+    mode = _Precise()
+
+    def step(amount: int) -> Any:
+        return lambda *_: setattr(mode, "inside", mode.inside + amount)
+
+    hooks = [m.register_forward_pre_hook(step(1)) for m in norms] + [m.register_forward_hook(step(-1)) for m in norms]
+    with hooked(hooks), mode:
+        yield
 
 
 @contextmanager

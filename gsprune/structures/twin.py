@@ -72,6 +72,8 @@ def twin_of(model: nn.Module, example_input: Example, dtype: torch.dtype = torch
         parameter.requires_grad_(parameter.is_floating_point())
     if "flash" in attention_kernel(twin) or "flex" in attention_kernel(twin):
         set_attention_kernel(twin, "sdpa")
+    if getattr(getattr(twin, "config", None), "_experts_implementation", None):  # transformers' own has no float64
+        twin.set_experts_implementation("eager")  # type: ignore[operator]
 
     def convert(value: Tensor) -> Tensor:
         return plain(value.cpu() if mps else value, dtype)  # on the CPU first: MPS has no float64

@@ -180,7 +180,11 @@ def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Str
         for number, (args, _) in enumerate(masked.rounds):
             keeps = [masked.rounds[number].keep(s) for s in some]
             plan = plan_cut(some, keeps)
-            problem = _mismatch(_small(masked.twin, plan), args, partial(masked.read, number, some), some, plan, number)
+            try:
+                small = _small(masked.twin, plan)
+            except ValueError as error:  # it costs the structures that cannot be cut, not the others
+                return Problem(str(error))
+            problem = _mismatch(small, args, partial(masked.read, number, some), some, plan, number)
             if problem is not None:
                 return problem
         return None

@@ -20,7 +20,7 @@ def residual() -> nn.Module:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], list[list[str]]]] = {
-    "attention": (nets.ViT, [["blocks.0.attn", "blocks.1.attn"], ["blocks.0.fc1", "blocks.1.fc1"]]),
+    "attention": (nets.ViT, [["patch"], ["blocks.0.attn", "blocks.1.attn"], ["blocks.0.fc1", "blocks.1.fc1"]]),
     "a stream and what is inside a block": (nets.ResNet, [["stem"], ["conv1"]]),
     "depthwise": (nets.Mobile, [["expand"], ["fc1"]]),
 }

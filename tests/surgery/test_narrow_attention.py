@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conformance import NORM, OUTPUT, Network, NetworkTester
+from conformance import OUTPUT, Network, NetworkTester
 from facts import refused
 from torch import Tensor, nn
 
@@ -110,11 +110,13 @@ def test_what_cannot_lose_heads() -> None:
             return self.b(self.a(self.odd(x, x, x, need_weights=False)[0]).relu())
 
     found = find_structures(Net(), x)
-    assert [s.name for s in found.structures] == ["a"]
+    assert [s.name for s in found.structures] == ["odd.out_proj", "a"]
     assert "add_bias_kv" in found.skipped["odd"]
 
 
 # ---- pruning
+
+INPUT = "combined with the model's input"
 
 
 class Cross(nn.Module):
@@ -171,11 +173,11 @@ LAYERS = [
 
 class TestPyTorchsAttention(NetworkTester):
     networks: ClassVar = {
-        "cross": Network(Cross, (random(N, T, WIDTH), random(N, S, 6)), heads("own", "cross")),
-        "encoder": Network(Encoder, (random(N, T, WIDTH),), LAYERS, {OUTPUT, NORM}, again=True, onnx=True),
-        "padded encoder": Network(Encoder, (random(N, T, WIDTH), PADDING), LAYERS, {OUTPUT, NORM}),
+        "cross": Network(Cross, (random(N, T, WIDTH), random(N, S, 6)), heads("own", "cross"), {OUTPUT, INPUT}),
+        "encoder": Network(Encoder, (random(N, T, WIDTH),), LAYERS, {OUTPUT, INPUT}, again=True, onnx=True),
+        "padded encoder": Network(Encoder, (random(N, T, WIDTH), PADDING), LAYERS, {OUTPUT, INPUT}),
         "translator": Network(
-            Translator, (random(N, S, WIDTH), random(N, T, WIDTH)), {"heads": 3, "neurons": 2}, {OUTPUT, NORM}
+            Translator, (random(N, S, WIDTH), random(N, T, WIDTH)), {"heads": 3, "neurons": 2}, {OUTPUT, INPUT}
         ),
     }
 

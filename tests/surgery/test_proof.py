@@ -154,11 +154,12 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(x).tanh()
-        return self.down(hidden) + hidden.detach().sum(-1, keepdim=True) * x.sum(-1, keepdim=True)  # no trace sees it
+        total = torch.from_numpy(hidden.detach().numpy().sum(-1, keepdims=True))  # no trace sees it
+        return self.down(hidden) + total * x.sum(-1, keepdim=True)
 
 
 def test_noise_beside_the_example_shows_what_the_example_hides() -> None:
     torch.manual_seed(0)
     found = find_structures(Gated(), torch.zeros(2, 4))
     assert found.structures == ()
-    assert "up" in found.skipped
+    assert "does not silence them" in found.skipped["up"]

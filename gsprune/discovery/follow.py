@@ -1,0 +1,258 @@
+"""One forward pass with labels on every tensor: what each operation says of the atoms of parameters and buffers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gsprune.discovery.labels import Atoms, Log, Value, derived, dims_of, squeezed
+from gsprune.discovery.ops import Call, rule_of, tensors_of, unknown
+from gsprune.discovery.ops import stream_norm as normalised
+from gsprune.structures.attention import no_fast_path
+from gsprune.structures.example import Example, call, map_tensors, tensors_in
+from gsprune.structures.norms import stream_norm
+from gsprune.structures.running import counted, hooked
+from gsprune.structures.twin import copy_of
+from gsprune.text.display import first_line
+
+_KEY = "_gsprune_value"
+_OF = "_gsprune_of"
+_VIEWS = {"slice", "select", "narrow", "transpose", "permute", "unsqueeze", "squeeze", "view", "t", "diagonal"}
+OUTPUT = "it feeds the model's output"
+
+
+class _Follower(TorchDispatchMode):
+    """Gives every result its value. Operations without a rule are taken apart where ATen can."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self.log = log
+        self.steps: list[tuple[Log, set[int]]] = []  # what each operation says, and those that made its arguments
+        self.is_asleep = 0  # inside of a module that is a rule of its own
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = rule_of(func)
+        if rule is None and not self.is_asleep:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if not self.is_asleep:
+            self._label(rule, func, _bound(func, args, kwargs), result)
+        return result
+
+    def behind(self, steps: Iterable[int]) -> set[int]:
+        """The operations that something depends on: what others say (of weights that nobody looks at) means nothing."""
+        found: set[int] = set()
+        open_ = {step for step in steps if step >= 0}
+        while open_:
+            step = open_.pop()
+            found.add(step)
+            open_ |= {s for s in self.steps[step][1] if s >= 0} - found
+        return found
+
+    def fall_asleep(self) -> None:
+        self.is_asleep += 1
+
+    def wake_up(self, name: str, kind: str, axis: int, norm: nn.Module, inputs: Any, output: Any) -> None:
+        """After a norm over a stream."""
+        self.is_asleep -= 1
+        (x, *_) = tensors_of(inputs)
+        self.log.inside = name
+        this = self._call(None, {"input": x, **norm._parameters}, output)
+        value = normalised(this, axis % x.dim(), kind)
+        setattr(output, _KEY, replace(value, step=len(self.steps) - 1))
+
+    def _label(self, rule: Callable[[Call], Any] | None, func: Any, arguments: dict[str, Any], result: Any) -> None:
+        makes = rule is not None and rule.__name__.startswith("blank")
+        if not makes and not any(hasattr(t, _KEY) for t in tensors_of(arguments.values())):
+            return
+        this = self._call(func, arguments, result)
+        try:
+            values = (rule or unknown)(this)
+        except Exception as error:  # it costs the units that are met here
+            values = unknown(this)
+            self._explain(this, error)
+        _keep(this, values, *self.steps[-1][1:])
+
+    def _call(self, func: Any, arguments: dict[str, Any], result: Any) -> Call:
+        log = Log(self.log.atoms, inside=self.log.inside)
+        self.steps.append((log, {value_of(t).step for t in tensors_of(arguments.values())}))
+        return Call(log, func, arguments, result, value_of, len(self.steps) - 1)
+
+    def _explain(self, this: Call, error: Exception) -> None:
+        for value in this.values():
+            for layer in value.layers:
+                this.log.pin(layer, f"it passes aten.{this.name}, which cannot be followed ({first_line(error)})")
+
+
+def _bound(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by their names in ATen's schema, defaults included."""
+    named = {}
+    for place, argument in enumerate(func._schema.arguments):
+        if place < len(args):
+            named[argument.name] = args[place]
+        elif argument.name in kwargs:
+            named[argument.name] = kwargs[argument.name]
+        elif argument.has_default_value():
+            named[argument.name] = argument.default_value
+    return named
+
+
+def value_of(tensor: Any) -> Value:
+    """What is known of a tensor; nothing of one that was made outside of the forward pass."""
+    found = getattr(tensor, _KEY, None)
+    return found if found is not None else Value(tuple(tensor.shape))
+
+
+def _keep(this: Call, values: Any, before: set[int]) -> None:
+    results = this.result if isinstance(this.result, tuple | list) else [this.result]
+    values = values if isinstance(values, tuple | list) else [values]
+    for result, value in zip(results, values, strict=False):
+        if not isinstance(result, Tensor):
+            continue
+        if value is None:
+            value = derived(this.values(), tuple(result.shape))
+        setattr(result, _KEY, replace(value, step=this.step))
+        if this.func._schema.is_mutable:
+            _write_through(this, result, value, before)
+        elif this.name in _VIEWS and len(results) == 1:
+            setattr(result, _OF, (this.arguments, this.func))
+
+
+def _write_through(this: Call, part: Tensor, value: Value, steps: set[int]) -> None:
+    """What is written into a part of a tensor is known of the whole as well."""
+    while (of := getattr(part, _OF, None)) is not None:
+        arguments, func = of
+        whole, *rest = arguments.values()
+        before = value_of(whole)
+        steps.add(before.step)
+        layers = []
+        for layer in value.layers:
+            made = _known(before).clone()
+            func(made, *rest).copy_(layer.expand(value.shape))
+            layers.append(squeezed(made, range(made.dim())))
+        if not value.layers:
+            layers = list(before.layers)
+        is_input, makers = before.is_input or value.is_input, before.makers | value.makers
+        known = tuple(x for x in layers if dims_of(x))
+        value = replace(before, layers=known, is_blank=False, is_input=is_input, makers=makers, step=this.step)
+        setattr(whole, _KEY, value)
+        part = whole
+
+
+def _known(value: Value) -> Tensor:
+    for layer in value.layers:
+        return layer.expand(value.shape)
+    return torch.zeros(value.shape, dtype=torch.int64)
+
+
+# ---- the model
+
+
+def follow(model: nn.Module, args: Example) -> tuple[Log, Counter[nn.Module]]:
+    """What one forward pass says of the units of a network, and how often it calls each of its modules.
+
+    Works on a copy that shares the tensors.
+
+    Raises:
+        ValueError: the forward pass fails.
+    """
+    log = Log(Atoms())
+    twin = copy_of(model, sharing=True)
+    calls: Counter[nn.Module] = Counter()
+    with ExitStack() as stack:
+        stack.enter_context(_labelled(twin, log))
+        _tie_recurrent(log, twin)
+        follower = _Follower(log)
+        stack.enter_context(hooked(_leaves(twin, follower)))
+        stack.enter_context(counted(twin, calls))
+        for context in (torch.inference_mode(), no_fast_path(), _decomposed(), follower):
+            stack.enter_context(context)
+        try:
+            outputs = call(twin, map_tensors(_input, args))
+        except Exception as error:
+            problem = f"cannot be traced on the example input: {first_line(error)}"
+            raise ValueError(f"{type(model).__name__} {problem}") from error
+        given = [value_of(tensor) for tensor in tensors_in(outputs, floating=False)]
+    for step in sorted(follower.behind(value.step for value in given)):
+        log.take(follower.steps[step][0])
+    for layer in (layer for value in given for layer in value.layers):
+        log.pin(layer, OUTPUT)
+    pairs = zip(model.modules(), twin.modules(), strict=True)
+    return log, Counter({mine: calls[theirs] for mine, theirs in pairs if calls[theirs]})
+
+
+def _input(tensor: Tensor) -> Tensor:
+    copy = tensor.clone()
+    setattr(copy, _KEY, Value(tuple(copy.shape), is_input=True))
+    return copy
+
+
+@contextmanager
+def _decomposed() -> Iterator[None]:
+    """Inside the block recurrent layers run step by step."""
+    before = torch.backends.mkldnn.set_flags(False, None, None, None)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mkldnn.set_flags(before[0], None, None, None)
+
+
+@contextmanager
+def _labelled(model: nn.Module, log: Log) -> Iterator[None]:
+    """Inside the block every parameter and floating buffer has its value."""
+    kernels = {
+        id(module._parameters.get("weight"))
+        for module in model.modules()
+        if isinstance(module, nn.modules.conv._ConvNd)
+    }
+    tensors = {id(t): (name, t) for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
+    marked = []
+    try:
+        for name, tensor in reversed(tensors.values()):
+            if tensor.is_floating_point() or tensor.is_complex():
+                dims = range(min(2, tensor.dim()) if id(tensor) in kernels else tensor.dim())
+                value = log.atoms.value_of(name, tensor, dims)
+                setattr(tensor, _KEY, value)
+                marked.append(tensor)
+                for layer in value.layers if tensor.is_complex() else ():
+                    log.pin(layer, "it has complex weights, which are not supported")
+        yield
+    finally:
+        for tensor in marked:
+            delattr(tensor, _KEY)
+
+
+def _tie_recurrent(log: Log, model: nn.Module) -> None:
+    """The layers and directions of a recurrent module have one width."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase) and not module.proj_size:
+            read = [value_of(p).on(1) for name, p in module._parameters.items() if name.startswith("weight_hh")]
+            for layers in read[1:]:
+                for one, other in zip(read[0], layers, strict=True):
+                    log.tie(one, other)
+
+
+def _leaves(model: nn.Module, follower: _Follower) -> Iterator[Any]:
+    """Norms over streams are one step, of whatever operations they are made; of others the name is noted."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.GroupNorm):
+            yield module.register_forward_pre_hook(lambda *_, name=name: setattr(follower.log, "inside", name))
+        norm = stream_norm(module)
+        if norm is not None:
+            kind = "LayerNorm" if norm.kind == "layer" else "RMSNorm"
+            yield module.register_forward_pre_hook(lambda *_: follower.fall_asleep())
+            yield module.register_forward_hook(
+                lambda m, i, o, name=name, kind=kind, axis=norm.axis: follower.wake_up(name, kind, axis, m, i, o)
+            )
