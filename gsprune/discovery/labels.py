@@ -106,6 +106,11 @@ class Atoms:
     def axes_of(self, atoms: Tensor) -> list[int]:
         """Numbers of the axes that these atoms lie on."""
         atoms = atoms[atoms > 0]
+        if not len(atoms):
+            return []
+        low, high = (bisect_right(self._starts, int(end)) - 1 for end in torch.aminmax(atoms))
+        if low == high:
+            return [low]
         numbers = torch.bucketize(atoms, torch.tensor(self._starts), right=True) - 1
         return [int(number) for number in numbers.unique()]
 

@@ -18,6 +18,7 @@ from gsprune.text.names import joined
 
 _CONV = nn.modules.conv._ConvNd
 SINGLE_UNIT = "it has a single unit"
+NO_AFFINE = "its BatchNorm has no weight and bias, whose gradients its score is read from"
 
 
 class Unprunable(Exception):
@@ -155,7 +156,8 @@ def _structure(network: Network, log: Log, notes: _Notes, family: Family) -> Str
     else:
         gates = _gates(log, sides, members)
         if not gates:
-            raise Unprunable("its BatchNorm has no weight and bias, whose gradients its score is read from")
+            is_normed = any(m.tensor.endswith("running_mean") for m in members["scales"])
+            raise Unprunable(NO_AFFINE if is_normed else "no layer that is read makes it, so that nothing scores it")
     attributes = attributes | _norm_attributes(network, notes, root)
     if kind == "residual":
         attributes |= _widths(network, [*members["rows"], *members["columns"]])
