@@ -77,9 +77,9 @@ class Classes:
         """Of every root the number of the first pin, or _NEVER."""
         first = torch.full((self.log.atoms.count,), _NEVER)
         for number, (atoms, _) in enumerate(self.log.pins):
-            roots = self.roots[atoms[atoms > 0]].unique()
+            roots = self.roots[atoms[atoms > 0]].unique()  # type: ignore[no-untyped-call]
             first[roots] = first[roots].clamp(max=number)
-        beside = self.roots[self._stay].unique()
+        beside = self.roots[self._stay].unique()  # type: ignore[no-untyped-call]
         first[beside] = first[beside].clamp(max=len(self.log.pins))
         return first
 
@@ -111,15 +111,15 @@ class Classes:
             is_wanted[self.roots[axis.first : axis.first + axis.size]] = True
         chosen = is_wanted[roots[starts]]
         starts, lengths, mine = starts[chosen], lengths[chosen], roots[starts][chosen]
-        keys = self._signatures(order, axis_of, starts, lengths)
-        keys = torch.stack([*keys, torch.where(self.reasons[mine] == _NEVER, -1, self.reasons[mine])], 1)
+        signatures = self._signatures(order, axis_of, starts, lengths)
+        keys = torch.stack([*signatures, torch.where(self.reasons[mine] == _NEVER, -1, self.reasons[mine])], 1)
         _, numbers = torch.unique(keys, dim=0, return_inverse=True)
         found = []
         by = torch.argsort(numbers, stable=True)
         for group in torch.split(by, torch.bincount(numbers).tolist()) if len(by) else []:
             rows = order[starts[group][:, None] + torch.arange(int(lengths[group[0]]))]
             columns = axis_of[rows[0]]
-            atoms = {int(a): rows[:, columns == a] for a in columns.unique() if self.axes[int(a)].tensor}
+            atoms = {int(a): rows[:, columns == a] for a in columns.unique() if self.axes[int(a)].tensor}  # type: ignore[no-untyped-call]
             found.append(Family(mine[group], atoms, self.why(int(mine[group[0]]))))
         return found
 

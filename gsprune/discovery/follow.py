@@ -28,11 +28,11 @@ _VIEWS = {"slice", "select", "narrow", "transpose", "permute", "unsqueeze", "squ
 OUTPUT = "it feeds the model's output"
 
 
-class _Follower(TorchDispatchMode):
+class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Gives every result its value. Operations without a rule are taken apart where ATen can."""
 
     def __init__(self, log: Log) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.log = log
         self.steps: list[tuple[Log, set[int]]] = []  # what each operation says, and those that made its arguments
         self.is_asleep = 0  # inside of a module that is a rule of its own
@@ -201,12 +201,12 @@ def _input(tensor: Tensor) -> Tensor:
 @contextmanager
 def _decomposed() -> Iterator[None]:
     """Inside the block recurrent layers run step by step."""
-    before = torch.backends.mkldnn.set_flags(False, None, None, None)
+    before = torch.backends.mkldnn.set_flags(False, None, None, None)  # type: ignore[no-untyped-call]
     try:
         with torch.backends.cudnn.flags(enabled=False):
             yield
     finally:
-        torch.backends.mkldnn.set_flags(before[0], None, None, None)
+        torch.backends.mkldnn.set_flags(before[0], None, None, None)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -25,7 +25,8 @@ def head_attributes(
     groups, total = columns[0].index.shape[0], columns[0].index.numel()
     heads = total // width if width and total % width == 0 else groups
     width = total // heads
-    times, found = heads // groups, {}
+    times = heads // groups
+    found: dict[str, int] = {}
     for home in dict.fromkeys(above for leaf in homes for above in _from_to(leaf, name, whole)):
         module = model.get_submodule(home)
         found |= {joined(home, a): times for a in HEAD_NAMES if getattr(module, a, None) == heads}

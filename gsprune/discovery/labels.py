@@ -149,6 +149,7 @@ class Log:
     norms: dict[int, set[int]] = field(default_factory=dict)
     bare: set[int] = field(default_factory=set)
 
+    # type: ignore[no-untyped-call]
     def tie(self, one: Tensor, other: Tensor) -> None:
         """What stands at the same place (after broadcasting) is cut together; an atom beside none stays."""
         if one is other:

@@ -215,7 +215,7 @@ def repeat(call: Call) -> Value:
 def repeat_interleave(call: Call) -> Value:
     value, dim = call.first(), call.arguments.get("dim")
     if dim is None or not isinstance(call["repeats"], int):
-        return unknown(call)
+        return unknown(call)  # type: ignore[no-any-return]
     dim = axis(dim, len(value.shape))
     made = [x.repeat_interleave(call["repeats"], dim) if x.shape[dim] > 1 else x for x in value.layers]
     return put(value, made, call.shape)
@@ -344,7 +344,7 @@ def _masked_index(call: Call, value: Value, places: list[Any]) -> Value:
     """x[mask]: the masked dimensions, which come first, become one."""
     first = places[0]
     if first is None or any(i is not None for i in places[1:]):
-        return unknown(call)
+        return unknown(call)  # type: ignore[no-any-return]
     count = first.dim()
     layers = [x.reshape(1, *x.shape[count:]) for x in without(call.log, value, range(count), PICKED)]
     return put(replace(value, is_input=True), layers, call.shape)
@@ -388,7 +388,7 @@ def index_put(call: Call) -> Value:
     value, source, places = call.first(), call.value(call["values"]), list(call["indices"])
     count = sum(i.dim() if i.dtype == torch.bool else 1 for i in places if i is not None)
     if any(i is None for i in places):
-        return unknown(call)
+        return unknown(call)  # type: ignore[no-any-return]
     layers = without(call.log, value, range(count), PICKED)
     tail = list(value.shape[count:])
     mine = replace(value, shape=tuple(tail), layers=tuple(x.reshape(x.shape[count:]) for x in layers))

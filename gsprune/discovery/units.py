@@ -41,7 +41,7 @@ class Network:
     @staticmethod
     def of(model: nn.Module) -> Network:
         modules = dict(model.named_modules())
-        place = {}
+        place: dict[str, tuple[int, int]] = {}
         for rank, (name, module) in enumerate(modules.items()):
             leaves = [*module._parameters, *module._buffers]
             place |= {joined(name, leaf): (rank, number) for number, leaf in enumerate(leaves)}
@@ -127,8 +127,8 @@ class _Notes:
             classes.having(streams),
             is_value,
             roots,
-            [(roots[atoms].unique(), kind, name) for atoms, kind, name in log.normed],
-            [(roots[atoms].unique(), width) for atoms, width in log.values],
+            [(roots[atoms].unique(), kind, name) for atoms, kind, name in log.normed],  # type: ignore[no-untyped-call]
+            [(roots[atoms].unique(), width) for atoms, width in log.values],  # type: ignore[no-untyped-call]
         )
 
 
@@ -146,7 +146,9 @@ def _structure(network: Network, log: Log, notes: _Notes, family: Family) -> Str
     order = torch.argsort(family.atoms[first][:, 0])
     members = {side: tuple(_member(log, family, a, order) for a in some) for side, some in sides.items()}
     root = int(family.roots[0])
-    name, kind, gates, attributes = _layer(lead.tensor), _kind(network, notes, lead, root), (), {}
+    name, kind = _layer(lead.tensor), _kind(network, notes, lead, root)
+    gates: tuple[Member, ...] = ()
+    attributes: dict[str, int] = {}
     if kind == "heads":
         name, attributes = head_attributes(network.model, members["rows"], members["columns"], _width(notes, root))
         gates = _value_rows(log, notes, members["rows"])
