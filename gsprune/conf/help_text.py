@@ -75,7 +75,7 @@ def _lines(config: DictConfig, key: str, meanings: Mapping[str, str]) -> Iterato
 
 def _leaves(node: Any, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation() and len(node):
-        for key in node:
+        for key in map(str, node):
             if key not in HIDDEN:
                 yield from _leaves(node._get_node(key), f"{name}.{key}")
     elif isinstance(node, ListConfig) and any(isinstance(item, DictConfig) for item in node._content or ()):
