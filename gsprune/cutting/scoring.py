@@ -305,14 +305,15 @@ class _Reader:
             if (slope := slope_of[name]) is not None:
                 sums[name, dim] = dot_along(weights[name].detach(), slope, dim).unsqueeze(0)
         found = torch.cat([self._of(s, sums, batch.size) for s in self.structures], 1).cpu()  # one wait for the device
-        parts = found.split([s.units for s in self.structures], 1)
+        parts = found.split([s.units for s in self.structures], 1)  # type: ignore[no-untyped-call]
         return {s.name: part for s, part in zip(self.structures, parts, strict=True)}
 
     def _of(self, structure: Structure, sums: Mapping[Side, Tensor], size: int) -> Tensor:
         total = torch.zeros(size, structure.units, device=self.device)
         for member in structure.consumers:
             if (found := sums.get((member.tensor, member.dim))) is not None:
-                found = found.unflatten(1, (-1, member.size)).sum(1)  # a grouped convolution reads so many groups
+                # a grouped convolution reads so many groups
+                found = found.unflatten(1, (-1, member.size)).sum(1)  # type: ignore[no-untyped-call]
                 total += found[:, self._index(member)].sum(2)
         return total
 

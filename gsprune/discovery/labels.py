@@ -112,7 +112,7 @@ class Atoms:
         if low == high:
             return [low]
         numbers = torch.bucketize(atoms, torch.tensor(self._starts), right=True) - 1
-        return [int(number) for number in numbers.unique()]
+        return [int(number) for number in numbers.unique()]  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -149,12 +149,11 @@ class Log:
     norms: dict[int, set[int]] = field(default_factory=dict)
     bare: set[int] = field(default_factory=set)
 
-    # type: ignore[no-untyped-call]
     def tie(self, one: Tensor, other: Tensor) -> None:
         """What stands at the same place (after broadcasting) is cut together; an atom beside none stays."""
         if one is other:
             return
-        one, other = torch.broadcast_tensors(one, other)
+        one, other = torch.broadcast_tensors(one, other)  # type: ignore[no-untyped-call]
         one, other = one.reshape(-1), other.reshape(-1)
         differ = one != other
         if bool(differ.any()):

@@ -85,8 +85,9 @@ def from_pretrained(directory: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"{folder} has no config.json that can be read: {type(error).__name__}") from error
     transformers = need("transformers")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
-    network = getattr(transformers, str(name), None)
-    if not isinstance(network, type) or not issubclass(network, transformers.PreTrainedModel):
+    network: Any = getattr(transformers, str(name), None)
+    is_known = isinstance(network, type) and issubclass(network, transformers.PreTrainedModel)
+    if not is_known:
         raise ValueError(f"{folder / 'config.json'} says the network is {name}, which transformers does not have")
     if not (folder / RECORD).is_file():
         loaded: nn.Module = network.from_pretrained(folder, local_files_only=True)
@@ -144,7 +145,7 @@ def _changes(config: Any, plan: CutPlan) -> dict[str, int]:
     even = {length: next(iter(some)) for length, some in left.items() if len(some) == 1}
     found = {name: even[value] for name, value in config.to_dict().items() if type(value) is int and value in even}
     heads = getattr(config, "num_attention_heads", None)
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    head_dim: Any = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
     for name in ("num_attention_heads", "num_key_value_heads"):
         count = getattr(config, name, None)
         width = even.get(count * head_dim, 0) if head_dim and count else 0

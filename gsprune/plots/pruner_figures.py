@@ -130,7 +130,7 @@ def _draw_scores(axes: Axes, rows: Sequence[Scored], stays: str) -> None:
         low, high = float(values[seen].min()), float(values[seen].max())
         edges = np.geomspace(low, high if high > low * 1.001 else low * 1.01, 41)
         parts = [np.clip(values[seen & which], low, None) for which in (kept, ~kept)]
-        axes.hist(parts, bins=edges, stacked=True, color=[KEPT_COLOUR, SPARSITY], label=[stays, "goes"])
+        axes.hist(parts, bins=edges.tolist(), stacked=True, color=[KEPT_COLOUR, SPARSITY], label=[stays, "goes"])
         axes.set_xscale("log")
         _draw_threshold(axes, values[seen], kept[seen])
         axes.legend(fontsize=8.5, frameon=False)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 class UnitTarget(Target):
     """The units of one structure."""
 
+    tensors: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+
     def __init__(self, structure: Structure, model: nn.Module) -> None:
         self.name, self.total, self.of = structure.name, structure.units, structure.kind
         self.structure = structure  # of the dense network, as are score and mask

@@ -140,7 +140,8 @@ class _Few:
             return costs
         rows, cols = columns[:, :, None], columns[:, None, :]
         solved = torch.linalg.solve(self.inverse[rows, cols], self.squares[rows, cols])
-        return solved.diagonal(dim1=1, dim2=2).sum(1)
+        traces: Tensor = solved.diagonal(dim1=1, dim2=2).sum(1)
+        return traces
 
     def remove(self, units: Tensor) -> None:
         """Refit what is left; the columns of these units are not read again."""

@@ -281,7 +281,7 @@ def refit_in_blocks(visit: Visit, kept: Tensor | None, slope: Tensor | None, dam
     """
     width, found = matrix_of(visit.small).shape[2], list[LayerRepair]()
     for _ in range(SWEEPS):
-        for block in torch.arange(width).split(BLOCK):
+        for block in torch.arange(width).split(BLOCK):  # type: ignore[no-untyped-call]
             seen = moments_of(visit, kept=kept, residual=True, slope=slope, columns=block)
             found.append(refit(visit.name, visit.small, seen, damping, columns=block))
         sweep = found[-math.ceil(width / BLOCK) :]

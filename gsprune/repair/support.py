@@ -283,7 +283,7 @@ def column_blocks(layer: Any, multiple: int) -> list[Tensor | None]:
     kernel = getattr(layer, "kernel_size", ())
     size = torch.Size(kernel).numel() if isinstance(kernel, tuple) else 1
     channels = max(1, BLOCK // size // multiple) * multiple
-    return [*torch.arange(width).split(channels * size)]
+    return [*torch.arange(width).split(channels * size)]  # type: ignore[no-untyped-call]
 
 
 # ---- one layer

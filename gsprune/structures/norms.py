@@ -83,7 +83,7 @@ def _told_apart(module: nn.Module, width: int) -> StreamNorm | None:
                 for offset in (0.0, 1.0):
                     if all(_fits(y, _computed(twin, x, kind, axis, eps, offset)) for x, y in given):
                         eps = eps if name is None or getattr(module, name) is not None else _smallest_step(module)
-                        return StreamNorm(kind, axis, width, eps, name, offset)  # type: ignore[arg-type]
+                        return StreamNorm(kind, axis, width, eps, name, offset)
     return None
 
 

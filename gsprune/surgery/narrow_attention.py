@@ -152,4 +152,4 @@ def close_nested_path(model: nn.Module) -> None:
         if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, NoBranch) for m in module.children()):
             module.activation_relu_or_gelu = 0
             if isinstance(module.self_attn, NoBranch):
-                module.self_attn.in_proj_bias = None
+                module.self_attn.in_proj_bias = None  # type: ignore[assignment]

@@ -55,13 +55,13 @@ class _Narrow(nn.Module):
         return vector if self.axis == -1 else vector.view(-1, *[1] * (x.dim() - 1 - self.axis))
 
 
-class NarrowLayerNorm(_Narrow, nn.LayerNorm):
+class NarrowLayerNorm(_Narrow, nn.LayerNorm):  # type: ignore[misc]
     """A LayerNorm over `full_width` entries of which those that are not there are zero. Made by `narrow_norm` only."""
 
     centred = True
 
 
-class NarrowRMSNorm(_Narrow, nn.RMSNorm):
+class NarrowRMSNorm(_Narrow, nn.RMSNorm):  # type: ignore[misc]
     """So of an RMSNorm that has no weight, or keeps its eps where it cannot be set. Made by `narrow_norm` only."""
 
     centred = False

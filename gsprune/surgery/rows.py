@@ -120,7 +120,7 @@ def _checked(keep: Tensor | Sequence[int] | Sequence[bool], length: int) -> Tens
     kept = given.long().sort().values
     if int(kept[0]) < 0 or int(kept[-1]) >= length:
         raise ValueError(f"keep has numbers from {int(kept[0])} to {int(kept[-1])}: the rows are 0 to {length - 1}")
-    if len(kept.unique()) != len(kept):
+    if len(kept.unique()) != len(kept):  # type: ignore[no-untyped-call]
         raise ValueError("keep names a row twice")
     return kept
 

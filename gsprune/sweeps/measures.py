@@ -7,6 +7,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gsprune.plots.front_figure import Dot, Front, Series
 from gsprune.plots.sweep_figures import STYLES
@@ -117,7 +118,7 @@ def pictures(
     jobs: Sequence[JobResult],
     verdicts: Sequence[Verdict],
     terms: Terms,
-    links: Mapping[Hashable, str],
+    links: Mapping[Any, str],
 ) -> dict[str, Front]:
     """Switch -> picture, for each measure by which some network is smaller; the first one in any case.
 
@@ -187,7 +188,7 @@ def _series(
     measure: Measure,
     styles: Mapping[str, int],
     taken: Collection[Hashable],
-    links: Mapping[Hashable, str],
+    links: Mapping[Any, str],
 ) -> list[Series]:
     joined, found = not _is_search(points), list[Series]()
     for name, own in _by_line(points).items():

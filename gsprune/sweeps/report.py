@@ -342,7 +342,7 @@ def _cell(value: object) -> object:
 # --- report.html -------------------------------------------------------------------------------------------
 
 
-def _page(sweep: SweepJobs, report: Report, drawn: Mapping[str, Front], anchors: Mapping[Hashable, str]) -> str:
+def _page(sweep: SweepJobs, report: Report, drawn: Mapping[str, Front], anchors: Mapping[Any, str]) -> str:
     jinja2 = need("jinja2")
     from markupsafe import Markup
 

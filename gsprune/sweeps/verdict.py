@@ -210,7 +210,7 @@ def _verdict(
 def _none(
     about: str,
     tried: Sequence[Point],
-    drops: Mapping[object, Stat],
+    drops: Mapping[tuple[str, float | None], Stat],
     terms: Terms,
     reference: Reference,
     missing: str,
@@ -283,7 +283,9 @@ def _rounded(share: float | None) -> float:
     return math.inf if share is None else float(f"{share:.3g}")
 
 
-def _next_step(taken: Point, same: Sequence[Point], drops: Mapping[object, Stat], terms: Terms) -> str:
+def _next_step(
+    taken: Point, same: Sequence[Point], drops: Mapping[tuple[str, float | None], Stat], terms: Terms
+) -> str:
     """What the next smaller network of the same variant costs more."""
     mine = _cost(taken, terms)
     smaller = [point for point in same if _cost(point, terms) < mine]
@@ -436,7 +438,9 @@ def _of_samples(point: Point, terms: Terms) -> str:
     return f"The validation split has {samples:,.0f} samples, and one of them is {one} of accuracy"
 
 
-def _of_random(taken: Point, points: Sequence[Point], drops: Mapping[object, Stat], terms: Terms) -> str:
+def _of_random(
+    taken: Point, points: Sequence[Point], drops: Mapping[tuple[str, float | None], Stat], terms: Terms
+) -> str:
     """Random removal must lose. Where it does not, any criterion would have done."""
     if taken.pruner in _REFERENCES:
         return f"Nothing but {taken.pruner} was tried, the baseline that must lose"

@@ -141,7 +141,7 @@ def _criteria(rules: Sequence[Rule]) -> list[Criterion]:
     [Abs(decay=0.95, normalize=None), Magnitude(decay=1.0), Random(decay=1.0, seed=0)]
     """
     mine = {repr(rule.criterion): rule.criterion for rule in rules}
-    baselines = {type(c): c for c in (Magnitude(), Random())}
+    baselines: dict[type[Criterion], Criterion] = {type(c): c for c in (Magnitude(), Random())}
     for criterion in mine.values():
         baselines.pop(type(criterion), None)
     return [*mine.values(), *baselines.values()]
