@@ -42,8 +42,7 @@ from gsprune.integrations.inc import load_inc_config
 from gsprune.surgery.cut_plan import CutPlan
 from gsprune.sweeps.callback import _runs
 from gsprune.sweeps.dense_cache import DenseCache, DenseRecord
-from gsprune.sweeps.measures import panels
-from gsprune.sweeps.report import _Jobs, _page, _table
+from gsprune.sweeps.report import SweepJobs, _table, build_report
 from gsprune.sweeps.results import read_results
 from gsprune.sweeps.sweep_dir import Sweep
 from gsprune.text.redact import last_line
@@ -282,7 +281,7 @@ def _make_sweep(folder: Path) -> None:
 
 
 def _read_sweep(folder: Path) -> None:
-    """All but the drawing, which takes a second and is given numbers."""
+    """The table, and now and then all files."""
     found = read_results(folder)
     for reason in found.skipped.values():
         check_sentence(reason)
@@ -293,11 +292,9 @@ def _read_sweep(folder: Path) -> None:
     assert isinstance(sweep.parent_run_id, str | None)
     assert sweep.finished("nobody") is None
     if found.jobs:
-        jobs = _Jobs.read(folder)
-        titles = [panel.title for panel in panels(jobs.points, jobs.usable, jobs.axes)]
-        table = _table(jobs).encode("utf-8", "replace")
+        table = _table(SweepJobs.read(folder)).encode("utf-8", "replace")
         if zlib.crc32(table) % 32 == 0:  # a page takes 60 ms
-            _page(jobs, b"", titles, jobs.notes()).encode("utf-8", "replace")
+            build_report(folder)
 
 
 def _make_metrics(folder: Path) -> None:

@@ -244,9 +244,15 @@ def _macs_of_tensors(model: nn.Module, found: Mapping[str, int], known: Collecti
         sizes = {joined(name, n): p.numel() for n, p in module.named_parameters(recurse=False) if p.dim() > 1}
         if name in known or name not in found or not sizes:
             continue
-        own = found[name] - sum(found.get(joined(name, child), 0) for child, _ in module.named_children())
+        own = found[name] - _macs_of_children(name, module, found)
         shared |= {tensor: max(0, own) * size / sum(sizes.values()) for tensor, size in sizes.items()}
     return shared
+
+
+def _macs_of_children(name: str, module: nn.Module, found: Mapping[str, int]) -> int:
+    """MACs of the modules inside one that are called; those of a list, which never is, by the modules in it."""
+    children = [(joined(name, child), inner) for child, inner in module.named_children()]
+    return sum(found[path] if path in found else _macs_of_children(path, inner, found) for path, inner in children)
 
 
 def _lengths(plan: CutPlan, tensor: str, table: Table) -> tuple[int, int]:

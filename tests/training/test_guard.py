@@ -225,8 +225,8 @@ def test_bad_for_ever_stops_the_run_with_the_last_good_state() -> None:
         )
     # noticed at the second look after the fourth bad step, so after 16 steps
     assert str(error.value) == (
-        "6 steps in a row had gradients that are not finite, first that of '0.weight' (nan), 6 of 6: lower the "
-        "learning rate, set trainer.clip_norm, look at the data, or raise trainer.max_bad_steps=3"
+        "6 steps in a row had gradients that are not finite, first that of '0.weight' (nan), 6 of 6: lower "
+        "optimizer.lr (or trainer.prune_lr), set trainer.clip_norm, look at the data, or raise trainer.max_bad_steps=3"
     )
     expected, _ = fit(plain, data[:2])
     assert_equal_states(state(model, kept[0]), state(plain, expected))
@@ -238,8 +238,8 @@ def test_the_end_names_the_only_layer_that_is_bad_and_comes_at_the_end_of_a_shor
     with pytest.raises(BadNumbers) as error:
         fit(model, batches(3), max_bad_steps=0)
     assert str(error.value) == (
-        "3 steps in a row had gradients that are not finite, first that of '3.weight' (inf), 1 of 6: lower the "
-        "learning rate, set trainer.clip_norm, look at the data, or raise trainer.max_bad_steps=0"
+        "3 steps in a row had gradients that are not finite, first that of '3.weight' (inf), 1 of 6: lower "
+        "optimizer.lr (or trainer.prune_lr), set trainer.clip_norm, look at the data, or raise trainer.max_bad_steps=0"
     )
 
 
