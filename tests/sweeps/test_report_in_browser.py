@@ -16,7 +16,7 @@ import pytest
 
 from gsprune.sweeps.report import build_report
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install 'gsprune[docs]')")
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install 'gsprune[test]')")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
