@@ -133,7 +133,8 @@ def _draw_scores(axes: Axes, rows: Sequence[Scored], stays: str) -> None:
         axes.hist(parts, bins=edges.tolist(), stacked=True, color=[KEPT_COLOUR, SPARSITY], label=[stays, "goes"])
         axes.set_xscale("log")
         _draw_threshold(axes, values[seen], kept[seen])
-        axes.legend(fontsize=8.5, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+        axes.set_ylim(top=axes.get_ylim()[1] * 1.2)  # room for the legend
+        axes.legend(fontsize=8.5, frameon=False, loc="upper right", ncols=2)
     if zeros := int((~seen).sum()):
         axes.annotate(f"{zeros:,} with a score of 0", (0.01, 0.97), xycoords="axes fraction", fontsize=8, color=FAINT)
 
