@@ -26,10 +26,11 @@ def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_
     costs = ["matrix weights in reach", "parameters", "not zero", "MACs", "latency (ms)", "file size"]
     assert labels == [*accuracies, "sparsity of weights", *costs]
     store = f"sqlite:///{tmp_path.resolve()}/mlflow.db"
-    assert lines[-2:] == [
+    assert lines[-3:-1] == [
         f"Outputs: {tmp_path.resolve()}/out",
         f"MLflow:  mlflow ui --backend-store-uri {store} --host 127.0.0.1",
     ]
+    assert lines[-1].strip().startswith("http://127.0.0.1:5000/#/experiments/1/runs/")
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["status"] == "finished"
     assert (tmp_path / "out" / ".hydra" / "config.yaml").is_file()
