@@ -377,7 +377,7 @@ def test_a_signal_finishes_the_step_writes_a_checkpoint_and_ends_with_its_code(
     assert names(tmp_path) == ["epoch_0001_step_000000", "epoch_0001_step_000002"]
     result = result_of(tmp_path)
     assert (result["status"], result["error"]) == ("interrupted", f"Interrupted: stopped by {signum.name}")
-    again = f"the same command with hydra.run.dir={tmp_path} resumes from the newest checkpoint"
+    again = f"interrupted: the same command with hydra.run.dir={tmp_path} resumes from the newest checkpoint"
     assert warnings_of_the_run(caplog) == [again]
     at_step.do(0, crash)
     go(tmp_path)

@@ -143,7 +143,7 @@ def test_history_draws_what_there_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("of", "told"), [("channels", "sparsity of channels (%)"), (None, "sparsity (%)")])
 def test_history_says_what_its_sparsity_is_of(written: list[str], tmp_path: Path, of: str | None, told: str) -> None:
     save_history(tmp_path / "history.png", [{"step": 0, "val/accuracy": 0.6, "sparsity": 0.0}], of=of)
-    assert {told, f"{told.capitalize()} by epoch", f"Validation accuracy (%) against {told}"} <= set(written)
+    assert {told, "Sparsity by epoch", "Validation accuracy against sparsity"} <= set(written)
 
 
 def test_percentages_do_not_round_to_all_or_nothing() -> None:
