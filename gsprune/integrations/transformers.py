@@ -39,8 +39,8 @@ class PruningCallback(TrainerCallback):
         pruner: the `gsprune.Pruner`, once training has begun.
 
     Raises:
-        ValueError: `load_best_model_at_end` with `shrink="each_update"`; a checkpoint without a pruner's state; what
-            `Pruner` refuses. All before the first step.
+        ValueError: `load_best_model_at_end` with `shrink="each_update"`; `hyperparameter_search`; a checkpoint without
+            a pruner's state; what `Pruner` refuses. All before the first step.
 
     Example:
         >>> from gsprune.criteria import Abs
@@ -67,6 +67,10 @@ class PruningCallback(TrainerCallback):
             self._resume(kwargs["model"], Path(self._checkpoint))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_hyper_param_search:
+            raise ValueError(
+                "hyperparameter_search trains many networks, and a PruningCallback prunes one: search first"
+            )
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         if state.global_step and self.pruner is None:
             self._resume(model, Path(self._checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}"))

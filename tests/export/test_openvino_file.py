@@ -63,6 +63,11 @@ def test_batchnorm_is_folded() -> None:
         assert torch.allclose(fused(x), model(x), atol=1e-5)
 
 
+def test_a_difference_after_folding_is_refused() -> None:
+    with refused("Sequential", "BatchNorm"):
+        fuse(net(), torch.randn(4, 3, 8, 8), tolerance=1e-30)
+
+
 def test_what_cannot_be_traced_is_not_folded() -> None:
     class Choosing(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from partner_loops import (
     by_hooks,
     by_lightning,
     by_trainer,
+    settings,
 )
 
 SHRINKS = pytest.mark.parametrize("shrink", ["at_end", "each_update"])
@@ -124,6 +125,18 @@ def test_what_the_loop_knows_is_not_given() -> None:
 
     with refused("steps_per_epoch", "PruningCallback"):
         PruningCallback(steps_per_epoch=3)
+
+
+def test_a_search_over_hyperparameters_is_refused() -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from gsprune.integrations.transformers import PruningCallback
+
+    with refused("hyperparameter_search", "PruningCallback"):
+        callback = PruningCallback(**settings("at_end"))
+        callback.on_train_begin(
+            TrainingArguments(use_cpu=True), TrainerState(is_hyper_param_search=True), TrainerControl()
+        )
 
 
 def test_a_callback_prunes_one_network(tmp_path: Path) -> None:

@@ -101,6 +101,14 @@ def test_bert_has_no_width_of_a_head_of_its_own(kinds: list[str], plain: bool, t
     assert torch.equal(logits(again), logits(model))
 
 
+def test_what_config_json_cannot_say_is_no_plain_file(tmp_path: Path) -> None:
+    """The shapes are those of a smaller configuration, and the network computes something else."""
+    model = llama()
+    pruner = pruned(model, scope="local", kinds=["neurons"])
+    model.model.norm.variance_epsilon = 0.5
+    assert not save_pretrained(tmp_path, model, pruner.plan)
+
+
 def test_saving_again_in_the_other_form_leaves_no_record(tmp_path: Path) -> None:
     model = llama()
     pruner = pruned(model, scope="global", kinds=["neurons"])
