@@ -42,8 +42,8 @@ def save_pruned(
     """Write a pruned model as model.safetensors and pruning.json, from which `load_pruned` rebuilds it.
 
     Tied tensors are stored once. What transformers calls a model's configuration stays that of the dense network, so
-    its own `save_pretrained` leaves files that its `from_pretrained` cannot read; `gsprune.integrations.pretrained` writes
-    files that it reads, where that is possible.
+    its own `save_pretrained` leaves files that its `from_pretrained` cannot read; where that is possible,
+    `gsprune.integrations.pretrained` writes files that it reads.
 
     Args:
         directory: where to; made if it is not there.

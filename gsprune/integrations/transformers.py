@@ -68,9 +68,7 @@ class PruningCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_hyper_param_search:
-            raise ValueError(
-                "hyperparameter_search trains many networks, and a PruningCallback prunes one: search first"
-            )
+            raise ValueError("hyperparameter_search trains many networks, and PruningCallback prunes one: search first")
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         if state.global_step and self.pruner is None:
             self._resume(model, Path(self._checkpoint or f"{args.output_dir}/checkpoint-{state.global_step}"))
