@@ -201,12 +201,12 @@ def _input(tensor: Tensor) -> Tensor:
 @contextmanager
 def _decomposed() -> Iterator[None]:
     """Inside the block recurrent layers run step by step."""
-    before = torch.backends.mkldnn.set_flags(False, None, None, None)  # type: ignore[no-untyped-call]
+    before = torch.backends.mkldnn.set_flags(_enabled=False)  # type: ignore[no-untyped-call]
     try:
         with torch.backends.cudnn.flags(enabled=False):
             yield
     finally:
-        torch.backends.mkldnn.set_flags(before[0], None, None, None)  # type: ignore[no-untyped-call]
+        torch.backends.mkldnn.set_flags(*before)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
