@@ -28,8 +28,8 @@ def test_every_update_is_repaired_and_a_killed_run_resumes_with_the_same_bits(tm
     finished(tmp_path / "without", *settings)
     reports, mend, fit = [], Repairs.mend, Trainer.fit
 
-    def seen(self, plan, *, is_cut):
-        mend(self, plan, is_cut=is_cut)
+    def seen(self, *given, **settings):
+        mend(self, *given, **settings)
         reports.append(self.report)
 
     def killed(self, *args, on_rest, **settings):
