@@ -1,12 +1,9 @@
-"""What shrinking brings and costs: a table of architectures, and how much of the saved work shows as saved time.
+"""What shrinking brings: how much of the saved work shows as saved time.
 
-    python benchmarks/shrink.py zoo [--models resnet18 llama] [--json zoo.json]
     python benchmarks/shrink.py latency [--repeats 30] [--models bert resnet50] [--json latency.json]
     python benchmarks/shrink.py training [--models resnet18] [--json training.json]
 
-`zoo` prints a markdown table: what can be pruned, what stays and why, seconds to find structures and to shrink half of
-every one of them, and the multiply-accumulates left. `latency` compares dense and pruned in turns, with the 95 %
-interval of the ratio, or says that the clock cannot tell: a
+`latency` compares dense and pruned in turns, with the 95 % interval of the ratio, or says that the clock cannot tell: a
 BERT-base (12 layers, 8 of 12 heads, 600 of 3,072 neurons, 128 tokens) and ResNet-50 at half its multiply-accumulates in
 channels_last. Weights are random: which units go does not matter for time. `training` prunes half of all units over two
 epochs of 20 steps (batch 16, 64x64 pictures) and trains a third, with units masked and with units cut out at each
@@ -19,11 +16,9 @@ import argparse
 import copy
 import json
 import platform
-import re
 import statistics
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,10 +33,9 @@ from gsprune.cost.latency import compare as compare_latency
 from gsprune.criteria import Abs
 from gsprune.discovery.find import find_structures
 from gsprune.schedules import Linear
-from gsprune.structures.structure import Found, Structure
+from gsprune.structures.structure import Structure
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import plan_cut
-from gsprune.surgery.shrink import shrink
 
 Built = tuple[nn.Module, Any]
 TOKENS, VOCABULARY = 128, 1000  # the embedding's height adds no work
@@ -67,86 +61,17 @@ def text(family: str, head: str, **sizes: Any) -> Callable[[], Built]:
     return build
 
 
-def vit() -> Built:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    return ViTForImageClassification(ViTConfig()), {"pixel_values": torch.randn(1, 3, 224, 224)}
-
-
 def tokens(batch: int) -> dict[str, Tensor]:
     ids = torch.randint(0, VOCABULARY, (batch, TOKENS))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 LABELS = "SequenceClassification"
-DECODER = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 ZOO: dict[str, Callable[[], Built]] = {
     "resnet18": picture("resnet18"),
     "resnet50": picture("resnet50"),
-    "mobilenet_v2": picture("mobilenet_v2"),
-    "mobilenet_v3_small": picture("mobilenet_v3_small"),
-    "efficientnet_b0": picture("efficientnet_b0"),
-    "densenet121": picture("densenet121"),
-    "convnext_tiny": picture("convnext_tiny"),
-    "regnet_y_400mf": picture("regnet_y_400mf"),
-    "vgg16_bn": picture("vgg16_bn"),
-    "googlenet": picture("googlenet", aux_logits=True, init_weights=False),
-    "inception_v3": picture("inception_v3", 299, aux_logits=True, init_weights=False),
-    "vit_b_16": picture("vit_b_16"),
     "bert": text("Bert", LABELS),
-    "roberta": text("Roberta", LABELS),
-    "distilbert": text("DistilBert", LABELS),
-    "electra": text("Electra", LABELS),
-    "minilm": text("Bert", LABELS, hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
-    "vit (transformers)": vit,
-    "llama": text("Llama", "CausalLM", num_key_value_heads=4, **DECODER),
-    "qwen2": text("Qwen2", "CausalLM", num_key_value_heads=4, **DECODER),
 }
-
-
-def zoo(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Find, halve and shrink every network; a line of a markdown table each."""
-    print("| network | can be pruned | stays, and why | find, s | shrink, s | MACs at half |")
-    print("|---|---|---|---:|---:|---:|")
-    rows = {}
-    for name in names:
-        model, x = ZOO[name]()
-        start = time.perf_counter()
-        found = find_structures(model, x)
-        between = time.perf_counter()
-        before = count_macs(model, x)
-        again = time.perf_counter()
-        shrink(model, found.structures, [first_half(s) for s in found.structures], example_input=x)
-        end = time.perf_counter()
-        row = {
-            "found": offered(found),
-            "skipped": reasons(found),
-            "find_seconds": between - start,
-            "shrink_seconds": end - again,
-            "macs_ratio": count_macs(model, x) / before,
-        }
-        rows[name] = row
-        cells = (row["found"], row["skipped"], f"{row['find_seconds']:.1f}", f"{row['shrink_seconds']:.1f}")
-        print("|", " | ".join([name, *cells, f"{row['macs_ratio']:.2f}"]), "|", flush=True)
-    return rows
-
-
-def first_half(structure: Structure) -> Tensor:
-    return torch.arange(structure.units) < (structure.units + 1) // 2
-
-
-def offered(found: Found) -> str:
-    """As "12 x channels (2,880 units)"."""
-    counts, units = Counter(s.kind for s in found.structures), Counter[str]()
-    for structure in found.structures:
-        units[structure.kind] += structure.units
-    return ", ".join(f"{count} x {kind} ({units[kind]:,} units)" for kind, count in counts.items())
-
-
-def reasons(found: Found) -> str:
-    """Each reason once, without the names in it."""
-    plain = (re.sub(r"'[^']*' is", "one is", reason) for reason in found.skipped.values())
-    return "; ".join(f"{count} x {reason}" for reason, count in Counter(plain).items())
 
 
 # ---- latency
@@ -252,7 +177,7 @@ def train_step(model: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimize
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["zoo", "latency", "training"])
+    parser.add_argument("part", choices=["latency", "training"])
     parser.add_argument("--models", nargs="+", choices=list(ZOO), default=list(ZOO), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=LEAST)
     parser.add_argument("--threads", type=int, default=2)
@@ -261,7 +186,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", category=UserWarning)
-    parts = {"zoo": zoo, "latency": lambda names: latency(names, args.repeats), "training": training}
+    parts = {"latency": lambda names: latency(names, args.repeats), "training": training}
     result: Any = parts[args.part](args.models)
     if args.json is not None:
         processor = platform.processor() or platform.machine()
