@@ -36,5 +36,5 @@ def draw_audit(ranks: Sequence[Rank], *, title: str = "Do scores rank what remov
     axes.set_ylim(len(criteria) - 0.4, -0.6)
     axes.set_xlim(-1, 1)
     if kinds:
-        axes.legend(loc="lower left", fontsize=8.5, frameon=False)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)
     return png(figure)

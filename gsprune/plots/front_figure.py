@@ -29,6 +29,7 @@ THEME = (
     + "\n.sx { color: var(--faint); }\n"
     "svg.front { display: block; width: 100%; height: auto; fill: var(--ink);\n"
     "  font: 13px system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif; }\n"
+    "svg.front .over { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }\n"
     "svg.front .faint { fill: var(--faint); } svg.front .grid { stroke: var(--line); }\n"
     "svg.front a { text-decoration: none; }"
 )
@@ -326,7 +327,7 @@ class _Plot:
         if dot.taken:
             parts.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="12" fill="none" stroke="var(--ink)" stroke-width="2"/>')
             above = y - 18 if y - 18 > self.top + 8 else y + 28
-            parts.append(_text(x, above, "take", "", anchor="middle", weight="700"))
+            parts.append(_text(x, above, "take", "over", anchor="middle", weight="700"))
         parts += [_shape(series.style, x, y, 6.0 if series.style is not None else 3.0, dot.smaller), "</g>"]
         inside = "".join(parts)
         return f'<a href="{html.escape(dot.link)}">{inside}</a>' if dot.link else inside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.cost.latency import compare
 from gsprune.cutting.cut import Cut
-from gsprune.plots.drawing import FAINT, INK, SPARSITY, Picture, elide, new_figure, plain_label, quiet
+from gsprune.plots.drawing import FAINT, INK, SPARSITY, Picture, elide, logarithmic, new_figure, plain_label, quiet
 from gsprune.pruner.part import Part
 from gsprune.pruner.pruner import Pruner
 from gsprune.pruner.targets import Target
@@ -93,12 +94,17 @@ def plot_cut(cut: Cut, dense: nn.Module | None = None, example_input: Any = None
     bars = [_bar("parameters", cut.dense.params, cut.small.params)]
     if cut.dense.macs and cut.small.macs:
         bars.append(_bar("MACs", cut.dense.macs, cut.small.macs))
-    if dense is not None and (found := compare(dense, cut.model, example_input)).ms and found.dense_ms:
-        bars.append(Bar("ms", found.dense_ms, found.ms, (f"{found.dense_ms:.3g} ms", f"{found.ms:.3g} ms")))
-    return draw_pruning(rows, bars, title=f"{cut.criterion}: what was cut", stays="kept")
+    note = ""
+    if dense is not None:
+        found = compare(dense, cut.model, example_input)
+        if found.ms and found.dense_ms:
+            bars.append(Bar("ms", found.dense_ms, found.ms, (f"{found.dense_ms:.3g} ms", f"{found.ms:.3g} ms")))
+        else:
+            note = f"milliseconds: {found.note}"
+    return draw_pruning(rows, bars, title=f"{cut.criterion}: what was cut", stays="kept", note=note)
 
 
-def draw_pruning(rows: Sequence[Scored], bars: Sequence[Bar], *, title: str, stays: str) -> Picture:
+def draw_pruning(rows: Sequence[Scored], bars: Sequence[Bar], *, title: str, stays: str, note: str = "") -> Picture:
     """Three panels: a histogram of all scores, split by what stays; each structure's scores; costs before and after.
 
     Args:
@@ -106,6 +112,7 @@ def draw_pruning(rows: Sequence[Scored], bars: Sequence[Bar], *, title: str, sta
         bars: costs.
         title: of the whole.
         stays: what the darker part of the histogram is called.
+        note: why a cost is missing.
     """
     shown = rows[:MOST]
     figure = new_figure(12, max(4.2, 1.6 + 0.22 * len(shown)))
@@ -114,7 +121,7 @@ def draw_pruning(rows: Sequence[Scored], bars: Sequence[Bar], *, title: str, sta
     scores, layers, costs = (figure.add_subplot(grid[0, i]) for i in range(3))
     _draw_scores(scores, rows, stays)
     _draw_layers(layers, shown, more=len(rows) - len(shown))
-    _draw_costs(costs, bars)
+    _draw_costs(costs, bars, note)
     return Picture(figure)
 
 
@@ -129,14 +136,21 @@ def _draw_scores(axes: Axes, rows: Sequence[Scored], stays: str) -> None:
     if seen.any():
         low, high = float(values[seen].min()), float(values[seen].max())
         edges = np.geomspace(low, high if high > low * 1.001 else low * 1.01, 41)
-        parts = [np.clip(values[seen & which], low, None) for which in (kept, ~kept)]
-        axes.hist(parts, bins=edges.tolist(), stacked=True, color=[KEPT_COLOUR, SPARSITY], label=[stays, "goes"])
-        axes.set_xscale("log")
+        found = [(kept, KEPT_COLOUR, stays), (~kept, SPARSITY, "goes")]
+        shown = [(values[seen & which], colour, name) for which, colour, name in found if (seen & which).any()]
+        parts, colours, names = zip(*shown, strict=True)
+        clipped = [np.clip(part, low, None) for part in parts]
+        axes.hist(clipped, bins=edges.tolist(), stacked=True, color=[*colours], label=[*names])
+        logarithmic(axes)
         _draw_threshold(axes, values[seen], kept[seen])
         axes.set_ylim(top=axes.get_ylim()[1] * 1.2)  # room for the legend
         axes.legend(fontsize=8.5, frameon=False, loc="upper right", ncols=2)
+    notes = []
     if zeros := int((~seen).sum()):
-        axes.annotate(f"{zeros:,} with a score of 0", (0.01, 0.97), xycoords="axes fraction", fontsize=8, color=FAINT)
+        notes.append(f"{zeros:,} with a score of 0")
+    if gone := sum(row.total for row in rows) - len(values):
+        notes.append(f"{gone:,} pruned before, which have no score")
+    axes.set_title("\n".join(["Scores", *notes]) if notes else "Scores", fontsize=11, loc="left", color=INK)
 
 
 def _draw_threshold(axes: Axes, values: np.ndarray, kept: np.ndarray) -> None:
@@ -150,7 +164,7 @@ def _draw_threshold(axes: Axes, values: np.ndarray, kept: np.ndarray) -> None:
 
 def _draw_layers(axes: Axes, rows: Sequence[Scored], *, more: int) -> None:
     """The spread of each structure's scores, and the share of it that goes: sensitive layers are on the right."""
-    axes.set_title("Scores by layer: what has low ones can lose most", fontsize=11, loc="left", color=INK)
+    axes.set_title("Scores by layer, and the share that goes", fontsize=11, loc="left", color=INK)
     axes.set_xlabel("score: 10 % to 90 %, median (logarithmic)", color=INK)
     quiet(axes, grid="x")
     generator = np.random.default_rng(0)
@@ -158,7 +172,7 @@ def _draw_layers(axes: Axes, rows: Sequence[Scored], *, more: int) -> None:
     for place, row in enumerate(rows):
         seen = row.scores[np.isfinite(row.scores) & (row.scores > 0)].ravel()
         gone = row.total - int(row.stays.sum())
-        labels.append(f"{plain_label(elide(row.name, 28), 28)}  -{percent(gone / max(row.total, 1))}")
+        labels.append(f"{plain_label(elide(row.name, 28), 28)}  {percent(gone / max(row.total, 1))}")
         if not seen.size:
             continue
         if seen.size > SAMPLE:
@@ -167,15 +181,16 @@ def _draw_layers(axes: Axes, rows: Sequence[Scored], *, more: int) -> None:
         axes.hlines(place, low, high, color=KEPT_COLOUR, linewidth=2)
         axes.plot([middle], [place], "o", color=SPARSITY, markersize=5)
     if axes.lines:
-        axes.set_xscale("log")
+        logarithmic(axes)
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     if more:
         axes.annotate(f"and {more} more", (0.99, 0.01), xycoords="axes fraction", ha="right", fontsize=8, color=FAINT)
 
 
-def _draw_costs(axes: Axes, bars: Sequence[Bar]) -> None:
-    axes.set_title("Before and after", fontsize=11, loc="left", color=INK)
+def _draw_costs(axes: Axes, bars: Sequence[Bar], note: str) -> None:
+    lines = ["Before and after", *textwrap.wrap(note, 40)]
+    axes.set_title("\n".join(lines), fontsize=11, loc="left", color=INK)
     axes.set_xlabel("share of the dense network (%)", color=INK)
     quiet(axes, grid="x")
     for place, bar in enumerate(bars):

@@ -280,10 +280,15 @@ def _from_first_change(x: list[float], y: list[float]) -> tuple[list[float], lis
 
 
 def _mark_end(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+    """A ring, and a text on the side where the line does not come from."""
+    from matplotlib.patheffects import withStroke
+
     if x:
+        before = next((value for value in reversed(y) if value != y[-1]), y[-1])
         axes.plot(x[-1:], y[-1:], marker="o", markersize=9, markerfacecolor="none", color=SPARSITY)
         text = f"end: {y[-1]:.1f} % at {percent(x[-1] / 100)}"
-        place: Any = {"xytext": (0, -18), "textcoords": "offset points", "ha": "right", "fontsize": 8.5}
+        place: Any = {"xytext": (0, 12 if before < y[-1] else -18), "textcoords": "offset points", "ha": "right"}
+        place |= {"fontsize": 8.5, "path_effects": [withStroke(linewidth=3, foreground="white")]}
         axes.annotate(text, (x[-1], y[-1]), color=INK, **place)
 
 

@@ -328,7 +328,7 @@ class _OpenSweep:
             log.info("report of %s: %s", noun(report.usable, "finished job"), report.directory / "report.html")
             for note in report.notes:
                 log.info("%s", note)
-            self._said = summary(told(report), report.points, width=terminal_width())
+            self._said = summary(told(report), report.points, report.unpruned, width=terminal_width())
             return report
         except (ValueError, OSError) as error:
             log.warning("no report of the sweep: %s", error)

@@ -34,9 +34,9 @@ from gsprune.sweeps.results import JobResult, Results, read_results
 from gsprune.sweeps.sweep_dir import Sweep
 from gsprune.sweeps.variants import (
     TEST,
-    VALIDATION,
     Point,
     Stat,
+    Unpruned,
     chosen_by,
     equal_merged,
     is_control,
@@ -44,7 +44,7 @@ from gsprune.sweeps.variants import (
     points,
     stat,
     swept,
-    unpruned,
+    unpruned_rows,
     variants,
 )
 from gsprune.sweeps.verdict import BY, Terms, Verdict, on_test_text, verdicts
@@ -88,7 +88,8 @@ class Report:
     usable: int  # finished jobs with an accuracy, each configuration once
     left_out: Mapping[str, str]  # folder -> why
     notes: Sequence[str] = ()  # what keeps its numbers from being compared as they stand
-    points: Sequence[Point] = ()  # each network of the sweep
+    points: Sequence[Point] = ()  # each pruned network of the sweep
+    unpruned: Sequence[Unpruned] = ()  # what they are compared with
     verdicts: Sequence[Verdict] = ()  # which network to take, of each model and data set
     terms: Terms = field(default_factory=Terms)
     values: Mapping[str, float] = field(
@@ -114,6 +115,7 @@ def build_report(directory: str | Path, terms: Terms | None = None) -> Report:
         sweep.left_out,
         notes=sweep.notes(),
         points=sweep.points,
+        unpruned=unpruned_rows(sweep.usable, sweep.axes),
         verdicts=sweep.verdicts,
         terms=sweep.terms,
         values=sweep.values,
@@ -354,7 +356,9 @@ def _page(sweep: SweepJobs, report: Report, drawn: Mapping[str, Front], anchors:
     )
     environment.filters |= _FILTERS | {"command": lambda verdict: take_command(report, verdict)}
     maps, unmapped = heatmaps({f"{_heading(p)}, {p.variant} (job {p.best.name})": p for p in sweep.points})
-    page: str = environment.get_template("report.html").render(
+    page: str = environment.get_template(
+        "report.html"
+    ).render(
         title=shown_text("/".join(sweep.directory.resolve().parts[-2:]), 200),
         made=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC",
         facts=_facts(sweep),
@@ -370,7 +374,7 @@ def _page(sweep: SweepJobs, report: Report, drawn: Mapping[str, Front], anchors:
         notes=report.notes,
         by_test=sweep.by == TEST,
         fair=bool(sweep.controls),
-        unpruned=_unpruned(sweep),
+        unpruned=report.unpruned[:_MAX_UNPRUNED],
         groups=_groups(sweep.points),
         few=any(point.accuracy.count < 3 for point in sweep.points),
         failed=[(job, error) for job in sweep.jobs if (error := _error(job)) is not None],
@@ -422,22 +426,6 @@ def _spread_out(count: int, most: int) -> list[int]:
     ([0, 1, 2], [0, 5, 10, 15, 20])
     """
     return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
-
-
-def _unpruned(sweep: SweepJobs) -> list[dict[str, Any]]:
-    """Rows of the networks that are not pruned: the dense ones, and the controls."""
-    rows = []
-    kinds = (("dense network", sweep.usable, "baseline_"), ("control, pruner=none", sweep.controls, ""))
-    for title, jobs, prefix in kinds:
-        for name, group in unpruned(jobs, sweep.axes).items():
-            accuracy, choice = (stat(job.number(prefix + key) for job in group) for key in (TEST, VALIDATION))
-            if accuracy is not None:
-                epochs = {job.number(f"{prefix}epochs") for job in group}
-                variant = ", ".join(filter(None, (title, name)))
-                same = epochs.pop() if len(epochs) == 1 else None
-                row = {"variant": variant, "accuracy": accuracy, "choice": choice, "epochs": same}
-                rows.append({**row, "jobs": group if prefix == "" else []})
-    return rows[:_MAX_UNPRUNED]
 
 
 def _groups(points: Sequence[Point]) -> dict[str, list[Point]]:

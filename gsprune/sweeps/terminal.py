@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from gsprune.sweeps.variants import VALIDATION, Point, Stat
+from gsprune.sweeps.variants import VALIDATION, Point, Stat, Unpruned
 from gsprune.text.display import label, percent
 from gsprune.text.names import natural
 from gsprune.text.table import noun, table, until
@@ -50,11 +50,15 @@ def job_of(number: int, jobs: int | None) -> str:
     return f"job {number + 1}" + (f" of {jobs}" if jobs else "")
 
 
-def summary(verdicts: Sequence[str], points: Sequence[Point], *, width: int) -> list[str]:
-    """The last lines of a sweep: the verdict, then a row for each variant at each sparsity.
+def summary(verdicts: Sequence[str], points: Sequence[Point], unpruned: Sequence[Unpruned], *, width: int) -> list[str]:
+    """The last lines of a sweep: the verdict, then a table.
+
+    Its first rows are what the differences are to, the controls, or the dense networks in a sweep without any. Below
+    them is a row for each variant at each sparsity.
 
     Args:
         points: of `gsprune.sweeps.variants.points`; the first 30 by name and sparsity are shown.
+        unpruned: of `gsprune.sweeps.variants.unpruned_rows`.
     """
     lines = [*verdicts]
     if not points:
@@ -62,15 +66,20 @@ def summary(verdicts: Sequence[str], points: Sequence[Point], *, width: int) -> 
     by = "validation" if points[0].by == VALIDATION else "test"
     head = ("network", "jobs", by, "test difference", "sparsity", "parameters", "MACs", "faster")
     ordered = sorted(points, key=lambda point: (natural(point.variant), point.target_sparsity or 0))
+    references = [row for row in unpruned if row.is_control] or [*unpruned]
+    above = [*map(_reference, references[:MOST]), ()] if references else []
     rows = [_row(point) for point in ordered[:MOST]]
     used = [i for i, _ in enumerate(head) if i < 3 or any(row[i] for row in rows)]
-    lines += [
-        *([""] if lines else []),
-        *table([head[i] for i in used], [[row[i] for i in used] for row in rows], width=width),
-    ]
+    shown = [[row[i] for i in used if row] for row in (*above, *rows)]
+    lines += [*([""] if lines else []), *table([head[i] for i in used], shown, width=width)]
     if len(points) > MOST:
         lines.append(f"and {noun(len(points) - MOST, 'other network')}: the report has all")
     return lines
+
+
+def _reference(row: Unpruned) -> tuple[str, ...]:
+    accuracy = "" if row.choice is None else _accuracy(row.choice)
+    return label(row.variant, 60), str(row.accuracy.count), accuracy, "", "", "all", "all", ""
 
 
 def _row(point: Point) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from gsprune.text.names import natural
 __all__ = [
     "Point",
     "Stat",
+    "Unpruned",
     "chosen_by",
     "controls",
     "equal_merged",
@@ -35,6 +36,7 @@ __all__ = [
     "stat",
     "swept",
     "unpruned",
+    "unpruned_rows",
     "variants",
 ]
 
@@ -274,6 +276,51 @@ def unpruned(jobs: Sequence[JobResult], axes: Iterable[str]) -> dict[str, list[J
         name = ", ".join(filter(None, (job.overrides.get(axis) for axis in outside)))
         groups[name].setdefault(_settings(job), job)
     return {name: list(group.values()) for name, group in groups.items()}
+
+
+@dataclass(frozen=True)
+class Unpruned:
+    """Networks of one setting that are not pruned, as one row of a table.
+
+    Attributes:
+        title: "control" (`pruner=none`) or "dense network" (what the pruned ones began as).
+        settings: those outside the pruner that differ in the sweep, such as "vit_tiny"; "" where none does.
+        accuracy, choice: on the test split, and on the split that choices are made by.
+        jobs: one for each seed.
+    """
+
+    title: str
+    settings: str
+    accuracy: Stat
+    choice: Stat | None
+    epochs: float | None  # None where they differ
+    jobs: tuple[JobResult, ...]
+
+    @property
+    def is_control(self) -> bool:
+        return self.title == "control"
+
+    @property
+    def variant(self) -> str:
+        """
+        >>> Unpruned("control", "vit_tiny", Stat(1, 0.9, None), None, 14, ()).variant
+        'control, vit_tiny'
+        """
+        return ", ".join(filter(None, (self.title, self.settings)))
+
+
+def unpruned_rows(jobs: Sequence[JobResult], axes: Iterable[str]) -> list[Unpruned]:
+    """The dense networks, then the controls, with an accuracy; one row for each setting outside the pruner."""
+    rows, axes, by = [], list(axes), chosen_by(jobs)
+    fair = [job for job in jobs if is_control(job)]
+    for title, some, prefix in (("dense network", jobs, "baseline_"), ("control", fair, "")):
+        for settings, group in unpruned(some, axes).items():
+            accuracy, choice = (stat(job.number(prefix + key) for job in group) for key in (TEST, by))
+            epochs = {job.number(f"{prefix}epochs") for job in group}
+            if accuracy is not None:
+                same = epochs.pop() if len(epochs) == 1 else None
+                rows.append(Unpruned(title, settings, accuracy, choice, same, tuple(group)))
+    return rows
 
 
 def _settings(job: JobResult) -> Hashable:

@@ -13,8 +13,10 @@ from torch import nn
 
 import gsprune
 from gsprune import Pruner
+from gsprune.cost.latency import Latency
 from gsprune.criteria import Abs, Elementwise
-from gsprune.plots.drawing import Picture
+from gsprune.plots import pruner_figures
+from gsprune.plots.drawing import Picture, logarithmic, new_figure
 from gsprune.schedules import OneShot
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
@@ -54,7 +56,7 @@ def test_a_cut_shows_its_scores_layers_and_sizes(tmp_path):
     assert width > 1000 > height
     assert heights(picture) == 32
     labels = [label.get_text() for label in picture.figure.axes[1].get_yticklabels()]
-    assert labels == ["0  -50.0 %", "2  -50.0 %"]
+    assert labels == ["0  50.0 %", "2  50.0 %"]
     found = bars(picture)
     assert found["parameters"] == ["452", f"{cut.small.params} ({100 * cut.small.params / 452:.1f} %)"]
     assert list(found) == ["parameters", "MACs"]
@@ -85,15 +87,61 @@ def test_a_pruner_shows_what_will_go_and_then_what_is_left(criterion):
     total = pruner.share.total
     assert size(picture)[0] > 1000
     labels = [label.get_text() for label in picture.figure.axes[1].get_yticklabels()]
-    assert [text.rpartition("-")[2] for text in labels] == ["50.0 %"] * len(pruner.targets)
+    assert [text.rpartition("  ")[2] for text in labels] == ["50.0 %"] * len(pruner.targets)
     assert heights(picture) + _zeros(picture) == total
     cost = "parameters" if pruner.structured else "parameters not zero"
     assert bars(picture)[cost][0] == "452"
 
 
 def _zeros(picture: Picture) -> int:
-    texts = [text.get_text() for text in picture.figure.axes[0].texts]
-    return sum(int(text.partition(" ")[0].replace(",", "")) for text in texts if "score of 0" in text)
+    return sum(int(text.partition(" ")[0].replace(",", "")) for text in notes(picture, 0) if "score of 0" in text)
+
+
+def notes(picture: Picture, panel: int) -> list[str]:
+    """What stands below the title of a panel."""
+    return picture.figure.axes[panel].get_title(loc="left").splitlines()[1:]
+
+
+def test_what_was_pruned_before_has_no_score_and_is_counted():
+    model = mlp()
+    pruner = Pruner(
+        model,
+        Abs(),
+        target_sparsity=0.5,
+        scope="local",
+        schedule=OneShot(),
+        example_input=X[:1],
+        epochs=1,
+        steps_per_epoch=2,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruner.attach(optimizer)
+    for _ in range(2):
+        nn.functional.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+    picture = pruner.plot()
+    assert notes(picture, 0) == ["16 pruned before, which have no score"]
+    assert heights(picture) == 16
+    legend = picture.figure.axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["kept"]
+
+
+def test_a_time_that_cannot_be_measured_says_why(monkeypatch):
+    cut = gsprune.cut(mlp(), [(X, Y)], nn.functional.cross_entropy, sparsity=0.5, progress=False)
+    monkeypatch.setattr(pruner_figures, "compare", lambda *_: Latency(note="not measurable here: too few repeats"))
+    picture = cut.plot(dense=mlp(), example_input=X[:1])
+    assert list(bars(picture)) == ["parameters", "MACs"]
+    assert " ".join(notes(picture, 2)) == "milliseconds: not measurable here: too few repeats"
+
+
+def test_labels_of_a_short_logarithmic_axis_stand_apart():
+    axes = new_figure(4, 3).add_subplot()
+    axes.plot([0.09, 0.45], [0, 1])
+    logarithmic(axes)
+    axes.figure.canvas.draw()
+    labels = [label for label in axes.get_xticklabels() if label.get_text()]
+    low, high = axes.get_xlim()
+    assert [label.get_text() for label in labels if low <= label.get_position()[0] <= high] == ["0.1", "0.2"]
 
 
 def test_a_control_has_nothing_to_draw():

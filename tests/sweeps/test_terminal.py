@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from gsprune.sweeps.results import JobResult
 from gsprune.sweeps.terminal import Jobs, job_of, summary
-from gsprune.sweeps.variants import Point
+from gsprune.sweeps.variants import Point, Stat, Unpruned
 
 
 def job(name: str, **numbers: Any) -> JobResult:
@@ -39,7 +40,7 @@ def test_the_last_lines_are_the_verdict_and_a_row_for_each_network():
         point("abs", 0.5, job("3", accuracy=0.9, val_accuracy=0.75, **half)),
         point("abs", 0.25, job("4", accuracy=0.9, val_accuracy=0.95, **half)),
     ]
-    lines = summary(["Take weighted."], points, width=100)
+    lines = summary(["Take weighted."], points, [], width=100)
     assert lines[0] == "Take weighted."
     head, _, *rows = (line.split("  ") for line in lines[2:])
     assert [cell.strip() for cell in head if cell.strip()] == [
@@ -51,14 +52,30 @@ def test_the_last_lines_are_the_verdict_and_a_row_for_each_network():
     assert cells[2][1:3] == ["3", "90.00 +- 10.00 %"]
 
 
+def rows(lines: list[str]) -> list[list[str]]:
+    return [[cell for cell in re.split(r"\s{2,}", line.strip()) if cell] for line in lines]
+
+
+def test_what_differences_are_to_stands_above_the_networks():
+    half = {"params": 25, "params_dense": 100, "macs": 50, "macs_dense": 100, "sparsity": 0.5}
+    dense = Unpruned("dense network", "", Stat(2, 0.97, None), Stat(2, 0.96, None), 6, ())
+    control = Unpruned("control", "", Stat(2, 0.99, None), Stat(2, 0.98, None), 14, ())
+    found = [Point("abs", 0.5, (job("0", accuracy=0.95, val_accuracy=0.95, baseline_accuracy=0.97, **half),))]
+    with_control = rows(summary([], found, [dense, control], width=100))
+    assert with_control[2] == ["control", "2", "98.00 %", "all", "all"]
+    assert set(*with_control[3]) == {"-"}
+    assert with_control[4] == ["abs", "1", "95.00 %", "-2.00", "50.0 %", "4.00x fewer", "2.00x fewer"]
+    assert rows(summary([], found, [dense], width=100))[2] == ["dense network", "2", "96.00 %", "all", "all"]
+
+
 def test_a_large_sweep_shows_thirty_networks_and_counts_the_others():
     points = [point(f"v{i}", None, job(str(i), accuracy=0.9, val_accuracy=0.9)) for i in range(32)]
-    lines = summary([], points, width=80)
+    lines = summary([], points, [], width=80)
     assert sum(line.startswith("v") for line in lines) == 30
     assert lines[-1] == "and 2 other networks: the report has all"
-    assert summary(["none"], [], width=80) == ["none"]
+    assert summary(["none"], [], [], width=80) == ["none"]
 
 
 def test_names_from_results_cannot_move_the_cursor():
-    lines = summary([], [point("a\x1b[2J\nb", None, job("0", accuracy=0.9, val_accuracy=0.9))], width=80)
+    lines = summary([], [point("a\x1b[2J\nb", None, job("0", accuracy=0.9, val_accuracy=0.9))], [], width=80)
     assert all(line.isprintable() for line in lines)
