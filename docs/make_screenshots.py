@@ -1,19 +1,21 @@
-"""Make the pictures of MLflow's page that docs/mlflow.md shows, in a real browser.
+"""Make the pictures that the pages show: of runs of today's code, those of web pages in a real browser.
 
     pip install -e '.[app]' 'selenium>=4.20,<5'
-    python docs/make_screenshots.py                                           # makes a sweep of its own first: minutes
-    python docs/make_screenshots.py --tracking-uri sqlite:///mlflow.db --output /tmp    # the newest sweep of a database
-    python docs/make_screenshots.py --tracking-uri http://127.0.0.1:5000                # or of a server that runs
+    python docs/make_screenshots.py                      # trains a sweep and a run first: minutes
+    python docs/make_screenshots.py --work /tmp/work     # keeps them there, and takes them from there the next time
+    python docs/make_screenshots.py --tracking-uri http://127.0.0.1:5000 --output /tmp  # MLflow's page of another sweep
 
 Needs Chromium and its driver (Debian: `apt-get install chromium chromium-driver`), and no network: everything happens
 on the loopback address, on a free port. Writes into the output folder (default: this one)
 
+    pareto.png            the figure of the sweep's report
+    history.png           accuracy and sparsity of a default run
     mlflow_runs.png       the run table of the experiment, with the sweep's jobs under their parent
-    mlflow_compare.png    all jobs of the experiment: validation accuracy against parameters
+    mlflow_compare.png    all jobs of the sweep: validation accuracy against parameters
     mlflow_masks.png      the masks of one job
 
-The sweep of its own is stored through the server, so that no path of this machine is in the pictures. It was written
-for the page of MLflow 3.17; a step that no longer finds what it looks for names it in its error.
+The sweep is the README's. It is stored through a server, so that no path of this machine is in the pictures. What is
+clicked was written for the page of MLflow 3.17; a step that no longer finds what it looks for names it in its error.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -50,7 +54,10 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, HEIGHT = 1500, 900
-SWEEP = ("pruner=elementwise,abs,weighted,none", "pruner.target_sparsity=0.5,0.7,0.9", "seed=0,1")
+SWEEP = (
+    *("pruner=weighted,magnitude,random,elementwise,none", "pruner.target_sparsity=0.5,0.75,0.9", "seed=0,1,2"),
+    *("trainer.dense_epochs=3", "trainer.prune_epochs=4"),
+)
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -75,11 +82,12 @@ STYLE = "button[data-assistant-ui] { display: none !important }"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the pictures of MLflow's page that docs/mlflow.md shows.")
+    parser = argparse.ArgumentParser(description="Make the pictures that the pages of docs/ show.")
     parser.add_argument(
-        "--tracking-uri", help="sqlite:///... or http://...; default: a new sweep in a temporary folder"
+        "--tracking-uri", help="only MLflow's page, of the newest sweep of this database (sqlite:///...) or server"
     )
     parser.add_argument("--experiment", default="gsprune", help="default: gsprune")
+    parser.add_argument("--work", type=Path, help="folder of the sweep and the run; default: a temporary one")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the pictures; default: docs")
     parser.add_argument("--chromium", default=_which("chromium", "chromium-browser", "google-chrome"))
     parser.add_argument("--chromedriver", default=_which("chromedriver"))
@@ -88,17 +96,21 @@ def main() -> None:
         if getattr(args, program) is None:
             parser.error(f"{program} was not found: give its path with --{program}")
     args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="gsprune-") as folder, _server(args.tracking_uri, Path(folder)) as address:
-        if args.tracking_uri is None:
-            make_sweep(address, Path(folder))
-        sweep = newest_sweep(address, args.experiment)
-        with _browser(args.chromium, args.chromedriver) as driver:
-            page = Page(driver, address)
-            for name, take in (("runs", take_runs), ("compare", take_compare), ("masks", take_masks)):
-                take(page, sweep)
-                file = args.output / f"mlflow_{name}.png"
-                file.write_bytes(_small(page.driver.get_screenshot_as_png()))
-                print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
+    with tempfile.TemporaryDirectory(prefix="gsprune-") as temporary:
+        folder = (args.work or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        with _server(args.tracking_uri, folder) as address:
+            if args.tracking_uri is None:
+                make_runs(address, folder)
+            sweep = newest_sweep(address, args.experiment)
+            with _browser(args.chromium, args.chromedriver) as driver:
+                page = Page(driver, address)
+                for name, take in (("runs", take_runs), ("compare", take_compare), ("masks", take_masks)):
+                    take(page, sweep)
+                    _write(args.output / f"mlflow_{name}.png", _small(page.driver.get_screenshot_as_png()))
+                if args.tracking_uri is None:
+                    _write(args.output / "pareto.png", _small(take_front(driver, folder / "sweep" / "pareto.svg")))
+                    _write(args.output / "history.png", _small((folder / "run/figures/history.png").read_bytes()))
 
 
 # --- what is shown -----------------------------------------------------------------------------------------
@@ -118,12 +130,18 @@ class SweepRuns:
         return f"/experiments/{self.parent.info.experiment_id}/runs"
 
 
-def make_sweep(address: str, folder: Path) -> None:
-    """Train 20 networks, two controls among them, tracked by the server at that address."""
-    settings = ["trainer.progress=none", f"tracking.tracking_uri={address}", "tracking.timeout_s=60"]
-    settings.append(f"hydra.sweep.dir={folder / 'sweep'}")
-    command = [sys.executable, "train.py", "--multirun", *SWEEP, *settings]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+def make_runs(address: str, folder: Path) -> None:
+    """The README's sweep of 39 networks, tracked by the server at that address, and a default run; what is there
+    from an earlier time stays."""
+    tracking = (f"tracking.tracking_uri={address}", "tracking.timeout_s=60")
+    _train(folder / "sweep" / "report.html", "--multirun", *SWEEP, *tracking, f"hydra.sweep.dir={folder / 'sweep'}")
+    _train(folder / "run" / "result.json", "tracking=none", f"hydra.run.dir={folder / 'run'}")
+
+
+def _train(made: Path, *arguments: str) -> None:
+    if not made.exists():
+        command = [sys.executable, "train.py", *arguments, "trainer.progress=none"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def newest_sweep(address: str, experiment: str) -> SweepRuns:
@@ -187,6 +205,18 @@ def _picture(client: MlflowClient, job: Run) -> str:
     if not steps:
         raise SystemExit(f"the run {job.info.run_name!r} has no picture of its masks")
     return steps[max(steps)]
+
+
+def take_front(driver: Any, svg: Path) -> bytes:
+    """The figure of a report, as wide as it is there; 1.5 pixels for each of its units."""
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg.read_text(encoding="utf8"))
+    assert box is not None
+    width, height = (math.ceil(float(length)) for length in box.groups())
+    view = {"width": width, "height": height, "deviceScaleFactor": 1.5, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", view)
+    driver.get(svg.as_uri())
+    png: bytes = driver.get_screenshot_as_png()
+    return png
 
 
 # --- the browser -------------------------------------------------------------------------------------------
@@ -255,6 +285,11 @@ def _browser(chromium: str, chromedriver: str) -> Iterator[Any]:
             yield driver
         finally:
             driver.quit()
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    print(f"{file}: {len(content) / 1000:.0f} kB")
 
 
 def _small(png: bytes) -> bytes:

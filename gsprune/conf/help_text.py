@@ -22,6 +22,7 @@ RESOLVER = "gsprune_values"
 WIDTH, COLUMN = 110, 38  # of the page; of its first column
 HIDDEN = ("_target_", "_partial_", "_convert_", "_recursive_")
 FORMER = "pruner.target."  # what `pruner.budget` was called
+_YAML = {"None": "null", "True": "true", "False": "false"}  # docstrings speak Python
 OURS = Path(__file__).parent
 
 
@@ -65,6 +66,7 @@ def _lines(config: DictConfig, key: str, meanings: Mapping[str, str]) -> Iterato
         if not told and above not in said:  # several settings may have one meaning
             said.add(above)
             told = meanings.get(above, "")
+        told = re.sub(r"\b(None|True|False)\b", lambda word: _YAML[word[0]], told)
         parts = textwrap.wrap(told, WIDTH - COLUMN, break_on_hyphens=False)
         if len(shown) >= COLUMN and parts:
             yield shown

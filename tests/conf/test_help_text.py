@@ -54,6 +54,12 @@ def test_a_value_says_what_it_means(usual, key, words):
     assert words in usual[key]
 
 
+def test_values_stand_there_as_a_command_writes_them(usual):
+    assert "null takes `MLFLOW_TRACKING_URI`" in usual["tracking.tracking_uri"]
+    assert "weighted 0.5, seed 0" in usual["tracking.run_name"]  # not what MLflow does by itself
+    assert not [key for key, text in usual.items() if re.search(r"\b(None|True|False)\b", text)]
+
+
 def test_hardly_any_value_is_without_a_meaning(usual):
     own = {key for key in usual if not usual[key] and "keep." not in key and "budget." not in key}
     assert own <= {"dataset.device", "model.image_size", "model.in_channels", "model.num_classes"}
