@@ -72,7 +72,9 @@ class Client:
             run_id=run_id, experiment_id=experiment_id, status="RUNNING", lifecycle_stage=stage,
             start_time=start_time, end_time=None, run_name=run_name,
         )  # fmt: skip
-        run = SimpleNamespace(info=info, name=run_name, params={}, tags=dict(tags), metrics=[], files=[], outputs=[])
+        run = SimpleNamespace(
+            info=info, name=run_name, params={}, tags=dict(tags), metrics=[], files=[], outputs=[], datasets=set()
+        )
         self._memory.runs[run_id] = run
         return self._shown(run)
 
@@ -146,6 +148,9 @@ class Client:
 
     def log_outputs(self, run_id: str, models: Any) -> None:
         self._memory.runs[run_id].outputs += [model.model_id for model in models]
+
+    def log_inputs(self, run_id: str, datasets: Any) -> None:
+        self._memory.runs[run_id].datasets |= {(given.dataset.name, given.dataset.digest) for given in datasets}
 
     def finalize_logged_model(self, model_id: str, status: str) -> None:
         self._memory.models[model_id].status = status

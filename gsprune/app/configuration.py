@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gsprune.extras import MissingExtraError
 from gsprune.settings.addresses import command_directory
+from gsprune.settings.git import git_tags
 from gsprune.settings.hydra_files import recorded_overrides
 from gsprune.settings.instantiation import make
 from gsprune.sweeps.sweep_dir import without_sweep_settings
@@ -261,12 +262,12 @@ def hydra_choices() -> dict[str, Any]:
 
 
 def hydra_tags() -> dict[str, str]:
-    """`hydra_choices` as tags of an MLflow run."""
-    chosen = hydra_choices()
-    if not chosen["choices"]:
+    """`hydra_choices` as tags of an MLflow run, and the commit of the code; empty outside Hydra."""
+    if not HydraConfig.initialized():
         return {}
+    chosen = hydra_choices()
     groups = {f"group.{name}": choice for name, choice in chosen["choices"].items()}
-    return {"hydra.overrides": " ".join(chosen["overrides"]), **groups}
+    return {"hydra.overrides": " ".join(chosen["overrides"]), **groups, **git_tags(command_directory())}
 
 
 def run_name(cfg: DictConfig) -> str | None:

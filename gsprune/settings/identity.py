@@ -20,7 +20,16 @@ from gsprune.files.disk import sha256, sha256_of_json
 from gsprune.settings.recorded import hashable
 from gsprune.settings.sources import code, targets, versions
 
-__all__ = ["config_hash", "dense_key", "differences", "package_versions", "plain_config", "scores_key", "settings"]
+__all__ = [
+    "config_hash",
+    "dataset_digest",
+    "dense_key",
+    "differences",
+    "package_versions",
+    "plain_config",
+    "scores_key",
+    "settings",
+]
 
 # Settings that change no number of a result.
 NOT_HASHED = (
@@ -81,6 +90,16 @@ def dense_key(cfg: DictConfig, **surroundings: str) -> str:
     """
     config = _without(_with_contents(hashable(plain_config(cfg), cfg)), (*NOT_HASHED, *NOT_DENSE))
     return sha256_of_json([config, _code(config), package_versions(config), surroundings])
+
+
+def dataset_digest(cfg: DictConfig) -> str:
+    """16 hexadecimal digits of sha256 of the settings of the data set, but for the folder it lies in.
+
+    >>> one, other = ({"dataset": {"size": size, "root": root}} for size, root in ((4, "a"), (4, "b")))
+    >>> dataset_digest(OmegaConf.create(one)) == dataset_digest(OmegaConf.create(other))
+    True
+    """
+    return sha256_of_json(_without(hashable(plain_config(cfg), cfg), NOT_HASHED).get("dataset"))[:16]
 
 
 def settings(cfg: DictConfig) -> dict[str, str]:

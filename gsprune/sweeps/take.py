@@ -1,7 +1,8 @@
 """Takes a network out of a sweep: the one that its report says to take, or that of a job by name.
 
     gsprune take multirun/<date>/<time>                      # into taken/<date>_<time>
-    gsprune take multirun/<date>/<time> --register digits    # and as a version of a registered model in MLflow
+    gsprune take multirun/<date>/<time> --register digits    # and as a version of a registered model in MLflow, which
+                                                             # has the alias "champion" if the report says to take it
 
 What is taken is a folder that `gsprune.load_pruned` reads, with `origin.json` beside the network: where it comes from,
 why it was taken, and the sums of its files.
@@ -22,7 +23,6 @@ from gsprune.files.layout import CONFIG, RESULT, TRACKING
 from gsprune.sweeps.report import SweepJobs, add_terms, terms_of
 from gsprune.sweeps.results import JobResult
 from gsprune.sweeps.sweep_dir import Sweep
-from gsprune.sweeps.verdict import Verdict
 from gsprune.text.redact import say
 
 __all__ = ["main", "take"]
@@ -30,6 +30,7 @@ __all__ = ["main", "take"]
 NETWORK = ("model.safetensors", "pruning.json")  # what `load_pruned` reads
 ALSO = ("masks.safetensors", RESULT, CONFIG)
 ORIGIN = "origin.json"
+CHAMPION = "champion"  # alias of the version that a report says to take
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,13 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = make_parser().parse_args(arguments)
     try:
         sweep = SweepJobs.read(Path(given.directory), terms_of(given))
-        job, why = _chosen(sweep, given.job)
+        job, why, is_choice = _chosen(sweep, given.job)
         folder = take(sweep.directory, job, _target(sweep.directory, given.to), why)
         say(f"{why}.")
         say(f"Took {job.folder} to {folder}")
         say(f"Load it: gsprune.load_pruned({str(folder)!r}, dense_network)")
         if given.register:
-            say(f"Registered: {register(job, folder, given.register, tracking_uri=given.tracking_uri)}")
+            settings = {"tracking_uri": given.tracking_uri, "alias": CHAMPION if is_choice else None}
+            say(f"Registered: {register(job, folder, given.register, **settings)}")
     except (ValueError, OSError) as error:
         say(f"Error: {error}", file=sys.stderr)
         return 1
@@ -89,11 +91,14 @@ def take(sweep: Path, job: JobResult, folder: Path, why: str) -> Path:
     return folder
 
 
-def register(job: JobResult, folder: Path, name: str, *, tracking_uri: str | None = None) -> str:
+def register(
+    job: JobResult, folder: Path, name: str, *, tracking_uri: str | None = None, alias: str | None = None
+) -> str:
     """Register what was taken as a version of a model in the job's MLflow store; what to say of it.
 
     Args:
         tracking_uri: of the store; None: as the job's record says.
+        alias: of the model, which the version gets.
 
     Raises:
         ValueError: the job has no run in MLflow, or MLflow cannot be reached, or refuses.
@@ -104,11 +109,11 @@ def register(job: JobResult, folder: Path, name: str, *, tracking_uri: str | Non
     note = read_object(job.folder / TRACKING)
     if not isinstance(run_id := note.get("run_id"), str):
         raise ValueError(f"{job.folder} has no run in MLflow, which a registered model comes from")
-    return register_model(recorded_address(job.folder, note, tracking_uri), run_id, folder, name)
+    return register_model(recorded_address(job.folder, note, tracking_uri), run_id, folder, name, alias=alias)
 
 
-def _chosen(sweep: SweepJobs, name: str | None) -> tuple[JobResult, str]:
-    """The job whose network to take, and why.
+def _chosen(sweep: SweepJobs, name: str | None) -> tuple[JobResult, str, bool]:
+    """The job whose network to take, why, and whether it is the report's choice.
 
     Raises:
         ValueError: there is no such job, or the sweep has no verdict, or several.
@@ -118,7 +123,9 @@ def _chosen(sweep: SweepJobs, name: str | None) -> tuple[JobResult, str]:
         if found is None:
             known = ", ".join(job.name for job in sweep.usable[:20])
             raise ValueError(f"--job {name} is no finished job of {sweep.directory}: there are {known or 'none'}")
-        return found, _by_name(sweep.verdicts, found)
+        own = next((verdict for verdict in sweep.verdicts if verdict.job == found), None)
+        why = str(own) if own else f"Job {found.name} was asked for by name; the sweep's verdict is another"
+        return found, why, own is not None
     takes = [(verdict, job) for verdict in sweep.verdicts if (job := verdict.job) is not None]
     if not takes:
         raise ValueError("; ".join(str(verdict) for verdict in sweep.verdicts))
@@ -126,12 +133,7 @@ def _chosen(sweep: SweepJobs, name: str | None) -> tuple[JobResult, str]:
         some = ", ".join(f"--job {job.name} ({verdict.about})" for verdict, job in takes)
         raise ValueError(f"{sweep.directory} has several models or data sets, with a verdict each: choose {some}")
     ((verdict, job),) = takes
-    return job, str(verdict)
-
-
-def _by_name(verdicts: Sequence[Verdict], job: JobResult) -> str:
-    same = next((verdict for verdict in verdicts if verdict.job == job), None)
-    return str(same) if same else f"Job {job.name} was asked for by name; the sweep's verdict is another"
+    return job, str(verdict), True
 
 
 def _target(sweep: Path, given: str | None) -> Path:

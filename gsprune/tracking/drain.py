@@ -22,7 +22,7 @@ _TOGETHER = 200  # events with metrics, in one call
 _REQUESTS = {
     "start": 4,
     "image": 4,
-    "model": 8,
+    "model": 12,
 }  # of calls that ask several things of a server, and would do harm twice
 _SECONDS_A_MB = 0.1  # that a file may take for nothing
 _BRIEF = 1.0  # seconds for a server that has left this process waiting

@@ -202,6 +202,7 @@ class RemoteRun:
         values: Mapping[str, float],
         step: int,
         time_ms: int,
+        dataset: Mapping[str, str] | None = None,
     ) -> None:
         """A logged model with files, parameters and metrics of its own; it is ready once MLflow has all of it."""
         from mlflow.entities import LoggedModelOutput, Metric
@@ -222,10 +223,21 @@ class RemoteRun:
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
         for path in files:
             self._client.log_model_artifact(model.model_id, path)
-        measured = [Metric(key, float(v), time_ms, step, model_id=model.model_id) for key, v in values.items()]
+        on = {} if dataset is None else {f"dataset_{key}": value for key, value in dataset.items()}
+        if dataset is not None:
+            self._dataset(dataset)
+        measured = [Metric(key, float(v), time_ms, step, model_id=model.model_id, **on) for key, v in values.items()]
         self._client.log_batch(self.run_id, metrics=measured)
         self._client.finalize_logged_model(model.model_id, "READY")
         self.counts["models"] += 1
+
+    def _dataset(self, dataset: Mapping[str, str]) -> None:
+        """An input of the run, which MLflow keeps once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        what = Dataset(dataset["name"], dataset["digest"], source_type="code", source="{}")
+        context = InputTag("mlflow.data.context", "eval")
+        self._client.log_inputs(self.run_id, datasets=[DatasetInput(what, [context])])
 
     def _picture_files(self) -> dict[tuple[str, str], list[str]]:
         if self._pictures is None:
@@ -433,10 +445,13 @@ def download_artifact(tracking_uri: str | None, run_id: str, name: str, folder: 
         raise ValueError(f"the run {run_id} at {where} has no {name} to start from ({brief_error(error)})") from None
 
 
-def register_model(tracking_uri: str, run_id: str, folder: Path, name: str) -> str:
+def register_model(tracking_uri: str, run_id: str, folder: Path, name: str, *, alias: str | None = None) -> str:
     """Add a folder to a run as a logged model, and register it as a new version of the model `name`.
 
-    Returns what was made, such as "digits, version 3".
+    Args:
+        alias: is moved to the new version.
+
+    Returns what was made, such as "digits, version 3, champion".
 
     Raises:
         ValueError: MLflow cannot be reached, has no such run, or refuses the name.
@@ -460,10 +475,12 @@ def register_model(tracking_uri: str, run_id: str, folder: Path, name: str) -> s
                 raise
         source = model.artifact_location  # "models:/<id>" would be looked for in the store of the environment
         version = client.create_model_version(name, source, run_id=run_id, model_id=model.model_id)
+        if alias is not None:
+            client.set_registered_model_alias(name, alias, version.version)
     except Exception as error:
         where = redacted(uri)
         raise ValueError(f"the model {name} cannot be registered at {where} ({brief_error(error)})") from None
-    return f"{version.name}, version {version.version}"
+    return ", ".join([version.name, f"version {version.version}", *([alias] if alias else [])])
 
 
 def brief_error(error: BaseException) -> str:

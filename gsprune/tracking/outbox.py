@@ -8,7 +8,8 @@
                       {"kind": "artifact", "path": "masks/epoch_0002.safetensors", "folder": "masks"}
                       {"kind": "image", "path": "figures/masks/0002.png", "key": "masks", "step": 2, "time_ms": ...}
                       {"kind": "model", "name": "macs-50", "files": ["curve/macs-50/model.safetensors"],
-                       "params": {...}, "values": {"accuracy": 0.9}, "step": 50, "time_ms": ...}
+                       "params": {...}, "values": {"model/accuracy": 0.9}, "step": 50, "time_ms": ...,
+                       "dataset": {"name": "digits", "digest": "1a2b3c4d"}}
                       {"kind": "finish", "status": "FINISHED", "time_ms": ...}
                     and the numbers of those that MLflow has acknowledged: {"sent": [0, 1]}
     tracking.json   where the run is sent to, under which id, and whether sending stopped
@@ -41,6 +42,7 @@ MAX_BYTES = 16_000_000  # of a JSON file, and of one line of JSON
 _MAX_LINES = 500_000_000  # bytes of a file of JSON lines
 _MAX_PIXELS = 100_000_000
 _MAX_TIME = 2**53  # milliseconds
+_DATASET = {"name": 500, "digest": 36}  # characters that MLflow takes
 
 
 # --- files of JSON lines -----------------------------------------------------------------------------------
@@ -157,6 +159,13 @@ def _number(value: object) -> float | None:
         return float(number(value))
     except OverflowError:
         return None
+
+
+def _dataset(value: object) -> dict[str, dict[str, str]]:
+    """The field `dataset` of a model, where its name and its digest are texts that MLflow takes; else none."""
+    given = value if isinstance(value, dict) else {}
+    found = {key: known for key, most in _DATASET.items() if (known := text(given, key)) and len(known) <= most}
+    return {"dataset": found} if len(found) == len(_DATASET) else {}
 
 
 def _time_ms(value: object, *, scale: int = 1) -> int | None:
@@ -366,7 +375,8 @@ class Outbox:
         numbered = moment is not None and type(step) is int and 0 <= step < 2**63
         if named and numbered and isinstance(files, list) and files and all(map(self.is_inside, files)):
             values = {"params": _texts(event.get("params")), "values": _numbers(event.get("values"))}
-            return {"kind": "model", "name": name, "files": files, **values, "step": step, "time_ms": moment}
+            known = _dataset(event.get("dataset"))
+            return {"kind": "model", "name": name, "files": files, **values, **known, "step": step, "time_ms": moment}
         self.left_out.append(f"{str(name)[:200]}: it is not a model of files in the run's directory")
         return {}
 

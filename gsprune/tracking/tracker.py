@@ -106,18 +106,22 @@ class Tracker:
     def log_model(
         self,
         name: str,
-        folder: str | os.PathLike[str],
+        files: Sequence[str | os.PathLike[str]],
         *,
         params: Mapping[str, str],
         values: Mapping[str, float],
         step: int,
+        dataset: Mapping[str, str] | None = None,
     ) -> None:
-        """Add one of several networks of a run, with its files, settings and numbers; the local record has the files.
+        """Add a network of a run, with its files, settings and numbers; here its files are kept as artifacts.
 
         Args:
             name: of letters, digits, "-" and "_".
-            folder: inside the output directory.
+            files: inside the output directory.
+            dataset: what the numbers were measured on, a `name` and a `digest` of at most 36 characters.
         """
+        for path in files:
+            self.log_artifact(path, folder=f"models/{name}")
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Add tags to the run; the local record has no use for them."""
@@ -295,17 +299,20 @@ class MLflowTracker(Tracker):
     def log_model(
         self,
         name: str,
-        folder: str | os.PathLike[str],
+        files: Sequence[str | os.PathLike[str]],
         *,
         params: Mapping[str, str],
         values: Mapping[str, float],
         step: int,
+        dataset: Mapping[str, str] | None = None,
     ) -> None:
-        files = [path.relative_to(self.output_dir).as_posix() for path in sorted(Path(folder).absolute().glob("*"))]
+        written = [path for path in map(Path, files) if path.is_file()]
+        inside = [path.absolute().relative_to(self.output_dir).as_posix() for path in written]
         named = {self._names[key]: value for key, value in json_data(dict(values)).items()}
-        if files:
-            fields = {"files": files, "params": dict(params), "values": named, "step": step, "time_ms": _now_ms()}
-            self._log("model", name=name, **fields)
+        if inside:
+            fields = {"files": inside, "params": dict(params), "values": named, "step": step, "time_ms": _now_ms()}
+            known = {} if dataset is None else {"dataset": dict(dataset)}
+            self._log("model", name=name, **fields, **known)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         self._log("tags", tags=dict(tags))

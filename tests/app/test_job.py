@@ -382,7 +382,8 @@ def test_tracking_gets_the_resolved_configuration_the_masks_and_the_files(tmp_pa
     assert ("artifact", "epoch_0003.safetensors", "masks") in middle
     assert ("image", "masks", 3, "uint8", 3) in middle
     artifacts = {call[1:] for call in middle if call[0] == "artifact"}
-    assert {("result.json", None), ("history.png", "figures"), ("model.safetensors", None)} <= artifacts
+    assert {("result.json", None), ("history.png", "figures"), ("model.safetensors", "models/pruned")} <= artifacts
+    assert ("dense.safetensors", "models/dense") in artifacts
     assert end == ("finish", "FINISHED")
 
 

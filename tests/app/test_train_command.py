@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from jobs import ROOT, SMALL, train
@@ -55,7 +57,21 @@ def check_mlflow(store, result):
     assert [m.step for m in client.get_metric_history(run.info.run_id, "val/accuracy")] == [1, 2, 3]
     assert [m.step for m in client.get_metric_history(run.info.run_id, "sparsity")] == [1, 2, 3]
     top = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert {"config.yaml", "figures", "images", "masks", "masks.safetensors", "result.json"} <= top
+    assert {"config.yaml", "figures", "images", "masks", "result.json"} <= top
+    logged = client.search_logged_models([run.info.experiment_id])
+    models = {model.name.partition("-seed")[0]: client.get_logged_model(model.model_id) for model in logged}
+    assert set(models) == {"dense", "elementwise-0-9"}
+    dense, pruned = models["dense"], models["elementwise-0-9"]
+    numbers = [{metric.key: metric.value for metric in model.metrics} for model in (dense, pruned)]
+    for found, prefix in zip(numbers, ("baseline_", ""), strict=True):
+        assert found["model/accuracy"] == result[f"{prefix}accuracy"]
+        assert found["model/val_accuracy"] == result[f"{prefix}val_accuracy"]
+    assert numbers[0]["model/params"] == result["params_dense"]
+    assert numbers[1]["model/params_nonzero"] == result["params_nonzero"]
+    assert {metric.dataset_name for metric in pruned.metrics} == {"digits"}
+    assert {"pruner": "elementwise", "dataset": "digits", "seed": "0"}.items() <= pruned.params.items()
+    place = Path(unquote(pruned.artifact_location.removeprefix("file://")))
+    assert {path.name for path in place.iterdir()} == {"model.safetensors", "pruning.json", "masks.safetensors"}
 
 
 @pytest.mark.slow

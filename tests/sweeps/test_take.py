@@ -129,9 +129,14 @@ def test_a_registered_model_holds_the_files_and_counts_its_versions(
     (sweep / "4" / "tracking.json").write_text(json.dumps(note))
     for version in (1, 2):
         assert main([str(sweep), "--to", str(tmp_path / "mine"), "--register", "digits"]) == 0
-        assert f"Registered: digits, version {version}" in capsys.readouterr().out
+        assert f"Registered: digits, version {version}, champion" in capsys.readouterr().out
+        assert client.get_model_version_by_alias("digits", "champion").version == version
         found = client.get_model_version("digits", str(version))
         assert found.run_id == run.info.run_id
         folder = Path(download_artifacts(artifact_uri=found.source, dst_path=str(tmp_path / f"back{version}")))
         assert sha256(folder / "model.safetensors") == sha256(sweep / "4" / "model.safetensors")
         shutil.rmtree(tmp_path / "mine")
+    (sweep / "0" / "tracking.json").write_text(json.dumps(note))
+    assert main([str(sweep), "--to", str(tmp_path / "mine"), "--job", "0", "--register", "digits"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Registered: digits, version 3"  # not the report's choice
+    assert client.get_model_version_by_alias("digits", "champion").version == 2

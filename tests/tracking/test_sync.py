@@ -201,8 +201,9 @@ def test_models_of_a_run_cut_off_anywhere_are_there_once_and_whole(
                 place.mkdir(parents=True)
                 for name in ("model.safetensors", "pruning.json"):
                     (place / name).write_bytes(b"x")
-                settings = {"params": {"budget.macs": f"0.{share}"}, "values": {"curve/accuracy": share / 100}}
-                tracker.log_model(place.name, place, step=share, **settings)
+                settings = {"params": {"budget.macs": f"0.{share}"}, "values": {"model/accuracy": share / 100}}
+                dataset = {"name": "digits", "digest": "1a2b"}
+                tracker.log_model(place.name, sorted(place.iterdir()), step=share, dataset=dataset, **settings)
             tracker.finish("FINISHED")
         return folder
 
@@ -221,6 +222,7 @@ def test_models_of_a_run_cut_off_anywhere_are_there_once_and_whole(
         assert [*models] == ["macs-75", "macs-50"]
         assert len(memory.models) == 2
         assert run.outputs == [model.model_id for model in models.values()]
+        assert run.datasets == {("digits", "1a2b")}
         for name, share in (("macs-75", 0.75), ("macs-50", 0.5)):
             model = models[name]
             assert (model.status, model.source_run_id, model.files) == ("READY", run_id, FILES_OF_A_MODEL)

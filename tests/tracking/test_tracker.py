@@ -33,6 +33,7 @@ from gsprune.tracking.outbox import Outbox
 from gsprune.tracking.tracker import MLflowTracker, Tracker, read_metrics
 
 CONFIG = {"pruner": {"target_sparsity": 0.9, "keep": None, "include": ["*"]}, "seed": 1, "note": "x" * 9000}
+DIGITS = {"name": "digits", "digest": "1a2b"}
 PICTURE = np.zeros((6, 8, 3), np.uint8)
 
 
@@ -338,8 +339,9 @@ def test_networks_of_a_run_are_logged_models_with_files_settings_and_numbers(tmp
         folder = tmp_path / "run" / "curve" / f"macs-{100 * share:g}"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(f"{share}".encode())
-        settings = {"params": {"budget.macs": f"{share}"}, "values": {"curve/accuracy": share, "curve/loss": 1.0}}
-        tracker.log_model(folder.name, folder, step=round(100 * share), **settings)
+        settings = {"params": {"budget.macs": f"{share}"}, "values": {"model/accuracy": share, "model/loss": 1.0}}
+        files = [folder / "model.safetensors", folder / "missing"]
+        tracker.log_model(folder.name, files, step=round(100 * share), dataset=DIGITS, **settings)
     tracker.finish("FINISHED")
     assert tracker.stopped is None
     client = client_of(database)
@@ -349,11 +351,17 @@ def test_networks_of_a_run_are_logged_models_with_files_settings_and_numbers(tmp
     for name, share in (("macs-75", 0.75), ("macs-50", 0.5)):
         model = client.get_logged_model(found[name].model_id)
         assert (model.source_run_id, model.params) == (tracker.run_id, {"budget.macs": f"{share}"})
-        assert {metric.key: metric.value for metric in model.metrics} == {"curve/accuracy": share, "curve/loss": 1.0}
+        assert {metric.key: metric.value for metric in model.metrics} == {"model/accuracy": share, "model/loss": 1.0}
+        assert {(metric.dataset_name, metric.dataset_digest) for metric in model.metrics} == {("digits", "1a2b")}
         place = Path(unquote(model.artifact_location.removeprefix("file://")))
         assert (place / "model.safetensors").read_bytes() == f"{share}".encode()
-    history = client.get_metric_history(tracker.run_id, "curve/accuracy")
+    history = client.get_metric_history(tracker.run_id, "model/accuracy")
     assert sorted((m.step, m.value) for m in history) == [(50, 0.5), (75, 0.75)]
+    assert [(used.dataset.name, used.dataset.digest) for used in run.inputs.dataset_inputs] == [("digits", "1a2b")]
+    ranked = client.search_logged_models(
+        [run.info.experiment_id], order_by=[{"field_name": "metrics.model/accuracy", "ascending": False}]
+    )
+    assert [model.name for model in ranked] == ["macs-75", "macs-50"]
 
 
 @pytest.mark.slow

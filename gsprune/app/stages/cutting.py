@@ -31,7 +31,7 @@ from gsprune.app.cut_settings import (
 )
 from gsprune.app.stages.checkpoint import Dense, Phase
 from gsprune.app.stages.context import load_or_compute
-from gsprune.app.stages.lifecycle import save_model
+from gsprune.app.stages.lifecycle import save_model, track_model
 from gsprune.app.stages.pruning import check_trained, teacher_of
 from gsprune.app.stages.training import Training
 from gsprune.cutting.cut import Cut, Cutter, evaluated
@@ -312,11 +312,9 @@ def _keep_curve(training: Training, rows: Sequence[Mapping[str, Any]]) -> None:
     with job.watch.part("tracking"):
         job.track_file(f"{CURVE}.csv")
         for row in rows:
-            values = {f"{CURVE}/{name}": row[name] for name in ("accuracy", "val_accuracy", "loss", "params", "macs")}
-            known = {name: float(value) for name, value in values.items() if value is not None}
             settings = {f"budget.{kind}": f"{row['budget']:g}", "criterion": job.result["cut"]["criterion"]}
-            folder, step = job.folder / CURVE / row["name"], round(100 * row["budget"])
-            job.tracker.log_model(row["name"], folder, params=settings, values=known, step=step)
+            files, step = sorted((job.folder / CURVE / row["name"]).glob("*")), round(100 * row["budget"])
+            track_model(job, row["name"], files, params=settings, numbers=row, step=step)
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

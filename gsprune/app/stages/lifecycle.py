@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,7 +14,7 @@ from torch import nn
 from gsprune.app.configuration import NUMBERS, build, hydra_tags, run_name
 from gsprune.app.console import print_summary
 from gsprune.app.output_dir import SETTINGS, readable_settings, remove_temporary, resume_hint
-from gsprune.app.stages.checkpoint import JobCheckpoints
+from gsprune.app.stages.checkpoint import DENSE, JobCheckpoints
 from gsprune.app.stages.context import Context
 from gsprune.app.stages.history import History, counts
 from gsprune.files.disk import put_aside, read_object, reason, write_json
@@ -20,6 +22,7 @@ from gsprune.files.layout import TRACKING
 from gsprune.formats.masks import save_masks
 from gsprune.formats.network import WEIGHTS, save_pruned
 from gsprune.plots import drawing, run_figures
+from gsprune.settings.identity import dataset_digest
 from gsprune.settings.recorded import recorded
 from gsprune.surgery.cut_plan import CutPlan
 from gsprune.text.display import logger
@@ -90,6 +93,11 @@ def _start_tracker(job: Context, history: History | None) -> None:
 
 
 log = logger(__name__)
+# Numbers of each logged model.
+OF_MODELS = (
+    *("val_accuracy", "accuracy", "loss", "sparsity", "params", "params_nonzero", "macs"),
+    *("latency_ms", "speedup", "file_bytes"),
+)
 
 
 def write_files(job: Context, model: nn.Module, history: History, pruner: Any, *, baseline: float | None) -> None:
@@ -176,11 +184,66 @@ def _track_numbers(job: Context, history: History) -> None:
 def _track_files(job: Context, history: History) -> None:
     if history.picture is not None:
         job.tracker.log_image(history.picture, key=FINAL_MASKS, step=0)
-    for name in ("result.json", "masks.safetensors", WEIGHTS, "pruning.json"):
-        job.track_file(name)
+    job.track_file("result.json")
+    _track_models(job)
     for path in sorted((job.folder / "figures").glob("*.png")):
         job.track_file(f"figures/{path.name}", folder="figures")
     job.tracker.finish("FINISHED")
+
+
+def _track_models(job: Context) -> None:
+    """The network of the job as a logged model, and the dense one if it was trained here."""
+    result, chosen = job.result, job.result["choices"]
+    known = {name: chosen[name] for name in ("model", "dataset", "pruner") if name in chosen}
+    settings = {**known, "seed": str(result["seed"]), "config_hash": result["config_hash"]}
+    trained_here = job.cfg.trainer.dense_epochs > 0 and (result["dense"] or {}).get("source", "trained") == "trained"
+    if trained_here:
+        dense = {name: result[f"baseline_{name}"] for name in ("accuracy", "val_accuracy", "loss")}
+        dense |= {name: result[f"{name}_dense"] for name in ("params", "macs")}
+        name = _model_name(job.result["name"], "dense")
+        given = {key: value for key, value in settings.items() if key != "pruner"}
+        track_model(job, name, [job.folder / DENSE], params=given, numbers=dense, step=100)
+    wanted = result["target_sparsity"]
+    settings |= {} if wanted is None else {"target_sparsity": f"{wanted:g}"}
+    settings |= {f"budget.{kind}": f"{share:g}" for kind, share in (result["budget"] or {}).items()}
+    settings |= {"sparsity_of": result["sparsity_of"]} if result["sparsity_of"] else {}
+    files = [job.folder / name for name in (WEIGHTS, "pruning.json", "masks.safetensors")]
+    left = round(100 * (1 - result["sparsity"]))
+    track_model(job, _model_name(job.result["name"]), files, params=settings, numbers=result, step=left)
+
+
+def _model_name(name: str | None, instead: str | None = None) -> str:
+    """The name of a logged model, which has neither spaces nor points.
+
+    >>> _model_name("weighted 0.5, seed 0, convnet, digits", "dense"), _model_name(None)
+    ('dense-seed-0-convnet-digits', 'pruned')
+    """
+    if name is None:
+        return instead or "pruned"
+    first, _, rest = name.partition(", ")
+    return re.sub(r"[^a-zA-Z0-9_]+", "-", f"{instead or first}, {rest}").strip("-")[:200]
+
+
+def track_model(
+    job: Context,
+    name: str,
+    files: Sequence[Path],
+    *,
+    params: Mapping[str, str],
+    numbers: Mapping[str, Any],
+    step: int,
+) -> None:
+    """Add a network to the run, with those of its numbers by which networks are compared.
+
+    Args:
+        files: in the folder of the job; those that could not be written are left out.
+        step: per cent that is left of what is pruned.
+    """
+    inside = {path: path.relative_to(job.folder).as_posix() for path in files}
+    written = [path for path, known in inside.items() if path.is_file() and known not in job.writer.unwritten]
+    values = {f"model/{key}": float(numbers[key]) for key in OF_MODELS if numbers.get(key) is not None}
+    dataset = {"name": job.result["choices"].get("dataset", "dataset"), "digest": dataset_digest(job.cfg)}
+    job.tracker.log_model(name, written, params=params, values=values, step=step, dataset=dataset)
 
 
 def fail(job: Context, error: BaseException) -> None:
