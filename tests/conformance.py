@@ -34,6 +34,7 @@ from gsprune.formats.network import load_pruned, save_pruned
 from gsprune.schedules import Linear, OneShot
 from gsprune.structures.example import call, map_tensors, tensors_in
 from gsprune.structures.structure import INNER, Found, Structure
+from gsprune.structures.twin import every_tensor
 from gsprune.surgery.apply import with_ties
 from gsprune.surgery.cut_plan import CutPlan
 from gsprune.surgery.no_branch import inside
@@ -536,7 +537,7 @@ class NetworkTester:
         assert cut.small.training == cut.network.trains
         for name, cuts in cut.plan.kept.items():
             for dim, kept in cuts.items():
-                assert cut.small.state_dict()[name].shape[dim] == len(kept)
+                assert every_tensor(cut.small)[name].shape[dim] == len(kept)
         for training in {False, cut.network.trains}:
             pair = [copy.deepcopy(model).train(training) for model in (cut.small, cut.masked)]
             for context in (torch.no_grad(), torch.enable_grad()):

@@ -146,6 +146,8 @@ def masked(model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Te
     """A copy in which what a mask zeroes is zeroed position by position."""
     twin = copy.deepcopy(model)
     state = dict(twin.named_parameters(remove_duplicate=False)) | dict(twin.named_buffers())
+    plain = ((path, module, leaf) for path, module in twin.named_modules() for leaf in vars(module))
+    state |= {f"{path}.{leaf}".lstrip("."): getattr(module, leaf) for path, module, leaf in plain}
     for structure, keep in zip(structures, keeps, strict=True):
         for member in structure.masked:
             for unit in torch.nonzero(~keep).flatten().tolist():

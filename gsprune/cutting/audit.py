@@ -22,8 +22,7 @@ from gsprune.cutting.progress import Report
 from gsprune.pruner.rule import Rule, check_kind
 from gsprune.schedules import OneShot
 from gsprune.structures.structure import Structure
-from gsprune.structures.twin import copy_of
-from gsprune.surgery.proof import tensors_of
+from gsprune.structures.twin import copy_of, every_tensor
 from gsprune.text.display import html_table
 
 FEWEST = 4  # units whose ranks have an interval
@@ -265,7 +264,7 @@ def _changes(
 def removed(model: nn.Module, structure: Structure, units: Sequence[int]) -> Iterator[None]:
     """Inside the block what a mask of these units zeroes is zero; then it is what it was, bit for bit."""
     before: list[tuple[Tensor, int, Tensor, Tensor]] = []
-    tensors = tensors_of(model)
+    tensors = every_tensor(model, every_name=True)
     for member in structure.masked:
         tensor = tensors[member.tensor].detach()
         where = member.index[[*units]].flatten().to(tensor.device)

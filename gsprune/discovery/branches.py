@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, call, map_tensors, tensors_in
+from gsprune.structures.example import Example, answers_in, call, map_tensors, tensors_in
 from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import counted, hooked, outputs, same_randomness
 from gsprune.structures.structure import Found, Member, Structure
@@ -304,7 +304,7 @@ def _dead(twin: nn.Module, args: Example, homes: set[str]) -> dict[str, set[str]
                 yield module.register_forward_hook(lambda m, i, o, name=name: note(name, o))
 
     with hooked(hooks()), torch.enable_grad(), no_fast_path():
-        starts = [t.grad_fn for t in tensors_in(call(twin, map_tensors(Tensor.clone, args))) if t.grad_fn is not None]
+        starts = [t.grad_fn for t in answers_in(call(twin, map_tensors(Tensor.clone, args))) if t.grad_fn is not None]
     dead = {}
     for home in homes:
         live = _reached(starts, ends.get(home, ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,16 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsprune.discovery.labels import Atoms, Log, Value, derived, dims_of, squeezed
 from gsprune.discovery.ops import Call, rule_of, tensors_of, unknown
 from gsprune.discovery.ops import stream_norm as normalised
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, call, map_tensors, tensors_in
+from gsprune.structures.example import Example, answers_in, call, map_tensors
 from gsprune.structures.norms import stream_norm
 from gsprune.structures.running import counted, hooked
-from gsprune.structures.twin import copy_of
+from gsprune.structures.twin import copy_of, every_tensor
 from gsprune.text.display import first_line
 
 _KEY = "_gsprune_value"
@@ -141,7 +143,7 @@ def _write_through(this: Call, part: Tensor, value: Value, steps: set[int]) -> N
             made = _known(before).clone()
             func(made, *rest).copy_(layer.expand(value.shape))
             layers.append(squeezed(made, range(made.dim())))
-        if not value.layers:
+        if not value.layers and not before.is_blank:
             layers = list(before.layers)
         is_input, makers = before.is_input or value.is_input, before.makers | value.makers
         known = tuple(x for x in layers if dims_of(x))
@@ -151,7 +153,7 @@ def _write_through(this: Call, part: Tensor, value: Value, steps: set[int]) -> N
 
 
 def _known(value: Value) -> Tensor:
-    for layer in value.layers:
+    for layer in value.layers if not value.is_blank else ():
         return layer.expand(value.shape)
     return torch.zeros(value.shape, dtype=torch.int64)
 
@@ -176,14 +178,14 @@ def follow(model: nn.Module, args: Example) -> tuple[Log, Counter[nn.Module]]:
         follower = _Follower(log)
         stack.enter_context(hooked(_leaves(twin, follower)))
         stack.enter_context(counted(twin, calls))
-        for context in (torch.inference_mode(), no_fast_path(), _decomposed(), follower):
+        for context in (torch.inference_mode(), no_fast_path(), _decomposed(), _Ordered(), follower):
             stack.enter_context(context)
         try:
             outputs = call(twin, map_tensors(_input, args))
         except Exception as error:
             problem = f"cannot be traced on the example input: {first_line(error)}"
             raise ValueError(f"{type(model).__name__} {problem}") from error
-        given = [value_of(tensor) for tensor in tensors_in(outputs, floating=False)]
+        given = [value_of(tensor) for tensor in answers_in(outputs, floating=False)]
     for step in sorted(follower.behind(value.step for value in given)):
         log.take(follower.steps[step][0])
     for layer in (layer for value in given for layer in value.layers):
@@ -209,6 +211,20 @@ def _decomposed() -> Iterator[None]:
         torch.backends.mkldnn.set_flags(*before)  # type: ignore[no-untyped-call]
 
 
+class _Ordered(TorchFunctionMode):
+    """Einsums whose letters are in the order in which they are written: torch sums over them in alphabetical order,
+    and the places inside of heads must not come before the heads."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.einsum and isinstance(args[0], str):
+            letters = dict.fromkeys(filter(str.isalpha, args[0]))
+            args = (args[0].translate(str.maketrans(dict(zip(letters, LETTERS, strict=False)))), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+LETTERS = string.ascii_uppercase + string.ascii_lowercase
+
+
 @contextmanager
 def _labelled(model: nn.Module, log: Log) -> Iterator[None]:
     """Inside the block every parameter and floating buffer has its value."""
@@ -217,10 +233,9 @@ def _labelled(model: nn.Module, log: Log) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, nn.modules.conv._ConvNd)
     }
-    tensors = {id(t): (name, t) for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
     marked = []
     try:
-        for name, tensor in reversed(tensors.values()):
+        for name, tensor in every_tensor(model).items():
             if tensor.is_floating_point() or tensor.is_complex():
                 dims = range(min(2, tensor.dim()) if id(tensor) in kernels else tensor.dim())
                 value = log.atoms.value_of(name, tensor, dims)

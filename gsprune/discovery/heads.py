@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, WIDTH_NAMES
+from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, WIDTH_NAMES, reads
 from gsprune.structures.structure import Member
 from gsprune.text.names import joined
 
@@ -22,8 +22,8 @@ def head_attributes(
     homes = list(dict.fromkeys(m.tensor.rpartition(".")[0] for m in rows))
     whole = isinstance(model.get_submodule(homes[0]), nn.MultiheadAttention) and len(homes) == 1
     name = homes[0] if whole else common_module(homes)
-    groups, total = columns[0].index.shape[0], columns[0].index.numel()
-    heads = total // width if width and total % width == 0 else groups
+    (groups, size), total = columns[0].index.shape, columns[0].index.numel()
+    heads = total // width if width and size % width == 0 else groups
     width = total // heads
     times = heads // groups
     found: dict[str, int] = {}
@@ -32,6 +32,10 @@ def head_attributes(
         found |= {joined(home, a): times for a in HEAD_NAMES if getattr(module, a, None) == heads}
         found |= {joined(home, a): width * times for a in WIDTH_NAMES if getattr(module, a, None) == heads * width}
         found |= {joined(home, a): 1 for a in GROUP_NAMES if getattr(module, a, None) == groups}
+        config = getattr(module, "config", None)
+        for names, count, amount in ((HEAD_NAMES, heads, times), (GROUP_NAMES, groups, 1)):
+            asked = [a for a in names if getattr(config, a, None) == count and reads(module, "config", a)]
+            found |= {joined(home, f"config.{a}"): amount for a in asked}
     return name or ("in_proj" if whole else homes[0]), found
 
 

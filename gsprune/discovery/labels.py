@@ -199,11 +199,13 @@ def aligned(layer: Tensor, dims: int) -> Tensor:
 
 
 def _step(layer: Tensor, dim: int) -> int:
-    """How far apart atoms are that are neighbours along a dimension, at most (some may be repeated)."""
+    """How far apart atoms are that are neighbours along a dimension, at least (some may be repeated, or of others)."""
     if layer.shape[dim] < 2:
         return 0
     line = layer.movedim(dim, 0).reshape(layer.shape[dim], -1)[:, 0]
-    return int(line.diff().abs().max())
+    steps = line.diff().abs()[(line[1:] > 0) & (line[:-1] > 0)]
+    steps = steps[steps > 0]
+    return int(steps.min()) if len(steps) else 0
 
 
 def is_outer(layer: Tensor, dim: int) -> bool:

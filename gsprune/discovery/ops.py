@@ -123,12 +123,16 @@ def per_place(call: Call) -> list[Value | None]:
 
 
 def blank(call: Call) -> Value:
-    return Value(call.shape, is_blank=True)
+    """What meets it along one dimension, at several places of the forward pass, has one length there."""
+    dims = len(call.shape)
+    made = call.result.is_floating_point()
+    layers = [call.log.atoms.fresh(n, d, dims) for d, n in enumerate(call.shape) if made and 1 < n <= COPIES]
+    return Value(call.shape, tuple(layers), is_blank=True)
 
 
 def blank_like(call: Call) -> Value:
     value = call.first()
-    return replace(value, is_blank=True, layers=()) if call.shape == value.shape else blank(call)
+    return replace(value, is_blank=True) if call.shape == value.shape else blank(call)
 
 
 def glu(call: Call) -> Value:
@@ -170,6 +174,15 @@ def squeezed_view(layer: Tensor) -> Tensor:
         if layer.stride(dim) == 0 and layer.shape[dim] > 1:
             layer = layer.narrow(dim, 0, 1)
     return layer
+
+
+def as_strided(call: Call) -> Any:
+    """Overlapping windows of a tensor that lies in memory as its shape says."""
+    value, tensor = call.first(), call["self"]
+    if not tensor.is_contiguous() or tensor.storage_offset() or call["storage_offset"]:
+        return unknown(call)
+    moved = [layer.expand(value.shape).contiguous().as_strided(call["size"], call["stride"]) for layer in value.layers]
+    return put(value, [squeezed(layer, range(layer.dim())) for layer in moved], call.shape)
 
 
 def split(call: Call) -> Result:
@@ -298,6 +311,8 @@ def _part_of_row(call: Call, value: Value, dim: int, widest: set[int]) -> tuple[
     shape[dim] = value.shape[dim]
     part, rest = torch.zeros(shape, dtype=torch.int64), []
     for layer in value.layers:
+        if layer.shape[dim] > 1 and value.is_blank:
+            continue  # constants between units
         if dims_of(layer) - {dim} == widest and dims_of(layer):
             part = layer.expand(shape)
         elif layer.shape[dim] > 1:
@@ -443,6 +458,10 @@ def spatial(count: int) -> Callable[[Call], Result]:
     def rule(call: Call) -> Result:
         value = call.first()
         dims = range(len(value.shape) - count, len(value.shape))
+        size, stride = (list(call.arguments.get(name) or ()) for name in ("kernel_size", "stride"))
+        if len(size) == count:  # a window of one entry mixes nothing
+            alone = [n == 1 for n in size] if stride in ([], size) else [False] * count
+            dims = [d for d, is_alone in zip(dims, alone, strict=True) if not is_alone]
         made = put(value, without(call.log, value, dims, f"it passes {call.name} along its units"), call.shape)
         return [made, *[None] * (len(call.result) - 1)] if isinstance(call.result, tuple | list) else made
 
@@ -529,9 +548,9 @@ def _product(log: Log, one: Value, other: Value) -> Value:
         replace(v, layers=tuple(aligned(x, dims) for x in v.layers), shape=(1,) * (dims - len(v.shape)) + v.shape)
         for v in (left, right)
     )
-    if not other.is_input and (other.layers or one.is_input):
+    if not _is_activation(other) and (other.layers or one.is_input):
         rest, makers = _read_by(log, left, right, k)
-    elif not one.is_input and one.layers:
+    elif not _is_activation(one) and one.layers:
         rest, makers = _read_by(log, right, left, k)
     else:
         rest, makers = _weighed(log, left, right, k), one.makers | other.makers
@@ -539,6 +558,11 @@ def _product(log: Log, one: Value, other: Value) -> Value:
     found = joined(log, rest, shape)
     made = derived(rest, (*shape[:k], *shape[k + 1 :]), [layer.squeeze(k) for layer in found])
     return replace(made, is_weights=False, is_blank=False, makers=makers)
+
+
+def _is_activation(value: Value) -> bool:
+    """Also where no input reaches it: positions or queries that are learned, once a layer has read them."""
+    return value.is_input or (bool(value.makers) and len(value.shape) > 2)
 
 
 def _read_by(log: Log, x: Value, weight: Value, k: int) -> tuple[list[Value], frozenset[int]]:
@@ -584,7 +608,7 @@ def _weighed(log: Log, one: Value, other: Value, k: int) -> list[Value]:
         values.append(replace(value, shape=_with(value.shape, k, 1), layers=tuple(rest)))
     for weights, value, dim in ((one, other, k + 1), (other, one, k - 1)):
         if weights.is_weights and not value.is_weights:
-            log.values += [(layer.reshape(-1), value.shape[dim]) for layer in value.on(dim)]
+            log.values += [(layer.reshape(-1), value.shape[dim]) for layer in value.on(dim) or value.off(k)]
     return values
 
 
@@ -821,6 +845,7 @@ RULES: dict[str, Rule] = {
         view,
         "permute transpose t numpy_T unsqueeze squeeze slice select unbind narrow diagonal unfold movedim swapaxes",
     ),
+    **_table(as_strided, "as_strided"),
     **_table(split, "split split_with_sizes unsafe_split unsafe_split_with_sizes"),
     **_table(expand, "expand expand_as broadcast_to"),
     **_table(on_layers, "roll flip tril triu"),

@@ -12,7 +12,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from gsprune.discovery.classes import Classes, Family
 from gsprune.discovery.heads import head_attributes
 from gsprune.discovery.labels import Axis, Log
+from gsprune.structures.attention import STREAM_NAMES, reads
 from gsprune.structures.structure import Kind, Member, Structure
+from gsprune.structures.twin import every_tensor
 from gsprune.surgery.narrow_attention import why_not_narrow
 from gsprune.text.names import joined
 
@@ -43,10 +45,9 @@ class Network:
         modules = dict(model.named_modules())
         place: dict[str, tuple[int, int]] = {}
         for rank, (name, module) in enumerate(modules.items()):
-            leaves = [*module._parameters, *module._buffers]
+            leaves = [*module._parameters, *module._buffers, *vars(module)]
             place |= {joined(name, leaf): (rank, number) for number, leaf in enumerate(leaves)}
-        tensors = dict(model.named_buffers()) | dict(model.named_parameters())
-        return Network(model, modules, tensors, place)
+        return Network(model, modules, every_tensor(model), place)
 
     def rank(self, name: str) -> int:
         return self.place[name][0]
@@ -232,12 +233,14 @@ def _norm_attributes(network: Network, notes: _Notes, root: int) -> dict[str, in
 
 
 def _widths(network: Network, members: Iterable[Member]) -> dict[str, int]:
-    """Of the modules that hold a stream's tensors, the attribute by which some reshape it (routers of experts)."""
+    """Of the modules around a stream's tensors, the attributes by which some reshape, split or check it."""
     found = {}
     for member in members:
         name, (units, width) = _layer(member.tensor), member.index.shape
-        if getattr(network.modules[name], "hidden_dim", None) == units * width:
-            found[joined(name, "hidden_dim")] = width
+        for home in (name, name.rpartition(".")[0]):
+            module = network.modules[home]
+            mine = [a for a in STREAM_NAMES if getattr(module, a, None) == units * width and reads(module, a)]
+            found |= {joined(home, a): width for a in mine}
     return found
 
 

@@ -20,7 +20,7 @@ from gsprune.files.disk import json_data, read_json, refusing, sha256, sha256_of
 from gsprune.formats.compressed import bits_of, compress, expand, expanded_header
 from gsprune.formats.tensors import VERSION, Header, read_header, save_tensors, state_tensors
 from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
-from gsprune.structures.twin import refuse_wrapped
+from gsprune.structures.twin import every_tensor, refuse_wrapped
 from gsprune.surgery.apply import SHAPE, apply_cut, home_of, with_ties
 from gsprune.surgery.cut_plan import ROW_NUMBERS, CutPlan
 from gsprune.surgery.no_branch import NoBranch, inside
@@ -251,8 +251,9 @@ def _check_tensors(model: nn.Module, plan: CutPlan, header: Header, ties: Mappin
         if path not in dict(model.named_modules()) or not path:
             raise ValueError(f"the model does not fit the file: it has no module {path!r}")
     state = {name: tensor for name, tensor in state.items() if not inside(name, plan.removed)}
+    unsaved = every_tensor(model)  # what is no part of a state_dict
     for name in [*plan.kept, *header.shapes, *ties]:
-        if name not in state:
+        if name not in state and not (name in plan.kept and name in unsaved):
             near = difflib.get_close_matches(name, state, n=1)
             hint = f"; the nearest is {near[0]!r}" if near else ""
             raise ValueError(f"the model does not fit the file: it has no tensor {name!r}{hint}")

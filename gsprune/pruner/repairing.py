@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gsprune.collectives import broadcast, world_size
 from gsprune.pruner.part import Part
 from gsprune.structures.norms import stream_norm
+from gsprune.structures.twin import every_tensor
 from gsprune.surgery.optimizers import Optimizers, every_optimizer
 
 if TYPE_CHECKING:
@@ -123,4 +124,4 @@ def _at_full_width(small: nn.Module, values: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return every_tensor(network)

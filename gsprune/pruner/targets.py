@@ -388,9 +388,10 @@ def of_shape(network: nn.Module, name: str, shape: torch.Size) -> nn.Parameter:
 
 
 def tensor_of(network: nn.Module, name: str) -> Tensor:
-    """The network's parameter or buffer of that name."""
+    """The network's parameter, buffer or plain attribute of that name."""
+    path, _, leaf = name.rpartition(".")
     found = _parameter(network, name)
-    return network.get_buffer(name) if found is None else found
+    return getattr(network.get_submodule(path), leaf) if found is None else found
 
 
 def _parameter(network: nn.Module, name: str) -> nn.Parameter | None:

@@ -54,13 +54,13 @@ class UnitTarget(Target):
 
     def find(self, model: nn.Module) -> None:
         self.tensors = {name: of_shape(model, name, tensor.shape) for name, tensor in self.tensors.items()}
-        self.buffers = {name: model.get_buffer(name) for name in self.buffers}
+        self.buffers = {name: tensor_of(model, name) for name in self.buffers}
 
     def mask(self, network: nn.Module) -> None:
         here = self.keep if self._left is None else self.keep[self._left]
         for m in self.placed.masked:
             known = self.tensors.get(m.tensor)
-            tensor = network.get_buffer(m.tensor) if known is None else of_shape(network, m.tensor, known.shape)
+            tensor = tensor_of(network, m.tensor) if known is None else of_shape(network, m.tensor, known.shape)
             tensor.detach().index_fill_(m.dim, m.index[~here].flatten().to(tensor.device), 0)
 
     def _look(self, model: nn.Module, structure: Structure) -> None:

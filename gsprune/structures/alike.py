@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from gsprune.structures.structure import Structure
+from gsprune.structures.twin import every_tensor
 
 
 def alike(model: nn.Module, structures: Sequence[Structure]) -> list[list[int]]:
@@ -29,7 +30,7 @@ def alike(model: nn.Module, structures: Sequence[Structure]) -> list[list[int]]:
         >>> alike(net, find_structures(net, torch.zeros(1, 3, 8, 8)).structures)
         [[0, 1], [2]]
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = every_tensor(model, every_name=True)
 
     def parts(structure: Structure) -> Iterator[tuple[object, ...]]:
         for side in ("producers", "consumers", "norms"):

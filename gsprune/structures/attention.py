@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,14 @@ from torch import nn
 HEAD_NAMES = ("num_heads", "num_attention_heads", "n_heads", "heads", "nhead", "n_head")
 GROUP_NAMES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
 WIDTH_NAMES = ("all_head_size", "inner_dim", "attn_dim", "attention_dim", "split_size")
+STREAM_NAMES = ("hidden_dim", "embed_dim", "hidden_size", "d_model", "kv_lora_rank")  # of its layers
 SIZE_NAMES = ("head_dim", "attention_head_size", "head_size", "d_head", "num_key_value_groups")  # not cut
+
+
+def reads(module: nn.Module, *names: str) -> bool:
+    """Whether a module's own `forward` names all of these attributes (of itself or of what it holds)."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and set(names) <= set(code.co_names)
 
 
 @contextmanager

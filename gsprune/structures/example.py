@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -137,6 +138,25 @@ def tensors_in(value: Any, *, floating: bool = True) -> Iterator[Tensor]:
     found: list[Tensor] = []
     map_tensors(found.append, value)
     return (t for t in found if not floating or t.is_floating_point() or t.is_complex())
+
+
+_BY_PRODUCTS = re.compile(r"(last_hidden_state|intermediate_hidden_states|model_output|cache|past_key_values|mems)$")
+
+
+def answers_in(output: Any, *, floating: bool = True) -> Iterator[Tensor]:
+    """Every tensor that a network is asked for.
+
+    Of a mapping with logits these are all but what it has of its inside unasked: the last hidden states, a cache, the
+    outputs of the networks it is made of. Those are there for later stages of the same network, and get narrower with
+    it. Where there are no logits, hidden states are what is asked for.
+
+    >>> output = {"logits": torch.ones(1), "boxes": torch.ones(2), "encoder_last_hidden_state": torch.ones(3)}
+    >>> [len(t) for t in answers_in(output)], [len(t) for t in answers_in({"last_hidden_state": torch.ones(3)})]
+    ([1, 2], [3])
+    """
+    if isinstance(output, Mapping) and any("logits" in str(name) for name in output):
+        output = {name: part for name, part in output.items() if not _BY_PRODUCTS.search(str(name))}
+    return tensors_in(output, floating=floating)
 
 
 def plain(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

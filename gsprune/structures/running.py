@@ -13,18 +13,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, call, map_tensors, tensors_in
+from gsprune.structures.example import Example, answers_in, call, map_tensors
 from gsprune.structures.norms import may_be_stream_norm
 
 
 def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
-    """The floating-point outputs, without gradients; the example is cloned, the model may write into it.
+    """The floating-point answers, without gradients; the example is cloned, the model may write into it.
 
     Encoders of PyTorch run as they do in training: their fast path puts zeros at padded positions, the other does not.
     Norms that compute in float32 compute in float64 on tensors of that type, so that rounding hides nothing.
     """
     with torch.no_grad(), same_randomness(model), no_fast_path(), _precise_norms(model):
-        return list(tensors_in(call(model, map_tensors(Tensor.clone, example_input))))
+        return list(answers_in(call(model, map_tensors(Tensor.clone, example_input))))
 
 
 class _Precise(TorchFunctionMode):

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from gsprune.structures.attention import attention_kernel, set_attention_kernel
 from gsprune.structures.example import Example, map_tensors, plain, tensors_in
 from gsprune.structures.matrices import check_shapes
+from gsprune.text.names import joined
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -37,6 +38,22 @@ def copy_of(model: nn.Module, *, sharing: bool = False) -> nn.Module:
     tensors = [*model.parameters(), *model.buffers()] if sharing else []
     with _Copying():
         return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def every_tensor(model: nn.Module, *, every_name: bool = False) -> dict[str, Tensor]:
+    """Parameters, buffers and tensors that a module keeps as plain attributes (a table of sines), by name.
+
+    Args:
+        every_name: a shared one under each of its names.
+    """
+    once = not every_name
+    found = dict(model.named_parameters(remove_duplicate=once)) | dict(model.named_buffers(remove_duplicate=once))
+    known = {id(tensor) for tensor in found.values()}
+    for path, module in model.named_modules():
+        for leaf, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_leaf and id(value) not in known and not leaf.startswith("_"):
+                found[joined(path, leaf)] = value
+    return found
 
 
 def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:

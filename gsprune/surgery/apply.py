@@ -90,13 +90,17 @@ def home_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _own_settings(model: nn.Module, names: Iterable[str]) -> None:
-    """Give the model configurations of its own, where attributes of these are to be set: others may share them."""
+    """Give the model configurations of its own, where attributes of these are to be set: others may share them.
+
+    A layer whose configuration is set has it alone: the next layer may keep another number of heads.
+    """
     for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
-        shared = getattr(*home_of(model, path)) if path else model
+        home, leaf = home_of(model, path) if path else (model, "")
+        shared = getattr(home, leaf) if path else model
         if isinstance(shared, nn.Module):
             continue
         own = copy.deepcopy(shared)
-        for module in model.modules():
+        for module in model.modules() if home is model else [home]:
             for name, value in vars(module).items():
                 if value is shared:
                     setattr(module, name, own)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, call, map_tensors, tensors_in
+from gsprune.structures.example import Example, answers_in, call, map_tensors
 from gsprune.structures.running import same_randomness
 from gsprune.structures.structure import Member, Structure
+from gsprune.structures.twin import every_tensor
 from gsprune.surgery.readings import (
     Reading,
     Rows,
@@ -213,7 +214,7 @@ class Masked:
         self, twin: nn.Module, example_input: Example, structures: Sequence[Structure], whole: list[Reading]
     ) -> None:
         self.twin, self.rounds, self._whole = twin, rounds_on(example_input), whole
-        self._tensors = tensors_of(twin)
+        self._tensors = every_tensor(twin, every_name=True)
         self._spare: dict[str, Tensor] = {}  # memory for what is written, kept: fresh memory costs more than the copy
         self._last: dict[tuple[int, frozenset[str]], list[Reading]] = {}
         if not self._takes_noise(structures):
@@ -351,15 +352,10 @@ def _slopes(
     wanted = {name: tensor for name, tensor in tensors.items() if name in rows and tensor.requires_grad}
     with torch.enable_grad(), same_randomness(model), no_fast_path():
         with noted(model, rows, lambda name, module, inputs, whole, chosen: add(chosen)):
-            for result in tensors_in(call(model, map_tensors(Tensor.clone, example_input))):
+            for result in answers_in(call(model, map_tensors(Tensor.clone, example_input))):
                 add(result)
         found = torch.autograd.grad(torch.stack(sums).sum(), list(wanted.values()), allow_unused=True)
     return dict.fromkeys(rows) | dict(zip(wanted, found, strict=True))
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, a shared one under each of its names."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def zero_columns_(tensors: Mapping[str, Tensor], gone: Gone) -> None:

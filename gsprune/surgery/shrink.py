@@ -20,13 +20,13 @@ from torch.utils.hooks import RemovableHandle
 from gsprune.structures.example import Example
 from gsprune.structures.running import counted, hooked, outputs, wake
 from gsprune.structures.structure import Member, Structure
-from gsprune.structures.twin import copy_of, twin_of
+from gsprune.structures.twin import copy_of, every_tensor, twin_of
 from gsprune.surgery.apply import apply_cut, forget_compiled
 from gsprune.surgery.copies import check_copies
 from gsprune.surgery.cut_plan import CutPlan, checked, plan_cut
 from gsprune.surgery.no_branch import inside
 from gsprune.surgery.optimizers import Optimizers
-from gsprune.surgery.proof import Masked, Problem, noise_like, owners, sift, tensors_of, zero_columns_
+from gsprune.surgery.proof import Masked, Problem, noise_like, owners, sift, zero_columns_
 from gsprune.surgery.readings import Reading, first_difference, is_finite, readings
 from gsprune.text.display import first_line
 
@@ -262,6 +262,5 @@ def _last_touched(structures: Sequence[Structure], started: Sequence[str]) -> li
 @torch.no_grad()
 def mask_units(model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor]) -> None:
     """Zero, in place, what a mask zeroes (`Structure.masked`) of the units that are not kept."""
-    zero_columns_(
-        tensors_of(model), [(s, ~keep) for s, keep in zip(structures, checked(structures, keeps), strict=True)]
-    )
+    gone = [(s, ~keep) for s, keep in zip(structures, checked(structures, keeps), strict=True)]
+    zero_columns_(every_tensor(model, every_name=True), gone)

@@ -24,6 +24,7 @@ from gsprune.schedules import OneShot
 from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors, plain, tensors_in
 from gsprune.structures.running import outputs
 from gsprune.structures.twin import copy_of, to_precision
+from gsprune.surgery.shrink import shrink
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,11 @@ def test_a_network_that_keeps_activations_can_be_copied_traced_and_cut() -> None
     assert torch.equal(twin.last, net.last)
     assert net.last.grad_fn is not None
     assert [s.name for s in find_structures(Reader(lambda x: x), X).structures] == ["a"]
-    with refused("a: ", "constant"):  # a tensor that is no parameter is not cut along
-        find_structures(net, X)
+    (structure,) = find_structures(net, X).structures  # a tensor that is no parameter is cut along
+    assert [(m.tensor, m.index.shape) for m in structure.norms] == [("scale", (6, 1))]
+    shrink(net, [structure], [torch.arange(6) < 2], example_input=X)
+    assert net.scale.tolist() == [2.0, 2.0]
+    assert net(X).shape == (len(X), 2)
 
 
 def test_plain_tensors_follow_the_precision_and_sharing_copies_nothing() -> None:
