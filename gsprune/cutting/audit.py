@@ -19,6 +19,7 @@ from gsprune.cutting.bounds import check_confidence
 from gsprune.cutting.calibration import Calibration, Loss
 from gsprune.cutting.cut import Cutter, shown
 from gsprune.cutting.progress import Report
+from gsprune.extras import need
 from gsprune.pruner.rule import Rule, check_kind
 from gsprune.schedules import OneShot
 from gsprune.structures.structure import Structure
@@ -99,8 +100,16 @@ class Audit:
 
     @property
     def correlations(self) -> list[tuple[str, str, tuple[float, float, float]]]:
-        """What `gsprune.plots.audit_figures.draw_audit` draws: criterion, kind, correlation with its interval."""
+        """What `gsprune.plots.audit_figures.plot_audit` draws: criterion, kind, correlation with its interval."""
         return [(row.criterion, row.kind, (*row.size,)) for row in self.rows()]
+
+    def plot(self) -> Any:
+        """A picture of the correlations, for a notebook or `.save("audit.png")`: a row for each criterion.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return need("gsprune.plots.audit_figures").plot_audit(self.correlations)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers; a correlation that is not defined is None."""

@@ -75,7 +75,7 @@ class Sensitivity:
 
     @property
     def lines(self) -> dict[str, list[tuple[float, float]]]:
-        """What `gsprune.plots.sensitivity_figures.draw_sensitivity` draws: structure -> (share removed, value)."""
+        """What `gsprune.plots.sensitivity_figures.plot_sensitivity` draws: structure -> (share removed, value)."""
         found: dict[str, list[tuple[float, float]]] = {}
         for point in self.points:
             found.setdefault(point.structure, []).append((point.share, point.value))

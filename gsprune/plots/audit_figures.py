@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gsprune.plots.drawing import FAINT, INK, new_figure, plain_label, png, quiet
+from gsprune.plots.drawing import FAINT, INK, Picture, new_figure, plain_label, quiet
 from gsprune.plots.sweep_figures import STYLES
 
-__all__ = ["Rank", "draw_audit"]
+__all__ = ["Rank", "plot_audit"]
 
 Rank = tuple[str, str, tuple[float, float, float]]  # criterion, kind of unit, correlation with its interval
 
 
-def draw_audit(ranks: Sequence[Rank], *, title: str = "Do scores rank what removal does to the loss?") -> bytes:
-    """A PNG: a row for each criterion, a mark with its interval for each kind of unit.
+def plot_audit(ranks: Sequence[Rank], *, title: str = "Do scores rank what removal does to the loss?") -> Picture:
+    """A row for each criterion, a mark with its interval for each kind of unit.
 
     Args:
         ranks: `correlations` of what `gsprune.audit` found; NaN is left out.
@@ -37,4 +37,4 @@ def draw_audit(ranks: Sequence[Rank], *, title: str = "Do scores rank what remov
     axes.set_xlim(-1, 1)
     if kinds:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)
-    return png(figure)
+    return Picture(figure)

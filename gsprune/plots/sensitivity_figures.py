@@ -7,14 +7,7 @@ from collections.abc import Mapping, Sequence
 from gsprune.plots.drawing import FAINT, INK, Picture, new_figure, plain_label, quiet
 from gsprune.plots.sweep_figures import OTHERS, STYLES
 
-__all__ = ["draw_sensitivity", "plot_sensitivity"]
-
-
-def draw_sensitivity(
-    lines: Mapping[str, Sequence[tuple[float, float]]], *, dense: float, metric: str, falls: bool = True
-) -> bytes:
-    """The picture of `plot_sensitivity` as a PNG."""
-    return plot_sensitivity(lines, dense=dense, metric=metric, falls=falls)._repr_png_()
+__all__ = ["plot_sensitivity"]
 
 
 def plot_sensitivity(

@@ -149,6 +149,12 @@ def test_a_control_has_nothing_to_draw():
         Pruner(mlp(), rules=[]).plot()
 
 
-def test_a_scan_draws_itself():
+def test_a_scan_and_an_audit_draw_themselves():
     found = gsprune.sensitivity(mlp(), [(X, Y)], nn.functional.cross_entropy, shares=[0.5], progress=False)
     assert size(found.plot())[0] > 800
+    batches = list(zip(X.split(8), Y.split(8), strict=True))
+    audit = gsprune.audit(mlp(), batches, nn.functional.cross_entropy, units=8, progress=False)
+    picture = audit.plot()
+    assert size(picture)[0] > 800
+    named = [label.get_text() for label in picture.figure.axes[0].get_yticklabels()]
+    assert named == list(audit.scores)

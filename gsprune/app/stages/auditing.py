@@ -21,8 +21,8 @@ from gsprune.app.stages.training import Training
 from gsprune.criteria import Criterion, Magnitude, Random
 from gsprune.cutting.audit import Audit, audit
 from gsprune.cutting.calibration import Calibration
-from gsprune.files.disk import read_object, write_atomic, write_json
-from gsprune.plots.audit_figures import draw_audit
+from gsprune.files.disk import read_object, write_json
+from gsprune.plots.audit_figures import plot_audit
 from gsprune.pruner.rule import Rule
 from gsprune.text.display import logger
 
@@ -108,7 +108,7 @@ def audit_scores(training: Training, dense: Dense, pruner: Any) -> None:
     sizes = [(row["criterion"], row["kind"], row["size"]) for row in told["rows"] if row["size"] is not None]
     job.numbers |= {f"audit/{criterion}/{kind}": size[0] for criterion, kind, size in sizes}
     with job.watch.part("files"):
-        job.writer.write(PICTURE, lambda: write_atomic(job.folder / PICTURE, draw_audit(sizes)))
+        job.writer.write(PICTURE, lambda: plot_audit(sizes).save(job.folder / PICTURE))
 
 
 def _audited(training: Training, rules: Sequence[Rule]) -> dict[str, Any]:
