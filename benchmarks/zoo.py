@@ -45,7 +45,7 @@ from gsprune.surgery.proof import noise_like
 from gsprune.surgery.shrink import mask_units, shrink
 
 NETWORKS: dict[str, Entry] = {**zoo_vision.NETWORKS, **zoo_transformers.NETWORKS}
-TOLERANCE = 1e-8  # relative to the largest entry of an output, in float64
+TOLERANCE = 1e-6  # relative to the largest output, in float64; of cut RMSNorms the weights are rounded to float32
 PAGE = Path(__file__).parent.parent / "docs" / "networks.md"
 BEGIN, END = "<!-- benchmarks/zoo.py -->", "<!-- end -->"
 
