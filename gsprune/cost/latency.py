@@ -76,6 +76,13 @@ def compare(
     """
     if _shapes(dense) == _shapes(pruned):
         return Latency(note=SAME)
+    return in_turns(dense, pruned, example_input, repeats=repeats, max_seconds=max_seconds)
+
+
+def in_turns(
+    dense: nn.Module, pruned: nn.Module, example_input: Any, *, repeats: int = LEAST, max_seconds: float = 10.0
+) -> Latency:
+    """`compare`, whatever the shapes of the two networks."""
     if repeats < LEAST:
         return Latency(note=f"{NOT_HERE}: {repeats} repeats are too few, it takes {LEAST}")
     models = {"dense": dense, "pruned": pruned}

@@ -24,7 +24,7 @@ from gsprune.pruner.rule import Rule, check_kind
 from gsprune.schedules import OneShot
 from gsprune.structures.structure import Structure
 from gsprune.structures.twin import copy_of, every_tensor
-from gsprune.text.display import html_table
+from gsprune.text.display import html_table, text_table
 
 FEWEST = 4  # units whose ranks have an interval
 __all__ = ["Audit", "Correlation", "Removal", "Row", "audit", "removed", "spearman"]
@@ -123,10 +123,7 @@ class Audit:
         return {"rows": rows, "removals": [asdict(r) for r in self.removals], "scores": scores, **counts}
 
     def __repr__(self) -> str:
-        head, *rows = self._table()
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-        return "\n".join([self._summary(), *(line.rstrip() for line in lines)])
+        return "\n".join([self._summary(), *text_table(self._table())])
 
     def _repr_html_(self) -> str:
         head, *rows = self._table()

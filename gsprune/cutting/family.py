@@ -30,7 +30,7 @@ from gsprune.cutting.progress import Report
 from gsprune.cutting.size import Size
 from gsprune.cutting.weights import PrunedWeights, WeightPruner, WeightScope, check_levels
 from gsprune.ranking.patterns import Pattern
-from gsprune.text.display import html_table, percent
+from gsprune.text.display import html_table, percent, text_table
 
 AnyCut = Cut | PrunedWeights
 
@@ -102,11 +102,8 @@ class CutFamily:
 
     def __repr__(self) -> str:
         head, rows = self._table()
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-        return "\n".join(
-            [f"{len(self)} cuts of {type(self.cuts[0].model).__name__}", *(f"  {x.rstrip()}" for x in lines)]
-        )
+        title = f"{len(self)} cuts of {type(self.cuts[0].model).__name__}"
+        return "\n".join([title, *(f"  {line}" for line in text_table([head, *rows]))])
 
     def _repr_html_(self) -> str:
         return html_table(*self._table())

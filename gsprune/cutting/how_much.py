@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from gsprune.cutting.bounds import certifies, check_confidence, check_values, drop_bound, least_samples
 from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors
 from gsprune.structures.running import device_of, evaluating
-from gsprune.text.display import html_table, percent
+from gsprune.text.display import html_table, percent, text_table
 
 __all__ = ["SHARES", "Evaluate", "HowMuch", "Trial", "compared", "largest_cut", "repeated", "right_or_wrong"]
 
@@ -92,10 +92,8 @@ class HowMuch:
         )
 
     def __repr__(self) -> str:
-        head, *rows = self._table()
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-        return "\n".join([str(self), *map(str.rstrip, lines), *([self.ended] if self.ended else [])])
+        lines = text_table(self._table(), right=True)
+        return "\n".join([str(self), *lines, *([self.ended] if self.ended else [])])
 
     def _repr_html_(self) -> str:
         head, *rows = self._table()

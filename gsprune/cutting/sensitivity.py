@@ -27,7 +27,7 @@ from gsprune.files.disk import write_atomic
 from gsprune.pruner.rule import Rule
 from gsprune.ranking.selection import pruned_count
 from gsprune.structures.structure import Structure
-from gsprune.text.display import cell, html_table, percent
+from gsprune.text.display import cell, html_table, percent, text_table
 
 __all__ = ["Point", "Sensitivity", "sensitivity"]
 
@@ -179,10 +179,8 @@ class Sensitivity:
         return text.getvalue()
 
     def __repr__(self) -> str:
-        head, *rows = self._table()
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-        return "\n".join([f"Sensitivity: {self.metric} {self.dense:.4g} of the dense network", *map(str.rstrip, lines)])
+        title = f"Sensitivity: {self.metric} {self.dense:.4g} of the dense network"
+        return "\n".join([title, *text_table(self._table())])
 
     def _repr_html_(self) -> str:
         head, *rows = self._table()

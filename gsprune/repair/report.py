@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gsprune.text.display import html_table
+from gsprune.text.display import html_table, text_table
 from gsprune.text.names import lines_by_reason
 
 _HEAD = ("layer", "error before", "after", "damping")
@@ -53,7 +53,11 @@ class RepairReport:
         return {layer.name: layer.reason for layer in self.layers if layer.reason is not None}
 
     def __repr__(self) -> str:
-        lines = [self._summary(), *_aligned([_HEAD, *self._rows()])] if self._rows() else [self._summary()]
+        lines = (
+            [self._summary(), *(f"  {line}" for line in text_table([_HEAD, *self._rows()]))]
+            if self._rows()
+            else [self._summary()]
+        )
         left = ["Left as they were:", *(f"  {text}" for text in lines_by_reason(self.left))] if self.left else []
         return "\n".join([*lines, *left])
 
@@ -82,11 +86,6 @@ class RepairReport:
             for layer in self.repaired
             if not math.isnan(layer.after)
         ]
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _median(values: list[float]) -> float:

@@ -130,6 +130,17 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table>{''.join(f'<tr>{cell}</tr>' for cell in cells)}</table>"
 
 
+def text_table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """Lines of a table for a terminal, the first row its head; texts stand to the left, or to the right.
+
+    >>> text_table([["a", "bb"], ["ccc", "d"]])
+    ['a    bb', 'ccc  d']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    placed = str.rjust if right else str.ljust
+    return ["  ".join(map(placed, row, widths)).rstrip() for row in rows]
+
+
 def percent(share: float) -> str:
     """One decimal, but "100.0 %" and "0.0 %" only for exactly that.
 
