@@ -85,6 +85,7 @@ class Cut:
     settled     batches after which it was settled; None: all were used
     seconds     duration of the call
     scores      structure name -> (units,), what its units were ranked by
+    proof       what the proof that masked equals cut shows, where that is less than equality in float64
     """
 
     model: nn.Module
@@ -102,6 +103,7 @@ class Cut:
     seconds: float
     scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     how_much: HowMuch | None = None
+    proof: str = ""
 
     def save(self, directory: str | os.PathLike[str], *, compressed: bool = False) -> None:
         """Write the network as `gsprune.save_pruned` does; `gsprune.load_pruned` reads it.
@@ -149,6 +151,8 @@ class Cut:
             rows.append(("repaired", f"{str(self.repaired).splitlines()[0]} (see .repaired)"))
         if self.skipped:
             rows.append(("left out", f"{len(self.skipped)}, such as {next(iter(self.skipped))!r} (see .skipped)"))
+        if self.proof:
+            rows.append(("proof", self.proof))
         return [*rows, ("seconds", f"{self.seconds:.1f}")]
 
     def __repr__(self) -> str:
@@ -485,6 +489,7 @@ class Cutter:
             settled=self.settled if self.scored < self.data.size else None,
             seconds=self.seconds,
             scores=scores,
+            proof=self.found.proof,
         )
 
     def chosen(self, rules: Sequence[Rule]) -> tuple[list[Structure], list[Tensor]]:

@@ -23,7 +23,7 @@ from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import counted, hooked, outputs, same_randomness
 from gsprune.structures.structure import Found, Member, Structure
 from gsprune.structures.twin import twin_of
-from gsprune.surgery.proof import Masked, wake_scales_
+from gsprune.surgery.proof import Masked, wake_precisely_
 from gsprune.surgery.readings import moved
 from gsprune.surgery.shrink import sift_cuts
 from gsprune.text.names import joined
@@ -88,15 +88,15 @@ def find_branches(model: nn.Module, example_input: Example) -> Found:
     """
     twin, args = twin_of(model, example_input)
     with same_randomness(twin), torch.enable_grad():
-        whole = wake_scales_(twin, args)
+        args, whole, proof = wake_precisely_(twin, args)
         structures = _structures(twin, args)
         if not structures:
-            return Found((), (), {})
+            return Found((), (), {}, proof)
         masked = Masked(twin, args, structures, whole)
         kept, skipped = sift_cuts(masked, structures)
         alone = {s.name: _DEAD for s in kept if not _depends(masked, s)}
     skipped |= alone
-    return Found(tuple(s for s in kept if s.name not in alone), (), skipped)
+    return Found(tuple(s for s in kept if s.name not in alone), (), skipped, proof)
 
 
 def with_branches(found: Found, model: nn.Module, example_input: Example) -> Found:

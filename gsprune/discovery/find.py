@@ -7,19 +7,21 @@ stay (`units`). What is found is then proven on a float64 copy.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from gsprune.discovery.follow import follow
 from gsprune.discovery.units import convert
-from gsprune.structures.example import Example, map_tensors, plain
+from gsprune.structures.example import Example, map_tensors
 from gsprune.structures.matrices import heaviest_first
 from gsprune.structures.running import called_modules, same_randomness, wake
 from gsprune.structures.structure import Found, Structure
-from gsprune.structures.twin import to_precision, twin_of
-from gsprune.surgery.proof import Masked, sift, unproven, wake_scales_
+from gsprune.structures.twin import twin_of
+from gsprune.surgery.proof import Masked, unproven, wake_precisely_
 from gsprune.surgery.shrink import sift_cuts
 from gsprune.text.names import check_patterns, choose
 
@@ -32,7 +34,8 @@ def find_structures(
     A structure is offered only if zeroing its consumers' columns makes the unit contribute nothing; this is
     tested on the example input. `include` and `exclude` are `*` patterns for a structure's name or for the
     name of any module that produces it. `model` is not touched: all work happens on a float64 copy in
-    evaluation mode (about ten forward passes, more where structures break; copies take 8 to 24 bytes a parameter).
+    evaluation mode (about seven forward passes, more where structures break; copies take 8 to 24 bytes a parameter). A
+    network that does not run in float64 is proven in float32, with a warning (`Found.proof`).
 
     Returns:
         What can be removed, what the patterns leave out of it, and why the rest cannot be removed.
@@ -50,13 +53,14 @@ def find_structures(
     twin, args = twin_of(model, example_input, torch.float32)  # half the time where values do not matter
     with same_randomness(twin), torch.enable_grad():
         traced, skipped = _trace(twin, args)
-        twin, args = to_precision(twin, torch.float64), map_tensors(lambda t: plain(t, torch.float64), args)
-        proven, unfit = _prove(twin, args, traced)
+        proven, unfit, proof = _prove(twin, args, traced)
+    if proof:
+        warnings.warn(f"{type(model).__name__}: {proof}", stacklevel=2)
     skipped |= unfit
     skipped = skipped if proven else heaviest_first(model, skipped)  # the first reason is told
     if traced and not proven and tuple(include) == ("*",):
-        return Found((), (), skipped)
-    return only(Found(tuple(proven), (), skipped), tuple(include), tuple(exclude))
+        return Found((), (), skipped, proof)
+    return only(Found(tuple(proven), (), skipped, proof), tuple(include), tuple(exclude))
 
 
 def only(found: Found, include: Sequence[str], exclude: Sequence[str]) -> Found:
@@ -66,7 +70,7 @@ def only(found: Found, include: Sequence[str], exclude: Sequence[str]) -> Found:
     names = {name: (name, *s.modules()) for name, s in offered.items()}
     chosen = choose(names, tuple(include), tuple(exclude), skipped=found.skipped)
     left_out = tuple(structure for name, structure in offered.items() if name not in chosen)
-    return Found(tuple(offered[name] for name in chosen), (*found.left_out, *left_out), found.skipped)
+    return replace(found, structures=tuple(offered[name] for name in chosen), left_out=(*found.left_out, *left_out))
 
 
 def _trace(twin: nn.Module, args: Example) -> tuple[list[Structure], dict[str, str]]:
@@ -97,15 +101,18 @@ def _check_static(model: nn.Module, args: Example, calls: Mapping[nn.Module, int
 # ---- the proof: zero columns -> the unit contributes nothing
 
 
-def _prove(twin: nn.Module, args: Example, structures: list[Structure]) -> tuple[list[Structure], dict[str, str]]:
-    """The structures that can be cut exactly, and why the others cannot. Works on the twin and its copies alone."""
+def _prove(twin: nn.Module, args: Example, structures: list[Structure]) -> tuple[list[Structure], dict[str, str], str]:
+    """The structures that can be cut exactly, why the others cannot, and what the proof shows where that is less.
+
+    Works on the twin and its copies alone.
+    """
     if not structures:
-        return [], {}
-    masked = Masked(twin, args, structures, wake_scales_(twin, args))
-    silent, leaking = sift(structures, masked.leak)
-    hidden = {s.name: _HIDDEN for s in unproven(silent, masked.shown(silent))}
-    kept, broken = sift_cuts(masked, [s for s in silent if s.name not in hidden])
-    return kept, {**leaking, **hidden, **broken}
+        return [], {}, ""
+    args, whole, proof = wake_precisely_(twin, args, structures)
+    masked = Masked(twin, args, structures, whole)
+    kept, broken = sift_cuts(masked, structures)
+    hidden = {s.name: _HIDDEN for s in unproven(kept, masked.shown(kept))}
+    return [s for s in kept if s.name not in hidden], broken | hidden, proof
 
 
 _HIDDEN = (

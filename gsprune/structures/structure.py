@@ -100,11 +100,12 @@ class Structure:
 @dataclass(frozen=True)
 class Found:
     """What `find_structures` offers, in module order, what `include` and `exclude` left out of it, and why the rest is
-    left alone (name -> reason)."""
+    left alone (name -> reason). `proof` says what the proof shows where that is less than equality in float64."""
 
     structures: tuple[Structure, ...]
     left_out: tuple[Structure, ...]
     skipped: Mapping[str, str]
+    proof: str = ""
 
     def __repr__(self) -> str:
         kinds = Counter[str]()
@@ -113,6 +114,7 @@ class Found:
         units = ", ".join(counted(count, kind) for kind, count in kinds.items())
         first = f"Found {len(self.structures)} structures ({units})" if kinds else "Found no structures"
         lines = [f"{first}, left out {len(self.left_out)}, skipped {len(self.skipped)}"]
+        lines += [f"  {self.proof}"] if self.proof else []
         lines += _few([f"  {s.name}: {counted(s.units, s.kind)}" for s in self.structures])
         return "\n".join([*lines, *_few([f"  - {name}: {why}" for name, why in self.skipped.items()])])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,8 +38,43 @@ def copy_of(model: nn.Module, *, sharing: bool = False) -> nn.Module:
         sharing: the copy holds the very same parameters and buffers, to be replaced but never written into.
     """
     tensors = [*model.parameters(), *model.buffers()] if sharing else []
+    return _copied(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy, given what is not copied. Ordinary modules are made here: `copy` would walk through all that they
+    hold, which of a network of 50 layers takes a tenth of a second."""
+    ordinary = [module for module in model.modules() if _is_ordinary(type(module)) and id(module) not in memo]
+    memo |= {id(module): type(module).__new__(type(module)) for module in ordinary}
     with _Copying():
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        for module in reversed(ordinary):
+            state = {name: _value(value, memo) for name, value in vars(module).items()}
+            memo[id(module)].__setstate__(state)
+        twin: nn.Module = copy.deepcopy(model, memo)
+    return twin
+
+
+_ATOMS = (int, float, bool, str, type(None), type, torch.dtype, torch.device)
+_EMPTY = (dict, OrderedDict, list, set)
+
+
+def _value(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a module's attribute."""
+    if type(value) in _ATOMS or id(value) in memo:
+        return memo.get(id(value), value)
+    if type(value) in _EMPTY and not value:
+        memo[id(value)] = type(value)()
+        return memo[id(value)]
+    return copy.deepcopy(value, memo)
+
+
+@cache
+def _is_ordinary(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class are copied attribute by attribute, as `nn.Module` is."""
+    names = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__new__")
+    return all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in names) and not any(
+        vars(base).get("__slots__") for base in cls.__mro__
+    )
 
 
 def every_tensor(model: nn.Module, *, every_name: bool = False) -> dict[str, Tensor]:
@@ -84,7 +121,8 @@ def twin_of(model: nn.Module, example_input: Example, dtype: torch.dtype = torch
     _refuse_unknown(model)
     _check_device(model, example_input)
     mps = any(p.device.type == "mps" for p in model.parameters())
-    twin = to_precision(copy_of(model).to(device="cpu" if mps else None), dtype).eval()
+    made = {id(t): _converted(t, dtype, "cpu" if mps else t.device) for t in _tensors(model)}
+    twin = to_precision(_copied(model, made).to(device="cpu" if mps else None), dtype).eval()
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     if "flash" in attention_kernel(twin) or "flex" in attention_kernel(twin):
@@ -96,6 +134,17 @@ def twin_of(model: nn.Module, example_input: Example, dtype: torch.dtype = torch
         return plain(value.cpu() if mps else value, dtype)  # on the CPU first: MPS has no float64
 
     return twin, map_tensors(convert, example_input)
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of PyTorch's own types, which can be converted as they are copied."""
+    return [t for t in (*model.parameters(), *model.buffers()) if type(t) in (nn.Parameter, Tensor) and t.is_leaf]
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype, device: Any) -> Tensor:
+    wanted = dtype if tensor.is_floating_point() else dtype.to_complex() if tensor.is_complex() else tensor.dtype
+    value = tensor.detach().to(device=device, dtype=wanted, copy=True)
+    return nn.Parameter(value, value.is_floating_point()) if isinstance(tensor, nn.Parameter) else value
 
 
 def _refuse_unknown(model: nn.Module) -> None:

@@ -138,7 +138,7 @@ def cut_tensor(tensor: Tensor, cuts: Cuts, *, like: Tensor | None = None) -> Ten
     [[0, 2], [3, 5]]
     """
     out, like = tensor, tensor if like is None else like
-    for dim, kept in cuts.items():
+    for dim, kept in sorted(cuts.items()):  # rows first: they lie in one piece
         out = out.index_select(dim, kept.to(tensor.device))
     wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim(), torch.contiguous_format)
     is_last = not like.is_contiguous() and like.is_contiguous(memory_format=wanted)

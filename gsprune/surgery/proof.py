@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, answers_in, call, map_tensors
+from gsprune.structures.example import Example, answers_in, call, map_tensors, plain
 from gsprune.structures.running import same_randomness
 from gsprune.structures.structure import Member, Structure
-from gsprune.structures.twin import every_tensor
+from gsprune.structures.twin import every_tensor, to_precision
 from gsprune.surgery.readings import (
+    COARSER,
     Reading,
     Rows,
     first_difference,
@@ -30,6 +31,7 @@ from gsprune.surgery.readings import (
     noted,
     readings,
 )
+from gsprune.text.display import first_line
 
 SMALL = 0.01  # a scale whose largest entry is smaller hides what it is multiplied with
 Gone = Sequence[tuple[Structure, Tensor]]  # a structure and the units that are gone, bool (units,)
@@ -52,12 +54,44 @@ Test = Callable[[Sequence[Structure]], Problem | None]
 # ---- on what
 
 
-def wake_scales_(twin: nn.Module, example_input: Example) -> list[Reading]:
+def wake_precisely_(
+    twin: nn.Module, example_input: Example, structures: Sequence[Structure] = ()
+) -> tuple[Example, list[Reading], str]:
+    """Give a twin float64, or float32 where it does not run in that (a kernel has no float64), and `wake_scales_`.
+
+    Returns:
+        The example in that precision; what the readers give on it; "", or what a proof in float32 shows.
+
+    Raises:
+        What the network raises in float64, where it does not run in float32 either.
+    """
+    failed: Exception | None = None
+    for dtype in (torch.float64, torch.float32):
+        to_precision(twin, dtype)
+        args = map_tensors(lambda t, dtype=dtype: plain(t, dtype), example_input)  # type: ignore[misc]
+        try:
+            found = wake_scales_(twin, args, structures)
+        except Exception as error:
+            failed = failed or error
+            continue
+        return args, found, "" if failed is None else IN_FLOAT32.format(first_line(failed))
+    assert failed is not None
+    raise failed
+
+
+IN_FLOAT32 = (
+    f"proven in float32, to {1e-9 * COARSER:g} of a layer's largest output: the network does not run in float64 ({{}})"
+)
+
+
+def wake_scales_(twin: nn.Module, example_input: Example, structures: Sequence[Structure] = ()) -> list[Reading]:
     """Fill parameters that are zero, set small scales to 1: nothing hides behind them. Undone if that is not finite.
 
     Returns:
-        What the readers give on the example then.
+        What the readers give on the example then: of the rows that stay when units of the structures are gone.
     """
+    gone = Round(example_input, False).gone(structures)
+    rows = _untouched(every_tensor(twin, every_name=True), gone)
     before = [(p, p.detach().clone()) for p in twin.parameters() if _is_asleep(p)]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -67,19 +101,21 @@ def wake_scales_(twin: nn.Module, example_input: Example) -> list[Reading]:
             else:
                 fill = 0.1 + 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(fill if parameter.dim() < 2 else fill - 0.1)
-        found = readings(twin, example_input, scaled=False)
+        found = readings(twin, example_input, rows, scaled=False)
         if is_finite(found) or not before:
             return found
         for parameter, value in before:
             parameter.copy_(value)
-    return readings(twin, example_input, scaled=False)
+    return readings(twin, example_input, rows, scaled=False)
 
 
 def _is_asleep(parameter: Tensor) -> bool:
     if not parameter.numel() or not parameter.is_floating_point():
         return False
     is_scale = parameter.numel() == max(parameter.shape, default=1)  # at most one dimension is longer than 1
-    return not parameter.any() or (is_scale and bool(parameter.abs().max() < SMALL))
+    if not is_scale:
+        return not parameter[(0,) * parameter.dim()] and not parameter.any()
+    return bool(parameter.abs().max() < SMALL)
 
 
 def noise_like(example_input: Example) -> Example:
@@ -127,6 +163,9 @@ class Round(NamedTuple):
     def keep(self, structure: Structure) -> Tensor:
         kept = draw(structure, 0)
         return ~kept if self.is_other_half else kept
+
+    def gone(self, structures: Sequence[Structure]) -> Gone:
+        return [(s, ~self.keep(s)) for s in structures]
 
 
 def rounds_on(example_input: Example) -> list[Round]:
@@ -202,12 +241,12 @@ LEAK = "zeroing the layers that read its units does not silence them: the networ
 
 
 class Masked:
-    """A float64 copy of a network, whose layers are read with units masked. Each call restores its values.
+    """A precise copy of a network, whose layers are read with units masked. Each call restores its values.
 
     Where it does not run on noise with units of all structures masked, both rounds are on the example.
 
     Args:
-        whole: what the readers give on the example with nothing masked.
+        whole: what the readers give on the example with nothing masked, as `wake_scales_` finds it.
     """
 
     def __init__(
@@ -216,7 +255,7 @@ class Masked:
         self.twin, self.rounds, self._whole = twin, rounds_on(example_input), whole
         self._tensors = every_tensor(twin, every_name=True)
         self._spare: dict[str, Tensor] = {}  # memory for what is written, kept: fresh memory costs more than the copy
-        self._last: dict[tuple[int, frozenset[str]], list[Reading]] = {}
+        self._last: dict[tuple[int, bool, frozenset[str]], list[Reading]] = {}
         if not self._takes_noise(structures):
             self.rounds[1] = Round(example_input, True)
             self._last.clear()
@@ -226,42 +265,46 @@ class Masked:
         self._last.clear()
 
     def _takes_noise(self, structures: Sequence[Structure]) -> bool:
-        try:
-            return is_finite(self.read(1, structures))
-        except Exception:
-            return False
+        for changed in (True, False):  # that the rows are other ones may be why it does not run
+            try:
+                if is_finite(self.read(1, structures, changed=changed)):
+                    return True
+            except Exception:
+                continue
+        return False
 
-    def read(self, number: int, structures: Sequence[Structure]) -> list[Reading]:
-        """What the readers give in a round; units that the structures lose are masked."""
-        key = (number, frozenset(s.name for s in structures))
+    def read(self, number: int, structures: Sequence[Structure], *, changed: bool = False) -> list[Reading]:
+        """What the readers give in a round; units that the structures lose are masked.
+
+        Args:
+            changed: whether what produces the units that are gone holds other rows.
+        """
+        key = (number, changed, frozenset(s.name for s in structures))
         if key not in self._last:
-            gone = self._gone(number, structures)
-            with self._written(structures, producers=False):
+            gone = self.rounds[number].gone(structures)
+            with self._written(structures, producers=changed):
+                if changed:
+                    _change_rows_(self._tensors, gone)
                 zero_columns_(self._tensors, gone)
                 self._remember(key, readings(self.twin, self.rounds[number].args, _untouched(self._tensors, gone)))
         return self._last[key]
 
     def leak(self, structures: Sequence[Structure]) -> Problem | None:
         """None if, with some units' columns at zero, no reader sees what produces those units change."""
-        for number, (args, _) in enumerate(self.rounds):
+        for number, _ in enumerate(self.rounds):
             before = self.read(number, structures)
             if not is_finite(before):
                 if number == 0:
                     raise ValueError("the model's output on the example input is not finite (did training diverge?)")
                 continue
-            gone = self._gone(number, structures)
-            with self._written(structures):
-                _change_rows_(self._tensors, gone)
-                zero_columns_(self._tensors, gone)
-                after = readings(self.twin, args, _untouched(self._tensors, gone), scaled=False)
-            if first_difference(before, after, tolerance=1e-11) is not None:
-                leaking = self._leaking(number, gone)
+            if first_difference(before, self.read(number, structures, changed=True), tolerance=1e-11) is not None:
+                leaking = self._leaking(number, self.rounds[number].gone(structures))
                 return Problem(LEAK, leaking, is_certain=bool(leaking))
         return None
 
     def shown(self, structures: Sequence[Structure]) -> set[str]:
         """Names of the readers that give something else when units are gone, be it with other weights before them."""
-        seen: set[str] = set()
+        seen = moved(self._whole, self.read(0, structures, changed=True), chosen=True)
         for number in range(len(self.rounds)):
             if any(unproven(structures, seen)):
                 seen |= moved(self._unmasked(number), self.read(number, structures))
@@ -294,12 +337,9 @@ class Masked:
             return []
         return found if is_finite(found) else []
 
-    def _gone(self, number: int, structures: Sequence[Structure]) -> Gone:
-        return [(s, ~self.rounds[number].keep(s)) for s in structures]
-
-    def _remember(self, key: tuple[int, frozenset[str]], value: list[Reading]) -> None:
+    def _remember(self, key: tuple[int, bool, frozenset[str]], value: list[Reading]) -> None:
         """Of one set of structures at a time: a pass of a large network holds many readings."""
-        self._last = {k: v for k, v in self._last.items() if k[1] == key[1]} | {key: value}
+        self._last = {k: v for k, v in self._last.items() if k[2] == key[2]} | {key: value}
 
     def _leaking(self, number: int, gone: Gone) -> list[Structure]:
         """The structures whose gone units have a gradient though their columns are zero; none where that is unknown."""
@@ -334,7 +374,7 @@ def _has_slope(slope: Tensor | None, member: Member, units: Tensor) -> bool:
     if slope is None:
         return False
     rows = slope.index_select(member.dim, member.index[units].flatten().to(slope.device))
-    return largest(rows) > 1e-12 * largest(slope)
+    return largest(rows) > (1e-12 if slope.dtype == torch.float64 else 1e-12 * COARSER) * largest(slope)
 
 
 def _slopes(

@@ -54,15 +54,16 @@ def readings(
         scaled: whether to find the scales; `first_difference` needs those of its first argument.
     """
     found: list[Reading] = []
+    precision = precision_of(model)
 
     def note(name: str, module: nn.Module, inputs: tuple[Any, ...], whole: Tensor, chosen: Tensor) -> None:
-        sample = _sample(whole)
-        values = sample if chosen is whole else _sample(chosen)
+        sample = _sample(whole).to(_coarser(whole.dtype, precision))
+        values = sample if chosen is whole else _sample(chosen).to(sample.dtype)
         found.append(Reading(name, values, sample, _terms(module, inputs) if scaled else 0.0, chosen.numel()))
 
     with noted(model, rows or {}, note):
         results = outputs(model, example_input)
-    samples = [(_sample(result), result.numel()) for result in results]
+    samples = [(_sample(result).to(_coarser(result.dtype, precision)), result.numel()) for result in results]
     return [*found, *(Reading("", sample, sample, 0.0, size) for sample, size in samples)]
 
 
@@ -90,6 +91,19 @@ def noted(model: nn.Module, rows: Rows, note: Callable[..., None]) -> AbstractCo
 def is_reader(module: nn.Module) -> bool:
     """Whether it is a layer whose outputs are compared."""
     return isinstance(module, _READERS) or is_conv1d(module)
+
+
+def precision_of(model: nn.Module) -> torch.dtype:
+    """float32 of a network whose first parameter is that, else float64."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return torch.float32 if next(dtypes, None) == torch.float32 else torch.float64
+
+
+def _coarser(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:
+    """What a float64 output of a float32 network is compared in: it is no more exact than the network."""
+    if precision == torch.float64 or dtype not in (torch.float64, torch.complex128):
+        return dtype
+    return precision.to_complex() if dtype.is_complex else precision
 
 
 def _channels(name: str, module: nn.Module, rows: Rows) -> Tensor | None:
@@ -146,8 +160,14 @@ def largest(tensor: Tensor) -> float:
     return max(-float(low), float(high))
 
 
+COARSER = 1e5  # how much larger every tolerance is in float32 than in float64: 1e-4 instead of 1e-9
+
+
 def first_difference(first: Sequence[Reading], second: Sequence[Reading], *, tolerance: float = 1e-9) -> str | None:
-    """Name of the reader that is the first to give something else, or to be another one; None where all agree."""
+    """Name of the reader that is the first to give something else, or to be another one; None where all agree.
+
+    The tolerance is that of float64; of float32 it is `COARSER` times as large.
+    """
     for a, b in zip(first, second, strict=False):
         is_same = (a.name, a.size) == (b.name, b.size)
         if not is_same or not close(a.values, b.values, tolerance=tolerance, scale=a.scale):
@@ -155,12 +175,13 @@ def first_difference(first: Sequence[Reading], second: Sequence[Reading], *, tol
     return None if len(first) == len(second) else ""
 
 
-def moved(first: Sequence[Reading], second: Sequence[Reading]) -> set[str]:
-    """Names of the readers that gave something else."""
+def moved(first: Sequence[Reading], second: Sequence[Reading], *, chosen: bool = False) -> set[str]:
+    """Names of the readers that gave something else; with `chosen`, in the chosen rows, where both chose as many."""
     if [(r.name, r.whole.shape) for r in first] != [(r.name, r.whole.shape) for r in second]:
         return set()
-    pairs = zip(first, second, strict=True)
-    return {a.name for a, b in pairs if len(a.whole) and not close(a.whole, b.whole, tolerance=1e-12)}
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if not chosen or a.size == b.size]
+    values = [(a.name, a.values, b.values) if chosen else (a.name, a.whole, b.whole) for a, b in pairs]
+    return {name for name, a, b in values if len(a) and not close(a, b, tolerance=1e-12)}
 
 
 def is_finite(found: Sequence[Reading]) -> bool:
@@ -169,9 +190,16 @@ def is_finite(found: Sequence[Reading]) -> bool:
 
 
 def close(a: Tensor, b: Tensor, *, tolerance: float = 1e-9, scale: float = 0.0) -> bool:
-    """Whether two tensors differ by at most `tolerance` times the largest entry of `a` or `scale` (NaN equals NaN)."""
+    """Whether two tensors differ by at most `tolerance` times the largest entry of `a` or `scale` (NaN equals NaN).
+
+    >>> a, b = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64) + 1e-6
+    >>> close(a, b), close(a.float(), b.float())
+    (False, True)
+    """
     if a.shape != b.shape or torch.equal(a, b):
         return a.shape == b.shape
+    if a.dtype in (torch.float32, torch.complex64):
+        tolerance *= COARSER
     finite = a[a.isfinite()]
     scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
     return torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gsprune.structures.example import Example
-from gsprune.structures.running import counted, hooked, outputs, wake
+from gsprune.structures.running import counted, hooked, wake
 from gsprune.structures.structure import Member, Structure
 from gsprune.structures.twin import copy_of, every_tensor, twin_of
 from gsprune.surgery.apply import apply_cut, forget_compiled
@@ -49,8 +49,8 @@ def shrink(
         drop_state: as of `apply_cut`.
 
     Raises:
-        ValueError: the outputs of a layer differ by more than 1e-9 of the largest in float64, or as `apply_cut`; the
-            model and the optimizer are then untouched.
+        ValueError: the outputs of a layer differ by more than 1e-9 of the largest in float64 (1e-4 in float32, of a
+            network that does not run in float64), or as `apply_cut`; the model and the optimizer are then untouched.
 
     >>> from gsprune.discovery.find import find_structures
     >>> net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.ones(1, 4)
@@ -165,45 +165,66 @@ def check_shrink(
 def _difference(
     model: nn.Module, structures: Sequence[Structure], keeps: Sequence[Tensor], example_input: Example
 ) -> str | None:
-    twin, args = twin_of(model, example_input)
+    """What is wrong with the shrunk network, or None. A twin is masked; a copy of it that shares tensors is cut.
+
+    In float64; in float32 where the network does not run in that.
+    """
+    plan = plan_cut(structures, keeps)
+    try:
+        twin, args, first = _masked_twin(model, structures, keeps, plan, example_input, torch.float64)
+    except Exception as in_float64:
+        try:
+            twin, args, first = _masked_twin(model, structures, keeps, plan, example_input, torch.float32)
+        except Exception:
+            raise in_float64 from None
+    small = _small(twin, plan)
+    problem = _mismatch(small, args, lambda: first, structures, plan, 0)
+    if problem is None:
+        noise = noise_like(args)
+        problem = _mismatch(small, noise, partial(readings, twin, noise, plan.kept), structures, plan, 1)
+    return None if problem is None else problem.text
+
+
+def _masked_twin(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    keeps: Sequence[Tensor],
+    plan: CutPlan,
+    example_input: Example,
+    dtype: torch.dtype,
+) -> tuple[nn.Module, Example, list[Reading]]:
+    """A masked copy in a precision, the example in it, and what its layers give on that."""
+    twin, args = twin_of(model, example_input, dtype)
+    mask_units(twin, structures, keeps)
     calls: Counter[nn.Module] = Counter()
     with counted(twin, calls):
-        outputs(twin, args)
-    wake(twin, args, calls)
-    return _disagreement(twin, [args, noise_like(args)], structures, keeps)
+        found = readings(twin, args, plan.kept)
+    return twin, args, readings(twin, args, plan.kept) if wake(twin, args, calls) else found
 
 
 def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Structure], dict[str, str]]:
-    """The structures that can be cut, each to another random number of units, and why the others cannot."""
+    """The structures that can be cut exactly, each to another random number of units, and why the others cannot.
+
+    One comparison serves both things to show: with other rows for the units that are gone, the masked network computes
+    what the cut one does, which has no such rows. A leak of the units would differ with their rows.
+    """
 
     def test(some: Sequence[Structure]) -> Problem | None:
-        for number, (args, _) in enumerate(masked.rounds):
-            keeps = [masked.rounds[number].keep(s) for s in some]
-            plan = plan_cut(some, keeps)
-            try:
-                small = _small(masked.twin, plan)
-            except ValueError as error:  # it costs the structures that cannot be cut, not the others
-                return Problem(str(error))
-            problem = _mismatch(small, args, partial(masked.read, number, some), some, plan, number)
-            if problem is not None:
-                return problem
-        return None
+        problem = next(filter(None, (_wrong_cut(masked, number, some) for number in range(len(masked.rounds)))), None)
+        return None if problem is None else masked.leak(some) or problem
 
     return sift(structures, test)
 
 
-def _disagreement(
-    twin: nn.Module, inputs: Sequence[Example], structures: Sequence[Structure], keeps: Sequence[Tensor]
-) -> str | None:
-    """What is wrong with the shrunk network, or None. The twin is masked; a copy of it that shares tensors is cut."""
-    plan = plan_cut(structures, keeps)
-    mask_units(twin, structures, keeps)
-    small = _small(twin, plan)
-    for number, args in enumerate(inputs):
-        problem = _mismatch(small, args, partial(readings, twin, args, plan.kept), structures, plan, number)
-        if problem is not None:
-            return problem.text
-    return None
+def _wrong_cut(masked: Masked, number: int, some: Sequence[Structure]) -> Problem | None:
+    """What is wrong with the network that one round leaves."""
+    plan = plan_cut(some, [masked.rounds[number].keep(s) for s in some])
+    try:
+        small = _small(masked.twin, plan)
+    except ValueError as error:  # it costs the structures that cannot be cut, not the others
+        return Problem(str(error))
+    read = partial(masked.read, number, some, changed=True)
+    return _mismatch(small, masked.rounds[number].args, read, some, plan, number)
 
 
 def _small(twin: nn.Module, plan: CutPlan) -> nn.Module:

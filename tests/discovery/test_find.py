@@ -18,6 +18,7 @@ from gsprune.criteria import Magnitude
 from gsprune.discovery.find import find_structures
 from gsprune.structures.running import outputs
 from gsprune.structures.structure import Member, Structure
+from gsprune.surgery.shrink import mask_units, shrink
 
 
 def find(model: nn.Module, x: object = None, **options: object) -> dict[str, Structure]:
@@ -697,6 +698,43 @@ def test_a_leak_behind_a_small_scale_and_a_dead_head_is_seen(scale: float) -> No
     found = find_structures(Scaled(scale), torch.ones(3, 4))
     assert [s.name for s in found.structures] == ["b", "c"]  # b meets a single number, which all its units take
     assert "a" in found.skipped
+
+
+class Single(Body):
+    """Its last layers have a kernel for float32 alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.b(self.between(torch.relu(self.a(x))))
+        if hidden.dtype != torch.float32:
+            raise RuntimeError("expected Float, got Double")
+        return self.d(torch.relu(self.c(hidden)))
+
+
+def test_a_kernel_without_float64_is_proven_in_float32_and_it_is_said() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(3, 4)
+    for model, names in ((Single(), ["a", "b", "c"]), (Single(_gated), ["b", "c"]), (Single(_rolled), ["b", "c"])):
+        with pytest.warns(UserWarning, match="float32"):
+            found = find_structures(model, x)
+        assert [s.name for s in found.structures] == names
+        for fact in ("float32", "0.0001", "expected Float, got Double"):
+            assert fact in found.proof
+            assert fact in repr(found)
+    model = Single()
+    dense = copy.deepcopy(model)
+    keeps = [torch.arange(s.units) % 3 > 0 for s in find_structures(Body(), x).structures]
+    mask_units(dense, find_structures(Body(), x).structures, keeps)
+    shrink(model, find_structures(Body(), x).structures, keeps, example_input=x)
+    assert model.a.out_features == 6
+    torch.testing.assert_close(model(x), dense(x))
+    with refused("'a'", "does not compute"):
+        wrong = Single(_rolled)
+        shrink(wrong, find_structures(Body(), x).structures, keeps, example_input=x)
+    assert find_structures(Body(), x).proof == ""
+
+
+def _rolled(hidden: Tensor) -> Tensor:
+    return hidden.roll(2, 1)
 
 
 class Detector(Body):
