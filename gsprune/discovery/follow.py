@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gsprune.discovery.labels import Atoms, Log, Value, derived, dims_of, squeezed
+from gsprune.discovery.labels import WITH_CONSTANT, Atoms, Log, Value, derived, dims_of, squeezed
 from gsprune.discovery.ops import Call, rule_of, tensors_of, unknown
 from gsprune.discovery.ops import stream_norm as normalised
 from gsprune.structures.attention import no_fast_path
@@ -139,7 +139,7 @@ def _write_through(this: Call, part: Tensor, value: Value, steps: set[int]) -> N
         before = value_of(whole)
         steps.add(before.step)
         layers = []
-        for layer in value.layers:
+        for layer in _side_by_side(this.log, value, before):
             made = _known(before).clone()
             func(made, *rest).copy_(layer.expand(value.shape))
             layers.append(squeezed(made, range(made.dim())))
@@ -150,6 +150,20 @@ def _write_through(this: Call, part: Tensor, value: Value, steps: set[int]) -> N
         value = replace(before, layers=known, is_blank=False, is_input=is_input, makers=makers, step=this.step)
         setattr(whole, _KEY, value)
         part = whole
+
+
+def _side_by_side(log: Log, value: Value, whole: Value) -> Iterable[Tensor]:
+    """Of the layers of a part those that go on with what is known of the whole beside it; the rest stays."""
+    beside = {d for d, (n, size) in enumerate(zip(value.shape, whole.shape, strict=False)) if n != size}
+    if len(value.layers) < 2 or len(value.shape) != len(whole.shape) or not beside:
+        return value.layers
+    known = value.layers if whole.is_blank or not whole.layers else whole.layers
+    widest = max((dims_of(layer) - beside for layer in known), key=len)
+    fitting = [layer for layer in value.layers if dims_of(layer) - beside == widest]
+    for layer in value.layers:
+        if not any(layer is other for other in fitting):
+            log.pin(layer, WITH_CONSTANT)
+    return fitting
 
 
 def _known(value: Value) -> Tensor:

@@ -173,6 +173,7 @@ def _structure(network: Network, log: Log, notes: _Notes, family: Family) -> Str
         norms=members["scales"],
         gates=gates,
         attributes=attributes,
+        normed=kind == "heads" and bool(notes.is_stream[root]),
     )
 
 

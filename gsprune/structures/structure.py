@@ -58,6 +58,8 @@ class Structure:
     attributes  module attribute -> amount per unit; its new value is amount * kept units. A `normalized_shape` is the
                 norm itself, which has no tensors
 
+    normed      heads alone: queries and keys of all heads pass one norm (OLMo 2), so that a mask holds them at zero
+
     A unit of kind "residual" is a position of a residual stream that passes norms over all its positions (LayerNorm,
     RMSNorm). Its mask holds the position at zero in the stream itself, as the norms of the cut network count it: what
     writes it is zeroed too. One of kind "branches" is a whole residual branch, the only one of its structure; its
@@ -74,11 +76,12 @@ class Structure:
     gates: tuple[Member, ...]
     attributes: Mapping[str, int]
     removed: Mapping[str, int] = field(default_factory=dict)
+    normed: bool = False
 
     @property
     def masked(self) -> tuple[Member, ...]:
-        """What a mask zeroes: the consumers; of a residual stream also what writes it, and its norms' affine pairs."""
-        if self.kind != "residual":
+        """What a mask zeroes: the consumers; of what passes a norm with others also what writes it, and the norm."""
+        if self.kind != "residual" and not self.normed:
             return self.consumers
         affine = (m for m in self.norms if not m.tensor.rpartition(".")[2].startswith("running_"))
         return (*self.consumers, *self.producers, *affine)

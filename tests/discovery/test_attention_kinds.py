@@ -36,6 +36,24 @@ class Attention(nn.Module):
         return self.o((weights @ v).transpose(1, 2).flatten(2))
 
 
+class Normed(Attention):
+    """Queries, and keys, of all heads pass one norm; keys are written into a tensor beside what all heads share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = nn.RMSNorm(HEADS * SIZE), nn.LayerNorm(HEADS * SIZE)
+        self.shared, self.more = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, HEADS * 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = self.split(self.q_norm(self.q(x))), self.split(self.k_norm(self.k(x))), self.split(self.v(x))
+        more = self.more(x).unflatten(-1, (-1, 3)).transpose(1, 2)
+        keys = k.new_empty(*k.shape[:-1], SIZE + 3)
+        keys[..., :SIZE].copy_(k)
+        keys[..., SIZE:].copy_(self.shared(x)[:, None].expand(-1, self.num_heads, -1, -1))
+        weights = (torch.cat([q, more], -1) @ keys.transpose(-1, -2)).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
 class Queries(nn.Module):
     """Learned queries look at the input: what they are read by is no weight of the layer after it."""
 
@@ -128,6 +146,9 @@ class TestKinds(NetworkTester):
         "queries": Network(Queries, X, [("attention", "heads", HEADS), ("attention.o", "neurons", WIDTH)]),
         "zeros": Network(SharedZeros, X, {"heads": 1, "neurons": 2}),
         "configured": Network(configured, X, {"heads": 2, "neurons": 2}),
+        "normed": Network(
+            lambda: nn.Sequential(Normed(), nn.Linear(WIDTH, 2)), X, {"heads": 1, "neurons": 1}, skipped=None
+        ),
         "einsums": Network(Written, X, {"heads": 1, "neurons": 1}),
         "stream": Network(Stream, X, {"residual": 1}, kinds=["residual"], others=[X[:1]]),
         "latent": Network(Latent, X, {"residual": 1}, skipped=None, kinds=["residual"]),
