@@ -94,6 +94,12 @@ def find_branches(model: nn.Module, example_input: Example) -> Found:
             return Found((), (), {}, proof)
         masked = Masked(twin, args, structures, whole)
         kept, skipped = sift_cuts(masked, structures)
+        if skipped:  # some ask a layer that the branch alone calls for its type
+            smaller = [replace(s, removed={s.name: s.removed[s.name]}) for s in structures if len(s.removed) > 1]
+            more, _ = sift_cuts(masked, [s for s in smaller if s.name in skipped])
+            names = [s.name for s in structures]
+            kept = sorted([*kept, *more], key=lambda s: names.index(s.name))
+            skipped = {name: why for name, why in skipped.items() if name not in {s.name for s in more}}
         alone = {s.name: _DEAD for s in kept if not _depends(masked, s)}
     skipped |= alone
     return Found(tuple(s for s in kept if s.name not in alone), (), skipped, proof)
@@ -172,7 +178,8 @@ class _Watch(TorchFunctionMode):
         if name in _ADDS and len(given) == 2 and shapes[0] == shapes[1]:
             branches = self._added(notes)
         elif name in _KEEPS_ZERO and notes:
-            carried = [note.branches for note in notes if note.branches]
+            counted_notes = notes[:1] if name in _SHAPES else notes  # x.type_as(y) has the entries of x
+            carried = [*{note.branches for note in counted_notes if note.branches}]
             branches = carried[0] if len(carried) == 1 else frozenset()
         passed = frozenset[str]().union(*(note.passed for note in notes))
         for tensor in tensors_in(result, floating=False):
