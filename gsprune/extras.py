@@ -21,6 +21,7 @@ EXTRAS = {
     "openvino": ("openvino",),
     "optuna": ("optuna",),
     "joblib": ("hydra_plugins.hydra_joblib_launcher",),
+    "peft": ("peft",),
     "slurm": ("hydra_plugins.hydra_submitit_launcher",),
     "ray": ("hydra_plugins.hydra_ray_launcher",),
 }

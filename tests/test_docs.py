@@ -117,7 +117,7 @@ SNIPPETS = [
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_a_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its own directory, where it may write. What it cuts is smaller then, or has zeros."""
-    for name in ("accelerate", "lightning", "timm", "onnxruntime", "sklearn", "transformers"):
+    for name in ("accelerate", "lightning", "peft", "timm", "onnxruntime", "sklearn", "transformers"):
         if re.search(rf"^(import|from)\b.*\b{name}\b", code, re.MULTILINE):
             pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from gsprune.discovery.classes import Classes, Family
 from gsprune.discovery.heads import head_attributes
 from gsprune.discovery.labels import Axis, Log
+from gsprune.structures.adapters import RANK, is_rank
 from gsprune.structures.attention import STREAM_NAMES, reads
 from gsprune.structures.structure import Kind, Member, Structure
 from gsprune.structures.twin import every_tensor
@@ -71,6 +72,8 @@ def convert(model: nn.Module, log: Log) -> tuple[list[Structure], dict[str, str]
     for family in sorted(families, key=lambda f: (network.place[first[id(f)].tensor], int(f.roots.min()))):
         try:
             made = _structure(network, log, notes, family)
+            if any(map(is_rank, made.modules())):
+                raise Unprunable(RANK)
             structures.append(_renamed(made, {s.name for s in structures}))
         except Unprunable as reason:
             skipped.setdefault(network.maker(first[id(family)].tensor), str(reason))

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gsprune.criteria.base import Criterion
 from gsprune.cutting.calibration import Calibration
 from gsprune.pruner.pruner import Pruner
+from gsprune.structures.adapters import lora_layers
 from gsprune.structures.example import Example, map_tensors
 from gsprune.structures.running import same_randomness, to_device_of
 
@@ -121,7 +122,16 @@ class Hosted:
         self._epochs = epochs
         example = None if self.example is None else to_device_of(model, self.example)
         run: dict[str, Any] = {"steps_per_epoch": steps_per_epoch, "epochs": epochs, "copies": copies}
-        self.pruner = Pruner(model, self._criterion, example_input=example, **self._settings, **run)
+        self.pruner = _kind(model)(model, self._criterion, example_input=example, **self._settings, **run)
+
+
+def _kind(model: nn.Module) -> type[Pruner]:
+    """The pruner for a network: under LoRA the one that scores frozen weights by the adapters' gradients."""
+    if next(lora_layers(model), None) is None:
+        return Pruner
+    from gsprune.integrations.peft import LoraPruner
+
+    return LoraPruner
 
 
 def example_of(loader: Any, model: nn.Module) -> Example | None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,19 @@ if TYPE_CHECKING:
     from gsprune.structures.structure import Member, Structure
 
 _ALL_BITS, _MAGNITUDE_BITS = -1, 0x7FFFFFFF  # of a float32: all, and all but its sign
+
+
+_GIVEN: ContextVar[frozenset[int]] = ContextVar("given", default=frozenset())
+
+
+@contextmanager
+def given_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Inside the block these tensors count as ones with a gradient, though they are frozen: the caller sets `.grad`."""
+    before = _GIVEN.set(_GIVEN.get() | {id(tensor) for tensor in tensors})
+    try:
+        yield
+    finally:
+        _GIVEN.reset(before)
 
 
 class Verdict:
@@ -243,7 +258,7 @@ class Targets(ABC):
         """The tensors of what is due that the criterion reads a gradient of, and that get none (`requires_grad`)."""
         due = [target for target in self.targets if target.due]
         read = {name: tensor for target in due for name, tensor in target.scored(criterion).items()}
-        return [name for name, tensor in read.items() if not tensor.requires_grad]
+        return [name for name, tensor in read.items() if not tensor.requires_grad and id(tensor) not in _GIVEN.get()]
 
     def any_score(self) -> bool:
         """Whether any running score is not 0."""

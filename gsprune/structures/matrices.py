@@ -11,7 +11,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from gsprune.structures.adapters import ADAPTER, adapted_weights
 from gsprune.text.names import joined
 
 ENOUGH = 0.9  # where less of a model's matrix weights can be pruned, a warning says so
@@ -76,6 +77,8 @@ def find_matrices(model: nn.Module) -> list[Matrix]:
         for local, weight in module._parameters.items()
         if weight is not None and weight.dim() > 1
     ]
+    adapted = adapted_weights(model)
+    found = [_adapted(matrix, adapted[matrix.name]) if matrix.name in adapted else matrix for matrix in found]
     tables = {id(matrix.weight): matrix.name for matrix in found if matrix.reason == EMBEDDING}
     return [_tied(matrix, tables.get(id(matrix.weight))) for matrix in found]
 
@@ -218,6 +221,10 @@ def _tied(matrix: Matrix, table: str | None) -> Matrix:
         return matrix
     reason = f"it is one tensor with the embedding {table}"
     return Matrix(matrix.name, matrix.aliases, matrix.weight, matrix.order, reason, by_name=True, value=matrix.value)
+
+
+def _adapted(matrix: Matrix, reason: str) -> Matrix:
+    return replace(matrix, reason=matrix.reason or reason, by_name=matrix.by_name and reason == ADAPTER)
 
 
 def _words(path: str, local: str) -> Iterator[str]:
