@@ -55,7 +55,7 @@ def save_pruned(
         extra: put into pruning.json as it is (it must fit into JSON).
 
     Raises:
-        ValueError: the state holds something that is no tensor.
+        ValueError: the state holds something that is no tensor, or a quantised one.
         OSError: the files cannot be written.
     """
     tensors, ties = state_tensors(model)

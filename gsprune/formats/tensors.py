@@ -14,6 +14,7 @@ import safetensors
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gsprune.files.disk import aside
 
@@ -37,6 +38,12 @@ def state_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, tensor in getattr(model, "_orig_mod", model).state_dict().items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name!r} in the model's state is a {type(tensor).__name__}, not a tensor")
+        if tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
+            kind = "quantised tensor" if tensor.is_quantized else type(tensor).__name__
+            raise ValueError(
+                f"{name!r} is a {kind}, which a file of plain tensors cannot hold: save the network before it is "
+                f"quantised or spread over processes, and quantise what was loaded"
+            )
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if tensor.numel() and first.setdefault(place, name) != name:
             ties[name] = first[place]
