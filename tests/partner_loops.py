@@ -206,3 +206,64 @@ def by_lightning(
         fitting = L.Trainer(max_epochs=EPOCHS, callbacks=callbacks, default_root_dir=folder, **quiet, **trainer)
         fitting.fit(module, loader(), ckpt_path=resume)
     return result(module.net, callback.pruner), fitting
+
+
+def distributed(shrink: str, folder: Path, *, split: bool, stop: int = EPOCHS, resume: bool = False) -> Result | None:
+    """DistributedDataParallel, in each of torchrun's processes; stops before epoch `stop`, with its state saved.
+
+    Args:
+        split: each process takes its own half of a batch; else all take the whole.
+    """
+    from gsprune.collectives import rank, world_size
+    from gsprune.training.data_parallel import data_parallel
+
+    model = Net()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, optimizer, shrink)
+    path, mine = folder / f"{shrink}-{split}-{rank()}.pt", slice(rank(), None, world_size()) if split else slice(None)
+    if resume:
+        state = torch.load(path, weights_only=True)
+        pruner.load_state_dict(state["pruner"])  # first: it cuts the model and its optimizer
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    pruner.attach()
+    ddp = data_parallel(model)
+    for epoch in range(pruner.epoch, EPOCHS):
+        if epoch == stop:
+            torch.save({name: x.state_dict() for name, x in zip(STATES, (model, optimizer, pruner), strict=True)}, path)
+            return None
+        for batch in loader():
+            ddp = data_parallel(model, ddp)  # another one, where units have been cut out
+            optimizer.zero_grad()
+            ddp(**{name: tensor[mine] for name, tensor in batch.items()})["loss"].backward()
+            optimizer.step()
+    pruner.finish()
+    return result(model, pruner)
+
+
+STATES = ("model", "optimizer", "pruner")
+CASES = [(shrink, split) for shrink in ("at_end", "each_update") for split in (False, True)]
+
+
+def under_torchrun(folder: Path, *, resume: bool) -> None:
+    """All cases: whole and then up to a kill of the first process; or gone on with after that."""
+    import os
+    import signal
+
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    found = {case: distributed(case[0], folder, split=case[1], resume=resume) for case in CASES}
+    torch.save(found, folder / f"{'resumed' if resume else 'whole'}-{dist.get_rank()}.pt")
+    if not resume:
+        for shrink, split in CASES:
+            distributed(shrink, folder, split=split, stop=2)
+        dist.barrier()
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import sys
+
+    under_torchrun(Path(sys.argv[1]), resume="resume" in sys.argv)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import partner_loops
 import pytest
 import torch
 from facts import refused
 from partner_loops import (
+    CASES,
     EPOCHS,
     STEPS,
     Result,
@@ -70,6 +75,39 @@ def test_lightning_also_after_a_kill(shrink: str, tmp_path: Path) -> None:
     for epoch in range(EPOCHS - 1):
         found, _ = by_lightning(shrink, tmp_path / "again", resume=tmp_path / f"epoch={epoch}.ckpt")
         assert_same(found, expected(shrink))
+
+
+@pytest.mark.long
+def test_two_processes_of_torchrun_also_after_a_kill(tmp_path: Path) -> None:
+    """With the whole batch in both, the mean of two equal gradients is that gradient; with halves, they agree."""
+
+    def torchrun(*words: str) -> int:
+        script = Path(partner_loops.__file__)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        path = os.pathsep.join(filter(None, [str(script.parents[1]), os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, str(script), str(tmp_path), *words], env=env, capture_output=True, check=False)
+        return done.returncode
+
+    assert torchrun() != 0  # killed
+    assert torchrun("resume") == 0
+    found = {
+        (name, rank): torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
+        for name in ("whole", "resumed")
+        for rank in (0, 1)
+    }
+    for case in CASES:
+        shrink, split = case
+        whole, resumed = ([found[name, rank][case] for rank in (0, 1)] for name in ("whole", "resumed"))
+        assert_same(resumed[0], whole[0])
+        if not split:
+            for one in (*whole, resumed[1]):
+                assert_same(one, expected(shrink))
+        # a BatchNorm sees the samples of its process, and DistributedDataParallel takes over those of the first
+        both = [{k: v for k, v in one.items() if "running" not in k} for one in (whole[0], whole[1], resumed[1])]
+        assert_same(both[1], both[0])
+        assert_same(both[2], both[0])
+        assert both[0]["first.weight"].shape == (6, 6)
 
 
 @SHRINKS
