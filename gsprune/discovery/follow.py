@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from gsprune.discovery.labels import WITH_CONSTANT, Atoms, Log, Value, derived, dims_of, squeezed
 from gsprune.discovery.ops import Call, rule_of, tensors_of, unknown
@@ -22,6 +23,7 @@ from gsprune.structures.example import Example, answers_in, call, map_tensors
 from gsprune.structures.norms import stream_norm
 from gsprune.structures.running import counted, hooked
 from gsprune.structures.twin import copy_of, every_tensor
+from gsprune.surgery.narrow_forward import What, asks_for_shape, running_module, size_name, sized_parts, takes_sizes
 from gsprune.text.display import first_line
 
 _KEY = "_gsprune_value"
@@ -95,6 +97,41 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in this.values():
             for layer in value.layers:
                 this.log.pin(layer, f"it passes aten.{this.name}, which cannot be followed ({first_line(error)})")
+
+
+class _Sizes(TorchFunctionMode):
+    """Notes the atoms along every size that a module's own forward pass asks for or names."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self.log = log
+        self.names: dict[nn.Module, str] = {}
+        self.calls: dict[nn.Module, Counter[str]] = {}  # what each module has called since it was called
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if asks_for_shape(func):
+            self._note("shape", [(d, args[0], d) for d in range(args[0].dim())])
+        elif takes_sizes(func, args, kwargs):
+            self._note("size", sized_parts(func, args, kwargs, result))
+        return result
+
+    def _note(self, what: What, parts: Iterable[tuple[int, Tensor, int]]) -> None:
+        module = running_module()
+        if module not in self.calls:
+            return
+        calls = self.calls[module]
+        for number, part, dim in parts:
+            for layer in value_of(part).on(dim):
+                line = layer.movedim(dim, 0).reshape(layer.shape[dim], -1)[:, 0]
+                self.log.sizes.setdefault(size_name(self.names[module], what, calls[what], number), []).append(line)
+        calls[what] += 1
+
+    def hooks(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        for name, module in model.named_modules():
+            self.names[module] = name
+            yield module.register_forward_pre_hook(lambda m, _: self.calls.update({m: Counter()}))
 
 
 def _bound(func: Any, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,9 +227,11 @@ def follow(model: nn.Module, args: Example) -> tuple[Log, Counter[nn.Module]]:
         stack.enter_context(_labelled(twin, log))
         _tie_recurrent(log, twin)
         follower = _Follower(log)
+        sizes = _Sizes(log)
+        stack.enter_context(hooked(sizes.hooks(twin)))
         stack.enter_context(hooked(_leaves(twin, follower)))
         stack.enter_context(counted(twin, calls))
-        for context in (torch.inference_mode(), no_fast_path(), _decomposed(), _Ordered(), follower):
+        for context in (torch.inference_mode(), no_fast_path(), _decomposed(), _Ordered(), follower, sizes):
             stack.enter_context(context)
         try:
             outputs = call(twin, map_tensors(_input, args))

@@ -130,6 +130,8 @@ class Log:
     inside    name of the norm that runs
     rows, columns, scales, sources   numbers of axes by what reads or makes them
     norms     of a weight: the BatchNorm weights that it meets first; `bare`: weights that are read without one
+    sizes     of the whole pass: sizes that a module's forward pass names (`narrow_forward.size_name`), the atoms along
+              them, of each call
     """
 
     atoms: Atoms
@@ -148,6 +150,7 @@ class Log:
     sources: set[int] = field(default_factory=set)
     norms: dict[int, set[int]] = field(default_factory=dict)
     bare: set[int] = field(default_factory=set)
+    sizes: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def tie(self, one: Tensor, other: Tensor) -> None:
         """What stands at the same place (after broadcasting) is cut together; an atom beside none stays."""

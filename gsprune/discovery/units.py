@@ -17,6 +17,8 @@ from gsprune.structures.attention import STREAM_NAMES, reads
 from gsprune.structures.structure import Kind, Member, Structure
 from gsprune.structures.twin import every_tensor
 from gsprune.surgery.narrow_attention import why_not_narrow
+from gsprune.surgery.narrow_forward import is_shape, module_of
+from gsprune.surgery.no_branch import inside
 from gsprune.text.names import joined
 
 _CONV = nn.modules.conv._ConvNd
@@ -68,6 +70,7 @@ def convert(model: nn.Module, log: Log) -> tuple[list[Structure], dict[str, str]
     notes = _Notes.of(classes)
     first = {id(f): log.atoms.axes[_first(network, log, f)] for f in families}
     structures: list[Structure] = []
+    roots: dict[str, Tensor] = {}
     skipped: dict[str, str] = {}
     for family in sorted(families, key=lambda f: (network.place[first[id(f)].tensor], int(f.roots.min()))):
         try:
@@ -75,12 +78,14 @@ def convert(model: nn.Module, log: Log) -> tuple[list[Structure], dict[str, str]
             if any(map(is_rank, made.modules())):
                 raise Unprunable(RANK)
             structures.append(_renamed(made, {s.name for s in structures}))
+            roots[structures[-1].name] = family.roots
         except Unprunable as reason:
             skipped.setdefault(network.maker(first[id(family)].tensor), str(reason))
     for name, module in network.modules.items():
         weight = module._parameters.get("weight")
         if isinstance(module, nn.Linear | _CONV) and weight is not None and weight.shape[_row(module)] == 1:
             skipped.setdefault(name, SINGLE_UNIT)
+    structures = _with_sizes(structures, [roots[s.name] for s in structures], classes)
     offered = {name for s in structures for name in (s.name, *s.modules())}
     structures.sort(key=lambda s: network.rank(s.producers[0].tensor) if s.kind != "residual" else -1)
     return structures, {name: reason for name, reason in skipped.items() if name not in offered}
@@ -246,6 +251,54 @@ def _widths(network: Network, members: Iterable[Member]) -> dict[str, int]:
             mine = [a for a in STREAM_NAMES if getattr(module, a, None) == units * width and reads(module, a)]
             found |= {joined(home, a): width for a in mine}
     return found
+
+
+# ---- sizes that forward passes name
+
+
+def _with_sizes(structures: Sequence[Structure], roots: Sequence[Tensor], classes: Classes) -> list[Structure]:
+    """Each structure with the sizes of all modules that it lies in, or whose sizes it changes."""
+    owner = torch.full((classes.log.atoms.count,), -1)
+    for number, some in enumerate(roots):
+        owner[some] = number
+    amounts: dict[str, dict[str, tuple[int, dict[int, int]]]] = {}  # module -> size -> dense, structure -> amount
+    for name, lines in classes.log.sizes.items():
+        sizes = [_size(line, owner, classes, structures) for line in lines]
+        if sizes[0] is not None and all(size == sizes[0] for size in sizes):
+            amounts.setdefault(module_of(name), {})[name] = sizes[0]
+    found: list[dict[str, tuple[int, int]]] = [{} for _ in structures]
+    holders = [{_layer(m.tensor) for m in s.members} for s in structures]
+    for module, sizes in amounts.items():
+        changing = {number for _, mine in sizes.values() for number in mine}
+        if changing:
+            for number in range(len(structures)):
+                if number in changing or any(inside(layer, [module]) or not module for layer in holders[number]):
+                    found[number] |= {
+                        name: (0 if is_shape(name) else mine.get(number, 0), dense)
+                        for name, (dense, mine) in sizes.items()
+                    }
+    return [replace(s, sizes=mine) for s, mine in zip(structures, found, strict=True)]
+
+
+def _size(
+    line: Tensor, owner: Tensor, classes: Classes, structures: Sequence[Structure]
+) -> tuple[int, dict[int, int]] | None:
+    """The dense size, and of each structure how many of its positions a unit has; None where a size may be anything."""
+    roots = classes.roots[line]
+    owners = owner[roots]
+    mine: dict[int, int] = {}
+    for number in owners.unique().tolist():  # type: ignore[no-untyped-call]
+        if number < 0:
+            continue
+        here = roots[owners == number]
+        units = len(here.unique())  # type: ignore[no-untyped-call]
+        if units == structures[number].units:
+            mine[number] = len(here) // units
+        elif units > 1:
+            return None
+        else:  # places inside of units
+            mine.setdefault(number, 0)
+    return (len(line), mine) if mine else None
 
 
 # ---- gates

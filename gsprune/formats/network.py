@@ -23,6 +23,7 @@ from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
 from gsprune.structures.twin import every_tensor, refuse_wrapped
 from gsprune.surgery.apply import SHAPE, apply_cut, home_of, with_ties
 from gsprune.surgery.cut_plan import ROW_NUMBERS, CutPlan
+from gsprune.surgery.narrow_forward import is_size, module_of
 from gsprune.surgery.no_branch import NoBranch, inside
 from gsprune.text.names import joined
 
@@ -231,7 +232,12 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _check_attributes(model: nn.Module, plan: CutPlan) -> None:
+    modules = dict(model.named_modules())
     for path, value in plan.attributes.items():
+        if is_size(path):
+            if module_of(path) not in modules:
+                raise ValueError(f"the model does not fit the file: it has no module {module_of(path)!r}")
+            continue
         try:
             old = getattr(*home_of(model, path))
         except ValueError:

@@ -57,7 +57,8 @@ class Structure:
     gates       the tensors whose sum of w * g over unit u is the gradient of a gate on its pre-activation
     attributes  module attribute -> amount per unit; its new value is amount * kept units. A `normalized_shape` is the
                 norm itself, which has no tensors
-
+    sizes       size that a module's forward pass has to be told -> (amount per unit, dense size), as of
+                `gsprune.surgery.narrow_forward`
     normed      heads alone: queries and keys of all heads pass one norm (OLMo 2), so that a mask holds them at zero
 
     A unit of kind "residual" is a position of a residual stream that passes norms over all its positions (LayerNorm,
@@ -77,6 +78,7 @@ class Structure:
     attributes: Mapping[str, int]
     removed: Mapping[str, int] = field(default_factory=dict)
     normed: bool = False
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def masked(self) -> tuple[Member, ...]:

@@ -16,6 +16,7 @@ from gsprune.structures.norms import StreamNorm, may_be_stream_norm, stream_norm
 from gsprune.structures.twin import refuse_wrapped
 from gsprune.surgery.cut_plan import CutPlan, Cuts, cut_tensor
 from gsprune.surgery.narrow_attention import close_nested_path, narrow, why_not_narrow
+from gsprune.surgery.narrow_forward import by_module, is_size, narrow_forward
 from gsprune.surgery.narrow_norm import narrow_norm
 from gsprune.surgery.no_branch import no_branch
 from gsprune.surgery.optimizers import Optimizers, check_state, every_optimizer, forget, held, move_state, names_of
@@ -43,9 +44,11 @@ def apply_cut(
     homes = {name: home_of(model, name) for name in plan.kept}
     for name, cuts in plan.kept.items():
         _check_tensor(name, getattr(*homes[name]), plan.sizes[name], cuts)
-    for name in plan.attributes:
+    told = {_module(model, path): numbers for path, numbers in by_module(plan.attributes).items()}
+    others = {name: value for name, value in plan.attributes.items() if not is_size(name)}
+    for name in others:
         check_attribute(name, getattr(*home_of(model, name)))
-    numbers = {name: value for name, value in plan.attributes.items() if not name.endswith(SHAPE)}
+    numbers = {name: value for name, value in others.items() if not name.endswith(SHAPE)}
     resizes = _resizers(model, plan)
     gone = {path: home_of(model, path) for path in plan.removed}
     for path, home in gone.items():
@@ -65,6 +68,8 @@ def apply_cut(
         setattr(*home_of(model, name), value)
     for resize in resizes:
         resize()
+    for module, mine in told.items():
+        narrow_forward(module, mine)
     before = {id(parameter) for parameter in model.parameters()} if gone else set()
     for path, home in gone.items():
         setattr(*home, no_branch(getattr(*home), plan.removed[path]))
@@ -87,6 +92,13 @@ def home_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     except AttributeError:
         raise ValueError(f"the cut plan names {name!r}, which {type(model).__name__} does not have") from None
     return home, leaf
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"the cut plan names {path!r}, which {type(model).__name__} does not have") from None
 
 
 def _own_settings(model: nn.Module, names: Iterable[str]) -> None:

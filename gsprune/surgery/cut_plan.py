@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gsprune.files.disk import refusing
 from gsprune.structures.structure import Structure
+from gsprune.surgery.narrow_forward import is_shape
 from gsprune.surgery.no_branch import inside
 from gsprune.text.display import html_table
 
@@ -84,6 +85,7 @@ class CutPlan:
                 kept[name][dim] = positions if before is None else before[positions]
                 sizes.setdefault(name, {}).setdefault(dim, self.sizes[name][dim])
         attributes = {**first.attributes, **self.attributes}
+        attributes |= {name: value for name, value in first.attributes.items() if is_shape(name)}
         return CutPlan(kept, sizes, attributes, {**first.removed, **self.removed}).without_removed()
 
     def without_removed(self) -> CutPlan:
@@ -177,6 +179,7 @@ def plan_cut(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> CutPla
     alive: dict[tuple[str, int], Tensor] = {}
     attributes: dict[str, int] = {}
     removed: dict[str, int] = {}
+    lost: dict[str, int] = {}
     for structure, keep in zip(structures, checked(structures, keeps), strict=True):
         for m in structure.members if not keep.all() else ():
             mask = alive.setdefault((m.tensor, m.dim), torch.ones(m.size, dtype=torch.bool))
@@ -184,6 +187,9 @@ def plan_cut(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> CutPla
         if not keep.all():
             removed |= structure.removed
             attributes |= {name: amount * int(keep.sum()) for name, amount in structure.attributes.items()}
+            for name, (amount, dense) in structure.sizes.items():
+                lost[name] = lost.get(name, 0) + amount * int((~keep).sum())
+                attributes[name] = dense - lost[name]
     kept: dict[str, dict[int, Tensor]] = {}
     sizes: dict[str, dict[int, int]] = {}
     for (name, dim), mask in alive.items():

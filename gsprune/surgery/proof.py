@@ -325,7 +325,8 @@ class Masked:
     def _is_read_by_layers(self, structure: Structure) -> bool:
         modules = dict(self.twin.named_modules())
         names = owners(replace(structure, producers=(), norms=()))
-        return any(is_reader(modules[name]) for name in names if name in modules)
+        called = {reading.name for reading in self._whole}  # not a layer whose weight its parent reads
+        return any(is_reader(modules[name]) for name in names & called if name in modules)
 
     def _unmasked(self, number: int) -> list[Reading]:
         """What the readers give with nothing masked; nothing where only the masked network takes the input."""

@@ -8,7 +8,8 @@ model trains; its masks are those of the dense network.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gsprune.structures.example import Example
-from gsprune.structures.running import counted, hooked, wake
+from gsprune.structures.running import counted, hooked, outputs, wake
 from gsprune.structures.structure import Member, Structure
 from gsprune.structures.twin import copy_of, every_tensor, twin_of
 from gsprune.surgery.apply import apply_cut, forget_compiled
 from gsprune.surgery.copies import check_copies
 from gsprune.surgery.cut_plan import CutPlan, checked, plan_cut
+from gsprune.surgery.narrow_forward import is_shape, module_of, noting_changes
 from gsprune.surgery.no_branch import inside
 from gsprune.surgery.optimizers import Optimizers
 from gsprune.surgery.proof import Masked, Problem, noise_like, owners, sift, zero_columns_
@@ -138,6 +140,7 @@ def _narrowed(structure: Structure, keep: Tensor, plan: CutPlan) -> Structure:
         tuple(here(m) for m in side if not inside(m.tensor, plan.removed)) for side in sides
     )
     attributes = {name: n for name, n in structure.attributes.items() if not inside(name, plan.removed)}
+    sizes = {name: (n, plan.attributes.get(name, dense)) for name, (n, dense) in structure.sizes.items()}
     return replace(
         structure,
         units=int(keep.sum()),
@@ -146,6 +149,7 @@ def _narrowed(structure: Structure, keep: Tensor, plan: CutPlan) -> Structure:
         norms=norms,
         gates=gates,
         attributes=attributes,
+        sizes={name: size for name, size in sizes.items() if not inside(name, plan.removed)},
     )
 
 
@@ -207,13 +211,52 @@ def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Str
 
     One comparison serves both things to show: with other rows for the units that are gone, the masked network computes
     what the cut one does, which has no such rows. A leak of the units would differ with their rows.
+
+    Modules that insist on sizes are told those of the structures (`Structure.sizes`); structures keep these alone.
     """
 
     def test(some: Sequence[Structure]) -> Problem | None:
-        problem = next(filter(None, (_wrong_cut(masked, number, some) for number in range(len(masked.rounds)))), None)
+        problem = _first_wrong(masked, some)
         return None if problem is None else masked.leak(some) or problem
 
-    return sift(structures, test)
+    plain = [_with_sizes_of(s, ()) for s in structures]
+    if _first_wrong(masked, plain) is None:
+        return plain, {}
+    if not any(s.sizes for s in structures):
+        return sift(plain, test)
+    modules = {module_of(name) for s in structures for name in s.sizes}
+    kept, broken = sift([_with_sizes_of(s, modules) for s in structures], test)
+    names = {s.name for s in kept}
+    needed = _insisting(masked, [s for s in structures if s.name in names])
+    fewer = [_with_sizes_of(s, needed) for s in kept]
+    return (kept if _first_wrong(masked, fewer) else fewer), broken
+
+
+def _with_sizes_of(structure: Structure, modules: Collection[str]) -> Structure:
+    """Of other modules it keeps no sizes; attributes of these are left to them."""
+    sizes = {name: size for name, size in structure.sizes.items() if module_of(name) in modules}
+    told = {module_of(name) for name in sizes}
+    attributes = {name: n for name, n in structure.attributes.items() if name.rpartition(".")[0] not in told}
+    return replace(structure, sizes=sizes, attributes=attributes)
+
+
+def _first_wrong(masked: Masked, some: Sequence[Structure]) -> Problem | None:
+    return next(filter(None, (_wrong_cut(masked, number, some) for number in range(len(masked.rounds)))), None)
+
+
+def _insisting(masked: Masked, structures: Sequence[Structure]) -> set[str]:
+    """The modules that ask for other sizes than there are when streams, all else or both are cut, told nothing else."""
+    found: set[str] = set()
+    structures = [replace(s, sizes={n: size for n, size in s.sizes.items() if not is_shape(n)}) for s in structures]
+    streams = [s for s in structures if s.kind == "residual"]
+    others = [s for s in structures if s.kind != "residual"]
+    for some in (structures, streams, others) if streams and others else (structures,):
+        for round_ in masked.rounds:
+            small = _small(masked.twin, plan_cut(some, [round_.keep(s) for s in some]))
+            with noting_changes() as modules, suppress(Exception):
+                outputs(small, round_.args)
+            found |= {name for name, module in small.named_modules() if module in modules}
+    return found
 
 
 def _wrong_cut(masked: Masked, number: int, some: Sequence[Structure]) -> Problem | None:

@@ -353,7 +353,6 @@ SEQUENCE = torch.randn(2, 5, 12)
         (Normed(Fn(lambda x: x - x.mean(1, keepdim=True))), None, "a", "mean, which mixes units"),
         (Normed(Fn(lambda x: torch.fft.fft(x, dim=1).real)), None, "a", "_fft_r2c, which is not followed"),
         (tied(), torch.randn(2, 6), "0", "combined with the model's input"),
-        (FusedQKV(), SEQUENCE, "", "does not run"),
         (Grouped(1), SEQUENCE, "k", "a single unit"),
         (nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 3)), torch.randn(2, 6), "0", "a single unit"),
     ],
@@ -785,7 +784,7 @@ class Fixed(Pairs):
     """A width that the forward pass insists on."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.d(torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(x)).view(len(x), 8))))))
+        return self.d(torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(x)) + x.new_ones(len(x), 8))))))
 
 
 def test_a_width_that_only_some_cuts_leave_possible() -> None:

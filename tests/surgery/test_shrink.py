@@ -226,14 +226,14 @@ def _halved(model: nn.Module, x: Tensor) -> tuple[tuple[Structure, ...], list[Te
 
 
 class FixedWidth(nn.Module):
-    """Its forward pass spells the number of channels out."""
+    """Its forward pass makes a tensor of so many channels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.good, self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1), nn.Linear(4 * 64, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(F.relu(self.a(F.relu(self.good(x)))).reshape(-1, 4 * 64))
+        return self.b((F.relu(self.a(F.relu(self.good(x)))) + x.new_zeros(1, 4, 8, 8)).flatten(1))
 
 
 class Averaged(nn.Module):
@@ -245,7 +245,7 @@ class Averaged(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.a(x)
-        return self.b(hidden / hidden.shape[-1])
+        return self.b(hidden / self.a.out_features)
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[object]:

@@ -1,0 +1,252 @@
+"""Modules whose forward pass insists on widths that a cut changes: `x.view(n, 64)`, `C // num_heads`, sizes of a split.
+
+Such a module runs the same forward pass with the numbers of the dense network: shapes that it asks for are the dense
+ones, its attributes stay. Where it makes a tensor of some sizes (`view`, `reshape`, `expand`, `unflatten`, `split`),
+the sizes that are left are put in. `narrow_forward` does that in place. Calls are counted in the order in which the
+module itself makes them; those of the modules that it calls are theirs.
+
+Names in a cut plan: "blocks.0.attn.size:2:1" is what dimension 1 (of a split: part 1) has to be in call number 2,
+"blocks.0.attn.shape:0:2" what dimension 2 of the first tensor is said to be whose shape is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gsprune.text.names import joined
+
+Numbers = Mapping[int, Mapping[int, int]]  # call -> dimension -> number
+What = Literal["size", "shape"]
+_NAME = re.compile(r"(size|shape):(\d+):(\d+)")
+
+
+def size_name(module: str, what: What, call: int, dim: int) -> str:
+    """
+
+    >>> size_name("blocks.0.attn", "size", 2, 1), size_name("", "shape", 0, 3)
+    ('blocks.0.attn.size:2:1', 'shape:0:3')
+    """
+    return joined(module, f"{what}:{call}:{dim}")
+
+
+def is_size(name: str) -> bool:
+    """Whether an attribute in a plan is one of these numbers."""
+    return _NAME.fullmatch(name.rpartition(".")[2]) is not None
+
+
+def is_shape(name: str) -> bool:
+    """Whether it is a dense one, which no later cut changes."""
+    return is_size(name) and name.rpartition(".")[2].startswith("shape")
+
+
+def module_of(name: str) -> str:
+    """The module whose forward pass it is of."""
+    return name.rpartition(".")[0]
+
+
+def by_module(attributes: Mapping[str, int]) -> dict[str, dict[What, dict[int, dict[int, int]]]]:
+    """
+
+    >>> by_module({"a.size:2:1": 8, "a.size:2:3": 4, "a.num_heads": 2})
+    {'a': {'size': {2: {1: 8, 3: 4}}, 'shape': {}}}
+    """
+    found: dict[str, dict[What, dict[int, dict[int, int]]]] = {}
+    for name, value in attributes.items():
+        if is_size(name):
+            what, call, dim = name.rpartition(".")[2].split(":")
+            mine = found.setdefault(module_of(name), {"size": {}, "shape": {}})
+            mine[what].setdefault(int(call), {})[int(dim)] = value  # type: ignore[index]
+    return found
+
+
+# ---- calls that ask for sizes, and that name them
+
+
+def asks_for_shape(func: Callable[..., Any]) -> bool:
+    return func is Tensor.size or func == _SHAPE
+
+
+_SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
+
+
+def _told(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], said: Mapping[int, int]) -> Any:
+    """A tensor's shape, or one size of it, with what is said of it instead."""
+    shape = [said.get(d, size) for d, size in enumerate(_SHAPE(args[0]))]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    return torch.Size(shape) if dim is None else shape[dim]
+
+
+def takes_sizes(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call names sizes as numbers. A view as another type does not."""
+    if func in _SPLITS:
+        return len(args) > 1
+    return func in _RESHAPES and bool(_shape(func, args, kwargs)[1])
+
+
+def _shape(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, list[Any]]:
+    """How many arguments stand before the sizes, and the sizes; [] where they are given in another way."""
+    before = 2 if func in _UNFLATTEN else 1
+    rest = args[before:]
+    if len(rest) == 1 and isinstance(rest[0], tuple | list):
+        rest = tuple(rest[0])
+    if kwargs or not all(_is_number(n) for n in rest):
+        return before, []
+    return before, list(rest)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):  # so torch.jit.trace hands out sizes
+        return value.dim() == 0 and not value.is_floating_point()
+    return not isinstance(value, bool) and isinstance(value, int | torch.SymInt)
+
+
+_UNFLATTEN = {Tensor.unflatten, torch.unflatten}
+_RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, *_UNFLATTEN}
+_SPLITS = {Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
+
+
+def sized_parts(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+) -> list[tuple[int, Tensor, int]]:
+    """Of a call that takes sizes: (number of the size, the result that has it, in which dimension)."""
+    if func in _SPLITS:
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+        parts = [(i, part, int(dim) % part.dim()) for i, part in enumerate(result)]
+        return parts[:1] if _is_number(args[1]) else parts
+    return [(d, result, d) for d in range(result.dim())]
+
+
+def _resized(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Mapping[int, int]
+) -> tuple[Sequence[Any], bool]:
+    """The arguments with the wanted sizes, and whether that changes anything."""
+    if func in _SPLITS:
+        asked = args[1]
+        new: Any = wanted.get(0, asked) if _is_number(asked) else [wanted.get(i, n) for i, n in enumerate(asked)]
+        return (args[0], new, *args[2:]), new != (asked if _is_number(asked) else list(asked))
+    before, sizes = _shape(func, args, kwargs)
+    first = int(args[1]) % args[0].dim() if func in _UNFLATTEN else 0
+    made = [wanted.get(first + d, size) for d, size in enumerate(sizes)]
+    changed = any(old not in (-1, new) for old, new in zip(sizes, made, strict=True))
+    return ((*args[:before], *made) if func not in _NESTED else (*args[:before], made)), changed
+
+
+_NESTED = {torch.reshape, *_UNFLATTEN}  # the sizes are one argument
+
+# ---- who runs
+
+_changed = threading.local()
+
+
+def running_module() -> nn.Module | None:
+    """The module whose forward pass (or whose hook) asks: the innermost that is being called."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _FORWARDS:
+            return frame.f_locals["self"]  # type: ignore[no-any-return]
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+class _Sizing(TorchFunctionMode):
+    """Puts numbers into the calls that one module makes itself."""
+
+    def __init__(self, module: NarrowForward) -> None:
+        super().__init__()
+        self.module, self.count = module, {"size": 0, "shape": 0}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_asking = asks_for_shape(func)
+        if not (is_asking or takes_sizes(func, args, kwargs)) or running_module() is not self.module:
+            return func(*args, **kwargs)
+        if is_asking:
+            said = self._next(self.module.dense_shapes, "shape")
+            return _told(func, args, kwargs, said) if said else func(*args, **kwargs)
+        wanted = self._next(self.module.sizes_left, "size")
+        args, changed = _resized(func, args, kwargs, wanted) if wanted else (args, False)
+        if changed:
+            getattr(_changed, "modules", set()).add(self.module)
+        return func(*args, **kwargs)
+
+    def _next(self, numbers: Numbers, what: What) -> Mapping[int, int]:
+        found = numbers.get(self.count[what], {})
+        self.count[what] += 1
+        return found
+
+
+@contextmanager
+def noting_changes() -> Iterator[set[nn.Module]]:
+    """Inside the block the set takes the modules whose forward pass is given another size than it asks for."""
+    _changed.modules = set()
+    try:
+        yield _changed.modules
+    finally:
+        del _changed.modules
+
+
+# ---- the class
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """As the module's own class. A compiler runs it as it is: it would not see the numbers."""
+    if any(isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())):
+        kind = type(self).__name__
+        raise ValueError(f"{kind} was cut and is told its sizes as it runs, so that torch.fx cannot trace it")
+    with _Sizing(self):
+        return super(NarrowForward, self).forward(*args, **kwargs)  # type: ignore[misc]
+
+
+_FORWARDS = (nn.Module._call_impl.__code__, _forward.__code__)
+
+
+class NarrowForward:
+    """A module that is told shapes and sizes; made by `narrow_forward` only."""
+
+    dense_shapes: Numbers
+    sizes_left: Numbers
+    forward = torch.compiler.disable(_forward)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (type(self).__mro__[2],), self.__dict__
+
+
+@cache
+def _narrow_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(cls.__name__, (NarrowForward, cls), {"__module__": cls.__module__})
+
+
+def _empty(cls: type[nn.Module]) -> nn.Module:
+    narrow = _narrow_class(cls)
+    return narrow.__new__(narrow)
+
+
+def narrow_forward(module: Any, numbers: Mapping[What, Numbers]) -> None:
+    """Tell a module its sizes, in place: same object, same names. Shapes that it was told before stay.
+
+    >>> class Flat(nn.Module):
+    ...     def forward(self, x):
+    ...         return x.view(-1, x.shape[1] * x.shape[2])
+    >>> flat = Flat()
+    >>> narrow_forward(flat, {"size": {0: {1: 4}}, "shape": {0: {1: 3}}})
+    >>> type(flat).__name__, flat(torch.zeros(2, 2, 2)).shape
+    ('Flat', torch.Size([2, 4]))
+    """
+    before: Numbers = {}
+    if isinstance(module, NarrowForward):
+        before = module.dense_shapes
+    else:
+        module.__class__ = _narrow_class(type(module))
+    module.sizes_left = {call: dict(dims) for call, dims in numbers["size"].items()}
+    shapes = {call: {**dims, **before.get(call, {})} for call, dims in numbers["shape"].items()}
+    module.dense_shapes = {**before, **shapes}
