@@ -220,7 +220,7 @@ def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Str
         return None if problem is None else masked.leak(some) or problem
 
     plain = [_with_sizes_of(s, ()) for s in structures]
-    if _first_wrong(masked, plain) is None:
+    if not plain or _first_wrong(masked, plain) is None:
         return plain, {}
     if not any(s.sizes for s in structures):
         return sift(plain, test)
@@ -234,6 +234,8 @@ def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Str
 
 def _with_sizes_of(structure: Structure, modules: Collection[str]) -> Structure:
     """Of other modules it keeps no sizes; attributes of these are left to them."""
+    if not structure.sizes:
+        return structure
     sizes = {name: size for name, size in structure.sizes.items() if module_of(name) in modules}
     told = {module_of(name) for name in sizes}
     attributes = {name: n for name, n in structure.attributes.items() if name.rpartition(".")[0] not in told}
