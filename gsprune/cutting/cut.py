@@ -267,7 +267,8 @@ def cut(
         repair: "least_squares" (weights, and norms where that helps), "batchnorm" (statistics alone) or None.
         calibration: samples that are read. Scoring stops earlier once the kept set is settled: at least 99 % the same
             over three doublings of the batches.
-        example_input: input to trace the network with; None: two samples of the calibration data.
+        example_input: input to trace the network with, or a function that makes it; None: two samples of the
+            calibration data.
         progress: a line on the terminal, nothing, or a function of (stage, share done).
 
     Raises:

@@ -17,6 +17,7 @@ from gsprune.pruner.pruner import Pruner
 from gsprune.pruner.rule import Rule
 from gsprune.ranking.patterns import Block, Pattern, parse_pattern
 from gsprune.schedules import OneShot
+from gsprune.structures.example import example_of
 
 __all__ = ["plan"]
 
@@ -92,6 +93,7 @@ def plan(
         name, share = amount(given)
         chosen = [one_rule(name, share, criterion, "least_squares", kinds=kinds, include=include, exclude=exclude)]
     names = [type(rule.criterion).__name__ for rule in chosen]
+    example_input = example_of(example_input)
     pruner = Pruner(model, rules=[_countable(rule) for rule in chosen], example_input=example_input)
     found = planned_by(model, pruner, example_input)
     named = tuple(replace(rule, criterion=name) for rule, name in zip(found.rules, names, strict=True))

@@ -32,10 +32,10 @@ def find_structures(
     """Find the channels, neurons, heads and residual streams of `model` that can be removed exactly.
 
     A structure is offered only if zeroing its consumers' columns makes the unit contribute nothing; this is
-    tested on the example input. `include` and `exclude` are `*` patterns for a structure's name or for the
-    name of any module that produces it. `model` is not touched: all work happens on a float64 copy in
-    evaluation mode (about seven forward passes, more where structures break; copies take 8 to 24 bytes a parameter). A
-    network that does not run in float64 is proven in float32, with a warning (`Found.proof`).
+    tested on the example input, which a function without arguments may make. `include` and `exclude` are `*` patterns
+    for a structure's name or for the name of any module that produces it. `model` is not touched: all work happens on a
+    float64 copy in evaluation mode (about seven forward passes, more where structures break; copies take 8 to 24 bytes
+    a parameter). A network that does not run in float64 is proven in float32, with a warning (`Found.proof`).
 
     Returns:
         What can be removed, what the patterns leave out of it, and why the rest cannot be removed.

@@ -231,7 +231,7 @@ def follow(model: nn.Module, args: Example) -> tuple[Log, Counter[nn.Module]]:
         stack.enter_context(hooked(sizes.hooks(twin)))
         stack.enter_context(hooked(_leaves(twin, follower)))
         stack.enter_context(counted(twin, calls))
-        for context in (torch.inference_mode(), no_fast_path(), _decomposed(), _Ordered(), follower, sizes):
+        for context in (torch.inference_mode(), no_fast_path(), _decomposed(twin), _Ordered(), follower, sizes):
             stack.enter_context(context)
         try:
             outputs = call(twin, map_tensors(_input, args))
@@ -254,8 +254,11 @@ def _input(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _decomposed() -> Iterator[None]:
-    """Inside the block recurrent layers run step by step."""
+def _decomposed(model: nn.Module) -> Iterator[None]:
+    """Inside the block recurrent layers, if the network has any, run step by step."""
+    if not any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in model.modules()):
+        yield
+        return
     before = torch.backends.mkldnn.set_flags(_enabled=False)  # type: ignore[no-untyped-call]
     try:
         with torch.backends.cudnn.flags(enabled=False):
@@ -280,7 +283,7 @@ LETTERS = string.ascii_uppercase + string.ascii_lowercase
 
 @contextmanager
 def _labelled(model: nn.Module, log: Log) -> Iterator[None]:
-    """Inside the block every parameter and floating buffer has its value."""
+    """Inside the block every parameter and floating buffer has its value, and so has a mask of one dimension."""
     kernels = {
         id(module._parameters.get("weight"))
         for module in model.modules()
@@ -289,7 +292,8 @@ def _labelled(model: nn.Module, log: Log) -> Iterator[None]:
     marked = []
     try:
         for name, tensor in every_tensor(model).items():
-            if tensor.is_floating_point() or tensor.is_complex():
+            is_mask = tensor.dtype == torch.bool and tensor.numel() == max(tensor.shape, default=1)
+            if tensor.is_floating_point() or tensor.is_complex() or is_mask:
                 dims = range(min(2, tensor.dim()) if id(tensor) in kernels else tensor.dim())
                 value = log.atoms.value_of(name, tensor, dims)
                 setattr(tensor, _KEY, value)
@@ -303,10 +307,10 @@ def _labelled(model: nn.Module, log: Log) -> Iterator[None]:
 
 
 def _tie_recurrent(log: Log, model: nn.Module) -> None:
-    """The layers and directions of a recurrent module have one width."""
+    """The layers and directions of a recurrent module have one width, and one of what they project to."""
     for module in model.modules():
-        if isinstance(module, nn.RNNBase) and not module.proj_size:
-            read = [value_of(p).on(1) for name, p in module._parameters.items() if name.startswith("weight_hh")]
+        for prefix in ("weight_hh", "weight_hr") if isinstance(module, nn.RNNBase) else ():
+            read = [value_of(p).on(1) for name, p in module._parameters.items() if name.startswith(prefix)]
             for layers in read[1:]:
                 for one, other in zip(read[0], layers, strict=True):
                     log.tie(one, other)

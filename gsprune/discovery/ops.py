@@ -383,10 +383,13 @@ def gather(call: Call) -> Value:
 
 def embedding(call: Call) -> Value:
     table, places = call.value(call["weight"]), call.value(call["indices"])
-    layers = [layer.reshape([1] * len(places.shape) + [-1]) for layer in table.on(1) if dims_of(layer) == {1}]
-    for layer in layers:
-        call.log.mark(call.log.sources, layer)
-    return Value(call.shape, tuple(layers), is_input=places.is_input)
+    layers = [layer.reshape([1] * (len(call.shape) - 1) + [-1]) for layer in table.on(1) if dims_of(layer) == {1}]
+    makers = {axis for layer in layers for axis in call.log.mark(call.log.sources, layer)}
+    return Value(call.shape, tuple(layers), is_input=places.is_input, makers=frozenset(makers))
+
+
+def embedding_bag(call: Call) -> list[Value | None]:
+    return [embedding(call), *[None] * (len(call.result) - 1)]
 
 
 def put_in(call: Call) -> Value:
@@ -521,6 +524,37 @@ def _biased(log: Log, value: Value, bias: Value) -> Value:
     for mine in value.layers:
         log.biases += [(mine.reshape(-1), layer.reshape(-1)) for layer in bias.layers if layer.shape == mine.shape]
     return put(value, joined(log, [value, bias], value.shape), value.shape)
+
+
+def bilinear(call: Call) -> Value:
+    """Two inputs, read by the weight's second and third dimension; its first makes the output."""
+    weight, log = call.value(call["weight"]), call.log
+    parts = []
+    for name, column in (("input1", 1), ("input2", 2)):
+        x = call.value(call[name])
+        parts.append(_read_along_last(log, x, [layer.reshape(-1) for layer in weight.on(column)]))
+    lead = [1] * (len(call.shape) - 1)
+    rows = [layer.reshape([*lead, -1]) for layer in weight.on(0)]
+    makers = {axis for layer in rows for axis in log.mark(log.rows, layer)}
+    made = derived(parts, call.shape, [*joined(log, parts, (*call.shape[:-1], 1)), *rows])
+    made = replace(made, is_weights=False, is_blank=False, makers=frozenset(makers))
+    return _plus(call, made, call["bias"])
+
+
+def _read_along_last(log: Log, x: Value, columns: list[Tensor]) -> Value:
+    """What is left to say of an input whose last dimension a weight has read."""
+    k = len(x.shape) - 1
+    rest = list(x.off(k))
+    for column in columns:
+        log.mark(log.columns, column)
+        if not x.on(k) and not x.is_blank:
+            log.pin(column, WITH_INPUT if x.is_input else WITH_CONSTANT)
+    for layer in x.on(k):
+        shape = [1] * k + [-1]
+        left = read(log, layer, columns[0].reshape(shape), k) if columns else log.collapse(layer, k, WITH_CONSTANT)
+        rest += [] if left is None else [left]
+    log.bare |= x.makers
+    return replace(x, shape=_with(x.shape, k, 1), layers=tuple(rest))
 
 
 def matmul(call: Call) -> Value:
@@ -803,13 +837,22 @@ def group_norm(call: Call) -> list[Value | None]:
 
 
 def weight_norm(call: Call) -> list[Value | None]:
-    """v * g / |v|, where the norm is over all dimensions but one."""
+    """v * g / |v|, with one norm for each position of one dimension.
+
+    Along that dimension g is what is masked (v at zero would divide by zero). Along the other of a weight's two
+    dimensions positions share a norm: columns of v at zero are as good as gone there. Rows are not: the proof sees it.
+    """
     v, g = call.value(call["v"]), call.value(call["g"])
-    dim = axis(call["dim"], len(v.shape))
-    others = [d for d in range(len(v.shape)) if d != dim]
-    reason = "its weight is computed from other tensors (weight_norm), whose columns are normalised together"
-    mine = put(v, without(call.log, v, others, reason), v.shape)
-    return [derived([v, g], call.shape, joined(call.log, [mine, g], call.shape)), None]
+    mine = put(v, [layer for layer in v.layers if min(dims_of(layer)) < 2], v.shape)
+    return [derived([g, v], call.shape, joined(call.log, [g, mine], call.shape)), None]
+
+
+def product(call: Call) -> Value:
+    """A sum over all products of two vectors (the spectral norm of a weight, of which rows share one)."""
+    values = call.values()
+    for value in values:
+        without(call.log, value, range(len(value.shape)), f"it passes {call.name}, which mixes units")
+    return derived(values, call.shape)
 
 
 # ---- tables
@@ -861,6 +904,7 @@ RULES: dict[str, Rule] = {
     **_table(index_select, "index_select"),
     **_table(gather, "gather take_along_dim"),
     **_table(embedding, "embedding"),
+    **_table(embedding_bag, "embedding_bag _embedding_bag _embedding_bag_forward_only"),
     **_table(put_in, "scatter scatter_add index_add index_copy scatter_reduce"),
     **_table(index_put, "index_put _unsafe_index_put"),
     **_table(
@@ -891,6 +935,8 @@ RULES: dict[str, Rule] = {
     **_table(regions, "torchvision::roi_align torchvision::roi_pool"),
     **_table(glu, "glu"),
     **_table(linear, "linear"),
+    **_table(bilinear, "bilinear"),
+    **_table(product, "vdot"),
     **_table(matmul, "matmul mm bmm mv dot"),
     **_table(added_matmul, "addmm baddbmm"),
     **_table(attention, "scaled_dot_product_attention"),

@@ -31,6 +31,7 @@ from gsprune.pruner.together import check_together, dense_sizes, left_of, make_s
 from gsprune.pruner.units import UnitTarget
 from gsprune.repair.calibrated import Repair
 from gsprune.schedules import OneShot, Schedule
+from gsprune.structures.example import example_of
 from gsprune.structures.matrices import coverage
 from gsprune.surgery.copies import check_copies
 from gsprune.surgery.optimizers import Optimizers, check_follows, held, names_of
@@ -91,7 +92,8 @@ class Pruner(Attachable):
         scores: initial running scores of all rules, as `scores()` of another pruner returns them, or the path of a
             file that `gsprune.formats.scores.save_scores` wrote: the first mask update needs no batch. No effect on a
             criterion that accumulates nothing. `load_state_dict` replaces them.
-        example_input: a batch (tensor, tuple or dict) to trace the model with; needed for units.
+        example_input: a batch (tensor, tuple or dict) to trace the model with, or a function that makes it; needed for
+            units.
         optimizer: one or several. Their state of pruned weights is zeroed and cut with the model, also in optimizers
             inside them (of a wrapper, SAM, Lookahead). State that cannot be cut (LBFGS, 8-bit) is an error under
             "each_update"; "at_end" the state of the parameters that were cut is dropped.
@@ -165,6 +167,7 @@ class Pruner(Attachable):
             raise ValueError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
         _check_run(steps_per_epoch=steps_per_epoch, epochs=epochs, shrink=shrink)
         check_copies(model, copies)
+        example_input = example_of(example_input)
         self.model, self.optimizer, self.copies = model, optimizer, copies
         self.steps_per_epoch, self.shrink = steps_per_epoch, shrink
         self.rules = _rules(criterion, rules, _renamed(target, settings))

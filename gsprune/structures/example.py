@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,27 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | Any
+
+
+def example_of(example_input: Example) -> Example:
+    """The example itself; of a function, what it returns.
+
+    Raises:
+        ValueError: the function needs arguments.
+
+    >>> example_of(lambda: 1), example_of(1)
+    (1, 1)
+    """
+    if not (inspect.isroutine(example_input) or isinstance(example_input, partial)):
+        return example_input
+    try:
+        inspect.signature(example_input).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"example_input is a function that needs arguments ({error}): it must take no arguments and return what "
+            "the network is called with"
+        ) from None
+    return example_input()
 
 
 def arguments(example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, answers_in, call, map_tensors
+from gsprune.structures.example import Example, answers_in, call, example_of, map_tensors
 from gsprune.structures.norms import may_be_stream_norm
 
 
@@ -88,7 +88,7 @@ def device_of(model: nn.Module) -> torch.device:
 def to_device_of(model: nn.Module, example_input: Example) -> Example:
     """The same example, where the model is."""
     device = device_of(model)
-    return map_tensors(lambda tensor: tensor.to(device), example_input)
+    return map_tensors(lambda tensor: tensor.to(device), example_of(example_input))
 
 
 def wake(twin: nn.Module, args: Example, calls: Mapping[nn.Module, int]) -> bool:

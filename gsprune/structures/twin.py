@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gsprune.structures.attention import attention_kernel, set_attention_kernel
-from gsprune.structures.example import Example, map_tensors, plain, tensors_in
+from gsprune.structures.example import Example, example_of, map_tensors, plain, tensors_in
 from gsprune.structures.matrices import check_shapes
 from gsprune.text.names import joined
 
@@ -119,6 +119,7 @@ def twin_of(model: nn.Module, example_input: Example, dtype: torch.dtype = torch
     """
     refuse_wrapped(model)
     _refuse_unknown(model)
+    example_input = example_of(example_input)
     _check_device(model, example_input)
     mps = any(p.device.type == "mps" for p in model.parameters())
     made = {id(t): _converted(t, dtype, "cpu" if mps else t.device) for t in _tensors(model)}

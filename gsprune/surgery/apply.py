@@ -228,8 +228,6 @@ def _resizer(module: Any, width: int | None, scaled: set[int]) -> Callable[[], N
     reason = why_not_narrow(module) if isinstance(module, nn.MultiheadAttention) else None
     if reason is not None:
         raise ValueError(f"the cut plan cuts an attention that cannot be shrunk: {reason}")
-    if isinstance(module, nn.RNNBase) and module.proj_size:
-        raise ValueError(f"the cut plan cuts an {type(module).__name__} with proj_size, which is not supported")
     for cls, resize in _RESIZE:
         if isinstance(module, cls):
             return partial(resize, module)
@@ -299,6 +297,8 @@ def _resize_prelu(prelu: Any) -> None:
 
 def _resize_rnn(rnn: Any) -> None:
     rnn.hidden_size, rnn.input_size = rnn.weight_hh_l0.shape[1], rnn.weight_ih_l0.shape[1]
+    if rnn.proj_size:
+        rnn.proj_size, rnn.hidden_size = rnn.weight_hr_l0.shape
     rnn.flatten_parameters()
 
 

@@ -294,8 +294,10 @@ class Masked:
         for number, _ in enumerate(self.rounds):
             before = self.read(number, structures)
             if not is_finite(before):
-                if number == 0:
+                if number == 0 and not is_finite(self._whole):
                     raise ValueError("the model's output on the example input is not finite (did training diverge?)")
+                if number == 0:
+                    return Problem("with its units at zero the network's output is not finite")
                 continue
             if first_difference(before, self.read(number, structures, changed=True), tolerance=1e-11) is not None:
                 leaking = self._leaking(number, self.rounds[number].gone(structures))
@@ -412,6 +414,8 @@ def _change_rows_(tensors: Mapping[str, Tensor], gone: Gone) -> None:
     for structure, units in gone:
         for m in structure.producers:
             tensor = tensors[m.tensor]
+            if not tensor.is_floating_point() and not tensor.is_complex():  # a mask
+                continue
             rows = m.index[units].flatten().to(tensor.device)
             old = tensor.index_select(m.dim, rows).movedim(m.dim, 0)
             flat = old.reshape(len(rows), -1)

@@ -122,14 +122,13 @@ def _channels(name: str, module: nn.Module, rows: Rows) -> Tensor | None:
 
 
 def _hidden_channels(name: str, rnn: nn.RNNBase, rows: Rows) -> Tensor | None:
-    """Of a recurrent layer: the hidden units of its last layer, one direction after the other."""
-    if rnn.proj_size:
-        return None
-    ends = [f"weight_hh_l{rnn.num_layers - 1}{end}" for end in ("", "_reverse")[: 1 + rnn.bidirectional]]
+    """Of a recurrent layer: the hidden units of its last layer (or what it projects them to), one direction after the
+    other."""
+    leaf, size = ("weight_hr", rnn.proj_size) if rnn.proj_size else ("weight_hh", rnn.hidden_size)
+    ends = [f"{leaf}_l{rnn.num_layers - 1}{end}" for end in ("", "_reverse")[: 1 + rnn.bidirectional]]
     found = [rows.get(joined(name, end), {}).get(0) for end in ends]  # of all gates, the first gate's first
     if all(kept is None for kept in found):
         return None
-    size = rnn.hidden_size
     parts = [torch.arange(size) if kept is None else kept[kept < size] for kept in found]
     return torch.cat([part + i * size for i, part in enumerate(parts)])
 

@@ -459,7 +459,7 @@ def test_inputs_as_tuple_and_dict() -> None:
             return self.b(F.relu(self.a(self.embed(ids) * scale)))
 
     ids, scale = torch.tensor([[1, 2]]), torch.ones(1, 2, 1)
-    assert list(find(Two(), (ids, scale))) == list(find(Two(), {"scale": scale, "ids": ids})) == ["a"]
+    assert list(find(Two(), (ids, scale))) == list(find(Two(), {"scale": scale, "ids": ids})) == ["embed", "a"]
 
 
 def test_a_stream_of_two_halves_is_two_structures_with_names_of_their_own() -> None:
