@@ -1,15 +1,15 @@
 """Make the pictures that the pages show: of runs of today's code, those of web pages in a real browser.
 
     pip install -e '.[app]' 'selenium>=4.20,<5'
-    python docs/make_screenshots.py                      # trains a sweep and a run first: minutes
-    python docs/make_screenshots.py --work /tmp/work     # keeps them there, and takes them from there the next time
+    python docs/make_screenshots.py                      # trains a sweep first: minutes
+    python docs/make_screenshots.py --work /tmp/work     # keeps it there, and takes it from there the next time
     python docs/make_screenshots.py --tracking-uri http://127.0.0.1:5000 --output /tmp  # MLflow's page of another sweep
 
 Needs Chromium and its driver (Debian: `apt-get install chromium chromium-driver`), and no network: everything happens
 on the loopback address, on a free port. Writes into the output folder (default: this one)
 
     pareto.png            the figure of the sweep's report
-    history.png           accuracy and sparsity of a default run
+    history.png           accuracy and sparsity of its first job
     mlflow_runs.png       the run table of the experiment, with the sweep's jobs under their parent
     mlflow_compare.png    all jobs of the sweep: validation accuracy against parameters
     mlflow_masks.png      the masks of one job
@@ -87,7 +87,7 @@ def main() -> None:
         "--tracking-uri", help="only MLflow's page, of the newest sweep of this database (sqlite:///...) or server"
     )
     parser.add_argument("--experiment", default="gsprune", help="default: gsprune")
-    parser.add_argument("--work", type=Path, help="folder of the sweep and the run; default: a temporary one")
+    parser.add_argument("--work", type=Path, help="folder of the sweep; default: a temporary one")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the pictures; default: docs")
     parser.add_argument("--chromium", default=_which("chromium", "chromium-browser", "google-chrome"))
     parser.add_argument("--chromedriver", default=_which("chromedriver"))
@@ -101,7 +101,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with _server(args.tracking_uri, folder) as address:
             if args.tracking_uri is None:
-                make_runs(address, folder)
+                make_sweep(address, folder / "sweep")
             sweep = newest_sweep(address, args.experiment)
             with _browser(args.chromium, args.chromedriver) as driver:
                 page = Page(driver, address)
@@ -110,7 +110,7 @@ def main() -> None:
                     _write(args.output / f"mlflow_{name}.png", _small(page.driver.get_screenshot_as_png()))
                 if args.tracking_uri is None:
                     _write(args.output / "pareto.png", _small(take_front(driver, folder / "sweep" / "pareto.svg")))
-                    _write(args.output / "history.png", _small((folder / "run/figures/history.png").read_bytes()))
+                    _write(args.output / "history.png", _small((folder / "sweep/0/figures/history.png").read_bytes()))
 
 
 # --- what is shown -----------------------------------------------------------------------------------------
@@ -130,17 +130,11 @@ class SweepRuns:
         return f"/experiments/{self.parent.info.experiment_id}/runs"
 
 
-def make_runs(address: str, folder: Path) -> None:
-    """The README's sweep of 39 networks, tracked by the server at that address, and a default run; what is there
-    from an earlier time stays."""
-    tracking = (f"tracking.tracking_uri={address}", "tracking.timeout_s=60")
-    _train(folder / "sweep" / "report.html", "--multirun", *SWEEP, *tracking, f"hydra.sweep.dir={folder / 'sweep'}")
-    _train(folder / "run" / "result.json", "tracking=none", f"hydra.run.dir={folder / 'run'}")
-
-
-def _train(made: Path, *arguments: str) -> None:
-    if not made.exists():
-        command = [sys.executable, "train.py", *arguments, "trainer.progress=none"]
+def make_sweep(address: str, folder: Path) -> None:
+    """The README's sweep of 39 networks, tracked by the server at that address; one from an earlier time stays."""
+    if not (folder / "report.html").exists():
+        settings = [f"tracking.tracking_uri={address}", "tracking.timeout_s=60", f"hydra.sweep.dir={folder}"]
+        command = [sys.executable, "train.py", "--multirun", *SWEEP, *settings, "trainer.progress=none"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 

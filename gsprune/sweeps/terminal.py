@@ -91,10 +91,16 @@ def _row(point: Point) -> tuple[str, ...]:
         _accuracy(point.choice),
         "" if point.delta is None else f"{100 * point.delta.mean:+.2f}",
         share,
-        _times(point.ratio("params_dense", "params")),
+        _parameters(point),
         _times(point.ratio("macs_dense", "macs")),
         faster,
     )
+
+
+def _parameters(point: Point) -> str:
+    """How many fewer there are, or, in tensors of the old size, how many are not zero."""
+    told, left = _times(point.ratio("params_dense", "params")), point.left
+    return f"{percent(left)} not zero" if told == "all" and left is not None and left < 0.995 else told
 
 
 def _accuracy(found: Stat) -> str:

@@ -94,7 +94,7 @@ def run_color(pruner: str) -> str:
 
 def _columns() -> dict[str, Any]:
     columns = [*(f"params.`{name}`" for name in (*_PARAMS, _OF)), *(f"metrics.`{name}`" for name in _METRICS)]
-    wide = {"columnOrder": [_NAME, *columns], "columnWidths": {_NAME: 300}}  # 190 would cut names off before the seed
+    wide = {"columnOrder": [_NAME, *columns], "columnWidths": {_NAME: 340}}  # 190 would cut names off before the seed
     return {"selectedColumns": columns, "runsHiddenMode": "SHOW_ALL", **wide}
 
 

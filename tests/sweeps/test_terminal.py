@@ -68,6 +68,19 @@ def test_what_differences_are_to_stands_above_the_networks():
     assert rows(summary([], found, [dense], width=100))[2] == ["dense network", "2", "96.00 %", "all", "all"]
 
 
+def test_zeros_in_tensors_of_the_old_size_are_counted():
+    same = {"params": 100, "params_dense": 100, "params_nonzero": 10, "macs": 50, "macs_dense": 50, "sparsity": 0.9}
+    found = [point("elementwise", 0.9, job("0", accuracy=0.95, val_accuracy=0.95, **same))]
+    assert rows(summary([], found, [], width=100))[2] == [
+        "elementwise",
+        "1",
+        "95.00 %",
+        "90.0 %",
+        "10.0 % not zero",
+        "all",
+    ]
+
+
 def test_a_large_sweep_shows_thirty_networks_and_counts_the_others():
     points = [point(f"v{i}", None, job(str(i), accuracy=0.9, val_accuracy=0.9)) for i in range(32)]
     lines = summary([], points, [], width=80)

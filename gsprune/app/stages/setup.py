@@ -38,6 +38,7 @@ from gsprune.settings.hydra_files import refuse_passwords
 from gsprune.settings.identity import SCORES, config_hash, scores_path
 from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors
 from gsprune.structures.twin import copy_of
+from gsprune.sweeps.sweep_dir import current_sweep
 from gsprune.text.display import logger
 from gsprune.text.names import lines_by_reason
 from gsprune.text.redact import last_line
@@ -98,7 +99,10 @@ class Setup:
         if (by := settings_of(self.cfg).repair) is not None:
             self.seed(2)  # as for scoring; the phase that trains is seeded after it
             settings["repair"] = Repair(self.data.train, by=by, samples=settings_of(self.cfg).calibration)
-        pruner = complete(self.cfg.pruner, build(self.cfg.pruner), self.model, optimizer=optimizer, **settings)
+        with warnings.catch_warnings():
+            if current_sweep() is not None:  # its control gets what the others are swept over, as it should
+                warnings.filterwarnings("ignore", ".* no effect: nothing is pruned here")
+            pruner = complete(self.cfg.pruner, build(self.cfg.pruner), self.model, optimizer=optimizer, **settings)
         return optimizer, lr_schedule, pruner
 
     def build_cutting(self) -> Pruner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from gsprune.app.configuration import build
 from gsprune.app.job import load_weights
 from gsprune.app.stages import setup
+from gsprune.app.stages.context import Context
+from gsprune.sweeps.sweep_dir import Sweep
 
 
 @pytest.mark.slow
@@ -93,3 +96,13 @@ def test_weights_from_nowhere_or_of_another_kind(tmp_path):
 def test_a_model_that_does_not_fit_the_data_ends_before_any_work(override, message, tmp_path):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         finished(tmp_path, override, "pruner=elementwise")
+
+
+def test_the_control_of_a_sweep_takes_what_others_are_swept_over_without_a_word(tmp_path, monkeypatch):
+    given = setup.set_up(Context(configure("pruner=none", "pruner.target_sparsity=0.5"), tmp_path))
+    with pytest.warns(UserWarning, match="target_sparsity=0.5 has no effect"):
+        given.build_pruning()
+    monkeypatch.setattr(setup, "current_sweep", lambda: Sweep(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert given.build_pruning()[2].parts == []
