@@ -16,12 +16,14 @@ __all__ = ["EXTRAS", "MissingExtraError", "check_command", "distribution", "is_i
 EXTRAS = {
     "app": ("filelock", "jinja2", "matplotlib", "mlflow", "pandas", "rich", "shtab", "sklearn", "torchvision"),
     "hf": ("transformers",),
+    "hub": ("huggingface_hub",),
     "lightning": ("lightning",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
     "optuna": ("optuna",),
-    "joblib": ("hydra_plugins.hydra_joblib_launcher",),
     "peft": ("peft",),
+    "joblib": ("hydra_plugins.hydra_joblib_launcher",),
+    "timm": ("timm",),
     "slurm": ("hydra_plugins.hydra_submitit_launcher",),
     "ray": ("hydra_plugins.hydra_ray_launcher",),
 }

@@ -136,13 +136,18 @@ def _with_eps(model: nn.Module, config: Any) -> Any:
     return config
 
 
-def _changes(config: Any, plan: CutPlan) -> dict[str, int]:
-    """Numbers of a configuration -> what they may have become."""
-    left: dict[int, set[int]] = {}  # dense length -> lengths that are left
+def even_lengths(plan: CutPlan) -> dict[int, int]:
+    """Dense length -> what is left of it, where that is the same everywhere."""
+    left: dict[int, set[int]] = {}
     for name, cuts in plan.kept.items():
         for dim, kept in cuts.items():
             left.setdefault(plan.sizes[name][dim], set()).add(len(kept))
-    even = {length: next(iter(some)) for length, some in left.items() if len(some) == 1}
+    return {length: next(iter(some)) for length, some in left.items() if len(some) == 1}
+
+
+def _changes(config: Any, plan: CutPlan) -> dict[str, int]:
+    """Numbers of a configuration -> what they may have become."""
+    even = even_lengths(plan)
     found = {name: even[value] for name, value in config.to_dict().items() if type(value) is int and value in even}
     heads = getattr(config, "num_attention_heads", None)
     head_dim: Any = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
@@ -163,6 +168,11 @@ def _has_shapes(model: nn.Module, config: Any) -> bool:
             other = type(model)(config)
     except Exception:  # a configuration may refuse numbers that do not divide each other
         return False
+    return fits(model, other)
+
+
+def fits(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks have the same tensors, head counts and kinds of modules."""
     here, there = model.state_dict(), other.state_dict()
     if here.keys() != there.keys() or any(here[name].shape != there[name].shape for name in here):
         return False
@@ -179,10 +189,14 @@ def _plain(model: nn.Module, config: Any, example_input: Example | None) -> Any:
     network: Any = model
     other: Any = type(model)(config).to(device_of(model), next(model.parameters()).dtype)
     other.load_state_dict(model.state_dict())
-    example = network.dummy_inputs if example_input is None else example_input
-    with torch.no_grad(), evaluating([model, other]), same_randomness(model):
-        found, wanted = (tensors_in(call(one, example)) for one in (other, model))
-        same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+    same = computes_same(model, other, network.dummy_inputs if example_input is None else example_input)
     if getattr(model, "generation_config", None) is not None:
         other.generation_config = copy.deepcopy(network.generation_config)
     return other.eval() if same else None
+
+
+def computes_same(model: nn.Module, other: nn.Module, example_input: Example) -> bool:
+    """Whether two networks in evaluation mode give the same outputs, to 1e-4."""
+    with torch.no_grad(), evaluating([model, other]), same_randomness(model):
+        found, wanted = (tensors_in(call(one, example_input)) for one in (other, model))
+        return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, wanted, strict=True))
