@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar
 
 import pytest
@@ -16,7 +17,7 @@ from gsprune.structures.structure import Structure
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import CutPlan
 from gsprune.surgery.narrow_forward import NarrowForward, by_module
-from gsprune.surgery.shrink import shrink
+from gsprune.surgery.shrink import Shrinker, shrink
 
 WIDTH, HEADS = 12, 4
 
@@ -134,3 +135,17 @@ def test_a_plan_names_a_module_that_is_not_there() -> None:
         shrunk = CutPlan({}, {}, {n: v for n, v in plan.attributes.items() if n.startswith("attentions.0")})
         apply_cut(other, shrunk)
     assert not any(isinstance(m, NarrowForward) for m in other.modules())
+
+
+def test_cut_twice_while_training_as_at_once() -> None:
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(2, 5, 6)
+    at_once = copy.deepcopy(model)
+    structures = find_structures(model, x).structures
+    shrinker = Shrinker(model, structures, example_input=x)
+    shrinker.cut([torch.arange(s.units) < s.units - (s.kind == "heads") for s in structures])
+    shrinker.cut([first_third(s) for s in structures])
+    plan = shrink(at_once, structures, [first_third(s) for s in structures], example_input=x)
+    assert shrinker.plan is not None
+    assert shrinker.plan.to_json() == plan.to_json()
+    torch.testing.assert_close(model(x), at_once(x))
