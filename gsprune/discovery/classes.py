@@ -69,7 +69,7 @@ class Classes:
             if min(blocks.shape) < 2:
                 continue
             roots = self.roots[blocks]
-            if not bool((roots[:, :1] == roots[:, 1:]).any()):
+            if not bool((roots[:, :1] == roots[:, 1:]).all(1).any()):
                 yield blocks
 
     @cached_property

@@ -7,6 +7,8 @@ where they do, whose entries are atoms. A value that is computed from others tie
 
 from __future__ import annotations
 
+import functools
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -233,9 +235,7 @@ def meet(log: Log, one: Tensor, other: Tensor) -> Tensor | None:
     if log.atoms.is_fresh(small):
         return big
     if not dims_of(small) < dims_of(big):
-        log.pin(small, CROSSED)
-        log.pin(big, CROSSED)
-        return None
+        return _crossed(log, small, big)
     if all(is_outer(big, dim) for dim in dims_of(small)):
         log.tie(small, big)
         return big
@@ -244,6 +244,22 @@ def meet(log: Log, one: Tensor, other: Tensor) -> Tensor | None:
     for dim in dims_of(small):
         left = left if left is None else log.collapse(left, dim, INSIDE)
     return left
+
+
+def _crossed(log: Log, one: Tensor, other: Tensor) -> Tensor | None:
+    """Both say something along a dimension that the other leaves open (channels of queries against those of keys):
+    what is whole blocks of both goes together, as whole blocks."""
+    shared = dims_of(one) & dims_of(other)
+    if not all(is_outer(layer, dim) for layer in (one, other) for dim in shared):
+        log.pin(one, CROSSED)
+        log.pin(other, CROSSED)
+        return None
+    one, other = (
+        functools.reduce(lambda x, d: log.collapse(x, d, CROSSED), sorted(dims_of(layer) - shared), layer)  # type: ignore[arg-type, return-value]
+        for layer in (one, other)
+    )
+    log.tie(one, other)
+    return one
 
 
 CROSSED = "its units meet others along another dimension"
@@ -351,9 +367,10 @@ def reshaped(log: Log, value: Value, shape: Sequence[int]) -> list[Tensor]:
 
 
 def _note_blocks(log: Log, layer: Tensor, mine: Sequence[int], theirs: Sequence[int], shape: Sequence[int]) -> None:
-    """A dimension that is seen as two: (blocks, places)."""
-    if len(mine) == 1 and len(theirs) == 2 and dims_of(layer) == set(mine):
-        log.blocks.append(layer.reshape([shape[d] for d in theirs]))
+    """A dimension that is seen as several, (3, heads, width): blocks of blocks of places."""
+    if len(mine) == 1 and dims_of(layer) == set(mine):
+        sizes = [shape[d] for d in theirs]
+        log.blocks += [layer.reshape(math.prod(sizes[:n]), -1) for n in range(1, len(sizes))]
 
 
 def _one_each(log: Log, layers: Iterable[Tensor]) -> list[Tensor]:

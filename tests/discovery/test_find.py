@@ -283,6 +283,32 @@ class FusedQKV(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class TalkingHeads(FusedQKV):
+    """Scores of all heads are mixed: heads of queries and keys are not those of values, but qkv has as many of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.talk = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 3)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = self.talk((q @ k.transpose(-1, -2)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class CrossCovariance(FusedQKV):
+    """Channels of queries against channels of keys, in every head, with a temperature of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 3)).permute(2, 0, 3, 4, 1).unbind(0)
+        weights = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2) * self.temperature).softmax(-1)
+        return self.proj((weights @ v).permute(0, 3, 1, 2).flatten(2))
+
+
 class Grouped(nn.Module):
     """Several query heads share one key and value head."""
 
@@ -337,6 +363,16 @@ def glu() -> nn.Module:
 
 
 SEQUENCE = torch.randn(2, 5, 12)
+
+
+@pytest.mark.parametrize("kind", [TalkingHeads, CrossCovariance])
+def test_heads_that_are_mixed_or_crossed(kind: type[FusedQKV]) -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), kind(), nn.Linear(12, 2))
+    heads = find(model, SEQUENCE)["2"]
+    assert (heads.kind, heads.units) == ("heads", 4)
+    rows = next(m for m in heads.producers if m.tensor == "2.qkv.weight")
+    assert rows.index[1].tolist() == [*range(3, 6), *range(15, 18), *range(27, 30)]
+    assert any(m.tensor == "2.temperature" for m in heads.members) == (kind is CrossCovariance)
 
 
 @pytest.mark.parametrize(
