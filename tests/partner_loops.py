@@ -168,7 +168,8 @@ def by_lightning(
 ) -> tuple[Result, Any]:
     """Lightning; saves at the end of each epoch. The result, and the averaged network if there is one."""
     import lightning.pytorch as L
-    from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+    from lightning.pytorch import callbacks as given
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from gsprune.integrations.lightning import PruningCallback
 
@@ -197,7 +198,7 @@ def by_lightning(
 
     callback = PruningCallback(**settings(shrink), module="net")
     saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    average = [WeightAveraging()] if averages else []
+    average = [given.WeightAveraging()] if averages else []  # of Lightning 2.6
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     module = Module()
     with warnings.catch_warnings():
