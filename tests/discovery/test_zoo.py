@@ -20,7 +20,12 @@ from zoo_vision import Entry
 sys.path.pop(0)
 
 ALWAYS = (
-    *("torchvision/resnet18", "torchvision/squeezenet1_1", "torchvision/vit (3 layers)"),
+    *(
+        "torchvision/resnet18",
+        "torchvision/squeezenet1_1",
+        "torchvision/vit (3 layers)",
+        "torchvision/maxvit (2 blocks)",
+    ),
     *(f"transformers/{name}" for name in ("t5", "phi3", "xlnet", "deberta_v2", "siglip", "deepseek_v3")),
 )
 
