@@ -177,12 +177,17 @@ def squeezed_view(layer: Tensor) -> Tensor:
 
 
 def as_strided(call: Call) -> Any:
-    """Overlapping windows of a tensor that lies in memory as its shape says."""
+    """Overlapping windows of a tensor, wherever in memory its entries lie."""
     value, tensor = call.first(), call["self"]
-    if not tensor.is_contiguous() or tensor.storage_offset() or call["storage_offset"]:
-        return unknown(call)
-    moved = [layer.expand(value.shape).contiguous().as_strided(call["size"], call["stride"]) for layer in value.layers]
-    return put(value, [squeezed(layer, range(layer.dim())) for layer in moved], call.shape)
+    length = tensor.untyped_storage().nbytes() // tensor.element_size()
+    home = torch.arange(length).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    start = tensor.storage_offset() if call["storage_offset"] is None else call["storage_offset"]
+    made = []
+    for layer in value.layers:
+        line = torch.zeros(length, dtype=torch.int64)
+        line[home] = layer.expand(value.shape)
+        made.append(squeezed(line.as_strided(call["size"], call["stride"], start), range(len(call.shape))))
+    return put(value, made, call.shape)
 
 
 def split(call: Call) -> Result:

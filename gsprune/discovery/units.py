@@ -17,7 +17,7 @@ from gsprune.structures.attention import STREAM_NAMES, reads
 from gsprune.structures.structure import Kind, Member, Structure
 from gsprune.structures.twin import every_tensor
 from gsprune.surgery.narrow_attention import why_not_narrow
-from gsprune.surgery.narrow_forward import is_shape, module_of
+from gsprune.surgery.narrow_forward import module_of
 from gsprune.surgery.no_branch import inside
 from gsprune.text.names import joined
 
@@ -273,10 +273,7 @@ def _with_sizes(structures: Sequence[Structure], roots: Sequence[Tensor], classe
         if changing:
             for number in range(len(structures)):
                 if number in changing or any(inside(layer, [module]) or not module for layer in holders[number]):
-                    found[number] |= {
-                        name: (0 if is_shape(name) else mine.get(number, 0), dense)
-                        for name, (dense, mine) in sizes.items()
-                    }
+                    found[number] |= {name: (mine.get(number, 0), dense) for name, (dense, mine) in sizes.items()}
     return [replace(s, sizes=mine) for s, mine in zip(structures, found, strict=True)]
 
 

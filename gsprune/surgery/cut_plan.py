@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gsprune.files.disk import refusing
 from gsprune.structures.structure import Structure
-from gsprune.surgery.narrow_forward import is_shape
+from gsprune.surgery.narrow_forward import is_shape, partner
 from gsprune.surgery.no_branch import inside
 from gsprune.text.display import html_table
 
@@ -189,7 +189,8 @@ def plan_cut(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> CutPla
             attributes |= {name: amount * int(keep.sum()) for name, amount in structure.attributes.items()}
             for name, (amount, dense) in structure.sizes.items():
                 lost[name] = lost.get(name, 0) + amount * int((~keep).sum())
-                attributes[name] = dense - lost[name]
+                both = (dense, dense - lost[name]) if is_shape(name) else (dense - lost[name], dense)
+                attributes[name], attributes[partner(name)] = both
     kept: dict[str, dict[int, Tensor]] = {}
     sizes: dict[str, dict[int, int]] = {}
     for (name, dim), mask in alive.items():

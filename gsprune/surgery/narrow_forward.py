@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 from gsprune.text.names import joined
 
 Numbers = Mapping[int, Mapping[int, int]]  # call -> dimension -> number
-What = Literal["size", "shape"]
-_NAME = re.compile(r"(size|shape):(\d+):(\d+)")
+What = Literal["size", "shape", "dense", "left"]
+_NAME = re.compile(r"(size|shape|dense|left):(\d+):(\d+)")
 
 
 def size_name(module: str, what: What, call: int, dim: int) -> str:
@@ -46,7 +46,17 @@ def is_size(name: str) -> bool:
 
 def is_shape(name: str) -> bool:
     """Whether it is a dense one, which no later cut changes."""
-    return is_size(name) and name.rpartition(".")[2].startswith("shape")
+    return is_size(name) and name.rpartition(".")[2].startswith(("shape", "dense"))
+
+
+def partner(name: str) -> str:
+    """Of a size what the dense network asks for there, of a shape what is left: by both, other batches are told.
+
+    >>> partner("blocks.0.attn.size:2:1"), partner("shape:0:2")
+    ('blocks.0.attn.dense:2:1', 'left:0:2')
+    """
+    path, _, leaf = name.rpartition(".")
+    return joined(path, leaf.replace("size", "dense").replace("shape", "left"))
 
 
 def module_of(name: str) -> str:
@@ -58,18 +68,27 @@ def by_module(attributes: Mapping[str, int]) -> dict[str, dict[What, dict[int, d
     """
 
     >>> by_module({"a.size:2:1": 8, "a.size:2:3": 4, "a.num_heads": 2})
-    {'a': {'size': {2: {1: 8, 3: 4}}, 'shape': {}}}
+    {'a': {'size': {2: {1: 8, 3: 4}}, 'shape': {}, 'dense': {}, 'left': {}}}
     """
     found: dict[str, dict[What, dict[int, dict[int, int]]]] = {}
     for name, value in attributes.items():
         if is_size(name):
             what, call, dim = name.rpartition(".")[2].split(":")
-            mine = found.setdefault(module_of(name), {"size": {}, "shape": {}})
+            mine = found.setdefault(module_of(name), {"size": {}, "shape": {}, "dense": {}, "left": {}})
             mine[what].setdefault(int(call), {})[int(dim)] = value  # type: ignore[index]
     return found
 
 
 # ---- calls that ask for sizes, and that name them
+
+
+def scaled(number: int, by: int, of: int) -> int:
+    """A number in proportion, where that is whole; else as it is.
+
+    >>> scaled(2, 8, 4), scaled(2, 3, 4)
+    (4, 2)
+    """
+    return number * by // of if of and number * by % of == 0 else number
 
 
 def asks_for_shape(func: Callable[..., Any]) -> bool:
@@ -79,9 +98,17 @@ def asks_for_shape(func: Callable[..., Any]) -> bool:
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
-def _told(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], said: Mapping[int, int]) -> Any:
-    """A tensor's shape, or one size of it, with what is said of it instead."""
-    shape = [said.get(d, size) for d, size in enumerate(_SHAPE(args[0]))]
+def _told(
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    said: Mapping[int, int],
+    left: Mapping[int, int],
+) -> Any:
+    """A tensor's shape, or one size of it, with what is said of it instead: in proportion, as a batch may be in it."""
+    shape = list(_SHAPE(args[0]))
+    for d in said:  # torch.jit's sizes are tensors as it traces
+        shape[d] = said[d] if torch.jit.is_tracing() else scaled(said[d], shape[d], left.get(d, shape[d]))
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return torch.Size(shape) if dim is None else shape[dim]
 
@@ -127,16 +154,29 @@ def sized_parts(
 
 
 def _resized(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Mapping[int, int]
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    wanted: Mapping[int, int],
+    dense: Mapping[int, int],
 ) -> tuple[Sequence[Any], bool]:
-    """The arguments with the wanted sizes, and whether that changes anything."""
+    """The arguments with the wanted sizes, and whether that changes anything. What is -1 follows from the others.
+
+    Of a size that has the batch in it (batch * heads) another batch asks for a multiple, or a part, of the dense one.
+    """
+
+    def size(number: int, asked: Any) -> Any:
+        if torch.jit.is_tracing():  # sizes are tensors there
+            return wanted.get(number, asked)
+        return asked if number not in wanted or asked == -1 else scaled(wanted[number], asked, dense.get(number, asked))
+
     if func in _SPLITS:
         asked = args[1]
-        new: Any = wanted.get(0, asked) if _is_number(asked) else [wanted.get(i, n) for i, n in enumerate(asked)]
+        new: Any = size(0, asked) if _is_number(asked) else [size(i, n) for i, n in enumerate(asked)]
         return (args[0], new, *args[2:]), new != (asked if _is_number(asked) else list(asked))
     before, sizes = _shape(func, args, kwargs)
     first = int(args[1]) % args[0].dim() if func in _UNFLATTEN else 0
-    made = [wanted.get(first + d, size) for d, size in enumerate(sizes)]
+    made = [size(first + d, asked) for d, asked in enumerate(sizes)]
     changed = any(old not in (-1, new) for old, new in zip(sizes, made, strict=True))
     return ((*args[:before], *made) if func not in _NESTED else (*args[:before], made)), changed
 
@@ -171,10 +211,12 @@ class _Sizing(TorchFunctionMode):
         if not (is_asking or takes_sizes(func, args, kwargs)) or running_module() is not self.module:
             return func(*args, **kwargs)
         if is_asking:
+            left = self.module.shapes_left.get(self.count["shape"], {})
             said = self._next(self.module.dense_shapes, "shape")
-            return _told(func, args, kwargs, said) if said else func(*args, **kwargs)
+            return _told(func, args, kwargs, said, left) if said else func(*args, **kwargs)
+        dense = self.module.dense_sizes.get(self.count["size"], {})
         wanted = self._next(self.module.sizes_left, "size")
-        args, changed = _resized(func, args, kwargs, wanted) if wanted else (args, False)
+        args, changed = _resized(func, args, kwargs, wanted, dense) if wanted else (args, False)
         if changed:
             getattr(_changed, "modules", set()).add(self.module)
         return func(*args, **kwargs)
@@ -214,6 +256,8 @@ class NarrowForward:
     """A module that is told shapes and sizes; made by `narrow_forward` only."""
 
     dense_shapes: Numbers
+    dense_sizes: Numbers
+    shapes_left: Numbers
     sizes_left: Numbers
     forward = torch.compiler.disable(_forward)
 
@@ -242,11 +286,15 @@ def narrow_forward(module: Any, numbers: Mapping[What, Numbers]) -> None:
     >>> type(flat).__name__, flat(torch.zeros(2, 2, 2)).shape
     ('Flat', torch.Size([2, 4]))
     """
-    before: Numbers = {}
-    if isinstance(module, NarrowForward):
-        before = module.dense_shapes
-    else:
+    if not isinstance(module, NarrowForward):
         module.__class__ = _narrow_class(type(module))
+        module.dense_shapes, module.dense_sizes = {}, {}
     module.sizes_left = {call: dict(dims) for call, dims in numbers["size"].items()}
-    shapes = {call: {**dims, **before.get(call, {})} for call, dims in numbers["shape"].items()}
-    module.dense_shapes = {**before, **shapes}
+    module.shapes_left = {call: dict(dims) for call, dims in numbers.get("left", {}).items()}
+    module.dense_shapes = _kept(module.dense_shapes, numbers.get("shape", {}))
+    module.dense_sizes = _kept(module.dense_sizes, numbers.get("dense", {}))
+
+
+def _kept(before: Numbers, new: Numbers) -> Numbers:
+    """What was said first stays."""
+    return {**before, **{call: {**dims, **before.get(call, {})} for call, dims in new.items()}}

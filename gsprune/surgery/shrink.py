@@ -25,7 +25,7 @@ from gsprune.structures.twin import copy_of, every_tensor, twin_of
 from gsprune.surgery.apply import apply_cut, forget_compiled
 from gsprune.surgery.copies import check_copies
 from gsprune.surgery.cut_plan import CutPlan, checked, plan_cut
-from gsprune.surgery.narrow_forward import is_shape, module_of, noting_changes
+from gsprune.surgery.narrow_forward import is_shape, module_of, noting_changes, partner
 from gsprune.surgery.no_branch import inside
 from gsprune.surgery.optimizers import Optimizers
 from gsprune.surgery.proof import Masked, Problem, noise_like, owners, sift, zero_columns_
@@ -140,7 +140,8 @@ def _narrowed(structure: Structure, keep: Tensor, plan: CutPlan) -> Structure:
         tuple(here(m) for m in side if not inside(m.tensor, plan.removed)) for side in sides
     )
     attributes = {name: n for name, n in structure.attributes.items() if not inside(name, plan.removed)}
-    sizes = {name: (n, plan.attributes.get(name, dense)) for name, (n, dense) in structure.sizes.items()}
+    now = {name: plan.attributes.get(partner(name) if is_shape(name) else name) for name in structure.sizes}
+    sizes = {name: (n, dense if now[name] is None else now[name]) for name, (n, dense) in structure.sizes.items()}
     return replace(
         structure,
         units=int(keep.sum()),

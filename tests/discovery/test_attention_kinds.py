@@ -54,6 +54,24 @@ class Normed(Attention):
         return self.o((weights @ v).transpose(1, 2).flatten(2))
 
 
+class Merged(Attention):
+    """Batch and heads are one dimension, and the width is that of the input, as fairseq's attentions have it."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        batch, length, width = x.shape
+        shape = (batch * HEADS, -1, width // HEADS)
+        parts = (self.split(y).reshape(shape) for y in (self.q(x), self.k(x), self.v(x)))
+        y = nn.functional.scaled_dot_product_attention(*parts).view(batch, HEADS, length, width // HEADS)
+        return self.o(y.transpose(1, 2).reshape(batch, length, width))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], HEADS, x.shape[2] // HEADS).transpose(1, 2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+
 class Queries(nn.Module):
     """Learned queries look at the input: what they are read by is no weight of the layer after it."""
 
@@ -148,6 +166,12 @@ class TestKinds(NetworkTester):
         "configured": Network(configured, X, {"heads": 2, "neurons": 2}),
         "normed": Network(
             lambda: nn.Sequential(Normed(), nn.Linear(WIDTH, 2)), X, {"heads": 1, "neurons": 1}, skipped=None
+        ),
+        "merged": Network(
+            lambda: nn.Sequential(Merged(), nn.Linear(WIDTH, 2)),
+            X,
+            {"heads": 1, "neurons": 1},
+            others=[X[:1], X[:, :3]],
         ),
         "einsums": Network(Written, X, {"heads": 1, "neurons": 1}),
         "stream": Network(Stream, X, {"residual": 1}, kinds=["residual"], others=[X[:1]]),
