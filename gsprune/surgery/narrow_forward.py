@@ -177,7 +177,7 @@ def _resized(
     before, sizes = _shape(func, args, kwargs)
     first = int(args[1]) % args[0].dim() if func in _UNFLATTEN else 0
     made = [size(first + d, asked) for d, asked in enumerate(sizes)]
-    changed = any(old not in (-1, new) for old, new in zip(sizes, made, strict=True))
+    changed = torch.jit.is_tracing() or any(old not in (-1, new) for old, new in zip(sizes, made, strict=True))
     return ((*args[:before], *made) if func not in _NESTED else (*args[:before], made)), changed
 
 
