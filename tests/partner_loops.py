@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from gsprune import Pruner
 from gsprune.criteria import Abs
@@ -144,13 +144,24 @@ def by_trainer(shrink: str, folder: Path, *, resume: str | None = None, **argume
     callback = PruningCallback(**settings(shrink), resume_from_checkpoint=resume)
     kwargs: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.0} | arguments
     quiet: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
-    ordered = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant"}
+
+    class Ordered(Trainer):
+        """Takes the samples in order; `train_sampling_strategy` came after transformers 5.0."""
+
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
     args = TrainingArguments(
-        str(folder), num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, **quiet, **ordered, **kwargs
+        str(folder),
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH,
+        lr_scheduler_type="constant",
+        **quiet,
+        **kwargs,
     )
     own = None if "optim" in arguments else (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
     model, data = Net(), Samples()
-    trainer = Trainer(
+    trainer = Ordered(
         model, args, train_dataset=data, eval_dataset=data, callbacks=[callback], optimizer_cls_and_kwargs=own
     )
     trainer.train(resume_from_checkpoint=resume)
