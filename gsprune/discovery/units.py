@@ -263,9 +263,9 @@ def _with_sizes(structures: Sequence[Structure], roots: Sequence[Tensor], classe
         owner[some] = number
     amounts: dict[str, dict[str, tuple[int, dict[int, int]]]] = {}  # module -> size -> dense, structure -> amount
     for name, lines in classes.log.sizes.items():
-        sizes = [_size(line, owner, classes, structures) for line in lines]
-        if sizes[0] is not None and all(size == sizes[0] for size in sizes):
-            amounts.setdefault(module_of(name), {})[name] = sizes[0]
+        first, *others = (_size(line, owner, classes, structures) for line in lines)
+        if first is not None and all(size == first for size in others):
+            amounts.setdefault(module_of(name), {})[name] = first
     found: list[dict[str, tuple[int, int]]] = [{} for _ in structures]
     holders = [{_layer(m.tensor) for m in s.members} for s in structures]
     for module, sizes in amounts.items():

@@ -137,9 +137,9 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | torch.SymInt)
 
 
-_UNFLATTEN = {Tensor.unflatten, torch.unflatten}
-_RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, *_UNFLATTEN}
-_SPLITS = {Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
+_UNFLATTEN: set[Any] = {Tensor.unflatten, torch.unflatten}
+_RESHAPES: set[Any] = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, *_UNFLATTEN}
+_SPLITS: set[Any] = {Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
 
 
 def sized_parts(
@@ -181,7 +181,7 @@ def _resized(
     return ((*args[:before], *made) if func not in _NESTED else (*args[:before], made)), changed
 
 
-_NESTED = {torch.reshape, *_UNFLATTEN}  # the sizes are one argument
+_NESTED: set[Any] = {torch.reshape, *_UNFLATTEN}  # the sizes are one argument
 
 # ---- who runs
 
@@ -201,7 +201,7 @@ def running_module() -> nn.Module | None:
 class _Sizing(TorchFunctionMode):
     """Puts numbers into the calls that one module makes itself."""
 
-    def __init__(self, module: NarrowForward) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__()
         self.module, self.count = module, {"size": 0, "shape": 0}
 
@@ -218,7 +218,8 @@ class _Sizing(TorchFunctionMode):
         wanted = self._next(self.module.sizes_left, "size")
         args, changed = _resized(func, args, kwargs, wanted, dense) if wanted else (args, False)
         if changed:
-            getattr(_changed, "modules", set()).add(self.module)
+            modules: set[nn.Module] = getattr(_changed, "modules", set())
+            modules.add(self.module)
         return func(*args, **kwargs)
 
     def _next(self, numbers: Numbers, what: What) -> Mapping[int, int]:
@@ -246,7 +247,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kind = type(self).__name__
         raise ValueError(f"{kind} was cut and is told its sizes as it runs, so that torch.fx cannot trace it")
     with _Sizing(self):
-        return super(NarrowForward, self).forward(*args, **kwargs)  # type: ignore[misc]
+        return super(NarrowForward, self).forward(*args, **kwargs)
 
 
 _FORWARDS = (nn.Module._call_impl.__code__, _forward.__code__)
@@ -259,14 +260,14 @@ class NarrowForward:
     dense_sizes: Numbers
     shapes_left: Numbers
     sizes_left: Numbers
-    forward = torch.compiler.disable(_forward)
+    forward = torch.compiler.disable(_forward)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (type(self).__mro__[2],), self.__dict__
 
 
 @cache
-def _narrow_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _narrow_class(cls: Any) -> Any:
     return type(cls.__name__, (NarrowForward, cls), {"__module__": cls.__module__})
 
 
