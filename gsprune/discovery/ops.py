@@ -465,7 +465,7 @@ def spatial(count: int) -> Callable[[Call], Result]:
 
     def rule(call: Call) -> Result:
         value = call.first()
-        dims = range(len(value.shape) - count, len(value.shape))
+        dims = [*range(len(value.shape) - count, len(value.shape))]
         size, stride = (list(call.arguments.get(name) or ()) for name in ("kernel_size", "stride"))
         if len(size) == count:  # a window of one entry mixes nothing
             alone = [n == 1 for n in size] if stride in ([], size) else [False] * count

@@ -243,7 +243,7 @@ def _norm_attributes(network: Network, notes: _Notes, root: int) -> dict[str, in
 
 def _widths(network: Network, members: Iterable[Member]) -> dict[str, int]:
     """Of the modules around a stream's tensors, the attributes by which some reshape, split or check it."""
-    found = {}
+    found: dict[str, int] = {}
     for member in members:
         name, (units, width) = _layer(member.tensor), member.index.shape
         for home in (name, name.rpartition(".")[0]):

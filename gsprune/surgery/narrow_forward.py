@@ -82,6 +82,10 @@ def by_module(attributes: Mapping[str, int]) -> dict[str, dict[What, dict[int, d
 # ---- calls that ask for sizes, and that name them
 
 
+def _is_tracing() -> bool:
+    return bool(torch._C._get_tracing_state())
+
+
 def scaled(number: int, by: int, of: int) -> int:
     """A number in proportion, where that is whole; else as it is.
 
@@ -108,7 +112,7 @@ def _told(
     """A tensor's shape, or one size of it, with what is said of it instead: in proportion, as a batch may be in it."""
     shape = list(_SHAPE(args[0]))
     for d in said:  # torch.jit's sizes are tensors as it traces
-        shape[d] = said[d] if torch.jit.is_tracing() else scaled(said[d], shape[d], left.get(d, shape[d]))
+        shape[d] = said[d] if _is_tracing() else scaled(said[d], shape[d], left.get(d, shape[d]))
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return torch.Size(shape) if dim is None else shape[dim]
 
@@ -166,7 +170,7 @@ def _resized(
     """
 
     def size(number: int, asked: Any) -> Any:
-        if torch.jit.is_tracing():  # sizes are tensors there
+        if _is_tracing():  # sizes are tensors there
             return wanted.get(number, asked)
         return asked if number not in wanted or asked == -1 else scaled(wanted[number], asked, dense.get(number, asked))
 
@@ -177,7 +181,7 @@ def _resized(
     before, sizes = _shape(func, args, kwargs)
     first = int(args[1]) % args[0].dim() if func in _UNFLATTEN else 0
     made = [size(first + d, asked) for d, asked in enumerate(sizes)]
-    changed = torch.jit.is_tracing() or any(old not in (-1, new) for old, new in zip(sizes, made, strict=True))
+    changed = _is_tracing() or any(old not in (-1, new) for old, new in zip(sizes, made, strict=True))
     return ((*args[:before], *made) if func not in _NESTED else (*args[:before], made)), changed
 
 
