@@ -12,15 +12,16 @@ from gsprune.ranking.elimination import Reader, eliminate
 
 
 class OBS(Criterion):
-    """Optimal brain surgeon over whole units: the loss increase after a unit is removed and its readers are refitted.
+    """Optimal brain surgeon over whole units: what the outputs change by once a unit is gone and its readers refitted.
 
     Units are eliminated one after the other, the cheapest first, and the readers refitted each time; d_u is how much
     the error of their outputs then grows (`gsprune.ranking.elimination.eliminate`). One currency for all structures:
 
         s_u = d_u * sum of mean_b g_bu^2 / sum of |W[:, u]|^2 E[x_u^2]
 
-    with g the gradients of gates, W and x the readers' weights and inputs: the fraction turns an error of outputs into
-    one of the loss, as the structure's own gates say (`Fisher`). For `gsprune.cut`, whose repair does the refit.
+    with W and x the readers' weights and inputs, and g_bu the gradient, by a gate on unit u, of a random sum of all
+    outputs of sample b (`Calibration.of_outputs`; of the loss, where a network has no outputs of samples): the fraction
+    turns an error of the readers' outputs into one of the network's. For `gsprune.cut`, whose repair does the refit.
 
     Args:
         damping: added to the diagonal of E[x x^T], as a share of its mean.

@@ -169,6 +169,33 @@ class Calibration:
         other._loss = _cross_entropy
         return other
 
+    def of_outputs(self, model: nn.Module) -> Calibration | None:
+        """The same samples with a random sum of a sample's outputs z_b in the place of the loss; None: there are none.
+
+            l_b = r_b . z_b,    so that for a gate a    E (dl_b / da)^2 = |dz_b / da|^2
+
+        with signs r_b of each sample's own. How much the outputs feel a gate needs no label, and a sample of which the
+        network is sure counts as much as another (its gradient of a loss is nearly 0). Outputs are the logits where
+        there are some, else all floating-point tensors with one entry a sample, each divided by its root mean square
+        where there are several. Tokens that an `attention_mask` leaves out do not count.
+        """
+        batches = []
+        start = 0
+        for batch in self.batches:
+            whole = self._loss is None and isinstance(batch.targets, Mapping)
+            inputs = batch.targets if whole else batch.inputs
+            mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
+            numbers = torch.arange(start, start + batch.size)
+            batches.append(Batch(inputs, (numbers, mask), batch.size))
+            start += batch.size
+        first = batches[0].rows(0, 1).to(device_of(model))
+        with torch.no_grad(), evaluating([model]), no_fast_path(), same_randomness(model):
+            if not _of_samples(call(model, first.inputs), 1):
+                return None
+        other = self._of(batches)
+        other._loss = _signed_sum
+        return other
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of a network on a batch that lies on its device, a scalar.
 
@@ -243,11 +270,39 @@ def _first(batches: Iterator[Batch], samples: int) -> Iterator[Batch]:
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Classes drawn from predictions (n, c), those of tokens (n, l, c) or of pixels (n, c, ...); (n, ...)."""
-    if logits.dim() < 2:
+    if logits.dim() < 2 or logits.shape[-1 if logits.dim() == 3 else 1] < 2:
         shape = tuple(logits.shape)
         raise ValueError(f"labels cannot be drawn from outputs of shape {shape}, which are no classes: give targets")
     odds = (logits if logits.dim() == 3 else logits.movedim(1, -1)).float().softmax(-1).cpu()
     return torch.multinomial(odds.flatten(0, -2), 1, generator=generator).reshape(odds.shape[:-1])
+
+
+def _of_samples(outputs: Any, size: int) -> list[Tensor]:
+    """The outputs that have one entry a sample."""
+    if hasattr(outputs, "logits") or (isinstance(outputs, Mapping) and "logits" in outputs):
+        outputs = logits_of(outputs)
+    return [tensor for tensor in tensors_in(outputs) if tensor.dim() and len(tensor) == size]
+
+
+def _signed_sum(outputs: Any, targets: tuple[Tensor, Tensor | None]) -> Tensor:
+    """The mean over samples of `Calibration.of_outputs`'s l_b."""
+    numbers, mask = targets
+    found = _of_samples(outputs, len(numbers))
+    total = torch.zeros(len(numbers), device=found[0].device)
+    for place, tensor in enumerate(found):
+        signs = torch.stack([_signs(tensor.shape[1:], int(n), place) for n in numbers.tolist()]).to(tensor.device)
+        if mask is not None and tensor.dim() > mask.dim() and tensor.shape[: mask.dim()] == mask.shape:
+            signs = signs * mask.to(signs).reshape(mask.shape + (1,) * (tensor.dim() - mask.dim()))
+        summed = (tensor.float() * signs).flatten(1).sum(1) if tensor.dim() > 1 else tensor.float() * signs
+        size = tensor.detach().float().flatten(1).square().mean(1).sqrt() if tensor.dim() > 1 else tensor.detach().abs()
+        total = total + (summed / size.clamp(min=1e-30) if len(found) > 1 else summed)
+    return total.mean()
+
+
+def _signs(shape: torch.Size, number: int, place: int) -> Tensor:
+    """1 or -1, of one sample."""
+    generator = torch.Generator().manual_seed(2**20 * place + number)
+    return torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.int8).float().mul_(2).sub_(1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

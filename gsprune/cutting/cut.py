@@ -234,7 +234,7 @@ def cut(
 ) -> Cut | PrunedWeights:
     """Make a trained network smaller: score its units, choose, cut, repair. No training.
 
-    A unit's score is the increase of the loss if it is removed and the layers that read it are refitted
+    A unit's score is how much the network's outputs change if it is removed and the layers that read it are refitted
     (`gsprune.criteria.OBS`); under a budget it is divided by the unit's cost. The smaller network is a copy. The layers
     that read removed units are refitted to the dense network's outputs (`gsprune.repair.least_squares`).
 
@@ -248,8 +248,8 @@ def cut(
 
     Args:
         model: not changed.
-        batches: pairs (inputs, targets); or mappings, for networks that return their own loss; or inputs alone, for
-            which labels are drawn from the network's own predictions.
+        batches: pairs (inputs, targets); or mappings, for networks that return their own loss; or inputs alone:
+            `OBS` reads no labels, for other criteria and the loss they are drawn from the network's own predictions.
         loss: loss(outputs, targets) -> scalar.
         macs, params, latency: share of the dense network's cost that stays, in (0, 1).
         sparsity: share of units removed from every structure; with a pattern, of weights set to zero.
@@ -446,8 +446,13 @@ class Cutter:
         if any("branches" in (rule.kinds or ()) for rule in rules):
             self.found = with_branches(self.found, model, self.example)
         if not self.data.labelled and any(_needs_loss(rule.criterion) for rule in rules):
-            self.data = self.data.drawn_from(model)
+            try:
+                self.data = self.data.drawn_from(model)
+            except ValueError:  # no classes: `OBS` goes by the outputs alone
+                if any(rule.criterion.cumulative for rule in rules) or self.data.of_outputs(model) is None:
+                    raise
         self.gates: dict[str, Tensor] = {}  # gate gradients of single samples, of criteria that are read off them
+        self._felt: dict[str, Tensor] = {}  # those of the outputs instead of the loss, of criteria that read inputs
         self._twin = sharing_copy(model, requires_grad=True)
         self.scored, self.settled = 0, 0
         settled = [*settle, *[()] * (len(rules) - len(settle))]
@@ -540,25 +545,28 @@ class Cutter:
             found = unit_scores(self.model, structures, criterion, self.data, progress=note, stop=settled)
             self._note_scored(settled)
             return found
-        new = [s for s in structures if s.name not in self.gates]
+        data, gates = self.data, self.gates
+        if criterion.reads_inputs and (of_outputs := self.data.of_outputs(self.model)) is not None:
+            data, gates = of_outputs, self._felt
+        new = [s for s in structures if s.name not in gates]
+        by_gates = Fisher() if criterion.reads_inputs else criterion  # which the same gradients settle
         if new:
-            stop = None if settled is None else lambda n, rows: settled(n, lambda: self._by_gates(criterion, rows()))
-            self.gates |= gate_gradients(self.model, new, self.data, progress=note, stop=stop)
+
+            def so_far(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+                return {name: _of_gates(by_gates, gates_bu) for name, gates_bu in {**gates, **rows}.items()}
+
+            stop = None if settled is None else lambda n, rows: settled(n, lambda: so_far(rows()))
+            gates |= gate_gradients(self.model, new, data, progress=note, stop=stop)
             self._note_scored(settled)
         if not criterion.reads_inputs:
-            return {s.name: _of_gates(criterion, self.gates[s.name]) for s in structures}
+            return {s.name: _of_gates(criterion, gates[s.name]) for s in structures}
         reading = readers(self.model, structures, self.data)
         return {
-            s.name: criterion.of_readers(reading[s.name], self.gates[s.name]).cpu()
+            s.name: criterion.of_readers(reading[s.name], gates[s.name]).cpu()
             if reading[s.name]
-            else _of_gates(Fisher(), self.gates[s.name])
+            else _of_gates(by_gates, gates[s.name])
             for s in structures
         }
-
-    def _by_gates(self, criterion: Criterion, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Running scores: where a criterion reads inputs, too, those of `Fisher`, which the same gradients settle."""
-        of = Fisher() if criterion.reads_inputs else criterion
-        return {name: _of_gates(of, gates_bu) for name, gates_bu in {**self.gates, **rows}.items()}
 
     def _kept(self, parts: Sequence[Part], scores: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """What parts keep by running scores; None where these say nothing yet."""

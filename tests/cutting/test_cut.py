@@ -163,6 +163,17 @@ def test_unlabelled_data_scores_and_repairs(mlp) -> None:
     assert cut(model, [x], macs=0.5, criterion=Magnitude(), progress=False).small.loss is None
 
 
+def test_a_network_of_numbers_needs_no_labels(mlp) -> None:
+    _, x, _ = mlp
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(x.shape[1], 16), nn.ReLU(), nn.Linear(16, 1))
+    found = cut(model, [x], macs=0.5, progress=False)
+    assert found.small.macs <= 0.5 * found.dense.macs
+    assert found.small.loss is None
+    with refused("labels cannot be drawn", "1)"):
+        cut(model, [x], macs=0.5, criterion=Fisher(), progress=False)
+
+
 def test_rules_each_with_its_own_amount(mlp) -> None:
     model, x, y = mlp
     rules = [

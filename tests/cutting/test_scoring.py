@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import nets
 import pytest
@@ -230,6 +232,79 @@ def test_a_network_with_a_loss_of_its_own() -> None:
     inner = find_structures(model.net, x[:2]).structures
     mine, plain = gate_gradients(model, structures, own), gate_gradients(model.net, inner, given)
     torch.testing.assert_close(mine["net.0"], plain["0"])
+
+
+# ---- gates as the outputs feel them
+
+
+class Several(nn.Module):
+    """Answers in some form, from the outputs of an MLP."""
+
+    def __init__(self, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.answer = nets.mlp(), answer
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return self.answer(self.net(x))
+
+
+def felt(model: nn.Module, data: Calibration) -> Tensor:
+    found = data.of_outputs(model)
+    assert found is not None
+    structures = find_structures(model, data.example_for(model)).structures
+    g_bu, *_ = gate_gradients(model, structures, found).values()
+    return g_bu.square()
+
+
+def slopes(model: nn.Module, x: Tensor) -> Tensor:
+    """(u, c): of the logits of one sample to gates on the hidden units."""
+    hidden = F.relu(model[0](x))
+    return torch.func.jacrev(lambda gates: model[2:](hidden * gates)[0])(torch.ones(8)).T
+
+
+def test_the_square_of_a_gate_gradient_is_that_of_all_outputs_on_average() -> None:
+    torch.manual_seed(0)
+    model, x = nets.mlp(), torch.randn(1, 6)
+    mean = felt(model, Calibration([x.repeat(500, 1)] * 20, samples=10_000)).mean(0)
+    torch.testing.assert_close(mean, slopes(model, x).square().sum(1), rtol=0.08, atol=1e-6)
+
+
+def test_labels_and_the_loss_have_no_part_in_it() -> None:
+    torch.manual_seed(0)
+    model, x = nets.mlp(), torch.randn(9, 6)
+    alone = felt(model, Calibration([x]))
+    assert torch.equal(alone, felt(model, Calibration([(x, torch.zeros(9).long())], F.cross_entropy)))
+    batches = felt(model, Calibration([x[:4], x[4:]]))  # a sample has the signs of its place
+    torch.testing.assert_close(alone, batches)
+
+
+def test_of_several_outputs_each_counts_by_its_own_size() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 6)
+    one, two = Several(lambda z: (z, 1000 * z)), Several(lambda z: (z, z))
+    two.load_state_dict(one.state_dict())
+    data = Calibration([x.repeat(2000, 1)], samples=2000)
+    torch.testing.assert_close(felt(one, data), felt(two, data))
+    logits = Several(lambda z: {"logits": z, "hidden": 1000 * z})
+    logits.load_state_dict(one.state_dict())
+    torch.testing.assert_close(felt(logits, data), felt(one.net, data))
+
+
+def test_tokens_behind_the_mask_do_not_count() -> None:
+    torch.manual_seed(0)
+    model, x = Several(lambda z: z), torch.randn(3, 5, 6)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    changed = torch.where(mask[:, :, None] == 1, x, torch.randn(3, 5, 6))
+    found = [felt(model, Calibration([{"x": x, "attention_mask": mask}])) for x in (x, changed)]
+    torch.testing.assert_close(*found)
+    assert not torch.allclose(found[0], felt(model, Calibration([{"x": x, "attention_mask": torch.ones_like(mask)}])))
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda z: z.sum(), lambda z: [{"boxes": z[0]}, {"boxes": z[0]}], lambda z: z.argmax(1)]
+)
+def test_outputs_without_a_number_a_sample_leave_it_to_the_loss(answer: Callable[[Tensor], Any]) -> None:
+    assert Calibration([torch.randn(3, 6)]).of_outputs(Several(answer)) is None
 
 
 def test_a_gradient_that_is_not_finite_is_an_error() -> None:
