@@ -12,7 +12,7 @@ from mlflow.tracking.context.abstract_context import RunContextProvider
 __all__ = ["HydraRunContext"]
 
 
-class HydraRunContext(RunContextProvider):  # type: ignore[misc]
+class HydraRunContext(RunContextProvider):
     """Tags of every run that `mlflow.start_run` begins in a Hydra job, whoever calls it.
 
     `hydra.overrides`, `hydra.job` (its name), `group.<group>` for each choice, `hydra.sweep.dir` and `hydra.job.num` in

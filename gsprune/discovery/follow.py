@@ -273,8 +273,8 @@ class _Ordered(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.einsum and isinstance(args[0], str):
-            letters = dict.fromkeys(filter(str.isalpha, args[0]))
-            args = (args[0].translate(str.maketrans(dict(zip(letters, LETTERS, strict=False)))), *args[1:])
+            letters = "".join(dict.fromkeys(filter(str.isalpha, args[0])))
+            args = (args[0].translate(str.maketrans(letters, LETTERS[: len(letters)])), *args[1:])
         return func(*args, **(kwargs or {}))
 
 

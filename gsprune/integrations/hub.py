@@ -93,7 +93,12 @@ class PrunedHubMixin(PyTorchModelHubMixin):
         strict: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        where = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
+        where: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "token": token,
+        }
         if os.path.isdir(model_id):
             folder = Path(model_id)
         else:
@@ -101,7 +106,11 @@ class PrunedHubMixin(PyTorchModelHubMixin):
             files = {"allow_patterns": [RECORD, WEIGHTS], "local_files_only": local_files_only}
             folder = Path(fetch(model_id, **files, **where))
         if not (folder / RECORD).is_file():
-            more = {"local_files_only": local_files_only, "map_location": map_location, "strict": strict}
+            more: dict[str, Any] = {
+                "local_files_only": local_files_only,
+                "map_location": map_location,
+                "strict": strict,
+            }
             return super()._from_pretrained(model_id=model_id, **where, **more, **model_kwargs)
         dense: Any = cls(**model_kwargs)
         model: Any = load_pruned(folder, dense).to(map_location)

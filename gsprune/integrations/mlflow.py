@@ -95,7 +95,7 @@ class CostEvaluator(ModelEvaluator):
         now = int(time.time() * 1000)
         numbers = [Metric(key, value, now, 0, model_id=model_id) for key, value in found.items()]
         MlflowClient().log_batch(run_id, numbers)
-        return EvaluationResult(metrics=found, artifacts={}, run_id=run_id)
+        return EvaluationResult(metrics=found, artifacts={}, run_id=run_id)  # type: ignore[no-untyped-call]
 
 
 def _network(given: Any, model: Any) -> nn.Module:

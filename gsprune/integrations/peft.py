@@ -134,8 +134,8 @@ def _estimate(layer: Any, scale: Tensor | None) -> Tensor | None:
         return None
     da, db = a_ri.grad.float(), b_or.grad.float()
     both = db @ da if scale is None else db @ da / scale.to(db.device)
-    grad = layer.scaling[name] * (db @ a_ri.float() + b_or.float() @ da - both)
-    weight = layer.base_layer.weight
+    grad: Tensor = layer.scaling[name] * (db @ a_ri.float() + b_or.float() @ da - both)
+    weight: Tensor = layer.base_layer.weight
     return (grad.T if layer.fan_in_fan_out else grad).to(weight.dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,9 @@ def copy_of(model: nn.Module, *, sharing: bool = False) -> nn.Module:
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy, given what is not copied. Ordinary modules are made here: `copy` would walk through all that they
     hold, which of a network of 50 layers takes a tenth of a second."""
-    ordinary = [module for module in model.modules() if _is_ordinary(type(module)) and id(module) not in memo]
+    ordinary = [
+        module for module in model.modules() if _is_ordinary(cast(Any, type(module))) and id(module) not in memo
+    ]
     memo |= {id(module): type(module).__new__(type(module)) for module in ordinary}
     with _Copying():
         for module in reversed(ordinary):

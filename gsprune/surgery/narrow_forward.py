@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -212,7 +212,7 @@ class _Sizing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         is_asking = asks_for_shape(func)
-        if not (is_asking or takes_sizes(func, args, kwargs)) or running_module() is not self.module:
+        if not (is_asking or takes_sizes(func, args, kwargs)) or not self._is_asked():
             return func(*args, **kwargs)
         if is_asking:
             left = self.module.shapes_left.get(self.count["shape"], {})
@@ -225,6 +225,9 @@ class _Sizing(TorchFunctionMode):
             modules: set[nn.Module] = getattr(_changed, "modules", set())
             modules.add(self.module)
         return func(*args, **kwargs)
+
+    def _is_asked(self) -> bool:
+        return running_module() is self.module
 
     def _next(self, numbers: Numbers, what: What) -> Mapping[int, int]:
         found = numbers.get(self.count[what], {})
@@ -276,8 +279,9 @@ def _narrow_class(cls: Any) -> Any:
 
 
 def _empty(cls: type[nn.Module]) -> nn.Module:
-    narrow = _narrow_class(cls)
-    return narrow.__new__(narrow)
+    narrow = _narrow_class(cast(Any, cls))
+    made: nn.Module = narrow.__new__(narrow)
+    return made
 
 
 def narrow_forward(module: Any, numbers: Mapping[What, Numbers]) -> None:
@@ -292,7 +296,7 @@ def narrow_forward(module: Any, numbers: Mapping[What, Numbers]) -> None:
     ('Flat', torch.Size([2, 4]))
     """
     if not isinstance(module, NarrowForward):
-        module.__class__ = _narrow_class(type(module))
+        module.__class__ = _narrow_class(cast(Any, type(module)))
         module.dense_shapes, module.dense_sizes = {}, {}
     module.sizes_left = {call: dict(dims) for call, dims in numbers["size"].items()}
     module.shapes_left = {call: dict(dims) for call, dims in numbers.get("left", {}).items()}

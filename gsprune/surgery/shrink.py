@@ -140,8 +140,11 @@ def _narrowed(structure: Structure, keep: Tensor, plan: CutPlan) -> Structure:
         tuple(here(m) for m in side if not inside(m.tensor, plan.removed)) for side in sides
     )
     attributes = {name: n for name, n in structure.attributes.items() if not inside(name, plan.removed)}
-    now = {name: plan.attributes.get(partner(name) if is_shape(name) else name) for name in structure.sizes}
-    sizes = {name: (n, dense if now[name] is None else now[name]) for name, (n, dense) in structure.sizes.items()}
+
+    def now(name: str, dense: int) -> int:
+        return plan.attributes.get(partner(name) if is_shape(name) else name, dense)
+
+    sizes = {name: (n, now(name, dense)) for name, (n, dense) in structure.sizes.items()}
     return replace(
         structure,
         units=int(keep.sum()),
