@@ -537,7 +537,7 @@ class NetworkTester:
         assert cut.small.training == cut.network.trains
         for name, cuts in cut.plan.kept.items():
             for dim, kept in cuts.items():
-                assert every_tensor(cut.small)[name].shape[dim] == len(kept)
+                assert every_tensor(cut.small, every_name=True)[name].shape[dim] == len(kept)
         for training in {False, cut.network.trains}:
             pair = [copy.deepcopy(model).train(training) for model in (cut.small, cut.masked)]
             for context in (torch.no_grad(), torch.enable_grad()):

@@ -452,14 +452,17 @@ def test_training_that_ends_early_gets_its_final_mask_and_says_so() -> None:
 
 
 class Fixed(nn.Module):
-    """Its forward pass knows the width: it cannot run smaller."""
+    """Its forward pass refuses any other width."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.first(x)).reshape(-1, 8))
+        x = F.relu(self.first(x))
+        if x.numel() != 8 * len(x):
+            raise RuntimeError("another width")
+        return self.last(x)
 
 
 def test_a_model_that_cannot_shrink_is_refused_before_training() -> None:

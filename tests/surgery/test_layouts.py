@@ -147,7 +147,7 @@ def test_a_trained_network_loses_positions_of_its_stream(monkeypatch: pytest.Mon
         progress=False,
     )
     assert 0 < int(found.keeps["table"].sum()) < 8
-    assert found.small.params == pytest.approx(0.6 * found.dense.params, rel=0.06)
+    assert found.small.params == pytest.approx(0.6 * found.dense.params, rel=0.1)  # a position is a tenth of them
     assert found.model(batches[0][0]).isfinite().all()
 
 
