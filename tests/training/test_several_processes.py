@@ -380,7 +380,7 @@ FAULTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", FAULTS)
+@pytest.mark.parametrize("how", ["killed", *(pytest.param(how, marks=pytest.mark.long) for how in [*FAULTS][1:])])
 def test_a_process_that_dies_ends_the_others_with_its_error(tmp_path, how):
     handlers, began = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], time.monotonic()
     kind, sentence = FAULTS[how]
