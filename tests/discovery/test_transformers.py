@@ -167,10 +167,11 @@ def test_a_key_value_head_goes_with_its_query_heads() -> None:
     assert [m.tensor for m in heads.gates] == ["model.layers.0.self_attn.v_proj.weight"]
 
 
-def test_multi_query_attention_says_why_it_stays() -> None:
+def test_query_heads_go_by_themselves_where_one_key_value_head_serves_them_all() -> None:
     found = find_structures(*build("llama", num_key_value_heads=1))
-    assert [s.kind for s in found.structures] == ["residual", "neurons", "neurons"]
-    assert all(any(f".{i}.self_attn" in name for name in found.skipped) for i in (0, 1))
+    assert [(s.kind, s.units) for s in found.structures[1:3]] == [("heads", 4), ("neurons", 40)]
+    assert [m.tensor.split(".")[-2] for m in found.structures[1].producers] == ["q_proj"]
+    assert all(f"model.layers.{i}.self_attn.v_proj" in found.skipped for i in (0, 1))
     with refused("model.layers.0.self_attn.k_proj", "removed as a whole"):
         find_structures(*build("llama", num_key_value_heads=1), include=("*.k_proj",))
 
