@@ -160,6 +160,13 @@ class _Old(ModuleType):
     def __getattr__(self, name: str) -> Any:
         return _find(self.__name__, MOVED[self.__name__.rpartition(".")[2]], name)
 
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        """Of a name that is a function today, which importing the old module hides in the package."""
+        import gsprune
+
+        function = gsprune.__getattr__(self.__name__.rpartition(".")[2])
+        return function(*args, **settings)
+
 
 def handed_on(package: str) -> Callable[[str], Any]:
     """A package's `__getattr__`, which finds what a module of that name held."""

@@ -32,9 +32,9 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def job_of_hydra() -> Iterator[None]:
     """Hydra keeps the configuration of a process's last job, which the next test must not take for its own."""
-    before = HydraConfig.instance().cfg
+    HydraConfig.instance().cfg = None  # a fixture of a whole module may have run a job, too
     yield
-    HydraConfig.instance().cfg = before
+    HydraConfig.instance().cfg = None
 
 
 @pytest.fixture

@@ -414,9 +414,9 @@ def _change_rows_(tensors: Mapping[str, Tensor], gone: Gone) -> None:
     for structure, units in gone:
         for m in structure.producers:
             tensor = tensors[m.tensor]
-            if not tensor.is_floating_point() and not tensor.is_complex():  # a mask
-                continue
             rows = m.index[units].flatten().to(tensor.device)
+            if not len(rows) or not (tensor.is_floating_point() or tensor.is_complex()):  # no position; a mask
+                continue
             old = tensor.index_select(m.dim, rows).movedim(m.dim, 0)
             flat = old.reshape(len(rows), -1)
             a, b = (torch.randn(n, generator=generator, dtype=torch.float64).to(old) for n in flat.shape)

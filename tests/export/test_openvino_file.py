@@ -17,7 +17,7 @@ from gsprune.export import fuse, to_openvino
 READ = """
 import sys
 import numpy as np, openvino
-network = openvino.compile_model(sys.argv[1], "CPU")
+network = openvino.compile_model(sys.argv[1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})  # not what is fastest
 np.save(sys.argv[3], next(iter(network([np.load(sys.argv[2])]).values())))
 """
 
