@@ -164,8 +164,10 @@ class _Old(ModuleType):
         """Of a name that is a function today, which importing the old module hides in the package."""
         import gsprune
 
-        function = gsprune.__getattr__(self.__name__.rpartition(".")[2])
-        return function(*args, **settings)
+        name = self.__name__.rpartition(".")[2]
+        if name not in gsprune._HOMES:
+            raise TypeError(f"{self.__name__} is a module, not a function")
+        return gsprune.__getattr__(name)(*args, **settings)
 
 
 def handed_on(package: str) -> Callable[[str], Any]:

@@ -56,3 +56,13 @@ def test_the_command_says_the_new_key_of_a_rule() -> None:
     done = subprocess.run([sys.executable, ROOT / "train.py", *overrides], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "pruner.pruners.1.kinds is called pruner.rules.1.kinds now\n"
+
+
+def test_an_old_module_whose_name_is_a_function_today_is_called_as_that(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        results, shrink = (import_module(f"gsprune.{name}") for name in ("results", "shrink"))
+    with pytest.raises(ValueError, match="no"):
+        results(tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="is a module"):
+        shrink()

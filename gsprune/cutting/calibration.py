@@ -188,10 +188,10 @@ class Calibration:
             numbers = torch.arange(start, start + batch.size)
             batches.append(Batch(inputs, (numbers, mask), batch.size))
             start += batch.size
-        first = batches[0].rows(0, 1).to(device_of(model))
         with torch.no_grad(), evaluating([model]), no_fast_path(), same_randomness(model):
-            if not _of_samples(call(model, first.inputs), 1):
-                return None
+            for part in (batches[0].rows(0, 1), batches[0]):  # a length may be that of one batch by chance
+                if not _of_samples(call(model, part.to(device_of(model)).inputs), part.size):
+                    return None
         other = self._of(batches)
         other._loss = _signed_sum
         return other
@@ -270,6 +270,8 @@ def _first(batches: Iterator[Batch], samples: int) -> Iterator[Batch]:
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Classes drawn from predictions (n, c), those of tokens (n, l, c) or of pixels (n, c, ...); (n, ...)."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"labels cannot be drawn from a {type(logits).__name__} of outputs: give targets")
     if logits.dim() < 2 or logits.shape[-1 if logits.dim() == 3 else 1] < 2:
         shape = tuple(logits.shape)
         raise ValueError(f"labels cannot be drawn from outputs of shape {shape}, which are no classes: give targets")

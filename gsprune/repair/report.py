@@ -53,11 +53,8 @@ class RepairReport:
         return {layer.name: layer.reason for layer in self.layers if layer.reason is not None}
 
     def __repr__(self) -> str:
-        lines = (
-            [self._summary(), *(f"  {line}" for line in text_table([_HEAD, *self._rows()]))]
-            if self._rows()
-            else [self._summary()]
-        )
+        rows = self._rows()
+        lines = [self._summary(), *(f"  {line}" for line in text_table([_HEAD, *rows]) if rows)]
         left = ["Left as they were:", *(f"  {text}" for text in lines_by_reason(self.left))] if self.left else []
         return "\n".join([*lines, *left])
 

@@ -31,7 +31,7 @@ _NAME = re.compile(r"(size|shape|dense|left):(\d+):(\d+)")
 
 
 def size_name(module: str, what: What, call: int, dim: int) -> str:
-    """
+    """The name, in a cut plan, of a number that a module is told.
 
     >>> size_name("blocks.0.attn", "size", 2, 1), size_name("", "shape", 0, 3)
     ('blocks.0.attn.size:2:1', 'shape:0:3')
@@ -65,7 +65,7 @@ def module_of(name: str) -> str:
 
 
 def by_module(attributes: Mapping[str, int]) -> dict[str, dict[What, dict[int, dict[int, int]]]]:
-    """
+    """The numbers among a plan's attributes, by the module that is told them.
 
     >>> by_module({"a.size:2:1": 8, "a.size:2:3": 4, "a.num_heads": 2})
     {'a': {'size': {2: {1: 8, 3: 4}}, 'shape': {}, 'dense': {}, 'left': {}}}

@@ -301,7 +301,13 @@ def test_tokens_behind_the_mask_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [lambda z: z.sum(), lambda z: [{"boxes": z[0]}, {"boxes": z[0]}], lambda z: z.argmax(1)]
+    "answer",
+    [
+        lambda z: z.sum(),
+        lambda z: [{"boxes": z[0]}, {"boxes": z[0]}],
+        lambda z: z.argmax(1),
+        lambda z: z.mean(0, keepdim=True),
+    ],
 )
 def test_outputs_without_a_number_a_sample_leave_it_to_the_loss(answer: Callable[[Tensor], Any]) -> None:
     assert Calibration([torch.randn(3, 6)]).of_outputs(Several(answer)) is None
@@ -331,3 +337,8 @@ def test_a_wide_layer_behind_a_flattening_reads_channels(monkeypatch: pytest.Mon
     assert OBS().of_readers([folded], torch.rand(5, 4)).isfinite().all()
     monkeypatch.setattr(scoring, "WIDE", 3)
     assert readers(model, structures, Calibration([x]))["0"] == []
+
+
+def test_outputs_in_a_mapping_without_logits_are_no_classes() -> None:
+    with refused("cannot be drawn", "dict"):
+        Calibration([torch.randn(3, 6)]).drawn_from(Several(lambda z: {"boxes": z}))
