@@ -162,12 +162,11 @@ class _Old(ModuleType):
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
         """Of a name that is a function today, which importing the old module hides in the package."""
-        import gsprune
-
-        name = self.__name__.rpartition(".")[2]
-        if name not in gsprune._HOMES:
+        package, _, name = self.__name__.rpartition(".")
+        top: Any = sys.modules[package]  # not imported: the library's modules import this one
+        if name not in top._HOMES:
             raise TypeError(f"{self.__name__} is a module, not a function")
-        return gsprune.__getattr__(name)(*args, **settings)
+        return top.__getattr__(name)(*args, **settings)
 
 
 def handed_on(package: str) -> Callable[[str], Any]:
