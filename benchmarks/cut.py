@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 from cut_data import CACHE
 from cut_rivals import METHODS, WITH_NORMS, Bench, Cut, Method, package_methods
-from cut_tasks import TASKS, Batch, task
+from cut_tasks import TASKS, Batch, Task, task
 from torch import nn
 
 from gsprune.cutting.cut import Cutter, Repair, one_rule
@@ -45,6 +46,8 @@ LANGUAGE_SEEDS = 1
 WEIGHT_SAMPLES = 24  # of 256 tokens, that prune single weights
 NEAR = 0.03  # how far from the wanted share the MACs may be, of it
 LANGUAGE = "smollm2"
+SMALL_VIT = "vit_mnist"  # of the part `kinds` alone
+DEPTH = {SMALL_VIT: 512, "minilm_r8": 512, LANGUAGE: 16}  # tasks of the part `kinds` -> calibration samples
 QUARTER = 0.25  # of all neurons of smollm2's MLPs go
 # quantile 0.975 of Student's t distribution, by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -204,7 +207,7 @@ def family(results: Results, given: argparse.Namespace) -> None:
     """Seconds of eight budgets by `cut_family` against one by `cut`, in turns."""
     import gsprune
 
-    for name in [name for name in given.tasks if name != LANGUAGE]:
+    for name in [name for name in given.tasks if name not in (LANGUAGE, SMALL_VIT)]:
         one = task(name, given.cache)
         options: dict[str, Any] = {"include": one.include, "calibration": one.samples, "progress": False}
         for seed in range(given.seeds):
@@ -262,6 +265,46 @@ def weights(results: Results, given: argparse.Namespace) -> None:
                 seconds, cpu = clock()
                 results.add(key, metric=one.evaluate(small, tests), seconds=seconds, cpu=cpu)
                 print(f"{key}: {results.cells[key]}", flush=True)
+
+
+def kinds(results: Results, given: argparse.Namespace) -> None:
+    """Heads and neurons alone, and where residual streams and whole branches compete with them."""
+    import gsprune
+
+    for name in [name for name in given.tasks if name in DEPTH]:
+        one, samples = task(name, given.cache), DEPTH[name]
+        tests = one.tests(given.samples)
+        if (dense := Results.key(name, "kinds", 1.0, "dense", 0)) not in results:
+            results.add(dense, metric=one.evaluate(one.model, tests), loss=mean_loss(one, one.model, tests))
+        for seed, share in itertools.product(range(given.seeds if name != LANGUAGE else LANGUAGE_SEEDS), (0.5, 0.25)):
+            batches = one.calibration(seed, samples)
+            for more in ((), ("branches",), ("residual",), ("branches", "residual")):
+                label = " + ".join(("heads, neurons", *more))
+                if (key := Results.key(name, "kinds", share, label, seed)) in results:
+                    continue
+                clock = Clock()
+                chosen = ("heads", "neurons", *more)
+                settings: dict[str, Any] = {"kinds": chosen, "calibration": samples, "progress": False}
+                cut = gsprune.cut(one.model, batches, one.loss, macs=share, example_input=one.example, **settings)
+                gone = {kind: gone_of(cut, kind) for kind in more}
+                loss, metric = mean_loss(one, cut.model, tests), one.evaluate(cut.model, tests)
+                results.add(
+                    key, metric=metric, loss=loss, params=cut.small.params / cut.dense.params, cpu=clock()[1], **gone
+                )
+                print(f"{key}: {results.cells[key]}", flush=True)
+
+
+def gone_of(cut: Any, kind: str) -> float:
+    """The share of the units of a kind that went."""
+    keeps = [cut.keeps[s.name] for s in cut.structures if s.kind == kind]
+    return 1 - sum(int(keep.sum()) for keep in keeps) / sum(len(keep) for keep in keeps) if keeps else 0.0
+
+
+@torch.no_grad()
+def mean_loss(one: Task, model: nn.Module, tests: Sequence[Batch]) -> float:
+    """Over the test samples, in evaluation mode."""
+    losses = [(float(one.loss_of(model, batch)), len(batch[1] if one.loss else batch["labels"])) for batch in tests]
+    return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
 
 
 class Clock:
@@ -329,7 +372,7 @@ def others(results: Results) -> Iterator[str]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for key, cell in results.cells.items():
         parts = key.split(" | ")
-        if parts[1] in ("channels", "family", "guarantee", "weights"):
+        if parts[1] in ("channels", "family", "guarantee", "kinds", "weights"):
             last = None if parts[1] == "guarantee" else -1
             groups.setdefault(" | ".join(parts[:last]), []).append(cell)
     for key, cells in groups.items():
@@ -373,10 +416,11 @@ def paired(ours: dict[int, float], theirs: dict[int, float], better: int) -> tup
 
 
 PARTS: dict[str, Callable[[Results, argparse.Namespace], None]] = {
-    "compare": lambda results, given: [compare(name, results, given) for name in given.tasks],
+    "compare": lambda results, given: [compare(name, results, given) for name in given.tasks if name != SMALL_VIT],
     "channels": channels,
     "family": family,
     "guarantee": guarantee,
+    "kinds": kinds,
     "weights": weights,
 }
 

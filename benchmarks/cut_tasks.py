@@ -15,6 +15,7 @@
 | convnet_mnist | `convnet` (residual block) | MNIST | accuracy |
 | minilm_r8 | all-MiniLM-L6-v2 tuned two epochs | Reuters R8, 64 tokens | accuracy |
 | efficientnet_mnist | EfficientNet-Lite0, ImageNet's weights tuned one epoch | MNIST at 64 x 64 | accuracy |
+| vit_mnist | `vit_tiny`, patches of 4 x 4 | MNIST | accuracy |
 | smollm2 | SmolLM2-135M-Instruct | docstrings of scikit-learn, numpy and pandas | perplexity |
 """
 
@@ -39,7 +40,7 @@ from cut_data import CACHE, fetch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gsprune.zoo.models import convnet
+from gsprune.zoo.models import convnet, vit_tiny
 
 Batch = Any  # (inputs, targets), or a dict with "labels"
 TEXTS = ("sklearn", "numpy", "pandas")
@@ -229,6 +230,14 @@ def convnet_mnist(cache: Path) -> Task:
     return _trained(one, cache, epochs=1, samples=30_000)
 
 
+def vit_mnist(cache: Path) -> Task:
+    train, test = (mnist(cache, part, lambda x: (x.float() / 255 - 0.1307) / 0.3081) for part in ("train", "t10k"))
+    torch.manual_seed(0)
+    model = vit_tiny(image_size=28, in_channels=1, num_classes=10)
+    one = Task("vit_mnist", model, train, test, F.cross_entropy, batch=64)
+    return _trained(one, cache, epochs=2, samples=30_000)
+
+
 def efficientnet_mnist(cache: Path) -> Task:
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -309,7 +318,7 @@ def smollm2(cache: Path) -> Task:
         Data(ids[-32:-16]),
         None,
         batch=4,
-        samples=48,
+        samples=72,
         include=("*.mlp*",),
         higher_is_better=False,
     )
@@ -332,6 +341,7 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     "convnet_mnist": convnet_mnist,
     "minilm_r8": minilm_r8,
     "efficientnet_mnist": efficientnet_mnist,
+    "vit_mnist": vit_mnist,
     "smollm2": smollm2,
 }
 

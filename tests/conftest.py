@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cuda", help="of the tests marked cuda: cuda, or cpu to try them without one")
+
+
 @pytest.fixture(autouse=True)
 def job_of_hydra() -> Iterator[None]:
     """Hydra keeps the configuration of a process's last job, which the next test must not take for its own."""
