@@ -23,7 +23,15 @@ from gsprune.structures.example import Example, answers_in, call, map_tensors
 from gsprune.structures.norms import stream_norm
 from gsprune.structures.running import counted, hooked
 from gsprune.structures.twin import copy_of, every_tensor
-from gsprune.surgery.narrow_forward import What, asks_for_shape, running_module, size_name, sized_parts, takes_sizes
+from gsprune.surgery.averages import averaged_dims
+from gsprune.surgery.narrow_forward import (
+    What,
+    asks_for_shape,
+    running_module,
+    size_name,
+    sized_parts,
+    takes_sizes,
+)
 from gsprune.text.display import first_line
 
 _KEY = "_gsprune_value"
@@ -89,7 +97,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         _keep(this, values, *self.steps[-1][1:])
 
     def _call(self, func: Any, arguments: dict[str, Any], result: Any) -> Call:
-        log = Log(self.log.atoms, inside=self.log.inside)
+        log = Log(self.log.atoms, inside=self.log.inside, is_told=self.log.is_told)
         self.steps.append((log, {value_of(t).step for t in tensors_of(arguments.values())}))
         return Call(log, func, arguments, result, value_of, len(self.steps) - 1)
 
@@ -100,18 +108,25 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Sizes(TorchFunctionMode):
-    """Notes the atoms along every size that a module's own forward pass asks for or names."""
+    """Notes the atoms along every size that a module's own forward pass asks for, names or averages over."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, follower: _Follower) -> None:
         super().__init__()
-        self.log = log
+        self.follower, self.log = follower, follower.log
         self.names: dict[nn.Module, str] = {}
         self.calls: dict[nn.Module, Counter[str]] = {}  # what each module has called since it was called
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        dims = averaged_dims(func, args, kwargs) if not self.follower.is_asleep else []
+        self.log.is_told = bool(dims) and running_module() in self.calls
+        if dims:
+            self.log.inside = ""  # a norm that is a function has no module
         result = func(*args, **kwargs)
-        if asks_for_shape(func):
+        if dims:
+            self._note("mean", [(d, args[0], d) for d in dims])
+            self.log.is_told = False
+        elif asks_for_shape(func):
             self._note("shape", [(d, args[0], d) for d in range(args[0].dim())])
         elif takes_sizes(func, args, kwargs):
             self._note("size", sized_parts(func, args, kwargs, result))
@@ -227,7 +242,7 @@ def follow(model: nn.Module, args: Example) -> tuple[Log, Counter[nn.Module]]:
         stack.enter_context(_labelled(twin, log))
         _tie_recurrent(log, twin)
         follower = _Follower(log)
-        sizes = _Sizes(log)
+        sizes = _Sizes(follower)
         stack.enter_context(hooked(sizes.hooks(twin)))
         stack.enter_context(hooked(_leaves(twin, follower)))
         stack.enter_context(counted(twin, calls))

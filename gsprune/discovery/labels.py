@@ -125,11 +125,13 @@ class Log:
     pins      atoms that stay, and why
     attention atoms of what is summed between two activations
     values    atoms of the values that attentions weigh, and the width of a head
+    summed    atoms that are summed or averaged over, which must be zero there
     halves    atoms (parts, places): equal parts of one dimension, which must stay equally long
     blocks    the same of a dimension that is seen as (blocks, places); meant only where no unit is a whole block
     normed    atoms of a stream that passes a norm, the kind of norm, its module
     biases    rows of a weight, and what is added to each
     inside    name of the norm that runs
+    is_told   whether a module makes this call that can be told what it averages over
     rows, columns, scales, sources   numbers of axes by what reads or makes them
     norms     of a weight: the BatchNorm weights that it meets first; `bare`: weights that are read without one
     sizes     of the whole pass: sizes that a module's forward pass names (`narrow_forward.size_name`), the atoms along
@@ -141,11 +143,13 @@ class Log:
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     values: list[tuple[Tensor, int]] = field(default_factory=list)
+    summed: list[Tensor] = field(default_factory=list)
     halves: list[Tensor] = field(default_factory=list)
     blocks: list[Tensor] = field(default_factory=list)
     normed: list[tuple[Tensor, str, str]] = field(default_factory=list)
     biases: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     inside: str = ""
+    is_told: bool = False
     rows: set[int] = field(default_factory=set)
     columns: set[int] = field(default_factory=set)
     scales: set[int] = field(default_factory=set)
@@ -181,7 +185,7 @@ class Log:
 
     def take(self, other: Log) -> None:
         """Take over what another says of the same atoms."""
-        for name in ("ties", "pins", "attention", "values", "halves", "blocks", "normed", "biases"):
+        for name in ("ties", "pins", "attention", "values", "summed", "halves", "blocks", "normed", "biases"):
             getattr(self, name).extend(getattr(other, name))
         for name in ("rows", "columns", "scales", "sources", "bare"):
             getattr(self, name).update(getattr(other, name))

@@ -429,10 +429,27 @@ def reduce(call: Call) -> Value:
     value = call.first()
     count = len(value.shape)
     dims = axes(call.arguments.get("dim"), count)
+    if call.name in SUMS or (call.name in AVERAGES and call.log.is_told):
+        value = put(value, _summed(call, value, dims), value.shape)
     layers = without(call.log, value, dims, f"it passes {call.name}, which mixes units")
     if len(call.shape) < count:
         layers = [x.reshape([n for d, n in enumerate(x.shape) if d not in dims]) for x in layers]
     return put(value, layers, call.shape)
+
+
+SUMS = {"sum", "nansum", "linalg_vector_norm", "norm"}  # units at zero add nothing
+AVERAGES = {"mean", "var", "std", "var_mean", "std_mean"}  # nor do they here, while they are counted
+
+
+def _summed(call: Call, value: Value, dims: Sequence[int]) -> list[Tensor]:
+    """The layers but for those of whole units that are summed over."""
+    found = []
+    for layer in value.layers:
+        if len(dims_of(layer)) == 1 and dims_of(layer) <= set(dims):
+            call.log.summed.append(layer.reshape(-1))
+        else:
+            found.append(layer)
+    return found
 
 
 def reduce_to_many(call: Call) -> Result:
@@ -804,17 +821,20 @@ def batch_norm(call: Call) -> list[Value | None]:
 
 
 def layer_norm(call: Call) -> Result:
-    """A function: no module can be told that it is narrower now."""
+    """A function, which the module that calls it may be told that it is narrower now."""
     value = call.first()
     dims = range(len(value.shape) - len(call["normalized_shape"]), len(value.shape))
     kind = "RMSNorm" if "rms" in call.name else "LayerNorm"
+    if call.log.is_told and len(dims) == 1:
+        made = stream_norm(call, dims[0], kind)
+        return [made, *[None] * (len(call.result) - 1)] if isinstance(call.result, tuple | list) else made
     kept = put(value, without(call.log, value, dims, INSIDE_NORM.format(kind)), value.shape)
     made = put(value, _per_channel(call, kept, ("weight", "bias"), dims), value.shape)
     return [made, *[None] * (len(call.result) - 1)] if isinstance(call.result, tuple | list) else made
 
 
 def stream_norm(call: Call, dim: int, kind: str) -> Value:
-    """A module: along the stream's own dimension units are mixed, but only by their mean and their mean square."""
+    """Along the stream's own dimension units are mixed, but only by their mean and their mean square."""
     value, found = call.first(), []
     for layer in value.layers:
         left: Tensor | None = layer

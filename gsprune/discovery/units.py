@@ -115,6 +115,7 @@ class _Notes:
 
     is_head: Tensor
     is_stream: Tensor
+    is_summed: Tensor
     is_value: Tensor  # of the atom itself
     roots: Tensor
     normed: Sequence[tuple[Tensor, str, str]]  # roots, kind of norm, module
@@ -134,6 +135,7 @@ class _Notes:
         return _Notes(
             classes.having(log.attention),
             classes.having(streams),
+            classes.having(log.summed),
             is_value,
             roots,
             [(roots[atoms].unique(), kind, name) for atoms, kind, name in log.normed],  # type: ignore[no-untyped-call]
@@ -181,7 +183,7 @@ def _structure(network: Network, log: Log, notes: _Notes, family: Family) -> Str
         norms=members["scales"],
         gates=gates,
         attributes=attributes,
-        normed=kind == "heads" and bool(notes.is_stream[root]),
+        normed=bool(notes.is_summed[root]) or (kind == "heads" and bool(notes.is_stream[root])),
     )
 
 
@@ -236,7 +238,7 @@ def _norm_attributes(network: Network, notes: _Notes, root: int) -> dict[str, in
         if bool((roots == root).any()):
             if kind == "GroupNorm":
                 found[joined(name, "num_groups")] = 1
-            elif getattr(network.modules[name], "weight", None) is None:
+            elif name and getattr(network.modules[name], "weight", None) is None:
                 found[joined(name, "normalized_shape")] = 1
     return found
 

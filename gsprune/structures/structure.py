@@ -59,7 +59,8 @@ class Structure:
                 norm itself, which has no tensors
     sizes       size that a module's forward pass has to be told -> (amount per unit, dense size), as of
                 `gsprune.surgery.narrow_forward`
-    normed      heads alone: queries and keys of all heads pass one norm (OLMo 2), so that a mask holds them at zero
+    normed      they are summed or averaged over (a global response norm), or, of heads, queries and keys of all pass
+                one norm (OLMo 2): a mask holds them at zero before that
 
     A unit of kind "residual" is a position of a residual stream that passes norms over all its positions (LayerNorm,
     RMSNorm). Its mask holds the position at zero in the stream itself, as the norms of the cut network count it: what

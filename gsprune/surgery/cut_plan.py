@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gsprune.files.disk import refusing
 from gsprune.structures.structure import Structure
-from gsprune.surgery.narrow_forward import is_shape, partner
+from gsprune.surgery.narrow_forward import is_mean, is_shape, partner
 from gsprune.surgery.no_branch import inside
 from gsprune.text.display import html_table
 
@@ -188,6 +188,9 @@ def plan_cut(structures: Sequence[Structure], keeps: Sequence[Tensor]) -> CutPla
             removed |= structure.removed
             attributes |= {name: amount * int(keep.sum()) for name, amount in structure.attributes.items()}
             for name, (amount, dense) in structure.sizes.items():
+                if is_mean(name):
+                    attributes[name] = dense
+                    continue
                 lost[name] = lost.get(name, 0) + amount * int((~keep).sum())
                 both = (dense, dense - lost[name]) if is_shape(name) else (dense - lost[name], dense)
                 attributes[name], attributes[partner(name)] = both

@@ -2,11 +2,14 @@
 
 Such a module runs the same forward pass with the numbers of the dense network: shapes that it asks for are the dense
 ones, its attributes stay. Where it makes a tensor of some sizes (`view`, `reshape`, `expand`, `unflatten`, `split`),
-the sizes that are left are put in. `narrow_forward` does that in place. Calls are counted in the order in which the
+the sizes that are left are put in. What it averages over (`mean`, `var`, `std`, the functions `layer_norm` and
+`rms_norm`) goes on having the dense number of entries, those that are gone as zeros (`gsprune.surgery.averages`).
+`narrow_forward` does that in place. Calls are counted in the order in which the
 module itself makes them; those of the modules that it calls are theirs.
 
 Names in a cut plan: "blocks.0.attn.size:2:1" is what dimension 1 (of a split: part 1) has to be in call number 2,
-"blocks.0.attn.shape:0:2" what dimension 2 of the first tensor is said to be whose shape is asked for.
+"blocks.0.attn.shape:0:2" what dimension 2 of the first tensor is said to be whose shape is asked for, and
+"blocks.0.attn.mean:0:2" how many entries the first average has along dimension 2.
 """
 
 from __future__ import annotations
@@ -17,17 +20,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gsprune.surgery.averages import averaged_dims, virtual_average
 from gsprune.text.names import joined
 
 Numbers = Mapping[int, Mapping[int, int]]  # call -> dimension -> number
-What = Literal["size", "shape", "dense", "left"]
-_NAME = re.compile(r"(size|shape|dense|left):(\d+):(\d+)")
+What = Literal["size", "shape", "dense", "left", "mean"]
+_NAME = re.compile(r"(size|shape|dense|left|mean):(\d+):(\d+)")
 
 
 def size_name(module: str, what: What, call: int, dim: int) -> str:
@@ -46,7 +50,12 @@ def is_size(name: str) -> bool:
 
 def is_shape(name: str) -> bool:
     """Whether it is a dense one, which no later cut changes."""
-    return is_size(name) and name.rpartition(".")[2].startswith(("shape", "dense"))
+    return is_size(name) and name.rpartition(".")[2].startswith(("shape", "dense", "mean"))
+
+
+def is_mean(name: str) -> bool:
+    """Whether it is the number of entries of an average."""
+    return is_size(name) and name.rpartition(".")[2].startswith("mean")
 
 
 def partner(name: str) -> str:
@@ -68,13 +77,13 @@ def by_module(attributes: Mapping[str, int]) -> dict[str, dict[What, dict[int, d
     """The numbers among a plan's attributes, by the module that is told them.
 
     >>> by_module({"a.size:2:1": 8, "a.size:2:3": 4, "a.num_heads": 2})
-    {'a': {'size': {2: {1: 8, 3: 4}}, 'shape': {}, 'dense': {}, 'left': {}}}
+    {'a': {'size': {2: {1: 8, 3: 4}}, 'shape': {}, 'dense': {}, 'left': {}, 'mean': {}}}
     """
     found: dict[str, dict[What, dict[int, dict[int, int]]]] = {}
     for name, value in attributes.items():
         if is_size(name):
             what, call, dim = name.rpartition(".")[2].split(":")
-            mine = found.setdefault(module_of(name), {"size": {}, "shape": {}, "dense": {}, "left": {}})
+            mine = found.setdefault(module_of(name), {what: {} for what in get_args(What)})
             mine[what].setdefault(int(call), {})[int(dim)] = value  # type: ignore[index]
     return found
 
@@ -207,13 +216,16 @@ class _Sizing(TorchFunctionMode):
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self.module, self.count = module, {"size": 0, "shape": 0}
+        self.module, self.count = module, {"size": 0, "shape": 0, "mean": 0}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        is_asking = asks_for_shape(func)
-        if not (is_asking or takes_sizes(func, args, kwargs)) or not self._is_asked():
+        is_asking, dims = asks_for_shape(func), averaged_dims(func, args, kwargs)
+        if not (is_asking or dims or takes_sizes(func, args, kwargs)) or not self._is_asked():
             return func(*args, **kwargs)
+        if dims:
+            counts = self._next(self.module.dense_means, "mean")
+            return virtual_average(func, args, kwargs, counts) if counts else func(*args, **kwargs)
         if is_asking:
             left = self.module.shapes_left.get(self.count["shape"], {})
             said = self._next(self.module.dense_shapes, "shape")
@@ -265,6 +277,7 @@ class NarrowForward:
 
     dense_shapes: Numbers
     dense_sizes: Numbers
+    dense_means: Numbers
     shapes_left: Numbers
     sizes_left: Numbers
     forward = torch.compiler.disable(_forward)  # type: ignore[no-untyped-call]
@@ -297,11 +310,12 @@ def narrow_forward(module: Any, numbers: Mapping[What, Numbers]) -> None:
     """
     if not isinstance(module, NarrowForward):
         module.__class__ = _narrow_class(cast(Any, type(module)))
-        module.dense_shapes, module.dense_sizes = {}, {}
+        module.dense_shapes, module.dense_sizes, module.dense_means = {}, {}, {}
     module.sizes_left = {call: dict(dims) for call, dims in numbers["size"].items()}
     module.shapes_left = {call: dict(dims) for call, dims in numbers.get("left", {}).items()}
     module.dense_shapes = _kept(module.dense_shapes, numbers.get("shape", {}))
     module.dense_sizes = _kept(module.dense_sizes, numbers.get("dense", {}))
+    module.dense_means = _kept(module.dense_means, numbers.get("mean", {}))
 
 
 def _kept(before: Numbers, new: Numbers) -> Numbers:

@@ -25,7 +25,7 @@ from gsprune.structures.twin import copy_of, every_tensor, twin_of
 from gsprune.surgery.apply import apply_cut, forget_compiled
 from gsprune.surgery.copies import check_copies
 from gsprune.surgery.cut_plan import CutPlan, checked, plan_cut
-from gsprune.surgery.narrow_forward import is_shape, module_of, noting_changes, partner
+from gsprune.surgery.narrow_forward import is_mean, is_shape, module_of, noting_changes, partner
 from gsprune.surgery.no_branch import inside
 from gsprune.surgery.optimizers import Optimizers
 from gsprune.surgery.proof import Masked, Problem, noise_like, owners, sift, zero_columns_
@@ -237,11 +237,15 @@ def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Str
 
 
 def _with_sizes_of(structure: Structure, modules: Collection[str]) -> Structure:
-    """Of other modules it keeps no sizes; attributes of these are left to them."""
+    """Of other modules it keeps no sizes but those of averages over its units; attributes of these are left to them."""
     if not structure.sizes:
         return structure
-    sizes = {name: size for name, size in structure.sizes.items() if module_of(name) in modules}
-    told = {module_of(name) for name in sizes}
+    sizes = {
+        name: (amount, dense)
+        for name, (amount, dense) in structure.sizes.items()
+        if (amount if is_mean(name) else module_of(name) in modules)
+    }
+    told = {module_of(name) for name in sizes if not is_mean(name)}
     attributes = {name: n for name, n in structure.attributes.items() if name.rpartition(".")[0] not in told}
     return replace(structure, sizes=sizes, attributes=attributes)
 

@@ -70,7 +70,8 @@ def each(count: int) -> list[tuple[list[int], list[int]]]:
         (4, 4, lambda h, p: (h @ h.mT).softmax(1) @ h, []),  # attention with a single head
         (4, 4, lambda h, p: h + torch.arange(4.0), []),
         (4, 4, lambda h, p: h.softmax(1), []),
-        (4, 4, lambda h, p: h / h.norm(dim=1, keepdim=True), []),
+        (4, 4, lambda h, p: h / h.norm(dim=1, keepdim=True), each(4)),
+        (4, 4, lambda h, p: h / h.amax(dim=1, keepdim=True), []),
         (4, 4, lambda h, p: h.cumsum(1), []),
         (4, 4, lambda h, p: h.sort(1).values, []),
     ],

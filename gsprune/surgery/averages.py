@@ -1,0 +1,121 @@
+"""Averages over more entries than there are: those that were cut out count as zeros.
+
+With x the n entries that are left along a dimension that had N, and c = N - n,
+
+    mean = sum(x) / N,    sum of squares around it = sum((x - mean)^2) + c mean^2.
+
+So of every call that averages: `mean`, `var`, `std`, `var_mean`, `std_mean`, and the functions `layer_norm` and
+`rms_norm` over one dimension. The norms that are modules are in `narrow_norm`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MEANS: set[Any] = {Tensor.mean, torch.mean}
+_SPREADS: set[Any] = {Tensor.var, torch.var, Tensor.std, torch.std, torch.var_mean, torch.std_mean}
+_ROOTS: set[Any] = {Tensor.std, torch.std, torch.std_mean}
+_PAIRS: set[Any] = {torch.var_mean, torch.std_mean}
+_NORMS: set[Any] = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm}
+_RMS: set[Any] = {F.rms_norm, torch.rms_norm}
+
+
+def averaged_dims(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
+    """The dimensions of its first argument that a call averages over; none of another call.
+
+    >>> x = torch.ones(2, 3, 4)
+    >>> averaged_dims(torch.mean, (x, -1), {}), averaged_dims(Tensor.var, (x,), {}), averaged_dims(torch.sum, (x,), {})
+    ([2], [0, 1, 2], [])
+    """
+    is_norm = func in _NORMS
+    if not (is_norm or func in _MEANS or func in _SPREADS) or not args or not isinstance(args[0], Tensor):
+        return []
+    count = args[0].dim()
+    if is_norm:
+        shape = _argument(args, kwargs, 1, "normalized_shape")
+        return [count - 1] if len(shape) == 1 else []
+    dims = _argument(args, kwargs, 1, "dim")
+    if dims is None or isinstance(dims, bool) or dims in ((), []):
+        return list(range(count))
+    return [d % count for d in (dims if isinstance(dims, tuple | list) else [dims])] if count else []
+
+
+def virtual_average(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], counts: Mapping[int, int]
+) -> Any:
+    """What a call gives over `counts[d]` entries along dimension d, of which those that are not there are zero.
+
+    >>> x, whole = torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 3.0, 0.0, 0.0]])
+    >>> virtual_average(torch.mean, (x, 1), {}, {1: 4}), whole.mean(1)
+    (tensor([1.]), tensor([1.]))
+    >>> torch.equal(virtual_average(Tensor.var, (x, 1), {}, {1: 4}), whole.var(1))
+    True
+    """
+    x, dims = args[0], averaged_dims(func, args, kwargs)
+    lengths = {d: _length(x, d) for d in dims}
+    virtual = {d: counts.get(d, n) for d, n in lengths.items()}
+    if virtual == lengths:
+        return func(*args, **kwargs)
+    if func in _MEANS:
+        return func(*args, **kwargs) * (math.prod(lengths.values()) / math.prod(virtual.values()))
+    total = math.prod(virtual.values())
+    gone = total - math.prod(lengths.values())
+    if func in _NORMS:
+        return _norm(func, args, kwargs, gone, total)
+    mean, squares = _around_mean(x, dims, gone, total)
+    variance = squares / (total - _correction(args, kwargs))
+    spread = variance.sqrt() if func in _ROOTS else variance
+    if not _argument(args, kwargs, 3, "keepdim"):
+        mean, spread = (t.squeeze(dims) for t in (mean, spread))
+    return (spread, mean) if func in _PAIRS else spread
+
+
+def _around_mean(x: Tensor, dims: list[int], gone: int, total: int) -> tuple[Tensor, Tensor]:
+    """The mean and the sum of squares around it, with the dimensions kept."""
+    mean = x.sum(dims, keepdim=True) / total
+    return mean, (x - mean).square().sum(dims, keepdim=True) + gone * mean.square()
+
+
+def _norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], gone: int, total: int) -> Tensor:
+    """The functions layer_norm and rms_norm; half precision is computed in float32."""
+    x: Tensor = args[0]
+    is_rms = func in _RMS
+    weight, bias = _argument(args, kwargs, 2, "weight"), None if is_rms else _argument(args, kwargs, 3, "bias")
+    eps = _argument(args, kwargs, 3 if is_rms else 4, "eps")
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps if is_rms else 1e-5
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    if is_rms:
+        squares = y.square().sum(-1, keepdim=True)
+    else:
+        mean, squares = _around_mean(y, [-1], gone, total)
+        y = y - mean
+    y = y * torch.rsqrt(squares / total + eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _correction(args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    unbiased = next((a for a in args[1:3] if isinstance(a, bool)), kwargs.get("unbiased"))
+    if unbiased is not None:
+        return float(unbiased)
+    correction = kwargs.get("correction")
+    return 1.0 if correction is None else float(correction)
+
+
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
+def _length(x: Tensor, dim: int) -> int:
+    """As a number, also where torch.jit traces, whose sizes are tensors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return int(x.shape[dim])
