@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from gsprune.discovery.labels import WITH_CONSTANT, Atoms, Log, Value, derived, dims_of, squeezed
+from gsprune.discovery.labels import WITH_CONSTANT, Atoms, Log, Value, derived, dims_of, joined, squeezed
 from gsprune.discovery.ops import Call, rule_of, tensors_of, unknown
 from gsprune.discovery.ops import stream_norm as normalised
 from gsprune.structures.attention import no_fast_path
@@ -194,7 +194,9 @@ def _write_through(this: Call, part: Tensor, value: Value, steps: set[int]) -> N
         for layer in _side_by_side(this.log, value, before):
             made = _known(before).clone()
             func(made, *rest).copy_(layer.expand(value.shape))
-            layers.append(squeezed(made, range(made.dim())))
+            layers.append(squeezed(_filled(made) if before.is_blank else made, range(made.dim())))
+        if before.is_blank:
+            layers = joined(this.log, [replace(value, shape=before.shape, layers=tuple(layers)), before], before.shape)
         if not value.layers and not before.is_blank:
             layers = list(before.layers)
         is_input, makers = before.is_input or value.is_input, before.makers | value.makers
@@ -216,6 +218,15 @@ def _side_by_side(log: Log, value: Value, whole: Value) -> Iterable[Tensor]:
         if not any(layer is other for other in fitting):
             log.pin(layer, WITH_CONSTANT)
     return fitting
+
+
+def _filled(layer: Tensor) -> Tensor:
+    """Of a part that is written into a tensor of one number: what goes along a dimension goes along the rest of it."""
+    for dim in range(layer.dim()):
+        first = layer.amax(dim, keepdim=True)
+        if bool(((layer == first) | (layer == 0)).all()):
+            layer = first
+    return layer
 
 
 def _known(value: Value) -> Tensor:

@@ -234,7 +234,7 @@ def meet(log: Log, one: Tensor, other: Tensor) -> Tensor | None:
     """
     if dims_of(one) == dims_of(other):
         log.tie(one, other)
-        return one
+        return other if log.atoms.is_fresh(one) else one
     small, big = sorted((one, other), key=lambda layer: len(dims_of(layer)))
     if log.atoms.is_fresh(small):
         return big

@@ -1,7 +1,7 @@
 """Modules whose forward pass insists on widths that a cut changes: `x.view(n, 64)`, `C // num_heads`, sizes of a split.
 
 Such a module runs the same forward pass with the numbers of the dense network: shapes that it asks for are the dense
-ones, its attributes stay. Where it makes a tensor of some sizes (`view`, `reshape`, `expand`, `unflatten`, `split`),
+ones, its attributes stay. Where it makes a tensor of some sizes (`view`, `expand`, `unflatten`, `split`, `zeros`),
 the sizes that are left are put in. What it averages over (`mean`, `var`, `std`, the functions `layer_norm` and
 `rms_norm`) goes on having the dense number of entries, those that are gone as zeros (`gsprune.surgery.averages`).
 `narrow_forward` does that in place. Calls are counted in the order in which the
@@ -130,16 +130,16 @@ def takes_sizes(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     """Whether a call names sizes as numbers. A view as another type does not."""
     if func in _SPLITS:
         return len(args) > 1
-    return func in _RESHAPES and bool(_shape(func, args, kwargs)[1])
+    return (func in _RESHAPES or func in _FILLS) and bool(_shape(func, args, kwargs)[1])
 
 
 def _shape(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, list[Any]]:
     """How many arguments stand before the sizes, and the sizes; [] where they are given in another way."""
-    before = 2 if func in _UNFLATTEN else 1
-    rest = args[before:]
+    before = 2 if func in _UNFLATTEN else 0 if func in _FUNCTIONS else 1
+    rest = args[before : before + 1] if func in _FULL else args[before:]
     if len(rest) == 1 and isinstance(rest[0], tuple | list):
         rest = tuple(rest[0])
-    if kwargs or not all(_is_number(n) for n in rest):
+    if (kwargs and func not in _FILLS) or not all(_is_number(n) for n in rest):
         return before, []
     return before, list(rest)
 
@@ -152,6 +152,9 @@ def _is_number(value: Any) -> bool:
 
 _UNFLATTEN: set[Any] = {Tensor.unflatten, torch.unflatten}
 _RESHAPES: set[Any] = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, *_UNFLATTEN}
+_FULL: set[Any] = {torch.full, Tensor.new_full}  # a number comes after the sizes
+_FUNCTIONS: set[Any] = {torch.zeros, torch.ones, torch.empty, torch.full}
+_FILLS: set[Any] = {*_FUNCTIONS, *_FULL, Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
 _SPLITS: set[Any] = {Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
 
 
@@ -191,10 +194,11 @@ def _resized(
     first = int(args[1]) % args[0].dim() if func in _UNFLATTEN else 0
     made = [size(first + d, asked) for d, asked in enumerate(sizes)]
     changed = _is_tracing() or any(old not in (-1, new) for old, new in zip(sizes, made, strict=True))
-    return ((*args[:before], *made) if func not in _NESTED else (*args[:before], made)), changed
+    after = args[before + 1 :] if func in _FULL else ()
+    return ((*args[:before], *made) if func not in _NESTED else (*args[:before], made, *after)), changed
 
 
-_NESTED: set[Any] = {torch.reshape, *_UNFLATTEN}  # the sizes are one argument
+_NESTED: set[Any] = {torch.reshape, *_UNFLATTEN, *_FULL}  # the sizes are one argument
 
 # ---- who runs
 

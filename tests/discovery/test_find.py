@@ -817,10 +817,10 @@ class Pairs(nn.Module):
 
 
 class Fixed(Pairs):
-    """A width that the forward pass insists on."""
+    """A width that the forward pass insists on, by a name that no module is told."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.d(torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(x)) + x.new_ones(len(x), 8))))))
+        return self.d(torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(x)) + x.new_ones(size=(2, 8)))))))
 
 
 def test_a_width_that_only_some_cuts_leave_possible() -> None:

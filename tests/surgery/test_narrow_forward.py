@@ -68,6 +68,22 @@ class Flat(nn.Module):
         return torch.cat([self.d(left), self.e(right) / right.shape[1]], 1)
 
 
+class Made(nn.Module):
+    """Tensors of its own that are as wide as its units, one of which is written part by part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.a(x)) + torch.full((x.shape[0], 8), 0.5, dtype=x.dtype)
+        parts = hidden.new_zeros((x.shape[0], 4, 8))
+        parts[:, :2] = hidden[:, None]
+        parts[:, 2:] = 2 * hidden[:, None]
+        wide = torch.cat([self.b(parts).sum(1), x.new_ones(1, 10)])
+        return self.c(wide * torch.ones(10, dtype=x.dtype))
+
+
 class TestTold(NetworkTester):
     networks: ClassVar = {
         "windows": Network(
@@ -79,6 +95,7 @@ class TestTold(NetworkTester):
             again=True,
             onnx=True,
         ),
+        "made": Network(Made, torch.randn(2, 6), {"neurons": 2}, others=[torch.randn(5, 6)], again=True, onnx=True),
         "flat": Network(
             Flat, torch.randn(2, 3, 8, 8), {"channels": 2, "neurons": 2}, others=[torch.randn(5, 3, 8, 8)], again=True
         ),
