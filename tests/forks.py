@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "torchvision", "mlflow", "matplotlib.figure", "sklearn.datasets", "hydra", "rich")
+STORE = "mlflow.store.tracking.sqlalchemy_store"  # MLflow imports it, with SQLAlchemy and Alembic, for a database
+HEAVY = ("torch", "torchvision", "mlflow", STORE, "matplotlib.figure", "sklearn.datasets", "hydra", "rich")
 
 
 class Forks:

@@ -16,12 +16,20 @@ from gsprune.criteria import Magnitude
 from gsprune.schedules import OneShot
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One for the module: creating it takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/m.db"
+
+
 @pytest.fixture
-def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def mlflow(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With an experiment of the test's own."""
     import mlflow
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", mlflow.create_experiment("e", (tmp_path / "artifacts").as_uri()))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    experiment = mlflow.create_experiment(tmp_path.name, (tmp_path / "artifacts").as_uri())
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
     return mlflow
 
 

@@ -437,24 +437,33 @@ def test_mlflow_s_own_globals_stay_as_they_were(tmp_path: Path, database: str) -
     tracker.finish("KILLED")
 
 
+FOUR_AT_ONCE = """
+import os, sys
+import mlflow.store.tracking.sqlalchemy_store
+from gsprune.tracking.tracker import MLflowTracker
+
+for number in range(4):
+    if os.fork() == 0:
+        tracker = MLflowTracker(f"out{number}")
+        tracker.start(config={"a": 1}, tags={})
+        tracker.log_metrics({"m": 1}, step=0)
+        tracker.finish("FINISHED")
+        assert tracker.stopped is None
+        break
+else:
+    sys.exit(sum(os.wait()[1] != 0 for _ in range(4)))
+"""
+
+
 @pytest.mark.slow
 def test_four_processes_may_create_the_database_at_once_and_say_nothing(tmp_path: Path) -> None:
-    code = (
-        "import sys; from gsprune.tracking.tracker import MLflowTracker; t = MLflowTracker(sys.argv[1]);"
-        "t.start(config={'a': 1}, tags={}); t.log_metrics({'m': 1}, step=0); t.finish('FINISHED');"
-        "assert t.stopped is None"
-    )
+    """Forks of a process that has made the imports, so that they do it at the same moment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / f"out{index}")],
-            cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for index in range(4)
-    ]  # fmt: skip
-    outputs = [worker.communicate(timeout=240)[0] for worker in workers]
-    assert outputs == [""] * 4
-    assert [worker.returncode for worker in workers] == [0] * 4
+    command = [sys.executable, "-c", FOUR_AT_ONCE]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     client = client_of(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("gsprune")
     assert experiment.artifact_location == (tmp_path / "mlartifacts" / "gsprune").as_uri()
@@ -654,19 +663,18 @@ def test_a_server_that_is_not_there_costs_less(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_was_killed_is_closed_by_another_which_makes_its_last_call(tmp_path: Path) -> None:
-    from mlflow import MlflowClient
-
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    killed = MLflowTracker(tmp_path / "run", tracking_uri=uri)
+def test_a_run_whose_process_was_killed_is_closed_by_another_which_makes_its_last_call(
+    tmp_path: Path, database: str
+) -> None:
+    killed = MLflowTracker(tmp_path / "run", tracking_uri=database)
     killed.start(config={"a": 1}, tags={})
     killed._lock.release()  # as the system does
     with (tmp_path / "run" / "outbox.jsonl").open("a") as file:
         file.write('{"kind": "tags", "tags": {"b": "2"}}\n')
-    MLflowTracker(tmp_path / "run", tracking_uri=uri, run_id="0" * 32).close_killed()  # of another run: nothing
-    client = MlflowClient(tracking_uri=uri)
+    MLflowTracker(tmp_path / "run", tracking_uri=database, run_id="0" * 32).close_killed()  # of another run: nothing
+    client = client_of(database)
     assert client.get_run(killed.run_id).info.status == "RUNNING"
-    MLflowTracker(tmp_path / "run", tracking_uri=uri, run_id=killed.run_id).close_killed()
+    MLflowTracker(tmp_path / "run", tracking_uri=database, run_id=killed.run_id).close_killed()
     assert client.get_run(killed.run_id).info.status == "FAILED"
     assert json.loads((tmp_path / "run" / "tracking.json").read_text())["status"] == "FAILED"
     assert client.get_run(killed.run_id).data.tags["b"] == "2"
@@ -761,14 +769,11 @@ def test_unsent_calls_of_a_killed_try_come_only_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_mlflow_gets_each_metric_and_picture_of_a_step_once(tmp_path):
-    import numpy as np
-    from mlflow import MlflowClient
-
-    uri, picture = f"sqlite:///{tmp_path / 'mlflow.db'}", np.zeros((4, 4, 3), np.uint8)
+def test_mlflow_gets_each_metric_and_picture_of_a_step_once(tmp_path, database):
+    picture = np.zeros((4, 4, 3), np.uint8)
 
     def start(**more):
-        tracker = MLflowTracker(tmp_path / "run", tracking_uri=uri, run_id=more.pop("run_id", None))
+        tracker = MLflowTracker(tmp_path / "run", tracking_uri=database, run_id=more.pop("run_id", None))
         tracker.start(config={"a": 1}, tags={}, **more)
         return tracker
 
@@ -785,7 +790,7 @@ def test_mlflow_gets_each_metric_and_picture_of_a_step_once(tmp_path):
     log(again, (3, 4))
     again.finish("FINISHED")
     assert (again.run_id, again.stopped) == (killed.run_id, None)
-    client = MlflowClient(tracking_uri=uri)
+    client = client_of(database)
     assert [(m.step, m.value) for m in client.get_metric_history(again.run_id, "loss")] == [
         (1, 0.1),
         (2, 0.2),
