@@ -8,10 +8,8 @@ from __future__ import annotations
 import copy
 import os
 import signal
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,6 @@ from gsprune.training import data_parallel
 from gsprune.training.data_parallel import local_batches
 from gsprune.training.loop_state import LoopState
 from gsprune.training.optimization import constant
-from gsprune.training.signals import Interrupted
 from gsprune.training.trainer import Trainer
 from gsprune.zoo.datasets import FetchedWhole, Pictures, make_loader
 
@@ -493,8 +490,13 @@ class Drifting(Elementwise):
         return change.flip(0) if rank() == 1 else change
 
 
-def drifting() -> None:
-    trained(Drifting())
+def drifting() -> str:
+    """What stops processes whose masks differ."""
+    try:
+        trained(Drifting())
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 class Killed(Elementwise):
@@ -507,23 +509,3 @@ class Killed(Elementwise):
         if Killed.seen == 9 and rank() == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().weights(weight, grad, name=name, out=out)
-
-
-def gone(how: str, folder: str) -> None:
-    """Process 1 ends in some way, while process 0 waits for it in a collective operation."""
-    try:
-        if rank() == 1:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if how == "mistake":
-                raise ValueError("this is the user's mistake, in one sentence")
-            if how == "error":
-                raise KeyError("what went wrong")
-            if how == "stopped":
-                raise Interrupted(signal.SIGTERM)
-            time.sleep(600)
-        broadcast(0)
-        dist.barrier()
-    except BaseException:
-        (Path(folder) / f"left-{rank()}").touch()
-        raise
