@@ -82,12 +82,13 @@ def main() -> None:
 
 
 def kill_and_resume(count: int, *, seed: int) -> Tried:
-    """Kill `count` times in all, in runs of `RUNS` in turns; each is killed again and again until it finishes."""
+    """Kill `count` times in all, in runs of `RUNS` in turns; each is killed until it finishes."""
     chosen, tried, began = random.Random(seed), Tried(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         references: dict[tuple[str, ...], Reference] = {}
+        first = chosen.randrange(len(RUNS))
         while tried.kills < count:
-            overrides = RUNS[tried.runs % len(RUNS)]
+            overrides = RUNS[(first + tried.runs) % len(RUNS)]
             if overrides not in references:
                 references[overrides] = reference(configure(*overrides), Path(folder, f"whole-{len(references)}"))
             whole, killed = references[overrides], Path(folder, f"killed-{tried.runs}")

@@ -38,7 +38,7 @@ from gsprune.training.trainer import Trainer
 @pytest.fixture(scope="module")
 def weighted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weighted")
-    return finished(folder, "pruner=weighted"), folder
+    return finished(folder, "pruner=weighted", drawn=True), folder
 
 
 @pytest.fixture(scope="module")

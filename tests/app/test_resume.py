@@ -435,7 +435,7 @@ def test_a_signal_while_it_validates_does_not_wait_for_the_end_of_it(tmp_path, w
 # --- whole processes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [pytest.param(8, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [pytest.param(4, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)])
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(kills):
     """Also inside the write of a checkpoint; what is compared, and how, is in kills.py."""
     seed = int.from_bytes(os.urandom(4), "little")
