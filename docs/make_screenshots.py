@@ -183,7 +183,7 @@ def take_compare(page: Page, sweep: SweepRuns) -> None:
 
 def take_masks(page: Page, sweep: SweepRuns) -> None:
     """The masks of the sparsest job of single weights (any other sweep: of its best job)."""
-    single = [job for job in sweep.jobs if any(name.startswith("sparsity/") for name in job.data.metrics)]
+    single = [job for job in sweep.jobs if any(name.startswith("where/sparsity/") for name in job.data.metrics)]
     job = max(single or sweep.jobs, key=lambda job: job.data.metrics.get("sparsity", 0.0))
     page.open(f"/experiments/{job.info.experiment_id}/runs/{job.info.run_id}/artifacts/{_picture(sweep.client, job)}")
     page.find("the picture of the masks", "img[src^='blob:'], img[src*='get-artifact']")

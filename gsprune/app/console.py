@@ -337,7 +337,7 @@ def summary_table(result: Mapping[str, Any]) -> list[str]:
     if result["sparsity_of"]:  # a control prunes nothing
         rows.append((f"sparsity of {result['sparsity_of']}", percent(0), percent(result["sparsity"]), ""))
         if coverage := result.get("coverage"):
-            rows.append(("matrix weights in reach", "", percent(coverage), ""))
+            rows.append(("weights it may prune", "", percent(coverage), ""))
     return table(("", "dense", now, f"dense / {now}"), [*rows, *_cost_rows(result)], width=terminal_width())
 
 

@@ -15,12 +15,19 @@ from gsprune.text.redact import redacted
 __all__ = ["Names", "allowed_name", "fit_tags", "flatten"]
 
 
+# The page of a run sorts groups of charts by name and opens all of them, which no tag changes: the groups with a chart
+# for each layer come after `train` and `val` by their names alone.
+_BY_LAYER, _WHERE = ("kept/", "sparsity/"), "where/"
+
+
 class Names:
     """Maps each of our names to one that MLflow accepts; the same name gives the same result, no two names share one.
 
+    Numbers of single layers get a group behind `train/` and `val/`.
+
     >>> names = Names()
     >>> names["kept/layers[0].heads"], names["kept/layers(0).heads"], names["kept/layers[0].heads"]
-    ('kept/layers_0_.heads', 'kept/layers_0_.heads_2', 'kept/layers_0_.heads')
+    ('where/kept/layers_0_.heads', 'where/kept/layers_0_.heads_2', 'where/kept/layers_0_.heads')
     """
 
     def __init__(self) -> None:
@@ -28,7 +35,7 @@ class Names:
 
     def __getitem__(self, name: str) -> str:
         if name not in self._given:
-            taken, allowed, number = set(self._given.values()), allowed_name(name), 2
+            taken, allowed, number = set(self._given.values()), allowed_name(_grouped(name)), 2
             choice = allowed
             while choice in taken:
                 choice, number = f"{allowed}_{number}", number + 1
@@ -42,6 +49,10 @@ def allowed_name(name: str) -> str:
     while name.startswith("../"):
         name = name[3:]
     return name[:240].rstrip("/") if name not in ("", ".", "..") else "_"
+
+
+def _grouped(name: str) -> str:
+    return f"{_WHERE}{name}" if name.startswith(_BY_LAYER) else name
 
 
 def fit_tags(tags: Mapping[str, str]) -> dict[str, str]:

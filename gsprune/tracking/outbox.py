@@ -8,7 +8,7 @@
                       {"kind": "artifact", "path": "masks/epoch_0002.safetensors", "folder": "masks"}
                       {"kind": "image", "path": "figures/masks/0002.png", "key": "masks", "step": 2, "time_ms": ...}
                       {"kind": "model", "name": "macs-50", "files": ["curve/macs-50/model.safetensors"],
-                       "params": {...}, "values": {"model/accuracy": 0.9}, "step": 50, "time_ms": ...,
+                       "params": {...}, "values": {"model_accuracy": 0.9}, "step": 50, "time_ms": ...,
                        "dataset": {"name": "digits", "digest": "1a2b3c4d"}}
                       {"kind": "finish", "status": "FINISHED", "time_ms": ...}
                     and the numbers of those that MLflow has acknowledged: {"sent": [0, 1]}

@@ -44,7 +44,7 @@ _NAME, _SECTION = "attributes.`Run Name`", "gsprune"
 FINAL_MASKS = "final_masks"  # the picture of a run's last masks, at step 0, where a card opens
 _JOBS = "params.pruner != ''"  # leaves out the parents of sweeps, which carry values of their jobs
 # In the order of the page; what has many charts is closed, and opens with a click.
-_SECTIONS = (("train", True), ("val", True), ("Model metrics", False), ("sparsity", False), ("kept", False))
+_SECTIONS = (("train", True), ("val", True), ("Model metrics", False), ("where/sparsity", False), ("where/kept", False))
 # Okabe and Ito's colours (2008), and some more of about the same lightness.
 _COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
@@ -74,7 +74,7 @@ def experiment_tags(*, time_ms: int) -> dict[str, str]:
 def sweep_view(run_id: str) -> str:
     """The state of a view of the jobs of one sweep, the run of whose parent is given. It has no name, so that an
     experiment of many sweeps keeps a short menu; its link opens it."""
-    return json.dumps(_best(f"tags.mlflow.parentRunId = '{run_id}'"))
+    return _compact(_best(f"tags.mlflow.parentRunId = '{run_id}'"))
 
 
 def sweep_key(run_id: str) -> str:
@@ -105,7 +105,11 @@ def _best(only: str) -> dict[str, Any]:
 
 def _named(name: str, state: Mapping[str, Any], time_ms: int) -> str:
     """The state stands there twice: as text for the menu, and as keys for versions that know no names of views."""
-    return json.dumps({"name": name, "createdAt": time_ms, "updatedAt": time_ms, "state": json.dumps(state), **state})
+    return _compact({"name": name, "createdAt": time_ms, "updatedAt": time_ms, "state": _compact(state), **state})
+
+
+def _compact(state: Mapping[str, Any]) -> str:
+    return json.dumps(state, separators=(",", ":"))  # a tag holds 5,000 characters
 
 
 def _charts() -> dict[str, Any]:

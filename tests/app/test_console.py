@@ -150,7 +150,7 @@ def test_the_summary_compares_dense_and_pruned():
         ["validation accuracy", "96.00 %", "97.00 %", "+1.00 points"],
         ["test accuracy", "99.00 %", "98.00 %", "-1.00 points"],
         ["sparsity of heads and neurons", "0.0 %", "50.0 %"],
-        ["matrix weights in reach", "75.0 %"],
+        ["weights it may prune", "75.0 %"],
         ["parameters", "1,000", "50", "20.00x"],
         ["not zero", "1,000", "40", "25.00x"],
         ["MACs", "600", "300", "2.00x"],

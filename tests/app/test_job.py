@@ -568,7 +568,7 @@ def test_a_sound_run_warns_of_nothing_and_tells_its_coverage(tmp_path, capsys):
         {**result, "coverage": 0.921, "skipped": {f"a.{i}": "it is odd" for i in (0, 1)}}, folder, tracking_uri=None
     )
     out = capsys.readouterr().out
-    row = next(line for line in out.splitlines() if "matrix weights in reach" in line)
+    row = next(line for line in out.splitlines() if "weights it may prune" in line)
     assert "92.1 %" in row
     assert "Left whole: a.{0,1}: it is odd" in out
 

@@ -25,7 +25,7 @@ def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_
     rule = next(i for i, line in enumerate(lines) if line.startswith("-----"))
     labels = [re.split(" {2,}", line.strip())[0] for line in lines[rule + 1 : lines.index("", rule)]]
     accuracies = ["epochs trained", "validation accuracy", "test accuracy"]
-    costs = ["matrix weights in reach", "parameters", "not zero", "MACs", "latency (ms)", "file size"]
+    costs = ["weights it may prune", "parameters", "not zero", "MACs", "latency (ms)", "file size"]
     assert labels == [*accuracies, "sparsity of weights", *costs]
     store = f"sqlite:///{tmp_path.resolve()}/mlflow.db"
     assert lines[-3:-1] == [
@@ -64,10 +64,10 @@ def check_mlflow(store, result):
     dense, pruned = models["dense"], models["elementwise-0-9"]
     numbers = [{metric.key: metric.value for metric in model.metrics} for model in (dense, pruned)]
     for found, prefix in zip(numbers, ("baseline_", ""), strict=True):
-        assert found["model/accuracy"] == result[f"{prefix}accuracy"]
-        assert found["model/val_accuracy"] == result[f"{prefix}val_accuracy"]
-    assert numbers[0]["model/params"] == result["params_dense"]
-    assert numbers[1]["model/params_nonzero"] == result["params_nonzero"]
+        assert found["model_accuracy"] == result[f"{prefix}accuracy"]
+        assert found["model_val_accuracy"] == result[f"{prefix}val_accuracy"]
+    assert numbers[0]["model_params"] == result["params_dense"]
+    assert numbers[1]["model_params_nonzero"] == result["params_nonzero"]
     assert {metric.dataset_name for metric in pruned.metrics} == {"digits"}
     assert {"pruner": "elementwise", "dataset": "digits", "seed": "0"}.items() <= pruned.params.items()
     place = Path(unquote(pruned.artifact_location.removeprefix("file://")))

@@ -132,7 +132,7 @@ def it_is_all_there(run: Any) -> None:
     values = {(metric.key, metric.step): metric.value for metric in run.metrics}
     assert len(run.metrics) == len(values) == 9  # each (name, step) once
     assert [values["val/accuracy", step] for step in STEPS] == [0.1, 0.2, 0.3]
-    assert [values["kept/layers_0_", step] for step in STEPS] == [7, 7, 7]
+    assert [values["where/kept/layers_0_", step] for step in STEPS] == [7, 7, 7]
     assert all(np.isnan(values["loss", step]) for step in STEPS)
     plain = [name for name in run.files if not name.startswith("images/")]
     assert plain == ["config.yaml", "masks/epoch_0002.safetensors", "result.json"]
@@ -200,7 +200,7 @@ def test_models_of_a_run_cut_off_anywhere_are_there_once_and_whole(
                 place.mkdir(parents=True)
                 for name in ("model.safetensors", "pruning.json"):
                     (place / name).write_bytes(b"x")
-                settings = {"params": {"budget.macs": f"0.{share}"}, "values": {"model/accuracy": share / 100}}
+                settings = {"params": {"budget.macs": f"0.{share}"}, "values": {"model_accuracy": share / 100}}
                 dataset = {"name": "digits", "digest": "1a2b"}
                 tracker.log_model(place.name, sorted(place.iterdir()), step=share, dataset=dataset, **settings)
             tracker.finish("FINISHED")
@@ -376,7 +376,7 @@ def test_a_run_killed_in_any_call_is_sent_once(memory: Memory, tmp_path: Path, a
         assert len([name for name in run.files if "images" in name]) == 2 * any(e["kind"] == "image" for e in logged)
         steps = [event["step"] for event in logged if event["kind"] == "metrics"]
         assert sorted((metric.key, metric.step) for metric in run.metrics) == sorted(
-            (key, step) for step in steps for key in ("val/accuracy", "kept/layers_0_", "loss")
+            (key, step) for step in steps for key in ("val/accuracy", "where/kept/layers_0_", "loss")
         )
         assert len(run.params) == 4 + any(event["kind"] == "params" for event in logged)
         assert run.tags.get("late") == ("yes" if any(event["kind"] == "tags" for event in logged) else None)
@@ -698,7 +698,7 @@ def the_server_has_it_once(uri: str, experiment: str) -> None:
         "pruner.target_sparsity": "0.9", "pruner.include": '["*"]', "seed": "1", "note": "x" * 6000, "pruner": "abs",
     }  # fmt: skip
     assert {"hydra.overrides": "pruner=abs", "late": "yes"}.items() <= run.data.tags.items()
-    for name in ("val/accuracy", "kept/layers_0_", "loss"):
+    for name in ("val/accuracy", "where/kept/layers_0_", "loss"):
         assert [metric.step for metric in client.get_metric_history(run_id, name)] == list(STEPS)
     assert [metric.value for metric in client.get_metric_history(run_id, "val/accuracy")] == [0.1, 0.2, 0.3]
     assert [found.path for found in client.list_artifacts(run_id, "masks")] == ["masks/epoch_0002.safetensors"]

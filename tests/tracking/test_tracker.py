@@ -171,8 +171,8 @@ def test_the_end_of_a_with_block_is_the_status(tmp_path: Path, error: type[BaseE
 @pytest.mark.parametrize(
     ("name", "clean"),
     [
-        ("sparsity/a.b", "sparsity/a.b"),
-        ("kept/l[0]@x,y=*", "kept/l_0__x_y__"),
+        ("sparsity/a.b", "where/sparsity/a.b"),
+        ("kept/l[0]@x,y=*", "where/kept/l_0__x_y__"),
         ("a:b", "a_b"),
         ("/a//b/../c/", "a/c"),
         ("../../etc", "etc"),
@@ -320,7 +320,7 @@ def test_a_run_is_in_mlflow_as_it_is_on_the_disk(tmp_path: Path, database: str) 
     assert wanted.items() <= run.data.tags.items()
     history = client.get_metric_history(tracker.run_id, "val/accuracy")
     assert [(m.step, m.value) for m in history] == [(0, 0.5), (1, 0.6), (2, 0.7)]
-    assert run.data.metrics["sparsity/layers_0_.weight"] == 0.1
+    assert run.data.metrics["where/sparsity/layers_0_.weight"] == 0.1
     root = Path(database_file(database).parent) / "mlartifacts" / "real" / tracker.run_id / "artifacts"
     assert (root / "masks" / "epoch_0002.safetensors").read_bytes() == b"masks"
     assert yaml.safe_load((root / "config.yaml").read_text()) == CONFIG
@@ -339,7 +339,7 @@ def test_networks_of_a_run_are_logged_models_with_files_settings_and_numbers(tmp
         folder = tmp_path / "run" / "curve" / f"macs-{100 * share:g}"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(f"{share}".encode())
-        settings = {"params": {"budget.macs": f"{share}"}, "values": {"model/accuracy": share, "model/loss": 1.0}}
+        settings = {"params": {"budget.macs": f"{share}"}, "values": {"model_accuracy": share, "model_loss": 1.0}}
         files = [folder / "model.safetensors", folder / "missing"]
         tracker.log_model(folder.name, files, step=round(100 * share), dataset=DIGITS, **settings)
     tracker.finish("FINISHED")
@@ -351,15 +351,15 @@ def test_networks_of_a_run_are_logged_models_with_files_settings_and_numbers(tmp
     for name, share in (("macs-75", 0.75), ("macs-50", 0.5)):
         model = client.get_logged_model(found[name].model_id)
         assert (model.source_run_id, model.params) == (tracker.run_id, {"budget.macs": f"{share}"})
-        assert {metric.key: metric.value for metric in model.metrics} == {"model/accuracy": share, "model/loss": 1.0}
+        assert {metric.key: metric.value for metric in model.metrics} == {"model_accuracy": share, "model_loss": 1.0}
         assert {(metric.dataset_name, metric.dataset_digest) for metric in model.metrics} == {("digits", "1a2b")}
         place = Path(unquote(model.artifact_location.removeprefix("file://")))
         assert (place / "model.safetensors").read_bytes() == f"{share}".encode()
-    history = client.get_metric_history(tracker.run_id, "model/accuracy")
+    history = client.get_metric_history(tracker.run_id, "model_accuracy")
     assert sorted((m.step, m.value) for m in history) == [(50, 0.5), (75, 0.75)]
     assert [(used.dataset.name, used.dataset.digest) for used in run.inputs.dataset_inputs] == [("digits", "1a2b")]
     ranked = client.search_logged_models(
-        [run.info.experiment_id], order_by=[{"field_name": "metrics.model/accuracy", "ascending": False}]
+        [run.info.experiment_id], order_by=[{"field_name": "metrics.model_accuracy", "ascending": False}]
     )
     assert [model.name for model in ranked] == ["macs-75", "macs-50"]
 
@@ -543,7 +543,7 @@ def test_what_is_unsent_holds_all_that_a_later_upload_needs(faulty: Any, tmp_pat
     assert start["params"]["pruner.target_sparsity"] == "0.9"
     mark = json.loads((tmp_path / "tracking.json").read_text())["record"]
     assert {"hydra.overrides": "pruner=abs", "gsprune.record": mark}.items() <= start["tags"].items()
-    assert metrics["values"] == {"val/accuracy": 0.5, "sparsity/layers_0_.weight": 0.1}
+    assert metrics["values"] == {"val/accuracy": 0.5, "where/sparsity/layers_0_.weight": 0.1}
     assert metrics["step"] == 0
     assert abs(metrics["time_ms"] - time.time() * 1000) < 60_000
     paths = [event["path"] for event in (config, image, masks)]  # as seen from the directory, which may be moved

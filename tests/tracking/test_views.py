@@ -41,7 +41,7 @@ def test_the_columns_are_numbers_of_a_result_and_choices_of_a_job() -> None:
     assert (masks["imageKeys"], masks["step"]) == (["final_masks"], 0)
     assert [(s["name"], s["display"]) for s in view["compareRunSections"]] == [
         *(("Sweep", True), ("train", True), ("val", True)),
-        *(("Model metrics", False), ("sparsity", False), ("kept", False)),
+        *(("Model metrics", False), ("where/sparsity", False), ("where/kept", False)),
     ]
 
 

@@ -241,7 +241,7 @@ def track_model(
     """
     inside = {path: path.relative_to(job.folder).as_posix() for path in files}
     written = [path for path, known in inside.items() if path.is_file() and known not in job.writer.unwritten]
-    values = {f"model/{key}": float(numbers[key]) for key in OF_MODELS if numbers.get(key) is not None}
+    values = {f"model_{key}": float(numbers[key]) for key in OF_MODELS if numbers.get(key) is not None}
     dataset = {"name": job.result["choices"].get("dataset", "dataset"), "digest": dataset_digest(job.cfg)}
     job.tracker.log_model(name, written, params=params, values=values, step=step, dataset=dataset)
 

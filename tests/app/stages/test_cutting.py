@@ -278,12 +278,12 @@ def test_a_curve_is_a_table_a_picture_networks_and_logged_models(tmp_path, weigh
         assert abs(row["left"] - row["budget"]) < 0.05
         model = client.get_logged_model(models[row["name"]].model_id)
         assert model.params == {"budget.macs": f"{row['budget']:g}", "criterion": "Fisher"}
-        assert {m.key: m.value for m in model.metrics}["model/accuracy"] == row["accuracy"]
-    history = client.get_metric_history(result["mlflow_run_id"], "model/val_accuracy")
+        assert {m.key: m.value for m in model.metrics}["model_accuracy"] == row["accuracy"]
+    history = client.get_metric_history(result["mlflow_run_id"], "model_val_accuracy")
     found = {m.step: m.value for m in history}
     assert found.items() >= {round(100 * row["budget"]): row["val_accuracy"] for row in rows}.items()
     mine = client.get_logged_model(models[own.pop()].model_id)
-    assert {m.key: m.value for m in mine.metrics}["model/val_accuracy"] == result["val_accuracy"]
+    assert {m.key: m.value for m in mine.metrics}["model_val_accuracy"] == result["val_accuracy"]
 
 
 @pytest.mark.slow
