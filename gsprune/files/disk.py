@@ -237,7 +237,7 @@ def read_json(path: str | os.PathLike[str], *, most: int | None = None) -> Any:
     most = _MAX_JSON if most is None else most
     path = Path(path)
     if not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+        raise ValueError(f"{path.absolute()} {'is not a file' if path.exists() else 'does not exist'}")
     if path.stat().st_size > most:
         raise ValueError(f"{path} is too large: it has more than {most:,} bytes")
     content = path.read_bytes()

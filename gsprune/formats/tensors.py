@@ -108,7 +108,7 @@ def read_header(path: str | os.PathLike[str], wanted: str) -> Header:
 
 def _read_table(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path.absolute()} does not exist")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

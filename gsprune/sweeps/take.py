@@ -18,6 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from gsprune.files.disk import folder_aside, read_object, sha256, write_json
 from gsprune.files.layout import CONFIG, RESULT, TRACKING
 from gsprune.sweeps.report import SweepJobs, add_terms, terms_of
@@ -56,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = take(sweep.directory, job, _target(sweep.directory, given.to), why)
         say(f"{why}.")
         say(f"Took {job.folder} to {folder}")
-        say(f"Load it: gsprune.load_pruned({str(folder)!r}, dense_network)")
+        importing, dense = _dense(folder / CONFIG)
+        say(f"Load it: {importing}gsprune.load_pruned({str(folder)!r}, {dense})")
         if given.register:
             settings = {"tracking_uri": given.tracking_uri, "alias": CHAMPION if is_choice else None}
             say(f"Registered: {register(job, folder, given.register, **settings)}")
@@ -134,6 +137,21 @@ def _chosen(sweep: SweepJobs, name: str | None) -> tuple[JobResult, str, bool]:
         raise ValueError(f"{sweep.directory} has several models or data sets, with a verdict each: choose {some}")
     ((verdict, job),) = takes
     return job, str(verdict), True
+
+
+def _dense(config: Path) -> tuple[str, str]:
+    """What to import, and the call that makes the network which a job's settings describe; without them, a word for it.
+
+    Weights that it began with are of no use to what is loaded into it.
+    """
+    found = OmegaConf.select(OmegaConf.load(config), "model") if config.is_file() else None
+    found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+    model = {str(key): value for key, value in found.items() if key != "weights"} if isinstance(found, dict) else {}
+    module, _, name = str(model.pop("_target_", "")).rpartition(".")
+    plain = all(value is None or isinstance(value, (bool, int, float, str)) for value in model.values())
+    if not module or not plain or any(not key.isidentifier() or key.startswith("_") for key in model):
+        return "", "dense_network"
+    return f"from {module} import {name}; ", f"{name}({', '.join(f'{key}={value!r}' for key, value in model.items())})"
 
 
 def _target(sweep: Path, given: str | None) -> Path:

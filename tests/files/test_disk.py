@@ -20,6 +20,9 @@ def test_json_is_read_from_a_file_alone_and_not_from_a_large_one(
     path = tmp_path / "a.json"
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} does not exist$"):
         read_json(path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} does not exist$"):
+        read_json("a.json")  # the folder that was meant is often another one
     os.mkfifo(path)  # reading it would wait for ever
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is not a file$"):
         read_json(path)

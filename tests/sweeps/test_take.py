@@ -29,7 +29,8 @@ def job(folder: Path, pruner: str, accuracy: float, seed: int, *words: str) -> N
         **{"sparsity_of": "channels", "config_hash": f"hash{folder.name}", "overrides": [f"pruner={pruner}", *words]},
     }
     (folder / "result.json").write_text(json.dumps(told))
-    (folder / "config.yaml").write_text(f"seed: {seed}\n")
+    model = "model: {_target_: torch.nn.Linear, in_features: 4, out_features: 2, bias: true, weights: w.safetensors}"
+    (folder / "config.yaml").write_text(f"seed: {seed}\n{model}\n")
     torch.manual_seed(seed)
     save_pruned(folder, network(), None)
     save_masks(folder / "masks.safetensors", {"0.weight": torch.arange(12).reshape(3, 4) % 2 == 0})
@@ -61,8 +62,10 @@ def test_it_takes_what_the_verdict_says_and_notes_where_it_comes_from(
     assert (origin["job"], origin["config_hash"], origin["sweep"]) == ("4", "hash4", str(sweep))
     assert origin["sha256"]["model.safetensors"] == sha256(sweep / "4" / "model.safetensors")
     assert_tells(origin["why"], "ake abs at 50 % of channels", "2.0x fewer parameters", "0.5 ± 0.1 points below")
-    first, *_ = capsys.readouterr().out.splitlines()
+    first, *_, last = capsys.readouterr().out.splitlines()
     assert first == f"{origin['why']}."
+    made = "Linear(in_features=4, out_features=2, bias=True)"
+    assert last == f"Load it: from torch.nn import Linear; gsprune.load_pruned('taken/day_time', {made})"
 
 
 def test_a_job_is_taken_by_name_whatever_the_verdict(sweep: Path, tmp_path: Path) -> None:
