@@ -49,6 +49,7 @@ def run_command(main: Callable[[], Any], conf: Path) -> int:
     Args:
         conf: the directory of its configuration, from which the names come that a misspelt one may have meant.
     """
+    sys.argv[1:] = _in_one_piece(sys.argv[1:])
     if os.environ.get(FULL_ERROR) == "1":
         main()
         return 0
@@ -63,6 +64,16 @@ def run_command(main: Callable[[], Any], conf: Path) -> int:
         return 1
     finally:
         del os.environ[FULL_ERROR]
+
+
+def _in_one_piece(words: Sequence[str]) -> list[str]:
+    """The words of a command with `--multirun` in front: Hydra's parser refuses overrides on both sides of it.
+
+    >>> _in_one_piece(["pruner=abs", "-m", "seed=0,1"])
+    ['-m', 'pruner=abs', 'seed=0,1']
+    """
+    flags = [word for word in words if word in ("--multirun", "-m")]
+    return [*flags, *(word for word in words if word not in flags)]
 
 
 def _told(error: BaseException, conf: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,6 +84,15 @@ def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch, 
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     assert refusals.run_command(main, ROOT / "conf") == 1
     assert_tells(capsys.readouterr().err.splitlines()[0], tmp_path / "file" / "run", "not a directory", "hydra.run.dir")
+
+
+@pytest.mark.parametrize("full", ["0", "1"])
+def test_multirun_may_stand_between_overrides(monkeypatch, full):
+    seen = []
+    monkeypatch.setenv("HYDRA_FULL_ERROR", full)
+    monkeypatch.setattr(sys, "argv", ["train.py", "pruner=abs", "--multirun", "seed=0,1"])
+    assert refusals.run_command(lambda: seen.extend(sys.argv), ROOT / "conf") == 0
+    assert seen == ["train.py", "--multirun", "pruner=abs", "seed=0,1"]
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch, capsys):
