@@ -27,6 +27,7 @@ from gsprune.surgery.averages import averaged_dims
 from gsprune.surgery.narrow_forward import (
     What,
     asks_for_shape,
+    forget_means,
     running_module,
     size_name,
     sized_parts,
@@ -248,6 +249,7 @@ def follow(model: nn.Module, args: Example) -> tuple[Log, Counter[nn.Module]]:
     """
     log = Log(Atoms())
     twin = copy_of(model, sharing=True)
+    forget_means(twin)
     calls: Counter[nn.Module] = Counter()
     with ExitStack() as stack:
         stack.enter_context(_labelled(twin, log))

@@ -833,9 +833,9 @@ def layer_norm(call: Call) -> Result:
     return [made, *[None] * (len(call.result) - 1)] if isinstance(call.result, tuple | list) else made
 
 
-def stream_norm(call: Call, dim: int, kind: str) -> Value:
+def stream_norm(call: Call, dim: int, kind: str, value: Value | None = None) -> Value:
     """Along the stream's own dimension units are mixed, but only by their mean and their mean square."""
-    value, found = call.first(), []
+    value, found = value or call.first(), []
     for layer in value.layers:
         left: Tensor | None = layer
         if dims_of(layer) == {dim}:
@@ -850,8 +850,12 @@ INSIDE_NORM = "it passes a {}, which mixes units"
 
 
 def group_norm(call: Call) -> list[Value | None]:
-    """A unit is a whole group."""
+    """A unit is a whole group; where all is one group, a channel, as of a LayerNorm."""
     value, groups = call.first(), call["group"]
+    if groups == 1 and call.log.is_told:
+        rest = without(call.log, value, range(2, len(value.shape)), INSIDE_NORM.format("GroupNorm"))
+        made = stream_norm(call, 1, "GroupNorm of one group", put(value, rest, value.shape))
+        return [put(value, made.layers, call.shape), *[None] * (len(call.result) - 1)]
     shape = (value.shape[0], groups, value.shape[1] // groups, *value.shape[2:])
     apart = put(value, reshaped(call.log, value, shape), shape)
     dims = [2, *range(3, len(shape))]

@@ -5,7 +5,8 @@ With x the n entries that are left along a dimension that had N, and c = N - n,
     mean = sum(x) / N,    sum of squares around it = sum((x - mean)^2) + c mean^2.
 
 So of every call that averages: `mean`, `var`, `std`, `var_mean`, `std_mean`, and the functions `layer_norm` and
-`rms_norm` over one dimension. The norms that are modules are in `narrow_norm`.
+`rms_norm` over one dimension and `group_norm` of one group. LayerNorms and RMSNorms that are modules are in
+`narrow_norm`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _MEANS: set[Any] = {Tensor.mean, torch.mean}
 _SPREADS: set[Any] = {Tensor.var, torch.var, Tensor.std, torch.std, torch.var_mean, torch.std_mean}
 _ROOTS: set[Any] = {Tensor.std, torch.std, torch.std_mean}
 _PAIRS: set[Any] = {torch.var_mean, torch.std_mean}
-_NORMS: set[Any] = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm}
+_GROUPS: set[Any] = {F.group_norm, torch.group_norm}
+_NORMS: set[Any] = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, *_GROUPS}
 _RMS: set[Any] = {F.rms_norm, torch.rms_norm}
 
 
@@ -38,6 +40,8 @@ def averaged_dims(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping
     if not (is_norm or func in _MEANS or func in _SPREADS) or not args or not isinstance(args[0], Tensor):
         return []
     count = args[0].dim()
+    if func in _GROUPS:
+        return list(range(1, count)) if _argument(args, kwargs, 1, "num_groups") == 1 else []
     if is_norm:
         shape = _argument(args, kwargs, 1, "normalized_shape")
         return [count - 1] if len(shape) == 1 else []
@@ -68,7 +72,7 @@ def virtual_average(
     total = math.prod(virtual.values())
     gone = total - math.prod(lengths.values())
     if func in _NORMS:
-        return _norm(func, args, kwargs, gone, total)
+        return _norm(func, args, kwargs, dims, gone, total)
     mean, squares = _around_mean(x, dims, gone, total)
     variance = squares / (total - _correction(args, kwargs))
     spread = variance.sqrt() if func in _ROOTS else variance
@@ -83,8 +87,8 @@ def _around_mean(x: Tensor, dims: list[int], gone: int, total: int) -> tuple[Ten
     return mean, (x - mean).square().sum(dims, keepdim=True) + gone * mean.square()
 
 
-def _norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], gone: int, total: int) -> Tensor:
-    """The functions layer_norm and rms_norm; half precision is computed in float32."""
+def _norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], dims: list[int], gone: int, total: int) -> Tensor:
+    """The functions layer_norm, rms_norm and group_norm; half precision is computed in float32."""
     x: Tensor = args[0]
     is_rms = func in _RMS
     weight, bias = _argument(args, kwargs, 2, "weight"), None if is_rms else _argument(args, kwargs, 3, "bias")
@@ -93,13 +97,14 @@ def _norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], gone: int, 
         eps = torch.finfo(x.dtype).eps if is_rms else 1e-5
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     if is_rms:
-        squares = y.square().sum(-1, keepdim=True)
+        squares = y.square().sum(dims, keepdim=True)
     else:
-        mean, squares = _around_mean(y, [-1], gone, total)
+        mean, squares = _around_mean(y, dims, gone, total)
         y = y - mean
     y = y * torch.rsqrt(squares / total + eps)
-    y = y if weight is None else y * weight
-    return (y if bias is None else y + bias).to(x.dtype)
+    shape = [-1, *[1] * (len(dims) - 1)]  # of a group norm, along the first
+    y = y if weight is None else y * weight.view(shape)
+    return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 
 
 def _correction(args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:

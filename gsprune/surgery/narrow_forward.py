@@ -2,8 +2,8 @@
 
 Such a module runs the same forward pass with the numbers of the dense network: shapes that it asks for are the dense
 ones, its attributes stay. Where it makes a tensor of some sizes (`view`, `expand`, `unflatten`, `split`, `zeros`),
-the sizes that are left are put in. What it averages over (`mean`, `var`, `std`, the functions `layer_norm` and
-`rms_norm`) goes on having the dense number of entries, those that are gone as zeros (`gsprune.surgery.averages`).
+the sizes that are left are put in. What it averages over (`mean`, `var`, `std`, the functions `layer_norm`,
+`rms_norm` and `group_norm`) goes on having the dense number of entries, those that are gone as zeros (`gsprune.surgery.averages`).
 `narrow_forward` does that in place. Calls are counted in the order in which the
 module itself makes them; those of the modules that it calls are theirs.
 
@@ -320,6 +320,13 @@ def narrow_forward(module: Any, numbers: Mapping[What, Numbers]) -> None:
     module.dense_shapes = _kept(module.dense_shapes, numbers.get("shape", {}))
     module.dense_sizes = _kept(module.dense_sizes, numbers.get("dense", {}))
     module.dense_means = _kept(module.dense_means, numbers.get("mean", {}))
+
+
+def forget_means(model: nn.Module) -> None:
+    """Let all modules average over the entries that are there, for once: whose values do not matter is copied before."""
+    for module in model.modules():
+        if isinstance(module, NarrowForward):
+            module.dense_means = {}
 
 
 def _kept(before: Numbers, new: Numbers) -> Numbers:

@@ -36,6 +36,20 @@ def response() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.GELU(), ResponseNorm(), nn.Conv2d(WIDTH, 4, 1))
 
 
+class Pool(nn.Module):
+    """Of PoolFormer: a stream of channels, whose norm is over all of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, WIDTH, 3), nn.GroupNorm(1, WIDTH)
+        self.up, self.down, self.head = nn.Conv2d(WIDTH, 12, 1), nn.Conv2d(12, WIDTH, 1), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.head(F.group_norm(x, 1).mean((2, 3)))
+
+
 class Functional(nn.Module):
     """A block whose norm is a line of its forward pass."""
 
@@ -77,6 +91,14 @@ class TestAverages(NetworkTester):
     networks: ClassVar = {
         "response": Network(
             response, IMAGES, [("0", "channels", WIDTH)], others=[torch.randn(5, 3, 9, 7)], again=True, onnx=True
+        ),
+        "pool": Network(
+            Pool,
+            IMAGES,
+            {"residual": 1, "channels": 1},
+            kinds=("residual", "channels"),
+            others=[torch.randn(1, 3, 9, 7)],
+            again=True,
         ),
         "rms": functional("rms", again=True),
         "standard": functional("standard"),
@@ -135,8 +157,16 @@ def test_norms_that_are_functions(norm: Any) -> None:
     torch.testing.assert_close(made, norm(whole, (5,))[..., :3])
 
 
+def test_a_group_norm_of_one_group() -> None:
+    whole, weight, bias = WHOLE.clone(), torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    whole[:, 2:] = 0
+    made = virtual_average(F.group_norm, (whole[:, :2], 1, weight[:2], bias[:2], 1e-3), {}, {1: 3})
+    torch.testing.assert_close(made, F.group_norm(whole, 1, weight, bias, 1e-3)[:, :2])
+
+
 def test_other_calls_average_over_nothing() -> None:
     assert averaged_dims(F.layer_norm, (WHOLE, (3, 5)), {}) == []
+    assert averaged_dims(F.group_norm, (WHOLE, 3), {}) == []
     assert averaged_dims(torch.sum, (WHOLE, 2), {}) == []
     assert averaged_dims(torch.mean, (), {"input": WHOLE}) == []
     same = virtual_average(torch.mean, (WHOLE, 2), {}, {2: 5})
