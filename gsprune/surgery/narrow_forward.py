@@ -284,7 +284,6 @@ class NarrowForward:
     dense_means: Numbers
     shapes_left: Numbers
     sizes_left: Numbers
-    forward = torch.compiler.disable(_forward)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (type(self).__mro__[2],), self.__dict__
@@ -292,7 +291,9 @@ class NarrowForward:
 
 @cache
 def _narrow_class(cls: Any) -> Any:
-    return type(cls.__name__, (NarrowForward, cls), {"__module__": cls.__module__})
+    """With a forward pass that no compiler reads: `torch.compiler.disable` imports for two seconds."""
+    forward = torch.compiler.disable(_forward)  # type: ignore[no-untyped-call]
+    return type(cls.__name__, (NarrowForward, cls), {"__module__": cls.__module__, "forward": forward})
 
 
 def _empty(cls: type[nn.Module]) -> nn.Module:
