@@ -138,6 +138,9 @@ def test_on_paper_nothing_is_cut_off_and_all_pictures_are_there(driver: Any, pag
     shown = "return [...document.querySelectorAll('.plot')].map(e => getComputedStyle(e).display)"
     assert driver.execute_script(shown) == ["block", "block", "block"]
     assert brightness(driver, "body", "backgroundColor") > 0.9
+    rows = """return [...document.querySelectorAll('.cards tbody tr:not(.group)')].map(e => {
+      const style = getComputedStyle(e); return style.breakInside + ' ' + style.breakAfter })"""
+    assert set(driver.execute_script(rows)) == {"avoid auto"}  # a row is on one page, and may be the last of it
 
 
 def test_the_switch_works_without_a_script(driver: Any, page: str) -> None:
