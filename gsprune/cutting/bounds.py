@@ -15,6 +15,7 @@ import numpy as np
 __all__ = ["certifies", "drop_bound", "least_samples", "mean_bound", "paired_bound"]
 
 _TAIL = 1e-8  # what the sums leave out, at most; it is added to them
+_FAR = 1e-10  # tails below half of this are 0: far less than _TAIL
 _ASIDE = 0.02  # of the chance to be wrong, for p01 outside its interval
 _LEAF = 0.04  # of a standard error: cells of the unknown p01 that are not divided further
 _TOLERANCE = 0.02  # of a standard error: how far above the exact bound what is returned may be
@@ -210,7 +211,9 @@ class _Paired:
         table = self.log_factorial
         with np.errstate(divide="ignore"):
             front = table[n] - table[j - 1] - table[n - j] + j * np.log(p) + (n - j + 1) * np.log1p(-p)
-        tail = np.exp(front) * _continued_fraction(alpha, beta, x) / alpha
+        first = np.exp(front) / alpha  # the tail is this times the fraction, which is at most (n + 3) / 2 here
+        tail, near = np.zeros(len(todo)), np.flatnonzero(first * (n + 3) > _FAR)
+        tail[near] = first[near] * _continued_fraction(alpha[near], beta[near], x[near])
         chance[todo] = np.where(upper, 1 - tail, tail)
         return chance
 
@@ -218,6 +221,7 @@ class _Paired:
 def _continued_fraction(a: np.ndarray, b: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Of the incomplete beta function, by Lentz's method (Press et al., "Numerical Recipes", 6.4)."""
     tiny = 1e-300
+    found, left = np.empty(len(x)), np.arange(len(x))  # where the fraction has not converged
     c, d = np.ones(len(x)), 1 - (a + b) * x / (a + 1)
     d = 1 / np.where(np.abs(d) < tiny, tiny, d)
     value = d.copy()
@@ -229,8 +233,12 @@ def _continued_fraction(a: np.ndarray, b: np.ndarray, x: np.ndarray) -> np.ndarr
             d = 1 / np.where(np.abs(d) < tiny, tiny, d)
             c = np.where(np.abs(c) < tiny, tiny, c)
             value *= d * c
-        if (np.abs(d * c - 1) < 1e-11).all():
-            return value
+        on = np.abs(d * c - 1) >= 1e-11
+        if 2 * np.count_nonzero(on) <= len(on):
+            found[left[~on]] = value[~on]
+            a, b, x, c, d, value, left = a[on], b[on], x[on], c[on], d[on], value[on], left[on]
+            if not len(left):
+                return found
     raise AssertionError("the continued fraction does not converge")
 
 

@@ -3,9 +3,9 @@
 Such a module runs the same forward pass with the numbers of the dense network: shapes that it asks for are the dense
 ones, its attributes stay. Where it makes a tensor of some sizes (`view`, `expand`, `unflatten`, `split`, `zeros`),
 the sizes that are left are put in. What it averages over (`mean`, `var`, `std`, the functions `layer_norm`,
-`rms_norm` and `group_norm`) goes on having the dense number of entries, those that are gone as zeros (`gsprune.surgery.averages`).
-`narrow_forward` does that in place. Calls are counted in the order in which the
-module itself makes them; those of the modules that it calls are theirs.
+`rms_norm` and `group_norm`) goes on having the dense number of entries, those that are gone as zeros
+(`gsprune.surgery.averages`). `narrow_forward` does that in place. Calls are counted in the order in which the module
+itself makes them; those of the modules that it calls are theirs.
 
 Names in a cut plan: "blocks.0.attn.size:2:1" is what dimension 1 (of a split: part 1) has to be in call number 2,
 "blocks.0.attn.shape:0:2" what dimension 2 of the first tensor is said to be whose shape is asked for, and
@@ -324,7 +324,7 @@ def narrow_forward(module: Any, numbers: Mapping[What, Numbers]) -> None:
 
 
 def forget_means(model: nn.Module) -> None:
-    """Let all modules average over the entries that are there, for once: whose values do not matter is copied before."""
+    """Let all modules average over the entries that are there, for once: whose values do not matter, copied before."""
     for module in model.modules():
         if isinstance(module, NarrowForward):
             module.dense_means = {}
