@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -196,6 +196,18 @@ class Calibration:
         other._loss = _signed_sum
         return other
 
+    def output_change(self, dense: Any, other: Any, batch: Batch) -> Tensor:
+        """How much the outputs of each sample differ between two networks: |z_b - z'_b|^2, (b,).
+
+        Of what `of_outputs` returned, whose batches these are; the outputs are those, and as large as it says there.
+        """
+        numbers, mask = batch.targets
+        pair = [_of_samples(outputs, len(numbers)) for outputs in (dense, other)]
+        total = torch.zeros(len(numbers), device=pair[0][0].device)
+        for a, b, size in zip(*pair, _sizes(pair[0]), strict=True):
+            total = total + _inside(a.float() - b.float(), mask).reshape(len(a), -1).square().sum(1) / size**2
+        return total
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of a network on a batch that lies on its device, a scalar.
 
@@ -291,14 +303,26 @@ def _signed_sum(outputs: Any, targets: tuple[Tensor, Tensor | None]) -> Tensor:
     numbers, mask = targets
     found = _of_samples(outputs, len(numbers))
     total = torch.zeros(len(numbers), device=found[0].device)
-    for place, tensor in enumerate(found):
+    for place, (tensor, size) in enumerate(zip(found, _sizes(found), strict=True)):
         signs = torch.stack([_signs(tensor.shape[1:], int(n), place) for n in numbers.tolist()]).to(tensor.device)
-        if mask is not None and tensor.dim() > mask.dim() and tensor.shape[: mask.dim()] == mask.shape:
-            signs = signs * mask.to(signs).reshape(mask.shape + (1,) * (tensor.dim() - mask.dim()))
-        summed = (tensor.float() * signs).flatten(1).sum(1) if tensor.dim() > 1 else tensor.float() * signs
-        size = tensor.detach().float().flatten(1).square().mean(1).sqrt() if tensor.dim() > 1 else tensor.detach().abs()
-        total = total + (summed / size.clamp(min=1e-30) if len(found) > 1 else summed)
+        summed = (_inside(tensor.float() * signs, mask)).flatten(1).sum(1) if tensor.dim() > 1 else tensor * signs
+        total = total + summed / size
     return total.mean()
+
+
+def _inside(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero where the tokens of a sample are left out."""
+    if mask is None or tensor.dim() <= mask.dim() or tensor.shape[: mask.dim()] != mask.shape:
+        return tensor
+    return tensor * mask.to(tensor).reshape(mask.shape + (1,) * (tensor.dim() - mask.dim()))
+
+
+def _sizes(found: Sequence[Tensor]) -> list[Tensor | float]:
+    """What each output is divided by, (b,): its root mean square where there are several."""
+    if len(found) == 1:
+        return [1.0]
+    values = [tensor.detach().float().reshape(len(tensor), -1) for tensor in found]
+    return [value.square().mean(1).sqrt().clamp(min=1e-30) for value in values]
 
 
 def _signs(shape: torch.Size, number: int, place: int) -> Tensor:

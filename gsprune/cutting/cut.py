@@ -35,7 +35,7 @@ from gsprune.cutting.how_much import (
     values_of,
 )
 from gsprune.cutting.progress import Line, Report, silent
-from gsprune.cutting.scoring import gate_gradients, readers, sharing_copy, unit_scores
+from gsprune.cutting.scoring import branch_changes, gate_gradients, readers, sharing_copy, unit_scores
 from gsprune.cutting.settled import Settled
 from gsprune.cutting.size import Size
 from gsprune.cutting.weights import PrunedWeights, WeightPruner, WeightScope
@@ -453,6 +453,7 @@ class Cutter:
                     raise
         self.gates: dict[str, Tensor] = {}  # gate gradients of single samples, of criteria that are read off them
         self._felt: dict[str, Tensor] = {}  # those of the outputs instead of the loss, of criteria that read inputs
+        self._changes: dict[str, Tensor] = {}  # scores of branches of such criteria
         self._twin = sharing_copy(model, requires_grad=True)
         self.scored, self.settled = 0, 0
         settled = [*settle, *[()] * (len(rules) - len(settle))]
@@ -546,7 +547,8 @@ class Cutter:
             self._note_scored(settled)
             return found
         data, gates = self.data, self.gates
-        if criterion.reads_inputs and (of_outputs := self.data.of_outputs(self.model)) is not None:
+        of_outputs = self.data.of_outputs(self.model) if criterion.reads_inputs else None
+        if of_outputs is not None:
             data, gates = of_outputs, self._felt
         new = [s for s in structures if s.name not in gates]
         by_gates = Fisher() if criterion.reads_inputs else criterion  # which the same gradients settle
@@ -560,13 +562,19 @@ class Cutter:
             self._note_scored(settled)
         if not criterion.reads_inputs:
             return {s.name: _of_gates(criterion, gates[s.name]) for s in structures}
+        branches = [s for s in structures if s.kind == "branches" and s.name not in self._changes]
+        if branches and of_outputs is not None:
+            self._changes |= branch_changes(self.model, branches, of_outputs)
         reading = readers(self.model, structures, self.data)
-        return {
-            s.name: criterion.of_readers(reading[s.name], gates[s.name]).cpu()
-            if reading[s.name]
-            else _of_gates(by_gates, gates[s.name])
-            for s in structures
-        }
+
+        def score(name: str) -> Tensor:
+            if name in self._changes:
+                return self._changes[name]
+            if reading[name]:
+                return criterion.of_readers(reading[name], gates[name]).cpu()
+            return _of_gates(by_gates, gates[name])
+
+        return {s.name: score(s.name) for s in structures}
 
     def _kept(self, parts: Sequence[Part], scores: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """What parts keep by running scores; None where these say nothing yet."""

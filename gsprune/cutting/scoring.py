@@ -28,12 +28,14 @@ from gsprune.structures.example import call
 from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
 from gsprune.structures.structure import INNER, Member, Structure
-from gsprune.structures.twin import copy_of
+from gsprune.structures.twin import copy_of, every_tensor
 from gsprune.surgery.narrow_attention import narrow
+from gsprune.surgery.shrink import mask_units
 
 SMALL = 4  # samples in a batch whose gradient of the weights stands for a sample's
 NARROW = 1024  # columns up to which a linear layer is seen as it is
 WIDE = 8192  # columns of a reader whose second moments are taken: half a gigabyte
+EACH = 64  # samples that a branch is judged by
 ROWS = 50_000  # of what a layer reads, that its second moments are taken of
 Side = tuple[str, int]  # a tensor and one of its dimensions
 Progress = Callable[[int], None]  # told how many samples are done
@@ -87,6 +89,28 @@ def gate_gradients(
 
 def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def branch_changes(model: nn.Module, structures: Sequence[Structure], of_outputs: Calibration) -> dict[str, Tensor]:
+    """What the outputs z of a network change by without a branch: s = mean over samples of |z_b - z'_b|^2, (1,) each.
+
+    Of one branch after the other, all others in place, on at most `EACH` samples: a gate's gradient says little of so
+    large a step. The unit is that of E (dl_b / da)^2 of a gate's gradients (`Calibration.of_outputs`).
+    """
+    data = of_outputs if of_outputs.size <= EACH else of_outputs.split(EACH)[0]
+    twin, device = copy_of(model), device_of(model)
+    tensors = every_tensor(twin, every_name=True)
+    dense = {s.name: [tensors[m.tensor].detach().clone() for m in s.masked] for s in structures}
+    gone, total = [torch.zeros(1, dtype=torch.bool)], {s.name: torch.zeros(1, device=device) for s in structures}
+    with evaluating([twin]), no_fast_path(), same_randomness(twin), torch.no_grad():
+        for batch in (batch.to(device) for batch in data.batches):
+            whole = call(twin, batch.inputs)
+            for structure in structures:
+                mask_units(twin, [structure], gone)
+                total[structure.name] += data.output_change(whole, call(twin, batch.inputs), batch).sum()
+                for member, values in zip(structure.masked, dense[structure.name], strict=True):
+                    tensors[member.tensor].copy_(values)
+    return {name: (value / data.size).cpu() for name, value in total.items()}
 
 
 def unit_scores(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from gsprune.criteria import OBS, PLATON, Abs, Fisher, Magnitude, Random, Weighted
 from gsprune.cutting import scoring
 from gsprune.cutting.calibration import Calibration
-from gsprune.cutting.scoring import gate_gradients, readers, unit_scores
+from gsprune.cutting.scoring import branch_changes, gate_gradients, readers, unit_scores
+from gsprune.discovery.branches import find_branches
 from gsprune.discovery.find import find_structures
 
 
@@ -311,6 +312,22 @@ def test_tokens_behind_the_mask_do_not_count() -> None:
 )
 def test_outputs_without_a_number_a_sample_leave_it_to_the_loss(answer: Callable[[Tensor], Any]) -> None:
     assert Calibration([torch.randn(3, 6)]).of_outputs(Several(answer)) is None
+
+
+def test_a_branch_is_scored_by_what_the_outputs_change_without_it() -> None:
+    torch.manual_seed(0)
+    model, x = nets.ViT().eval(), nets.images(7)
+    before = copy.deepcopy(model.state_dict())
+    data = Calibration([x[:4], x[4:]]).of_outputs(model)
+    assert data is not None
+    scores = branch_changes(model, find_branches(model, x).structures, data)
+    for name, layer in (("blocks.0.attn", "blocks.0.attn.proj"), ("blocks.1.fc2", "blocks.1.fc2")):
+        without = copy.deepcopy(model)
+        for parameter in without.get_submodule(layer).parameters():
+            nn.init.zeros_(parameter)
+        torch.testing.assert_close(scores[name], (model(x) - without(x)).square().sum(1).mean().reshape(1))
+    assert len({float(score) for score in scores.values()}) == len(scores) == 4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_gradient_that_is_not_finite_is_an_error() -> None:
