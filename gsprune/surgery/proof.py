@@ -21,6 +21,7 @@ from gsprune.structures.structure import Member, Structure
 from gsprune.structures.twin import every_tensor, to_precision
 from gsprune.surgery.readings import (
     COARSER,
+    Grids,
     Reading,
     Rows,
     first_difference,
@@ -273,20 +274,26 @@ class Masked:
                 continue
         return False
 
-    def read(self, number: int, structures: Sequence[Structure], *, changed: bool = False) -> list[Reading]:
+    def read(
+        self, number: int, structures: Sequence[Structure], *, changed: bool = False, grids: Grids | None = None
+    ) -> list[Reading]:
         """What the readers give in a round; units that the structures lose are masked.
 
         Args:
             changed: whether what produces the units that are gone holds other rows.
+            grids: what the layers' outputs are rounded by.
         """
         key = (number, changed, frozenset(s.name for s in structures))
-        if key not in self._last:
+        if key not in self._last or grids is not None:
             gone = self.rounds[number].gone(structures)
             with self._written(structures, producers=changed):
                 if changed:
                     _change_rows_(self._tensors, gone)
                 zero_columns_(self._tensors, gone)
-                self._remember(key, readings(self.twin, self.rounds[number].args, _untouched(self._tensors, gone)))
+                args, rows = self.rounds[number].args, _untouched(self._tensors, gone)
+                if grids is not None:
+                    return readings(self.twin, args, rows, grids=grids)
+                self._remember(key, readings(self.twin, args, rows))
         return self._last[key]
 
     def leak(self, structures: Sequence[Structure]) -> Problem | None:

@@ -6,13 +6,16 @@ the model's own outputs do. The model's output alone does not do: a detector may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gsprune.structures.example import Example, tensors_in
 from gsprune.structures.matrices import is_conv1d
@@ -43,8 +46,44 @@ class Reading(NamedTuple):
     size: int
 
 
+class Grids:
+    """Rounds what the layers of two networks compute, call by call, to the same multiples of the same steps.
+
+    A network that sorts, or takes the best boxes, answers otherwise when two numbers change places that differ by less
+    than rounding. Both networks then decide alike: the steps, 2^-20 of the largest entry that the first of them
+    computes in a call, are far above rounding, and hardly a number lies that near to the middle of two multiples.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[tuple[str, int], float] = {}
+        self._calls: Counter[str] = Counter()
+
+    def hooks(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """For one forward pass of one of the networks."""
+        self._calls = Counter()
+        for name, module in model.named_modules():
+            if is_reader(module):
+                yield module.register_forward_hook(lambda m, i, output, name=name: self._rounded(name, output))
+
+    def _rounded(self, name: str, output: Any) -> Any:
+        call = (name, self._calls[name])
+        self._calls[name] += 1
+        if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
+            return output
+        size = self.steps.setdefault(call, largest(output.detach()))
+        if not math.isfinite(size) or not size:
+            return output
+        step = 2.0 ** (math.frexp(size)[1] - 20)
+        return torch.round(output / step) * step
+
+
 def readings(
-    model: nn.Module, example_input: Example, rows: Rows | None = None, *, scaled: bool = True
+    model: nn.Module,
+    example_input: Example,
+    rows: Rows | None = None,
+    *,
+    scaled: bool = True,
+    grids: Grids | None = None,
 ) -> list[Reading]:
     """One forward pass.
 
@@ -52,6 +91,7 @@ def readings(
         rows: which positions of the layers' tensors are there in both networks: the output channels that they compute
             are compared; all of the others'.
         scaled: whether to find the scales; `first_difference` needs those of its first argument.
+        grids: what the layers' outputs are rounded by.
     """
     found: list[Reading] = []
     precision = precision_of(model)
@@ -61,7 +101,7 @@ def readings(
         values = sample if chosen is whole else _sample(chosen).to(sample.dtype)
         found.append(Reading(name, values, sample, _terms(module, inputs) if scaled else 0.0, chosen.numel()))
 
-    with noted(model, rows or {}, note):
+    with hooked(grids.hooks(model) if grids else ()), noted(model, rows or {}, note):
         results = outputs(model, example_input)
     samples = [(_sample(result).to(_coarser(result.dtype, precision)), result.numel()) for result in results]
     return [*found, *(Reading("", sample, sample, 0.0, size) for sample, size in samples)]

@@ -785,6 +785,25 @@ def test_an_empty_output_hides_nothing() -> None:
     assert [s.name for s in find_structures(Detector(_gated), torch.ones(3, 4)).structures] == ["b", "c"]
 
 
+class Best(Body):
+    """Answers by what rounding decides, as detectors do that sort boxes of equal scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = super().forward(x)
+        return torch.sign(3 * score - score - score - score)
+
+
+def test_answers_that_rounding_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(300, 4)
+    model, wrong = Best(width=64), Best(_rolled, width=64)
+    model.d = wrong.d = nn.Linear(7, 40)
+    assert [s.name for s in find_structures(model, x).structures] == ["a", "b", "c"]
+    assert [s.name for s in find_structures(wrong, x).structures] == ["b", "c"]
+    monkeypatch.setattr("gsprune.surgery.shrink._decide_alike", lambda *_: False)
+    assert "does not compute" in " ".join(find_structures(model, x).skipped.values())
+
+
 class Empty(Body):
     """A head that gets none of the rows."""
 
