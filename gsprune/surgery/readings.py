@@ -215,10 +215,14 @@ def first_difference(first: Sequence[Reading], second: Sequence[Reading], *, tol
 
 
 def moved(first: Sequence[Reading], second: Sequence[Reading], *, chosen: bool = False) -> set[str]:
-    """Names of the readers that gave something else; with `chosen`, in the chosen rows, where both chose as many."""
-    if [(r.name, r.whole.shape) for r in first] != [(r.name, r.whole.shape) for r in second]:
+    """Names of the readers that gave something else; with `chosen`, in the chosen rows, where both chose as many.
+
+    An answer of another shape (fewer boxes) says nothing, neither of itself nor of the layers.
+    """
+    if [(r.name, r.whole.shape) for r in first if r.name] != [(r.name, r.whole.shape) for r in second if r.name]:
         return set()
-    pairs = [(a, b) for a, b in zip(first, second, strict=True) if not chosen or a.size == b.size]
+    pairs = [(a, b) for a, b in zip(first, second, strict=False) if a.whole.shape == b.whole.shape]
+    pairs = [(a, b) for a, b in pairs if not chosen or a.size == b.size]
     values = [(a.name, a.values, b.values) if chosen else (a.name, a.whole, b.whole) for a, b in pairs]
     return {name for name, a, b in values if len(a) and not close(a, b, tolerance=1e-12)}
 

@@ -226,14 +226,14 @@ def _halved(model: nn.Module, x: Tensor) -> tuple[tuple[Structure, ...], list[Te
 
 
 class FixedWidth(nn.Module):
-    """Its forward pass makes a tensor of so many channels."""
+    """Its forward pass makes a tensor of so many channels, by a name that no module is told."""
 
     def __init__(self) -> None:
         super().__init__()
         self.good, self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1), nn.Linear(4 * 64, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b((F.relu(self.a(F.relu(self.good(x)))) + x.new_zeros(1, 4, 8, 8)).flatten(1))
+        return self.b((F.relu(self.a(F.relu(self.good(x)))) + x.new_zeros(size=(1, 4, 8, 8))).flatten(1))
 
 
 class Averaged(nn.Module):
