@@ -21,7 +21,9 @@ class OBS(Criterion):
 
     with W and x the readers' weights and inputs, and g_bu the gradient, by a gate on unit u, of a random sum of all
     outputs of sample b (`Calibration.of_outputs`; of the loss, where a network has no outputs of samples): the fraction
-    turns an error of the readers' outputs into one of the network's. For `gsprune.cut`, whose repair does the refit.
+    turns an error of the readers' outputs into one of the network's. For `gsprune.cut`, whose repair does the refit. A
+    unit of a residual stream, which norms read first, has s_u = mean_b g_bu^2; a whole branch has what the outputs z
+    change by without it, mean_b |z_b - z'_b|^2.
 
     Args:
         damping: added to the diagonal of E[x x^T], as a share of its mean.
