@@ -53,7 +53,7 @@ def make_cut_parser() -> argparse.ArgumentParser:
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", help="of the configuration, such as model=resnet18, without --model")
+    parser.add_argument("overrides", nargs="*", help="settings of train.py, such as model=resnet18, instead of --model")
     parser.add_argument("--model", help=FORMS)
     parser.add_argument("--weights", help="a file of the network's state_dict: .safetensors, .pt or .pth")
     parser.add_argument("--input", action="append", metavar="SIZES", help="shape of an argument, such as 1,3,224,224")

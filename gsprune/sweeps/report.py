@@ -170,9 +170,9 @@ def add_terms(parser: argparse.ArgumentParser) -> None:
         "--max-drop",
         type=float,
         metavar="POINTS",
-        help="points of validation accuracy that it may lose to the control (default: report.max_drop of the sweep)",
+        help="points of validation accuracy that the network may lose (default: report.max_drop of the sweep)",
     )
-    parser.add_argument("--by", choices=BY, help="what it should have least of (default: report.by of the sweep)")
+    parser.add_argument("--by", choices=BY, help="what the network has least of (default: report.by of the sweep)")
 
 
 def terms_of(given: argparse.Namespace) -> Terms | None:

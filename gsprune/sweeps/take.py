@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", metavar="FOLDER", help="where to (default: taken/ and the name of the sweep)")
     parser.add_argument("--job", metavar="NAME", help="take the network of this job, such as 3, whatever the verdict")
     parser.add_argument("--register", metavar="MODEL", help="register it in MLflow too, as a version of this model")
-    parser.add_argument("--tracking-uri", metavar="URI", help="of MLflow, if not that of the job")
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow's tracking URI (default: that of the job)")
     add_terms(parser)
     return parser
 

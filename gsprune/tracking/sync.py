@@ -64,8 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Upload to MLflow what runs could not send while they trained. Nothing is sent twice.",
     )
     parser.add_argument("directory", help="of a run, of a sweep, or a folder of those")
-    parser.add_argument("--tracking-uri", help="where to send it, if not where the runs tried to")
-    parser.add_argument("--experiment", help="send all of it to this one, if that of the runs is no longer there")
+    parser.add_argument("--tracking-uri", help="MLflow's tracking URI (default: that of the runs)")
+    parser.add_argument("--experiment", help="send everything to this experiment (default: that of the runs)")
     return parser
 
 

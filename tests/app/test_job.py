@@ -196,7 +196,7 @@ def test_masks_are_kept_at_every_update_and_at_the_end(elementwise):
     assert (folder / "figures" / "masks" / "0003.png").is_file()
 
 
-def test_the_dense_network_of_between_the_phases_can_be_started_from(weighted):
+def test_the_dense_network_before_pruning_can_be_started_from(weighted):
     result, folder = weighted
     model = fresh_model()
     load_weights(model, folder / "checkpoint" / "dense.safetensors")

@@ -71,7 +71,7 @@ def test_never_starts_anew(crashed, whole, at_step):
     assert list(differences(whole, crashed)) == ["config.yaml differs"]  # which has that setting
 
 
-def test_a_run_that_has_finished_is_kept_and_not_done_again(crashed, at_step, caplog):
+def test_a_finished_run_is_kept_and_skipped(crashed, at_step, caplog):
     done = go(crashed)
     at_step.do(0, crash)
     left = {path: path.read_bytes() for path in crashed.rglob("*") if path.is_file()}
@@ -91,7 +91,7 @@ def test_a_run_that_has_finished_is_kept_and_not_done_again(crashed, at_step, ca
     assert at_step.count == 15
 
 
-def test_a_finished_run_whose_result_cannot_be_read_just_now_is_not_done_again(crashed, monkeypatch):
+def test_a_finished_run_whose_result_cannot_be_read_just_now_is_skipped(crashed, monkeypatch):
     go(crashed)
     left = {path: path.read_bytes() for path in crashed.rglob("*") if path.is_file()}
     read = Path.read_bytes

@@ -310,7 +310,7 @@ def test_the_configuration_s_hash_follows_the_content_of_given_scores(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_job_is_not_done_again_wherever_its_number_has_gone(sweep):
+def test_a_finished_job_is_skipped_wherever_its_number_has_gone(sweep):
     folder = sweep.sweep.directory
     first = sweep.run("0", "pruner=none")
     trained = len(sweep.trained)
@@ -332,7 +332,7 @@ def test_a_finished_job_is_not_done_again_wherever_its_number_has_gone(sweep):
 
 
 @pytest.mark.slow
-def test_failed_and_killed_jobs_are_done_again(sweep):
+def test_failed_and_killed_jobs_run_again(sweep):
     folder = sweep.sweep.directory
     finished = sweep.run("0", "pruner=none", "trainer.dense_epochs=1", "trainer.prune_epochs=0")
     for status in ("running", "failed"):
