@@ -217,9 +217,9 @@ def first_difference(first: Sequence[Reading], second: Sequence[Reading], *, tol
 def moved(first: Sequence[Reading], second: Sequence[Reading], *, chosen: bool = False) -> set[str]:
     """Names of the readers that gave something else; with `chosen`, in the chosen rows, where both chose as many.
 
-    An answer of another shape (fewer boxes) says nothing, neither of itself nor of the layers.
+    Of one that gave another shape (of fewer boxes) nothing is said.
     """
-    if [(r.name, r.whole.shape) for r in first if r.name] != [(r.name, r.whole.shape) for r in second if r.name]:
+    if [r.name for r in first if r.name] != [r.name for r in second if r.name]:
         return set()
     pairs = [(a, b) for a, b in zip(first, second, strict=False) if a.whole.shape == b.whole.shape]
     pairs = [(a, b) for a, b in pairs if not chosen or a.size == b.size]

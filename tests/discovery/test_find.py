@@ -804,6 +804,21 @@ def test_answers_that_rounding_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "does not compute" in " ".join(find_structures(model, x).skipped.values())
 
 
+class Few(Body):
+    """Its last layers get the rows that are large enough."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.b(torch.relu(self.a(x)))
+        out: Tensor = self.d(torch.relu(self.c(rows[rows[:, 0] > rows[0, 0]])))
+        return out
+
+
+def test_layers_before_a_choice_are_proven_though_it_chooses_otherwise() -> None:
+    torch.manual_seed(0)
+    found = find_structures(Few(), torch.randn(50, 4))
+    assert "a" in {s.name for s in found.structures}
+
+
 class Empty(Body):
     """A head that gets none of the rows."""
 
