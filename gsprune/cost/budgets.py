@@ -134,7 +134,7 @@ class Budget:
         device, scores = scores[0].device, [score.cpu() for score in scores]
         if by_cost:
             self._prices = self._prices or self.prices()
-            scores = [score / price for score, price in zip(scores, self._prices, strict=True)]
+            scores = self._by_cost(scores, wanted)
         is_final = self._is_final(wanted)
         if not self._cost.clocked:
             keeps = self._ranked(scores, wanted)
@@ -162,6 +162,24 @@ class Budget:
         prices = [max(0.0, share) / count for share, count in zip(saved, gone, strict=True)]
         least = 1e-3 * sum(prices) / len(prices)
         return [max(price, least) or 1.0 for price in prices]
+
+    def _by_cost(self, scores: Sequence[Tensor], wanted: float) -> list[Tensor]:
+        """Scores divided by prices; those of branches by what they still cost once the units inside have gone.
+
+        The price of a whole branch would promise a saving that the units inside it, which go too, have made already.
+        """
+        shares = [score / price for score, price in zip(scores, self._prices, strict=True)]
+        branches = [i for i, structure in enumerate(self.structures) if structure.kind == "branches"]
+        if len(branches) in (0, len(scores)):
+            return shares
+        kept = [score if i not in branches else torch.full_like(score, math.inf) for i, score in enumerate(shares)]
+        keeps = self._ranked(kept, wanted)
+        cost, least = self._cost(keeps), 1e-3 * min(self._prices)
+        for i in branches:
+            saved = cost - self._cost([*keeps[:i], torch.zeros_like(keeps[i]), *keeps[i + 1 :]])
+            gone = scores[i] == PRUNED
+            shares[i] = torch.where(gone, scores[i], scores[i] / max(saved, least))
+        return shares
 
     def even(self, wanted: float | None = None) -> list[Tensor]:
         """The first units of each structure, about the same share of all: what stays if nobody knows the scores."""

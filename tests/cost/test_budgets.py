@@ -27,6 +27,7 @@ from gsprune.cost import budgets, costs, latency, latency_tables
 from gsprune.cost.budgets import Budget, read_budget
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import Abs, Elementwise, Fisher, Magnitude, Weighted
+from gsprune.discovery.branches import find_branches
 from gsprune.discovery.find import find_structures
 from gsprune.forecast import predict
 from gsprune.pruner.pruner import no_pruning
@@ -211,6 +212,29 @@ def test_a_unit_is_ranked_by_its_score_for_its_price() -> None:
     assert [int(keep.sum()) for keep in by_cost] == [4, 8]
     ratio = 38 / 10  # a score so much higher outweighs the price
     assert [int(k.sum()) for k in budget.cut([ratio * scores[0], scores[1]], share, by_cost=True)] == [5, 3]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize(("score", "stays"), [(5.0, 0), (20.0, 1)])
+def test_a_branch_is_priced_by_what_it_costs_once_its_own_units_have_gone(score: float, stays: int) -> None:
+    """7 of 8 neurons of the first block are worth nothing: without it an eighth of its MACs is saved, not all.
+
+    20 for the whole branch are 41 by its full price, less than any neuron of the second block (132 and more).
+    """
+    net, x = nn.Sequential(nn.Linear(4, 16), Block(), Block(), nn.Linear(16, 4)), torch.randn(2, 4)
+    neurons = [s for s in find_structures(net, x).structures if s.kind == "neurons"]
+    budget = Budget("macs", 0.3, net, [*neurons, *find_branches(net, x).structures], x)
+    first, second = torch.cat([torch.zeros(56), torch.full((8,), 10.0)]), torch.arange(64) / 64 + 1
+    keeps = budget.cut([first, second, torch.tensor([score]), torch.tensor([1e9])], 0.3, by_cost=True)
+    assert [int(keep.sum()) for keep in keeps[2:]] == [stays, 1]
 
 
 def test_what_saves_nothing_goes_last() -> None:
