@@ -172,13 +172,14 @@ class Budget:
         branches = [i for i, structure in enumerate(self.structures) if structure.kind == "branches"]
         if len(branches) in (0, len(scores)):
             return shares
-        kept = [score if i not in branches else torch.full_like(score, math.inf) for i, score in enumerate(shares)]
+        kept = [*shares]
+        for i in branches:
+            kept[i] = torch.where(scores[i] == PRUNED, scores[i], math.inf)
         keeps = self._ranked(kept, wanted)
         cost, least = self._cost(keeps), 1e-3 * min(self._prices)
         for i in branches:
             saved = cost - self._cost([*keeps[:i], torch.zeros_like(keeps[i]), *keeps[i + 1 :]])
-            gone = scores[i] == PRUNED
-            shares[i] = torch.where(gone, scores[i], scores[i] / max(saved, least))
+            shares[i] = scores[i] / max(saved, least)
         return shares
 
     def even(self, wanted: float | None = None) -> list[Tensor]:
