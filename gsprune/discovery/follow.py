@@ -28,6 +28,7 @@ from gsprune.surgery.narrow_forward import (
     What,
     asks_for_shape,
     forget_means,
+    kind_of,
     running_module,
     size_name,
     sized_parts,
@@ -130,7 +131,7 @@ class _Sizes(TorchFunctionMode):
         elif asks_for_shape(func):
             self._note("shape", [(d, args[0], d) for d in range(args[0].dim())])
         elif takes_sizes(func, args, kwargs):
-            self._note("size", sized_parts(func, args, kwargs, result))
+            self._note(kind_of(func), sized_parts(func, args, kwargs, result))
         return result
 
     def _note(self, what: What, parts: Iterable[tuple[int, Tensor, int]]) -> None:

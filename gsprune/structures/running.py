@@ -21,22 +21,24 @@ def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
     """The floating-point answers, without gradients; the example is cloned, the model may write into it.
 
     Encoders of PyTorch run as they do in training: their fast path puts zeros at padded positions, the other does not.
-    Norms that compute in float32 compute in float64 on tensors of that type, so that rounding hides nothing.
+    Norms that compute in float32 compute in float64 on tensors of that type, so that rounding hides nothing, and so do
+    routers of experts, which would choose otherwise by it.
     """
     with torch.no_grad(), same_randomness(model), no_fast_path(), _precise_norms(model):
         return list(answers_in(call(model, map_tensors(Tensor.clone, example_input))))
 
 
 class _Precise(TorchFunctionMode):
-    """While `inside` is not 0, tensors of float64 are not made float32."""
+    """Tensors of float64 are not made float32: anywhere by `type`, as routers do, else while `inside` is not 0."""
 
     inside = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.inside and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            narrow = torch.float32 in (*args[1:], kwargs.get("dtype")) if func is Tensor.to else func is Tensor.float
-            if narrow:
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            to = (*args[1:], kwargs.get("dtype"))
+            inside = self.inside and (torch.float32 in to if func is Tensor.to else func is Tensor.float)
+            if inside or (func is Tensor.type and torch.float32 in to):
                 return args[0]
         return func(*args, **kwargs)
 

@@ -1,13 +1,15 @@
 """Modules whose forward pass insists on widths that a cut changes: `x.view(n, 64)`, `C // num_heads`, sizes of a split.
 
 Such a module runs the same forward pass with the numbers of the dense network: shapes that it asks for are the dense
-ones, its attributes stay. Where it makes a tensor of some sizes (`view`, `expand`, `unflatten`, `split`, `zeros`),
+ones, its attributes stay. Where it names sizes (`view`, `expand`, `unflatten`, `split`; `zeros` of new tensors),
 the sizes that are left are put in. What it averages over (`mean`, `var`, `std`, the functions `layer_norm`,
 `rms_norm` and `group_norm`) goes on having the dense number of entries, those that are gone as zeros
 (`gsprune.surgery.averages`). `narrow_forward` does that in place. Calls are counted in the order in which the module
-itself makes them; those of the modules that it calls are theirs.
+itself makes them, each kind by itself (a cache may take the place of new tensors, and must not shift the rest); those
+of the modules that it calls are theirs.
 
 Names in a cut plan: "blocks.0.attn.size:2:1" is what dimension 1 (of a split: part 1) has to be in call number 2,
+"blocks.0.attn.fill:0:1" the same of a new tensor,
 "blocks.0.attn.shape:0:2" what dimension 2 of the first tensor is said to be whose shape is asked for, and
 "blocks.0.attn.mean:0:2" how many entries the first average has along dimension 2.
 """
@@ -30,8 +32,9 @@ from gsprune.surgery.averages import averaged_dims, virtual_average
 from gsprune.text.names import joined
 
 Numbers = Mapping[int, Mapping[int, int]]  # call -> dimension -> number
-What = Literal["size", "shape", "dense", "left", "mean"]
-_NAME = re.compile(r"(size|shape|dense|left|mean):(\d+):(\d+)")
+What = Literal["size", "shape", "dense", "left", "mean", "fill", "filled"]
+_NAME = re.compile(rf"({'|'.join(get_args(What))}):(\d+):(\d+)")
+_PARTNERS = {"size": "dense", "shape": "left", "fill": "filled"}
 
 
 def size_name(module: str, what: What, call: int, dim: int) -> str:
@@ -50,7 +53,7 @@ def is_size(name: str) -> bool:
 
 def is_shape(name: str) -> bool:
     """Whether it is a dense one, which no later cut changes."""
-    return is_size(name) and name.rpartition(".")[2].startswith(("shape", "dense", "mean"))
+    return is_size(name) and name.rpartition(".")[2].startswith(("shape", "dense", "mean", "filled"))
 
 
 def is_mean(name: str) -> bool:
@@ -65,7 +68,8 @@ def partner(name: str) -> str:
     ('blocks.0.attn.dense:2:1', 'left:0:2')
     """
     path, _, leaf = name.rpartition(".")
-    return joined(path, leaf.replace("size", "dense").replace("shape", "left"))
+    what, colon, rest = leaf.partition(":")
+    return joined(path, _PARTNERS.get(what, what) + colon + rest)
 
 
 def module_of(name: str) -> str:
@@ -77,7 +81,7 @@ def by_module(attributes: Mapping[str, int]) -> dict[str, dict[What, dict[int, d
     """The numbers among a plan's attributes, by the module that is told them.
 
     >>> by_module({"a.size:2:1": 8, "a.size:2:3": 4, "a.num_heads": 2})
-    {'a': {'size': {2: {1: 8, 3: 4}}, 'shape': {}, 'dense': {}, 'left': {}, 'mean': {}}}
+    {'a': {'size': {2: {1: 8, 3: 4}}, 'shape': {}, 'dense': {}, 'left': {}, 'mean': {}, 'fill': {}, 'filled': {}}}
     """
     found: dict[str, dict[What, dict[int, dict[int, int]]]] = {}
     for name, value in attributes.items():
@@ -131,6 +135,11 @@ def takes_sizes(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     if func in _SPLITS:
         return len(args) > 1
     return (func in _RESHAPES or func in _FILLS) and bool(_shape(func, args, kwargs)[1])
+
+
+def kind_of(func: Callable[..., Any]) -> Literal["size", "fill"]:
+    """Of a call that takes sizes: as what it is counted."""
+    return "fill" if func in _FILLS else "size"
 
 
 def _shape(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, list[Any]]:
@@ -220,7 +229,7 @@ class _Sizing(TorchFunctionMode):
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self.module, self.count = module, {"size": 0, "shape": 0, "mean": 0}
+        self.module, self.count = module, {"size": 0, "fill": 0, "shape": 0, "mean": 0}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -234,8 +243,10 @@ class _Sizing(TorchFunctionMode):
             left = self.module.shapes_left.get(self.count["shape"], {})
             said = self._next(self.module.dense_shapes, "shape")
             return _told(func, args, kwargs, said, left) if said else func(*args, **kwargs)
-        dense = self.module.dense_sizes.get(self.count["size"], {})
-        wanted = self._next(self.module.sizes_left, "size")
+        what, own = kind_of(func), self.module
+        left, before = (own.fills_left, own.dense_fills) if what == "fill" else (own.sizes_left, own.dense_sizes)
+        dense = before.get(self.count[what], {})
+        wanted = self._next(left, what)
         args, changed = _resized(func, args, kwargs, wanted, dense) if wanted else (args, False)
         if changed:
             modules: set[nn.Module] = getattr(_changed, "modules", set())
@@ -282,8 +293,10 @@ class NarrowForward:
     dense_shapes: Numbers
     dense_sizes: Numbers
     dense_means: Numbers
+    dense_fills: Numbers
     shapes_left: Numbers
     sizes_left: Numbers
+    fills_left: Numbers
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (type(self).__mro__[2],), self.__dict__
@@ -315,12 +328,14 @@ def narrow_forward(module: Any, numbers: Mapping[What, Numbers]) -> None:
     """
     if not isinstance(module, NarrowForward):
         module.__class__ = _narrow_class(cast(Any, type(module)))
-        module.dense_shapes, module.dense_sizes, module.dense_means = {}, {}, {}
+        module.dense_shapes, module.dense_sizes, module.dense_means, module.dense_fills = {}, {}, {}, {}
     module.sizes_left = {call: dict(dims) for call, dims in numbers["size"].items()}
     module.shapes_left = {call: dict(dims) for call, dims in numbers.get("left", {}).items()}
     module.dense_shapes = _kept(module.dense_shapes, numbers.get("shape", {}))
     module.dense_sizes = _kept(module.dense_sizes, numbers.get("dense", {}))
     module.dense_means = _kept(module.dense_means, numbers.get("mean", {}))
+    module.fills_left = {call: dict(dims) for call, dims in numbers.get("fill", {}).items()}
+    module.dense_fills = _kept(module.dense_fills, numbers.get("filled", {}))
 
 
 def forget_means(model: nn.Module) -> None:
