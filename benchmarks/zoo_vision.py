@@ -50,7 +50,7 @@ for _name in (
 ):
     _torchvision(_name, 64, 64, num_classes=10)
 _torchvision("googlenet", 64, 64, num_classes=10, init_weights=False)
-_torchvision("inception_v3", 96, 96, num_classes=10, init_weights=False)
+_torchvision("inception_v3", 96, 96, num_classes=10, init_weights=False, aux_logits=False)
 
 
 def _own(name: str, **options: Any) -> nn.Module:
@@ -100,7 +100,7 @@ for _name in ("deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"):
 _torchvision("fcn_resnet50", 64, 64, of="segmentation", num_classes=5, weights_backbone=None, aux_loss=True)
 for _name in ("r3d_18", "r2plus1d_18"):
     _torchvision(_name, 4, 32, 32, of="video", num_classes=10)
-_torchvision("s3d", 16, 64, 64, of="video", num_classes=10)
+_torchvision("s3d", 16, 224, 224, of="video", num_classes=10)
 _torchvision("swin3d_t", 4, 64, 64, of="video", num_classes=10)
 _torchvision("mvit_v2_s", 16, 224, 224, of="video", num_classes=10)
 

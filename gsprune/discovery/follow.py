@@ -186,7 +186,9 @@ def _keep(this: Call, values: Any, before: set[int]) -> None:
 
 
 def _write_through(this: Call, part: Tensor, value: Value, steps: set[int]) -> None:
-    """What is written into a part of a tensor is known of the whole as well."""
+    """What is written into a part of a tensor is known of the whole as well; a part without entries says nothing."""
+    if not part.numel():
+        return
     while (of := getattr(part, _OF, None)) is not None:
         arguments, func = of
         whole, *rest = arguments.values()

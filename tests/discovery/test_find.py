@@ -947,3 +947,20 @@ def test_what_is_found_reads_in_a_few_lines() -> None:
     many = replace(found, structures=found.structures * 20)
     assert len(repr(many).splitlines()) == 11
     assert "... 52 more" in repr(many)
+
+
+class Window(nn.Module):
+    """As a window attention's mask: a slice of a new tensor may be empty on a small picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.zeros(8)
+        scale[0:0] = 3.0
+        return self.b(self.a(x) * (1 + scale))
+
+
+def test_a_part_without_entries_is_written_into_a_new_tensor() -> None:
+    assert {name: s.units for name, s in find(Window(), torch.ones(2, 4)).items()} == {"a": 8}
