@@ -96,7 +96,8 @@ def to_device_of(model: nn.Module, example_input: Example) -> Example:
 def wake(twin: nn.Module, args: Example, calls: Mapping[nn.Module, int]) -> bool:
     """Switch to training what has children, if that runs parts with parameters that are not in `calls`; whether it did.
 
-    Auxiliary heads are such parts. Modules without children (BatchNorm, Dropout) stay in evaluation.
+    Auxiliary heads are such parts. Modules without children (BatchNorm, Dropout) stay in evaluation, and so do norms
+    with children (timm's BatchNormAct2d), whose statistics would move.
     """
     whole = [m for m in twin.modules() if isinstance(m, nn.MultiheadAttention)]  # it does not call what it holds
     inside = {m for attention in whole for m in attention.modules()}
@@ -105,7 +106,8 @@ def wake(twin: nn.Module, args: Example, calls: Mapping[nn.Module, int]) -> bool
     if not asleep:
         return False
     for module in twin.modules():
-        module.training = any(True for _ in module.children()) and module not in inside
+        is_whole = any(True for _ in module.children()) and "running_mean" not in module._buffers
+        module.training = is_whole and module not in inside
     awake = called_modules(twin, args)
     if awake is not None and any(m in awake for m in asleep):
         return True
