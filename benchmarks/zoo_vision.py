@@ -139,7 +139,7 @@ _timm("swin_tiny_patch4_window7_224", 112, img_size=112)
 _timm("swinv2_tiny_window8_256", 128, img_size=128)
 _timm("coatnet_nano_rw_224", img_size=64)
 _timm("maxxvit_rmlp_nano_rw_256 maxvit_nano_rw_256", 128, img_size=128)
-_timm("tiny_vit_5m_224", 224, img_size=224)
+_timm("tiny_vit_5m_224", 224)
 _timm(
     "convnext_atto convnextv2_atto mobilenetv4_conv_small mobileone_s0 repvgg_a0 fastvit_t8 edgenext_xx_small "
     "ghostnet_100 ghostnetv2_100 resnest14d regnety_002 regnetx_002 regnetz_b16 eca_nfnet_l0 nf_resnet26 nf_regnet_b0 "
