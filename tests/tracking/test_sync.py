@@ -714,9 +714,9 @@ FAULTS: dict[str, tuple[Any, int]] = {  # the proxy's mode, and how many request
     "it says 500 from the start": (500, 0),
     "it says 500 in the middle of the start": (500, 3),
     "it says 507 in the middle": (507, 8),
-    "2 seconds an answer": (2.0, 0),
-    "2 seconds an answer from the middle on": (2.0, 3),
-    "0.4 seconds an answer": (0.4, 6),
+    "5 seconds an answer": (5.0, 0),
+    "5 seconds an answer from the middle on": (5.0, 3),
+    "0.9 seconds an answer": (0.9, 6),
 }
 
 
@@ -726,11 +726,11 @@ def test_a_faulty_server_costs_seconds_and_gets_everything_once_when_it_is_well(
     fault: str, server: Server, proxy: Proxy, tmp_path: Path
 ) -> None:
     proxy.mode, proxy.healthy_for = FAULTS[fault]
-    tracker = MLflowTracker(tmp_path / "out", tracking_uri=proxy.uri, experiment=fault, timeout_s=1.5)
-    mlflow_client.import_client(1.5)
+    tracker = MLflowTracker(tmp_path / "out", tracking_uri=proxy.uri, experiment=fault)
+    mlflow_client.import_client(5)
     begin = time.monotonic()
     a_run(tracker)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 10
     assert tracker.stopped is not None
     proxy.mode = None
     assert sync(tmp_path / "out")

@@ -161,9 +161,11 @@ def finish(job: Context, history: History) -> dict[str, Any]:
     job.count_seconds()
     with job.watch.part("tracking"):
         _track_numbers(job, history)
+        if history.picture is not None:
+            job.tracker.log_image(history.picture, key=FINAL_MASKS, step=0)
     job.write_result("finished")  # from here on the job is not run again, so all else is on disk
     with job.watch.part("tracking"):
-        _track_files(job, history)
+        _track_files(job)
     job.write_result("finished")  # again, with the seconds that tracking took
     job.progress.close()
     uri, unsent, page = (getattr(job.tracker, name, None) for name in ("tracking_uri", "unsent", "page"))
@@ -181,9 +183,7 @@ def _track_numbers(job: Context, history: History) -> None:
         job.tracker.log_params({"sparsity_of": job.result["sparsity_of"]})
 
 
-def _track_files(job: Context, history: History) -> None:
-    if history.picture is not None:
-        job.tracker.log_image(history.picture, key=FINAL_MASKS, step=0)
+def _track_files(job: Context) -> None:
     job.track_file("result.json")
     _track_models(job)
     for path in sorted((job.folder / "figures").glob("*.png")):
