@@ -2,8 +2,8 @@
 
     python benchmarks/zoo.py --json zoo.json [--networks 'torchvision/*' 'timm/*'] [--rival] [--write]
 
-Every network has a process of its own (at most `--limit` seconds of processor time for each library) and one thread.
-gsprune finds all structures and removes a random half of the units of each (branches stay); what is compared in
+Every network has a process of its own (at most `--limit` seconds of processor time and 8 GiB for each library) and one
+thread. gsprune finds all structures and removes a random half of the units of each (branches stay); what is compared in
 float64 is the masked and the cut network: on the example, on noise, on twice the batch. Then the cut network is saved,
 loaded into a fresh one and trained one step. `--rival` cuts the same networks with torch-pruning (extra `rivals`), in
 the ways that `zoo_rival.py` says. What is in the file is not measured again; `--write` puts the table of all that the
@@ -47,6 +47,7 @@ from gsprune.surgery.shrink import mask_units, shrink
 NETWORKS: dict[str, Entry] = {**zoo_vision.NETWORKS, **zoo_transformers.NETWORKS}
 TOLERANCE = 1e-6  # relative to the largest output, in float64; of cut RMSNorms the weights are rounded to float32
 COARSE = 1e-3  # in float32
+MEMORY = 8 * 2**30  # bytes that a process may ask for: torch-pruning takes more for Swin
 PAGE = Path(__file__).parent.parent / "docs" / "networks.md"
 BEGIN, END = "<!-- benchmarks/zoo.py -->", "<!-- end -->"
 
@@ -190,6 +191,7 @@ def _send(pipe: Any, function: Callable[[], dict[str, Any]], seconds: float) -> 
     signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (int(4 * seconds), int(4 * seconds)))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     try:
         pipe.send(function())
     except TooSlow:
