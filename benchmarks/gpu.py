@@ -145,8 +145,9 @@ def training(given: Setting) -> Figures:
 def trained(model: nn.Module, x: Tensor, settings: tuple[Criterion, Any] | None, given: Setting) -> tuple[float, int]:
     """Median seconds of a step of the last epoch of three, half of the weights or units pruned; peak bytes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    pruner = None
-    if settings is not None:
+    if settings is None:
+        pruner = Pruner(model, rules=[])  # prunes nothing
+    else:
         criterion, shrink = settings
         options: dict[str, Any] = {"schedule": Linear(end_epoch=1, update_frequency=0.5), "shrink": shrink}
         options |= {"example_input": x[:1].contiguous()} if criterion.scores_units else {}
@@ -155,26 +156,21 @@ def trained(model: nn.Module, x: Tensor, settings: tuple[Criterion, Any] | None,
         torch.cuda.reset_peak_memory_stats()
     times = []
     for epoch in range(3):
-        if pruner is not None:
-            pruner.on_epoch_begin(epoch)
+        pruner.on_epoch_begin(epoch)
         for step in range(STEPS):
             synchronize(given.device)
             start = time.perf_counter()
-            if pruner is not None:
-                pruner.on_step_begin(step)
+            pruner.on_step_begin(step)
             optimizer.zero_grad()
             with torch.autocast(given.device.type, dtype=torch.bfloat16):
                 loss = loss_of(model, x)
             loss.backward()
-            if pruner is not None:
-                pruner.on_before_optimizer_step()
+            pruner.on_before_optimizer_step()
             optimizer.step()
-            if pruner is not None:
-                pruner.on_step_end()
+            pruner.on_step_end()
             synchronize(given.device)
             times.append(time.perf_counter() - start)
-        if pruner is not None:
-            pruner.on_epoch_end()
+        pruner.on_epoch_end()
     peak = torch.cuda.max_memory_allocated() if given.device.type == "cuda" else 0
     return statistics.median(times[-STEPS + 1 :]), peak
 

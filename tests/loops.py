@@ -28,3 +28,20 @@ def train(
             pruner.on_step_end()
             optimizer.zero_grad()
         pruner.on_epoch_end()
+
+
+def scored_under_a_scaler(
+    pruner: Pruner, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]
+) -> list[int]:
+    """The steps that are scored after each batch. The first scale overflows, so that its gradients are inf."""
+    pruner.attach(optimizer)
+    device = next(model.parameters()).device.type
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**127, backoff_factor=2.0**-120)
+    counted = []
+    for x, y in batches:
+        scaler.scale(F.cross_entropy(model(x), y) * 4).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        counted.append(pruner.state_dict()["rules"][0]["scored"])
+    return counted

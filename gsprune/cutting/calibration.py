@@ -305,7 +305,7 @@ def _signed_sum(outputs: Any, targets: tuple[Tensor, Tensor | None]) -> Tensor:
     total = torch.zeros(len(numbers), device=found[0].device)
     for place, (tensor, size) in enumerate(zip(found, _sizes(found), strict=True)):
         signs = torch.stack([_signs(tensor.shape[1:], int(n), place) for n in numbers.tolist()]).to(tensor.device)
-        summed = (_inside(tensor.float() * signs, mask)).flatten(1).sum(1) if tensor.dim() > 1 else tensor * signs
+        summed = _inside(tensor.float() * signs, mask).flatten(1).sum(1) if tensor.dim() > 1 else tensor * signs
         total = total + summed / size
     return total.mean()
 

@@ -24,13 +24,13 @@ from gsprune.ranking.blocks import dot_along
 from gsprune.ranking.elimination import Reader
 from gsprune.repair.gram import Moments, choose_rows, matrix_of, rows_dim, why_no_matrix
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import call
+from gsprune.structures.example import call, map_tensors
 from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
 from gsprune.structures.structure import INNER, Member, Structure
 from gsprune.structures.twin import copy_of, every_tensor
 from gsprune.surgery.narrow_attention import narrow
-from gsprune.surgery.shrink import mask_units
+from gsprune.surgery.proof import zero_columns_
 
 SMALL = 4  # samples in a batch whose gradient of the weights stands for a sample's
 NARROW = 1024  # columns up to which a linear layer is seen as it is
@@ -98,18 +98,23 @@ def branch_changes(model: nn.Module, structures: Sequence[Structure], of_outputs
     large a step. The unit is that of E (dl_b / da)^2 of a gate's gradients (`Calibration.of_outputs`).
     """
     data = of_outputs if of_outputs.size <= EACH else of_outputs.split(EACH)[0]
-    twin, device = copy_of(model), device_of(model)
+    twin, device, gone = copy_of(model), device_of(model), torch.ones(1, dtype=torch.bool)
     tensors = every_tensor(twin, every_name=True)
-    dense = {s.name: [tensors[m.tensor].detach().clone() for m in s.masked] for s in structures}
-    gone, total = [torch.zeros(1, dtype=torch.bool)], {s.name: torch.zeros(1, device=device) for s in structures}
-    with evaluating([twin]), no_fast_path(), same_randomness(twin), torch.no_grad():
+    total = {s.name: torch.zeros(1, device=device) for s in structures}
+
+    def answers(batch: Batch) -> Any:
+        with same_randomness(twin):  # the same for both networks
+            return call(twin, map_tensors(Tensor.clone, batch.inputs))
+
+    with evaluating([twin]), no_fast_path(), torch.no_grad():
         for batch in (batch.to(device) for batch in data.batches):
-            whole = call(twin, batch.inputs)
+            whole = answers(batch)
             for structure in structures:
-                mask_units(twin, [structure], gone)
-                total[structure.name] += data.output_change(whole, call(twin, batch.inputs), batch).sum()
-                for member, values in zip(structure.masked, dense[structure.name], strict=True):
-                    tensors[member.tensor].copy_(values)
+                before = [(tensors[m.tensor], tensors[m.tensor].clone()) for m in structure.masked]
+                zero_columns_(tensors, [(structure, gone)])
+                total[structure.name] += data.output_change(whole, answers(batch), batch).sum()
+                for tensor, values in before:
+                    tensor.copy_(values)
     return {name: (value / data.size).cpu() for name, value in total.items()}
 
 

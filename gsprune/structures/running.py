@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -21,32 +22,35 @@ def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
     """The floating-point answers, without gradients; the example is cloned, the model may write into it.
 
     Encoders of PyTorch run as they do in training: their fast path puts zeros at padded positions, the other does not.
-    Norms that compute in float32 compute in float64 on tensors of that type, so that rounding hides nothing, and so do
-    routers of experts, which would choose otherwise by it.
+    Norms that compute in float32 compute in float64 on tensors of that type, so that rounding hides nothing. Products
+    in float32 (routers of experts) are summed in float64: the order of the sum must not choose the expert.
     """
     with torch.no_grad(), same_randomness(model), no_fast_path(), _precise_norms(model):
         return list(answers_in(call(model, map_tensors(Tensor.clone, example_input))))
 
 
 class _Precise(TorchFunctionMode):
-    """Tensors of float64 are not made float32: anywhere by `type`, as routers do, else while `inside` is not 0."""
+    """Linear layers sum in float64; while `inside` is not 0, tensors of float64 are not made float32."""
 
     inside = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            to = (*args[1:], kwargs.get("dtype"))
-            inside = self.inside and (torch.float32 in to if func is Tensor.to else func is Tensor.float)
-            if inside or (func is Tensor.type and torch.float32 in to):
+        if self.inside and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            narrow = torch.float32 in (*args[1:], kwargs.get("dtype")) if func is Tensor.to else func is Tensor.float
+            if narrow:
                 return args[0]
+        if func is F.linear and args and args[0].dtype == torch.float32:
+            args, kwargs = map_tensors(Tensor.double, (args, kwargs))
+            return func(*args, **kwargs).float()
         return func(*args, **kwargs)
 
 
 @contextmanager
 def _precise_norms(model: nn.Module) -> Iterator[None]:
     norms = [m for m in model.modules() if may_be_stream_norm(m) and not isinstance(m, nn.LayerNorm | nn.RMSNorm)]
-    if not norms:
+    others = (m for m in model.modules() if not type(m).__module__.startswith("torch.nn."))
+    if not norms and not any(p is not None for m in others for p in m._parameters.values()):
         yield
         return
     mode = _Precise()
@@ -97,7 +101,7 @@ def wake(twin: nn.Module, args: Example, calls: Mapping[nn.Module, int]) -> bool
     """Switch to training what has children, if that runs parts with parameters that are not in `calls`; whether it did.
 
     Auxiliary heads are such parts. Modules without children (BatchNorm, Dropout) stay in evaluation, and so do norms
-    with children (timm's BatchNormAct2d), whose statistics would move.
+    with children (timm's BatchNormAct2d), whose statistics would move. Buffers that moved are put back.
     """
     whole = [m for m in twin.modules() if isinstance(m, nn.MultiheadAttention)]  # it does not call what it holds
     inside = {m for attention in whole for m in attention.modules()}
@@ -108,7 +112,11 @@ def wake(twin: nn.Module, args: Example, calls: Mapping[nn.Module, int]) -> bool
     for module in twin.modules():
         is_whole = any(True for _ in module.children()) and "running_mean" not in module._buffers
         module.training = is_whole and module not in inside
+    before = [(buffer, buffer.detach().clone()) for buffer in twin.buffers()]
     awake = called_modules(twin, args)
+    with torch.no_grad():
+        for buffer, values in before:
+            buffer.copy_(values)
     if awake is not None and any(m in awake for m in asleep):
         return True
     twin.eval()
