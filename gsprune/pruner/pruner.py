@@ -626,7 +626,7 @@ class Pruner(Attachable):
             if not self.finished:
                 raise ValueError(
                     "nothing was pruned: no batch with finite gradients was seen to score it by; lower the learning "
-                    "rate"
+                    "rate (optimizer.lr of train.py) and look at the data"
                 )
         for part in self.parts:
             part.check_reached()

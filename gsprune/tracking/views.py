@@ -144,6 +144,7 @@ def _chart(kind: str, **settings: Any) -> dict[str, Any]:
 # --- addresses ---------------------------------------------------------------------------------------------
 
 _LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` listens
+_TRAINING = "workflowType=machine_learning"  # MLflow 3 opens its menu of prompts and traces without
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,12 @@ def run_page(note: Mapping[str, Any]) -> Page:
     """The page of the run that a record (`tracking.json`) names.
 
     >>> run_page({"tracking_uri": "http://mlflow.example:5000", "experiment_id": "3", "run_id": "ab12"}).address
-    'http://mlflow.example:5000/#/experiments/3/runs/ab12'
+    'http://mlflow.example:5000/#/experiments/3/runs/ab12?workflowType=machine_learning'
     """
     run_id = note.get("run_id")
     if not (isinstance(run_id, str) and re.fullmatch("[0-9a-zA-Z]{1,64}", run_id)):
         return Page()
-    return _page(note, f"/runs/{run_id}")
+    return _page(note, f"/runs/{run_id}?{_TRAINING}")
 
 
 def sweep_page(note: Mapping[str, Any]) -> Page:
@@ -177,7 +178,7 @@ def sweep_page(note: Mapping[str, Any]) -> Page:
     run_id = note.get("run_id")
     known = isinstance(run_id, str) and re.fullmatch("[0-9a-zA-Z]{1,64}", run_id)
     key = sweep_key(str(run_id)) if known else BEST
-    return _page(note, f"/runs?workflowType=machine_learning&viewStateShareKey={key}")
+    return _page(note, f"/runs?{_TRAINING}&viewStateShareKey={key}")
 
 
 def _page(note: Mapping[str, Any], route: str) -> Page:

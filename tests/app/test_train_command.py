@@ -32,7 +32,8 @@ def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_
         f"Outputs: {tmp_path.resolve()}/out",
         f"MLflow:  mlflow ui --backend-store-uri {store} --host 127.0.0.1",
     ]
-    assert re.search(r"http://127\.0\.0\.1:5000/#/experiments/1/runs/[0-9a-f]{32}$", lines[-1])
+    page = r"http://127\.0\.0\.1:5000/#/experiments/1/runs/[0-9a-f]{32}\?workflowType=machine_learning$"
+    assert re.search(page, lines[-1])
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["status"] == "finished"
     assert (tmp_path / "out" / ".hydra" / "config.yaml").is_file()

@@ -69,7 +69,7 @@ def test_a_sweep_has_a_view_of_its_own_whose_link_opens_it_and_which_no_menu_lis
 
 def test_a_record_that_names_no_page_gives_none() -> None:
     whole = {"tracking_uri": "sqlite:///mlflow.db", "experiment_id": "1", "run_id": "ab12"}
-    assert run_page(whole).address == "http://127.0.0.1:5000/#/experiments/1/runs/ab12"
+    assert run_page(whole).address == "http://127.0.0.1:5000/#/experiments/1/runs/ab12?workflowType=machine_learning"
     spoiled = (
         {"run_id": "a/../b"},
         {"run_id": None},
