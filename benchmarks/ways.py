@@ -40,9 +40,9 @@ PICTURE = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
 def hf(kind: str, **settings: Any) -> nn.Module:
     import transformers
 
-    config = getattr(transformers, f"{kind.partition('For')[0].removesuffix('Model')}Config")
+    cls = getattr(transformers, kind)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    made: nn.Module = getattr(transformers, kind)(config(**{**sizes, **settings}))
+    made: nn.Module = cls(cls.config_class(**{**sizes, **settings}))
     made.config.use_cache = False  # type: ignore[union-attr]
     return made
 
@@ -103,7 +103,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         from_timm("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3),
         PICTURE,
     ),
-    "mixer": (from_timm("mixer_s16_224", img_size=32, patch_size=8, embed_dim=24, num_blocks=2), PICTURE),
+    "mixer": (from_timm("mixer_s16_224", img_size=32), PICTURE),
     "convnext": (from_timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), PICTURE),
     "mobilenetv3": (from_timm("mobilenetv3_small_050"), PICTURE),
     "resnet10t": (from_timm("resnet10t"), PICTURE),

@@ -169,5 +169,5 @@ def _stages(job: Context) -> dict[str, Any]:
     measure(job, setup, history, dense, phase.pruner)
     if is_cut(job.cfg):
         job.result |= wanted(job.cfg)
-    write_files(job, setup.model, history, phase.pruner, baseline=dense.val_accuracy)
+    write_files(job, setup, history, phase.pruner, dense=dense)
     return finish(job, history)

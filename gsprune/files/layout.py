@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["RESULT"]
 
 RESULT = "result.json"
+PROGRAM, SIGNATURE = "model.pt2", "signature.json"  # a program, named as MLflow looks for it, and an entry of that
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 TRACKING, TRACKING_LOCK, OUTBOX = "tracking.json", "tracking.lock", "outbox.jsonl"
 UNSENT, SENDING = "unsent.jsonl", "sending.jsonl"  # which earlier versions wrote in place of the outbox

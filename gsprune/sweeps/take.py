@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from gsprune.files.disk import folder_aside, read_object, sha256, write_json
-from gsprune.files.layout import CONFIG, RESULT, TRACKING
+from gsprune.files.layout import CONFIG, PROGRAM, RESULT, TRACKING
 from gsprune.sweeps.report import SweepJobs, add_terms, terms_of
 from gsprune.sweeps.results import JobResult
 from gsprune.sweeps.sweep_dir import Sweep
@@ -30,7 +30,7 @@ from gsprune.text.redact import say
 __all__ = ["main", "take"]
 
 NETWORK = ("model.safetensors", "pruning.json")  # what `load_pruned` reads
-ALSO = ("masks.safetensors", RESULT, CONFIG)
+ALSO = (PROGRAM, "masks.safetensors", RESULT, CONFIG)
 ORIGIN = "origin.json"
 CHAMPION = "champion"  # alias of the version that a report says to take
 

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from gsprune.extras import need
+from gsprune.files.layout import PROGRAM
 from gsprune.files.locks import Lock
 from gsprune.settings.addresses import command_directory, database_file, resolve_tracking_uri
 from gsprune.text.display import one_line, tag
 from gsprune.text.redact import redacted, redacted_message
+from gsprune.tracking.mlflow_flavour import write_flavour
 from gsprune.tracking.mlflow_names import fit_tags
 from gsprune.tracking.views import VIEW, experiment_tags, sweep_key, sweep_view
 
@@ -221,8 +223,7 @@ class RemoteRun:
         outputs = getattr(run, "outputs", None)
         if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
             self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
-        for path in files:
-            self._client.log_model_artifact(model.model_id, path)
+        _log_files(self._client, model.model_id, self.run_id, [*map(Path, files)])
         on = {} if dataset is None else {f"dataset_{key}": value for key, value in dataset.items()}
         if dataset is not None:
             self._dataset(dataset)
@@ -465,8 +466,7 @@ def register_model(tracking_uri: str, run_id: str, folder: Path, name: str, *, a
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         run = client.get_run(run_id)
         model = client.create_logged_model(run.info.experiment_id, name="taken", source_run_id=run_id)
-        for path in sorted(folder.iterdir()):
-            client.log_model_artifact(model.model_id, str(path))
+        _log_files(client, model.model_id, run_id, sorted(folder.iterdir()))
         client.finalize_logged_model(model.model_id, "READY")
         try:
             client.create_registered_model(name)
@@ -481,6 +481,17 @@ def register_model(tracking_uri: str, run_id: str, folder: Path, name: str, *, a
         where = redacted(uri)
         raise ValueError(f"the model {name} cannot be registered at {where} ({brief_error(error)})") from None
     return ", ".join([version.name, f"version {version.version}", *([alias] if alias else [])])
+
+
+def _log_files(client: Any, model_id: str, run_id: str | None, files: Sequence[Path]) -> None:
+    """The files of a logged model; where a program is one of them, `mlflow.pytorch.load_model` loads the model."""
+    for path in files:
+        client.log_model_artifact(model_id, str(path))
+    for program in (path for path in files if path.name == PROGRAM):
+        with tempfile.TemporaryDirectory() as folder:
+            write_flavour(Path(folder), program, model_id=model_id, run_id=run_id)
+            for path in sorted(Path(folder).iterdir()):
+                client.log_model_artifact(model_id, str(path))
 
 
 def brief_error(error: BaseException) -> str:

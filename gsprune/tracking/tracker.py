@@ -208,6 +208,8 @@ class MLflowTracker(Tracker):
         run_id: goes on with that run, which may have ended, if it is still there.
         timeout_s: seconds a server may take for one call (files: and one more for every 10 MB). A local
             database, which other processes may keep waiting, is given 10 at least, and 30 in all.
+        log_program: whether a job is to write each logged model as a program too, which `mlflow.pytorch.load_model`
+            loads.
 
     Raises:
         ValueError: `timeout_s` is not above 0, or MLflow cannot track at that address.
@@ -226,12 +228,14 @@ class MLflowTracker(Tracker):
         parent_run_id: str | None = None,
         run_id: str | None = None,
         timeout_s: float = 5.0,
+        log_program: bool = True,
         **_: object,
     ) -> None:
         if not timeout_s > 0:
             raise ValueError(f"tracking.timeout_s={timeout_s} is not allowed: it must be above 0")
         super().__init__(output_dir)
         self.tracking_uri, self.experiment, self.timeout_s = resolve_tracking_uri(tracking_uri), experiment, timeout_s
+        self.log_program = log_program
         self.stopped: str | None = None  # why MLflow is no longer called
         self._identity = {
             "record": uuid.uuid4().hex,  # a tag of the run, which is found by it when its id was never heard

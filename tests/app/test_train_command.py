@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import torch
 from jobs import ROOT, SMALL, train
+
+from gsprune import load_pruned
+from gsprune.zoo.models import convnet
 
 HINT = "\nSet the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.\n"
 
@@ -40,10 +46,10 @@ def test_a_run_from_another_directory_leaves_everything_and_says_how_to_look_at_
     log = (tmp_path / "out" / "train.log").read_text()
     assert all(line in log for line in [*epochs, *lines[rule:]])  # the epochs with their phase, and the table
     assert "network: convnet: " in log
-    check_mlflow(store, result)
+    check_mlflow(store, result, tmp_path / "out")
 
 
-def check_mlflow(store, result):
+def check_mlflow(store, result, folder):
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=store)
@@ -72,7 +78,37 @@ def check_mlflow(store, result):
     assert {metric.dataset_name for metric in pruned.metrics} == {"digits"}
     assert {"pruner": "elementwise", "dataset": "digits", "seed": "0"}.items() <= pruned.params.items()
     place = Path(unquote(pruned.artifact_location.removeprefix("file://")))
-    assert {path.name for path in place.iterdir()} == {"model.safetensors", "pruning.json", "masks.safetensors"}
+    flavour = {"MLmodel", "model.pt2", "python_env.yaml", "requirements.txt"}
+    names = {path.name for path in place.iterdir()}
+    assert names == flavour | {"model.safetensors", "pruning.json", "masks.safetensors"}
+    small = load_pruned(folder, convnet(image_size=8, in_channels=1, num_classes=10, width=4))
+    given = outputs(store, pruned.model_uri, dense.model_uri)
+    assert given.shape == (2, 5, 10)
+    assert (given[0] - small(X)).abs().max() < 1e-5
+    assert (given[1] - given[0]).abs().max() > 0.01
+
+
+X = torch.linspace(0, 1, 5 * 64).reshape(5, 1, 8, 8)
+LOAD = """
+import json, sys
+sys.modules["gsprune"] = None  # nothing of it, and no class of the network, is needed
+import mlflow, torch
+mlflow.set_tracking_uri(sys.argv[1])
+x = torch.linspace(0, 1, 5 * 64).reshape(5, 1, 8, 8)
+for uri in sys.argv[2:]:
+    found = mlflow.pytorch.load_model(uri)(x)
+    served = torch.from_numpy(mlflow.pyfunc.load_model(uri).predict(x.numpy()))
+    assert torch.equal(found, served)
+    print(json.dumps(found.tolist()))
+"""
+
+
+def outputs(store, *uris):
+    """What MLflow's models give for X, in a process that cannot import gsprune."""
+    command = [sys.executable, "-W", "ignore", "-c", LOAD, store, *uris]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return torch.tensor([json.loads(line) for line in done.stdout.splitlines()])
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from facts import assert_tells
 
 from gsprune import load_pruned, save_pruned
+from gsprune.export.program_file import write_program
 from gsprune.files.disk import read_object, sha256
 from gsprune.formats.masks import load_masks, save_masks
 from gsprune.sweeps.take import main
@@ -122,6 +123,7 @@ def test_registering_takes_a_run_and_a_password_goes_to_no_server_that_only_a_re
 def test_a_registered_model_holds_the_files_and_counts_its_versions(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import mlflow
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
 
@@ -130,6 +132,7 @@ def test_a_registered_model_holds_the_files_and_counts_its_versions(
     run = client.create_run(client.create_experiment("e", (tmp_path / "artifacts").as_uri()))
     note = {"tracking_uri": uri, "run_id": run.info.run_id}
     (sweep / "4" / "tracking.json").write_text(json.dumps(note))
+    write_program(sweep / "4" / "model.pt2", network(), torch.ones(1, 4))
     for version in (1, 2):
         assert main([str(sweep), "--to", str(tmp_path / "mine"), "--register", "digits"]) == 0
         assert f"Registered: digits, version {version}, champion" in capsys.readouterr().out
@@ -139,6 +142,16 @@ def test_a_registered_model_holds_the_files_and_counts_its_versions(
         folder = Path(download_artifacts(artifact_uri=found.source, dst_path=str(tmp_path / f"back{version}")))
         assert sha256(folder / "model.safetensors") == sha256(sweep / "4" / "model.safetensors")
         shutil.rmtree(tmp_path / "mine")
+    previous = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    try:
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        loaded = mlflow.pytorch.load_model("models:/digits@champion")
+    finally:
+        mlflow.set_tracking_uri(previous[0])
+        mlflow.set_registry_uri(previous[1])
+    x = torch.rand(3, 4)
+    assert torch.equal(loaded(x), torch.export.load(sweep / "4" / "model.pt2").module()(x))
     (sweep / "0" / "tracking.json").write_text(json.dumps(note))
     assert main([str(sweep), "--to", str(tmp_path / "mine"), "--job", "0", "--register", "digits"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "Registered: digits, version 3"  # not the report's choice

@@ -20,6 +20,7 @@ from gsprune.app.stages.context import PARTS, Context
 from gsprune.app.stages.history import History
 from gsprune.app.stages.setup import Setup
 from gsprune.files.disk import sha256, write_atomic
+from gsprune.files.layout import PROGRAM
 from gsprune.formats.network import load_state
 from gsprune.formats.tensors import state_tensors
 from gsprune.settings.identity import differences, package_versions
@@ -32,6 +33,7 @@ from gsprune.training.loop_state import LoopState
 
 log = logger(__name__)
 DENSE = Path("checkpoint", "dense.safetensors")  # the dense network, which checkpoints of the pruning phase need
+DENSE_PROGRAM = Path("checkpoint", "dense", PROGRAM)
 RETRIED = "until then checkpoints hold it, and each tries to write it again"
 # Keys and types of a checkpoint.
 STATE: Mapping[str, Any] = {

@@ -32,6 +32,7 @@ from gsprune.app.cut_settings import (
 from gsprune.app.stages.checkpoint import Dense, Phase
 from gsprune.app.stages.context import load_or_compute
 from gsprune.app.stages.lifecycle import save_model, track_model
+from gsprune.app.stages.programs import keep_program
 from gsprune.app.stages.pruning import check_trained, teacher_of
 from gsprune.app.stages.training import Training
 from gsprune.cutting.cut import Cut, Cutter, evaluated
@@ -39,6 +40,7 @@ from gsprune.cutting.how_much import HowMuch, largest_cut, right_or_wrong, value
 from gsprune.cutting.size import Size
 from gsprune.cutting.weights import WeightPruner
 from gsprune.files.disk import read_object, write_atomic, write_json
+from gsprune.files.layout import PROGRAM
 from gsprune.formats.masks import load_masks, save_masks
 from gsprune.formats.network import load_pruned, load_state, read_cut_plan, save_pruned
 from gsprune.formats.tensors import state_tensors
@@ -241,6 +243,7 @@ class _CuttingStage:
         folder, extra = job.folder / CURVE / name, {"config_hash": job.result["config_hash"]}
         with job.watch.part("files"):
             job.writer.write(f"{CURVE}/{name}", lambda: save_pruned(folder, model, plan, extra=extra))
+        keep_program(job, model, setup.example, folder / PROGRAM)
         test, val = (self._measured(model, split) for split in (setup.data.test, setup.data.val))
         numbers = {"accuracy": test["accuracy"], "loss": test["loss"], "val_accuracy": val["accuracy"]}
         cost = {"params": size.params, "macs": size.macs}

@@ -14,11 +14,13 @@ from torch import nn
 from gsprune.app.configuration import NUMBERS, build, hydra_tags, run_name
 from gsprune.app.console import print_summary
 from gsprune.app.output_dir import SETTINGS, readable_settings, remove_temporary, resume_hint
-from gsprune.app.stages.checkpoint import DENSE, JobCheckpoints
+from gsprune.app.stages.checkpoint import DENSE, DENSE_PROGRAM, Dense, JobCheckpoints
 from gsprune.app.stages.context import Context
 from gsprune.app.stages.history import History, counts
+from gsprune.app.stages.programs import keep_program
+from gsprune.app.stages.setup import Setup
 from gsprune.files.disk import put_aside, read_object, reason, write_json
-from gsprune.files.layout import TRACKING
+from gsprune.files.layout import PROGRAM, TRACKING
 from gsprune.formats.masks import save_masks
 from gsprune.formats.network import WEIGHTS, save_pruned
 from gsprune.plots import drawing, run_figures
@@ -100,17 +102,15 @@ OF_MODELS = (
 )
 
 
-def write_files(job: Context, model: nn.Module, history: History, pruner: Any, *, baseline: float | None) -> None:
-    """Model, masks and figures; `result.json` and `metrics.jsonl` are written elsewhere.
-
-    Args:
-        baseline: validation accuracy of the dense network, for the figure.
+def write_files(job: Context, setup: Setup, history: History, pruner: Any, *, dense: Dense) -> None:
+    """Model, masks, programs and figures; `result.json` and `metrics.jsonl` are written elsewhere.
 
     Raises:
         ValueError: the model cannot be written; a run can do without any other file.
     """
     if not job.first:
         return
+    model = setup.model
     with job.watch.part("files"):
         try:
             _save_model_making_room(job, model, pruner)
@@ -120,7 +120,10 @@ def write_files(job: Context, model: nn.Module, history: History, pruner: Any, *
             raise ValueError(
                 f"the model could not be written to {job.folder}: {reason(error)}; once there is room, {more}"
             ) from error
-        _write_figures(job, history, pruner, baseline)
+        _write_figures(job, history, pruner, dense.val_accuracy)
+    keep_program(job, model, setup.example, job.folder / PROGRAM)
+    if _is_trained_here(job):
+        keep_program(job, dense.model, setup.example, job.folder / DENSE_PROGRAM)
 
 
 def save_model(job: Context, model: nn.Module, pruner: Any) -> None:
@@ -196,20 +199,24 @@ def _track_models(job: Context) -> None:
     result, chosen = job.result, job.result["choices"]
     known = {name: chosen[name] for name in ("model", "dataset", "pruner") if name in chosen}
     settings = {**known, "seed": str(result["seed"]), "config_hash": result["config_hash"]}
-    trained_here = job.cfg.trainer.dense_epochs > 0 and (result["dense"] or {}).get("source", "trained") == "trained"
-    if trained_here:
+    if _is_trained_here(job):
         dense = {name: result[f"baseline_{name}"] for name in ("accuracy", "val_accuracy", "loss")}
         dense |= {name: result[f"{name}_dense"] for name in ("params", "macs")}
         name = _model_name(job.result["name"], "dense")
         given = {key: value for key, value in settings.items() if key != "pruner"}
-        track_model(job, name, [job.folder / DENSE], params=given, numbers=dense, step=100)
+        track_model(job, name, [job.folder / DENSE, job.folder / DENSE_PROGRAM], params=given, numbers=dense, step=100)
     wanted = result["target_sparsity"]
     settings |= {} if wanted is None else {"target_sparsity": f"{wanted:g}"}
     settings |= {f"budget.{kind}": f"{share:g}" for kind, share in (result["budget"] or {}).items()}
     settings |= {"sparsity_of": result["sparsity_of"]} if result["sparsity_of"] else {}
-    files = [job.folder / name for name in (WEIGHTS, "pruning.json", "masks.safetensors")]
+    files = [job.folder / name for name in (WEIGHTS, "pruning.json", PROGRAM, "masks.safetensors")]
     left = round(100 * (1 - result["sparsity"]))
     track_model(job, _model_name(job.result["name"]), files, params=settings, numbers=result, step=left)
+
+
+def _is_trained_here(job: Context) -> bool:
+    """Whether the dense network was trained by this job."""
+    return bool(job.cfg.trainer.dense_epochs) and (job.result["dense"] or {}).get("source", "trained") == "trained"
 
 
 def _model_name(name: str | None, instead: str | None = None) -> str:

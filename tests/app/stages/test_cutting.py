@@ -273,6 +273,9 @@ def test_a_curve_is_a_table_a_picture_networks_and_logged_models(tmp_path, weigh
     assert len(own) == 1
     for row in rows:
         small = load_pruned(tmp_path / "run" / "curve" / row["name"], fresh())
+        program = torch.export.load(tmp_path / "run" / "curve" / row["name"] / "model.pt2").module()
+        x = torch.rand(3, 1, 8, 8)
+        assert (program(x) - small(x)).abs().max() < 1e-5
         assert row["accuracy"] == trainer.evaluate(small, data.test)["accuracy"]
         assert row["left"] == pytest.approx(row["macs"] / result["macs_dense"])
         assert abs(row["left"] - row["budget"]) < 0.05
