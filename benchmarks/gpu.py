@@ -30,9 +30,9 @@ from torch import Tensor, nn
 import gsprune
 from gsprune import Pruner, find_structures
 from gsprune.cost.counting import count_macs
-from gsprune.cost.latency import in_turns
 from gsprune.criteria import Abs, Criterion, Elementwise, Weighted
 from gsprune.export.semi_structured import to_semi_structured
+from gsprune.latency import in_turns
 from gsprune.schedules import Linear
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import plan_cut

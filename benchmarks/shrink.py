@@ -2,12 +2,14 @@
 
     python benchmarks/shrink.py latency [--repeats 30] [--models bert resnet50] [--json latency.json]
     python benchmarks/shrink.py training [--models resnet18] [--json training.json]
+    python benchmarks/shrink.py runtimes [--models resnet18] [--runtimes onnxruntime] [--json runtimes.json]
 
 `latency` compares dense and pruned in turns, with the 95 % interval of the ratio, or says that the clock cannot tell: a
 BERT-base (12 layers, 8 of 12 heads, 600 of 3,072 neurons, 128 tokens) and ResNet-50 at half its multiply-accumulates in
 channels_last. Weights are random: which units go does not matter for time. `training` prunes half of all units over two
 epochs of 20 steps (batch 16, 64x64 pictures) and trains a third, with units masked and with units cut out at each
-update, the steps of both in turns.
+update, the steps of both in turns. `runtimes` cuts six networks to half of their milliseconds in each runtime
+(`budget={"latency": 0.5, "runtime": ...}`), and times dense and cut network again, in turns, as they are exported.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from gsprune import Pruner
+from gsprune.cost.budgets import Budget
 from gsprune.cost.counting import count_macs
-from gsprune.cost.latency import LEAST
-from gsprune.cost.latency import compare as compare_latency
 from gsprune.criteria import Abs
 from gsprune.discovery.find import find_structures
+from gsprune.export.runtimes import Measure
+from gsprune.latency import LEAST, latency_ms
+from gsprune.latency import compare as compare_latency
 from gsprune.schedules import Linear
 from gsprune.structures.structure import Structure
 from gsprune.surgery.apply import apply_cut
@@ -67,10 +71,16 @@ def tokens(batch: int) -> dict[str, Tensor]:
 
 
 LABELS = "SequenceClassification"
+SIX = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "vit", "small_bert")
+RUNTIMES = ("eager", "onnxruntime", "openvino")
 ZOO: dict[str, Callable[[], Built]] = {
     "resnet18": picture("resnet18"),
     "resnet50": picture("resnet50"),
     "bert": text("Bert", LABELS),
+    "mobilenet_v2": picture("mobilenet_v2"),
+    "efficientnet_b0": picture("efficientnet_b0"),
+    "vit": picture("vit_b_16", image_size=224, num_layers=6),
+    "small_bert": text("Bert", LABELS, hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
 }
 
 
@@ -126,6 +136,34 @@ def compare(name: str, dense: nn.Module, small: nn.Module, x: Any, repeats: int)
     return result
 
 
+# ---- budgets in other runtimes
+
+
+def runtimes(names: Sequence[str], kinds: Sequence[str], repeats: int) -> dict[str, float]:
+    """What a latency budget of a half says it has reached, and what the exported networks take afterwards."""
+    result: dict[str, float] = {}
+    for name in names:
+        dense, x = ZOO[name]()
+        structures = find_structures(dense.eval(), x).structures
+        structures = [s for s in structures if s.kind != "residual"]
+        for kind in kinds:
+            measure, begin = Measure(kind), time.perf_counter()
+            budget = Budget("latency", 0.5, dense, structures, x, min_share=0.1, measure=measure)
+            keeps = budget.cut([torch.rand(s.units) for s in structures], 0.5)
+            seconds, predicted = time.perf_counter() - begin, budget.reached
+            small = copy.deepcopy(dense)
+            apply_cut(small, plan_cut(structures, keeps))
+            pair = {n: measure.prepared(m, x) for n, m in (("dense", dense), ("small", small))}
+            ms = latency_ms(pair, (), repeats=repeats, max_seconds=20)
+            found = ms["small"] / ms["dense"]
+            work = count_macs(small, x) / count_macs(dense, x)
+            figures = {"dense_ms": ms["dense"], "small_ms": ms["small"], "share": found, "told": predicted}
+            figures |= {"error": abs(predicted / found - 1), "macs": work, "seconds": seconds}
+            print(f"{name:16s} {kind:12s}", "  ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
+            result |= {f"{name}/{kind}/{key}": value for key, value in figures.items()}
+    return result
+
+
 # ---- training
 
 
@@ -177,8 +215,9 @@ def train_step(model: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimize
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["latency", "training"])
-    parser.add_argument("--models", nargs="+", choices=list(ZOO), default=list(ZOO), metavar="NAME")
+    parser.add_argument("part", choices=["latency", "training", "runtimes"])
+    parser.add_argument("--models", nargs="+", choices=list(ZOO), metavar="NAME")
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES)
     parser.add_argument("--repeats", type=int, default=LEAST)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -186,8 +225,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", category=UserWarning)
-    parts = {"latency": lambda names: latency(names, args.repeats), "training": training}
-    result: Any = parts[args.part](args.models)
+    names = args.models or (SIX if args.part == "runtimes" else ("resnet18", "resnet50", "bert"))
+    parts = {
+        "latency": lambda names: latency(names, args.repeats),
+        "training": training,
+        "runtimes": lambda names: runtimes(names, args.runtimes, args.repeats),
+    }
+    result: Any = parts[args.part](names)
     if args.json is not None:
         processor = platform.processor() or platform.machine()
         machine = {"torch": torch.__version__, "processor": processor, "threads": args.threads}

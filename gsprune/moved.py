@@ -49,7 +49,6 @@ MOVED = {
     "identity": "settings.identity",
     "instantiation": "settings.instantiation",
     "job": "app.job",
-    "latency": "cost.latency",
     "launcher": "training.launcher",
     "loading": "training.loading",
     "locks": "files.locks",

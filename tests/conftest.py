@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 # Tests run side by side, and networks this small gain nothing from a second thread, which only gets in the way.
 # Before torch is imported, and for the processes that tests start.
@@ -46,6 +47,14 @@ def job_of_hydra() -> Iterator[None]:
     HydraConfig.instance().cfg = None  # a fixture of a whole module may have run a job, too
     yield
     HydraConfig.instance().cfg = None
+
+
+@pytest.fixture(autouse=True)
+def clock_of_its_own() -> Iterator[None]:
+    """What one test's clock has shown is nothing to another's."""
+    yield
+    if tables := sys.modules.get("gsprune.cost.latency_tables"):
+        tables._KNOWN.clear()
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def at_random() -> dict[str, Any]:
 
 def timed() -> dict[str, Any]:
     """A budget of milliseconds, by clocks that no two processes agree on: the first one's counts."""
-    from gsprune.cost import latency
+    from gsprune import latency
 
     def clock(models: Mapping[str, nn.Module], *_: Any, **__: Any) -> dict[str, float]:
         sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}

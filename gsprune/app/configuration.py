@@ -174,7 +174,7 @@ def check_objective(wanted: str | Sequence[str], trainer: Trainer | DictConfig) 
             hint = f"did you mean {near}? " if near else ""
             raise ValueError(f"objective={name} is not in the result: {hint}There are {', '.join(NUMBERS)}")
         if name in TIMED:
-            from gsprune.cost.latency import LEAST  # imports torch
+            from gsprune.latency import LEAST  # imports torch
 
             if (repeats := trainer.latency_repeats) < LEAST:
                 raise ValueError(
@@ -288,10 +288,13 @@ def wanted_sparsity(pruner: DictConfig) -> float | None:
     return own if own is not None else (pruner.get("schedule") or {}).get("target_sparsity")
 
 
+COSTS = ("macs", "params", "latency")  # a budget's; what else it sets says how they are measured
+
+
 def budget_of(pruner: DictConfig) -> dict[str, float]:
     """The budget in a pruner's configuration: {"macs": 0.5}, or empty."""
     given = [*(pruner.get("budget") or {}).items(), *(pruner.get("target") or {}).items()]
-    return {str(kind): share for kind, share in given if share is not None}
+    return {str(kind): share for kind, share in given if share is not None and kind in COSTS}
 
 
 def is_timed(pruner: DictConfig) -> bool:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-from gsprune.cost.latency import NOT_HERE
+from gsprune.latency import NOT_HERE
 from gsprune.text.display import one_line, percent
 from gsprune.text.names import lines_by_reason
 from gsprune.text.table import WIDTH, clock, labelled, size, table, terminal_width, until

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import DictConfig
 
-from gsprune.app.configuration import budget_of, build, hydra_choices
+from gsprune.app.configuration import COSTS, budget_of, build, hydra_choices
 from gsprune.cutting.cut import REPAIRS, Repair
 from gsprune.cutting.weights import check_levels
 from gsprune.ranking.patterns import parse_pattern
@@ -244,7 +244,9 @@ def with_budget(rule: Rule, share: float) -> Rule:
     Raises:
         ValueError: it has a scope of its own, local, which no budget has.
     """
-    return replace(rule, budget={budget_kind(rule): share}, target_sparsity=None, keep=None)
+    budget: Any = {name: value for name, value in (rule.budget or {}).items() if name not in COSTS}
+    budget[budget_kind(rule)] = share
+    return replace(rule, budget=budget, target_sparsity=None, keep=None)
 
 
 def wanted(cfg: DictConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import Field
 from importlib import import_module, resources
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 REQUIRED: Any = object()  # the default of a setting without one
 
@@ -65,13 +65,15 @@ def _docstrings(source: _Source, name: str) -> Iterator[str]:
 def config_type(hint: Any) -> Any:
     """The part of a type that a configuration can hold; Any for a type that it cannot.
 
-    A literal becomes its type and a sequence a list. A mapping whose keys are literals becomes a dict from each key to
-    the type of its value. Members of a union that a configuration cannot hold are left out.
+    A literal becomes its type and a sequence a list. A mapping whose keys are literals, and a `TypedDict`, become a
+    dict from each key to the type of its value. Members of a union that a configuration cannot hold are left out.
 
     >>> [config_type(hint) for hint in (Literal["local", "global"] | None, Sequence[str], str | object, object)]
     [str | None, list[str], <class 'str'>, typing.Any]
-    >>> config_type(Mapping[Literal["macs", "params"], float] | None)
-    {'macs': <class 'float'>, 'params': <class 'float'>}
+    >>> config_type(Mapping[Literal["heads", "neurons"], int] | None)
+    {'heads': <class 'int'>, 'neurons': <class 'int'>}
+    >>> config_type(TypedDict("Budget", {"macs": float, "runtime": Literal["eager"]}) | None)
+    {'macs': <class 'float'>, 'runtime': <class 'str'>}
     """
     origin, args = get_origin(hint), get_args(hint)
     if hint in (bool, int, float, str):
@@ -82,6 +84,8 @@ def config_type(hint: Any) -> Any:
         return list[config_type(args[0])]  # type: ignore[misc]
     if origin is Mapping and get_origin(args[0]) is Literal:
         return dict.fromkeys(get_args(args[0]), config_type(args[1]))
+    if is_typeddict(hint):
+        return {key: config_type(value) for key, value in get_type_hints(hint).items()}
     if origin in (Union, UnionType):
         known = [found for arg in args if arg is not NoneType and (found := config_type(arg)) is not Any]
         if len(known) == 1:
@@ -118,6 +122,10 @@ class _Source(dict[str, Any]):
         node = self.nodes[name]  # a KeyError: eval goes on with the builtins
         if isinstance(node, ast.Assign):
             self[name] = self.value(node.value)
+        elif isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "TypedDict" for base in node.bases):
+            fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+            known = {ast.unparse(field.target): self.value(field.annotation) for field in fields}
+            self[name] = TypedDict(name, known, total=False)  # type: ignore[operator]
         elif isinstance(node, ast.Import) and name in sys.stdlib_module_names:
             self[name] = import_module(name)
         elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("gsprune."):

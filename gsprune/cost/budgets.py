@@ -9,17 +9,20 @@ import difflib
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gsprune.cost.costs import make_cost
+from gsprune.export.runtimes import EAGER, Measure
 from gsprune.ranking.selection import PRUNED, least_kept, select
 from gsprune.structures.structure import Structure
 
 CostKind = Literal["macs", "params", "latency"]
+RuntimeName = Literal["eager", "compile", "onnxruntime", "openvino"]
 KINDS = {"macs": "MACs", "params": "parameters", "latency": "milliseconds"}
+SETTINGS = ("runtime", "batch", "threads", "round_to")
 TOLERANCE = 0.02  # of the wanted cost: what is farther off is worth a warning
 CLEAR = 0.005  # of the wanted cost: what is nearer is not made better
 CORRECTIONS = 3  # how often a cut that was measured is made again
@@ -28,7 +31,19 @@ GUARD = 0.03  # share of the dense cost above the budget that stays until the cl
 Keeps = Sequence[Tensor]  # bool (units,) of each structure
 
 
-def read_budget(budget: Mapping[CostKind, float | None] | None) -> tuple[str, float] | None:
+class BudgetSettings(TypedDict, total=False):
+    """The keys of a rule's `budget`: one kind of cost, and how it is measured and met."""
+
+    macs: float | None
+    params: float | None
+    latency: float | None
+    runtime: RuntimeName | None
+    batch: int | None
+    threads: int | None
+    round_to: int | None
+
+
+def read_budget(budget: BudgetSettings | None) -> tuple[str, float] | None:
     """The kind and the share of the one budget that `budget` names; None if it names none.
 
     >>> read_budget({"macs": 0.5, "latency": None}), read_budget({"macs": None})
@@ -39,12 +54,18 @@ def read_budget(budget: Mapping[CostKind, float | None] | None) -> tuple[str, fl
     if not isinstance(budget, Mapping):
         raise ValueError(f"budget is {budget!r}: it must map macs, params or latency to a share, as in {{macs: 0.5}}")
     for kind in budget:
-        if kind not in KINDS:
-            near = difflib.get_close_matches(str(kind), KINDS, n=1)
+        if kind not in BudgetSettings.__annotations__:
+            near = difflib.get_close_matches(str(kind), BudgetSettings.__annotations__, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"budget names {kind!r}, which is no cost: {hint}There are {', '.join(KINDS)}")
-    given = {kind: share for kind, share in budget.items() if share is not None}
+            raise ValueError(
+                f"budget names {kind!r}, which is no cost: {hint}There are {', '.join(KINDS)}, and the settings "
+                f"{', '.join(SETTINGS)}"
+            )
+    given: dict[str, Any] = {kind: share for kind, share in budget.items() if kind in KINDS and share is not None}
+    settings = {name: value for name, value in budget.items() if name in SETTINGS and value is not None}
     if not given:
+        if settings:
+            raise ValueError(f"budget sets {', '.join(settings)}, but no cost: set one of {', '.join(KINDS)}, too")
         return None
     if len(given) > 1:
         raise ValueError(
@@ -56,7 +77,31 @@ def read_budget(budget: Mapping[CostKind, float | None] | None) -> tuple[str, fl
             f"budget.{kind} is {share!r}: it is the share of the dense network's {KINDS[kind]} that may stay, "
             f"above 0 and below 1"
         )
+    _check_settings(kind, settings)
     return str(kind), float(share)
+
+
+def _check_settings(kind: str, settings: Mapping[str, Any]) -> None:
+    clocked = [name for name in settings if name != "round_to"]
+    if clocked and kind != "latency":
+        raise ValueError(f"budget.{clocked[0]} says how a latency is measured: budget.{kind} has none, leave it out")
+    runtime = settings.get("runtime", "eager")
+    if runtime not in get_args(RuntimeName):
+        raise ValueError(f"budget.runtime is {runtime!r}: there are {', '.join(get_args(RuntimeName))}")
+    for name in ("batch", "threads", "round_to"):
+        value = settings.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"budget.{name} is {value!r}: it must be a whole number, 1 or more")
+
+
+def read_measure(budget: BudgetSettings | None) -> Measure:
+    """How the cost that `budget` names is measured.
+
+    >>> read_measure({"latency": 0.5, "runtime": "onnxruntime", "batch": 8})
+    Measure(runtime='onnxruntime', batch=8, threads=None)
+    """
+    given = budget or {}
+    return Measure(given.get("runtime") or "eager", given.get("batch"), given.get("threads"))
 
 
 class Budget:
@@ -70,6 +115,9 @@ class Budget:
         example_input: what MACs and milliseconds are those of.
         min_kept: units kept at least in each structure.
         min_share: share of its units kept at least in each structure, in [0, 1).
+        measure: where and how milliseconds are measured.
+        round_to: channels and neurons of a structure that stay are a multiple of it, or all; None: of 8 under a
+            latency budget, else of 1.
         together: numbers of the structures that are ranked together, each in one of these lists, which all lose about
             the same share of their units; None: all of them.
 
@@ -93,9 +141,12 @@ class Budget:
         *,
         min_kept: int = 1,
         min_share: float = 0.0,
+        measure: Measure = EAGER,
+        round_to: int | None = None,
         together: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.kind, self.share, self.structures = kind, share, structures
+        self.measure = measure
         units = [0 if structure.kind == "branches" else structure.units for structure in structures]  # which may all go
         self._least = [least_kept(count, min_kept, min_share) for count in units]
         self._by_share = self._least != [least_kept(count, min_kept) for count in units]
@@ -104,23 +155,24 @@ class Budget:
         self._checked = 1.0  # the wanted share at the last look at the clock, and what was found
         self._reached: float | None = None
         self._prices: list[float] = []  # once they were asked for
-        self._cost = make_cost(kind, model, structures, example_input)
+        self._cost = make_cost(kind, model, structures, example_input, measure)
+        self._step = round_to or self._cost.multiple
         self._settled(self.even, share)
         self._cost.forget()
         self._check_floor()
 
     def __str__(self) -> str:
         """As in "50 % of the MACs"."""
-        return f"{_percent(self.share)} of the {KINDS[self.kind]}"
+        return f"{_percent(self.share)} of the {KINDS[self.kind]}{self.measure}"
 
     def cut(self, scores: Sequence[Tensor], wanted: float, *, by_cost: bool = False) -> list[Tensor]:
         """What stays of a ranking of the structures so that the cost is `wanted`, or a little more on the way.
 
         The lowest scores go, as many as needed, at least those that are -inf already. What is gone stays gone, so only
         the cut to the budget itself may fall below what is wanted: it is the nearest, and where the next unit of the
-        ranking is too large a step, those after it go that still fit. Under a latency budget each
-        structure's count is then rounded to a multiple of 8, and now and then the cut network is timed beside the
-        dense one and, where it misses, the table corrected and the ranking cut again.
+        ranking is too large a step, those after it go that still fit. Each structure's count is then rounded to a
+        multiple of `round_to`. Under a latency budget the cut network is now and then timed beside the dense one and,
+        where it misses, the table corrected and the ranking cut again.
 
         Args:
             scores: of each structure's units, (units,).
@@ -144,6 +196,11 @@ class Budget:
         else:
             keeps = self._ranked(scores, wanted if is_final else max(wanted, self.share + GUARD))
         return [keep.to(device) for keep in keeps]
+
+    @property
+    def reached(self) -> float | None:
+        """The share that a clock has last found of a latency budget; None of a budget that is counted."""
+        return self._reached
 
     def prices(self) -> list[float]:
         """What a unit of each structure costs of the dense network, as a share of its cost: the mean over its units.
@@ -316,8 +373,8 @@ class Budget:
         return (keep if width == count else select([row], row.numel() - width)[0]).reshape(-1)
 
     def _widths(self, i: int, alive: int) -> Sequence[int]:
-        """The counts that structure i can have, rising: under a latency budget multiples of 8, or all there is."""
-        structure, least, step = self.structures[i], self._least[i], self._cost.multiple
+        """The counts that structure i can have, rising: multiples of the step, or all there is."""
+        structure, least, step = self.structures[i], self._least[i], self._step
         if step == 1 or structure.kind in ("heads", "branches"):
             return range(min(least, alive), alive + 1)
         multiples = range(step * math.ceil(least / step), min(alive, structure.units - 1) + 1, step)

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gsprune import latency
 from gsprune.collectives import broadcast
-from gsprune.cost import latency
 from gsprune.cost.counting import count_macs, count_macs_by_module, named_layers
-from gsprune.cost.latency_tables import MULTIPLE, Table, measure_tables
+from gsprune.cost.latency_tables import MULTIPLE, Table, known_tables
+from gsprune.export.runtimes import EAGER, Measure
 from gsprune.structures.running import same_randomness
 from gsprune.structures.structure import Structure
 from gsprune.structures.twin import copy_of
@@ -31,12 +32,16 @@ DOUBT = 2.0  # times the savings of the table: what a clock says beyond that is 
 Keeps = Sequence[Tensor]  # bool (units,) of each structure
 
 
-def make_cost(kind: str, model: nn.Module, structures: Sequence[Structure], example_input: Any) -> Cost:
-    """The cost "macs", "params" or "latency" of `model`."""
+def make_cost(
+    kind: str, model: nn.Module, structures: Sequence[Structure], example_input: Any, measure: Measure = EAGER
+) -> Cost:
+    """The cost "macs", "params" or "latency" of `model`, the last as `measure` says."""
     with same_randomness(model):
         if kind == "params":
             return _Parameters(model, structures)
-        return (_Macs if kind == "macs" else _Latency)(model, structures, example_input)
+        if kind == "macs":
+            return _Macs(model, structures, example_input)
+        return _Latency(model, structures, example_input, measure)
 
 
 class Cost(ABC):
@@ -158,10 +163,13 @@ class _Latency(Cost):
 
     clocked, multiple = True, MULTIPLE
 
-    def __init__(self, model: nn.Module, structures: Sequence[Structure], example_input: Any) -> None:
+    def __init__(self, model: nn.Module, structures: Sequence[Structure], example_input: Any, measure: Measure) -> None:
         super().__init__(structures)
-        self._twin, self._example_input = _copy(model), example_input
-        self._ms, self._tables, self._heads = measure_tables(self._twin, structures, example_input)
+        measure.check()
+        self._twin, self._measure, self._inputs = _copy(model), measure, measure.inputs(example_input)
+        self._dense: nn.Module | None = None  # ready to run, once it was asked for
+        with measure.running():
+            self._ms, self._tables, self._heads = known_tables(self._twin, structures, self._inputs, measure)
 
     def _parts(self, keeps: Keeps) -> float:
         plan = plan_cut(self._structures, keeps)
@@ -177,9 +185,11 @@ class _Latency(Cost):
     def truth(self, keeps: Keeps) -> float:
         if all(bool(keep.all()) for keep in keeps):
             return 1.0
-        both = {"dense": self._twin, "cut": _shrunk(self._twin, self._structures, keeps)}
-        with same_randomness(self._twin):
-            found = broadcast(latency.latency_ms(both, self._example_input, repeats=30, max_seconds=2.0))
+        small = _shrunk(self._twin, self._structures, keeps)
+        with same_randomness(self._twin), self._measure.running():
+            self._dense = self._dense or self._measure.prepared(self._twin, self._inputs)
+            both = {"dense": self._dense, "cut": self._measure.prepared(small, self._inputs)}
+            found = broadcast(latency.latency_ms(both, (), repeats=30, max_seconds=2.0))
         return found["cut"] / found["dense"]
 
     def correct(self, keeps: Keeps, truth: float) -> bool:

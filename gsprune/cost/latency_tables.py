@@ -1,4 +1,4 @@
-"""Milliseconds of a network's layers at several widths, measured on the model's device."""
+"""Milliseconds of a network's layers at several widths, measured on the model's device or in another runtime."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsprune.collectives import broadcast
-from gsprune.cost import latency
+from gsprune import latency
+from gsprune.collectives import broadcast, world_size
 from gsprune.cost.counting import named_layers
-from gsprune.structures.example import arguments, call
+from gsprune.export.runtimes import EAGER, Call, Measure
+from gsprune.files.disk import sha256_of_json
+from gsprune.structures.example import call
 from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import hooked
 from gsprune.structures.structure import Structure
@@ -64,21 +66,44 @@ def _place(points: Sequence[int], value: int) -> tuple[int, float]:
     return at, (value - points[at]) / (points[at + 1] - points[at])
 
 
+Measured = tuple[float, dict[str, Table], dict[str, float]]
+_KNOWN: dict[str, Measured] = {}  # of this process, the last ones
+KNOWN = 16
+
+
+def known_tables(model: nn.Module, structures: Sequence[Structure], example_input: Any, measure: Measure) -> Measured:
+    """`measure_tables`, measured once in a process for networks of one architecture, input and runtime."""
+    if world_size() > 1:  # which all have to measure, or none
+        return measure_tables(model, structures, example_input, measure)
+    alike = [[s.name, s.kind, s.units] for s in structures]
+    key = sha256_of_json([latency.measurement_key(model, model, example_input), alike, str(measure)])
+    found = _KNOWN.pop(key, None) or measure_tables(model, structures, example_input, measure)
+    _KNOWN[key] = found
+    while len(_KNOWN) > KNOWN:
+        del _KNOWN[next(iter(_KNOWN))]
+    ms, tables, heads = found
+    return ms, dict(tables), dict(heads)
+
+
 def measure_tables(
-    model: nn.Module, structures: Sequence[Structure], example_input: Any
-) -> tuple[float, dict[str, Table], dict[str, float]]:
+    model: nn.Module, structures: Sequence[Structure], example_input: Any, measure: Measure = EAGER
+) -> Measured:
     """Milliseconds of the whole model, of its layers at several widths, and of its attentions without their layers.
 
     Everything takes turns in one measurement, so that a busy machine slows all of it alike; layers with the same
-    settings and input are measured once.
+    settings and input are measured once. In another runtime than PyTorch's own, attentions take the share of the whole
+    that they take in PyTorch; under `torch.compile` layers do, too: alone they are not compiled.
     """
+    if measure.runtime == "compile":
+        return _as_in_eager(model, structures, example_input, measure)
     cut = {(member.tensor, member.dim) for s in structures for member in (*s.producers, *s.consumers)}
     layers = {
         name: layer
         for name, layer in named_layers(model).items()
         if {(joined(name, "weight"), d) for d in (0, 1)} & cut
     }
-    attentions = {s.name: model.get_submodule(s.name) for s in structures if s.kind == "heads"}
+    heads_of = [s for s in structures if s.kind == "heads"]
+    attentions = {s.name: model.get_submodule(s.name) for s in heads_of if not measure.is_foreign}
     calls = _calls(model, layers | attentions, example_input)
     grids = {
         name: [
@@ -87,16 +112,20 @@ def measure_tables(
         ]
         for name, layer in layers.items()
     }
-    stages: dict[str, nn.Module] = {"": _Call(model, *arguments(example_input))}
+    stages: dict[str, nn.Module] = {"": measure.prepared(model, example_input)}
     keys: dict[str, list[str]] = {name: [] for name in layers}  # of each call of a layer
     for name, (rows, columns) in grids.items():
         for args, kwargs in calls[name]:
             x = args[0] if args else next(iter(kwargs.values()))
             key = f"{layers[name]} {rows} {columns} {x.dtype} {tuple(x.shape)} {x.stride()}"
             if f"{key} {rows[0]} {columns[0]}" not in stages:
-                stages |= {f"{key} {r} {c}": _narrowed(layers[name], x, r, c) for r in rows for c in columns}
+                stages |= {
+                    f"{key} {r} {c}": measure.prepared_layer(*_narrowed(layers[name], x, r, c))
+                    for r in rows
+                    for c in columns
+                }
             keys[name].append(key)
-    stages |= {f"call {i} of {n}": _Call(m, *call) for n, m in attentions.items() for i, call in enumerate(calls[n])}
+    stages |= {f"call {i} of {n}": Call(m, *call) for n, m in attentions.items() for i, call in enumerate(calls[n])}
     ms = broadcast(
         latency.latency_ms(stages, (), repeats=20, warmup=3, max_seconds=6.0)
     )  # all processes believe one clock
@@ -109,7 +138,19 @@ def measure_tables(
         name: max(0.0, sum(ms[f"call {i} of {name}"] for i in range(len(calls[name]))) - _sum(tables, inside=name))
         for name in attentions
     }
+    if heads_of and measure.is_foreign:
+        eager_ms, _, eager = measure_tables(model, heads_of, example_input)
+        heads = {name: value * ms[""] / eager_ms for name, value in eager.items()}
     return ms[""], *_fitted(ms[""], tables, heads)
+
+
+def _as_in_eager(model: nn.Module, structures: Sequence[Structure], example_input: Any, measure: Measure) -> Measured:
+    eager_ms, tables, heads = measure_tables(model, structures, example_input)
+    whole = {"": measure.prepared(model, example_input)}
+    ms = broadcast(latency.latency_ms(whole, (), repeats=20, warmup=3, max_seconds=6.0))[""]
+    scale = ms / eager_ms
+    tables = {n: Table(t.rows, t.columns, [[scale * v for v in line] for line in t.ms]) for n, t in tables.items()}
+    return ms, tables, {name: scale * value for name, value in heads.items()}
 
 
 def _fitted(ms: float, tables: dict[str, Table], heads: dict[str, float]) -> tuple[dict[str, Table], dict[str, float]]:
@@ -150,17 +191,6 @@ def _points(length: int, *, is_cut: bool, multiple: int = 1) -> list[int]:
     return sorted({width for width in multiples if width < length and width % multiple == 0} | {length})
 
 
-class _Call(nn.Module):
-    """A module together with its input, so that modules with different inputs can take turns."""
-
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.module, self.args, self.kwargs = module, args, kwargs
-
-    def forward(self) -> Any:
-        return self.module(*self.args, **self.kwargs)
-
-
 def _calls(
     model: nn.Module, modules: Mapping[str, nn.Module], example_input: Any
 ) -> dict[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]]:
@@ -177,7 +207,7 @@ def _calls(
     return calls
 
 
-def _narrowed(layer: nn.Module, x: Tensor, rows: int, columns: int) -> _Call:
+def _narrowed(layer: nn.Module, x: Tensor, rows: int, columns: int) -> tuple[nn.Module, Tensor]:
     """A copy of a layer with the first rows and columns of its weight, and an input of its new width."""
     home: Any = nn.Module()
     home.layer = copy_of(layer)
@@ -196,4 +226,4 @@ def _narrowed(layer: nn.Module, x: Tensor, rows: int, columns: int) -> _Call:
         narrow = x.narrow(-1, 0, home.layer.nx)
     else:
         narrow = x.narrow(-1 - len(home.layer.kernel_size), 0, home.layer.in_channels)
-    return _Call(home.layer, (torch.ones_like(narrow),), {})  # in the input's own memory format
+    return home.layer, torch.ones_like(narrow)  # in the input's own memory format

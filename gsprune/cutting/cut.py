@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.collectives import refuse_several
-from gsprune.cost.budgets import KINDS
+from gsprune.cost.budgets import KINDS, BudgetSettings, read_budget
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import OBS, Criterion, Fisher
 from gsprune.cutting.bounds import check_confidence
@@ -85,6 +85,7 @@ class Cut:
     settled     batches after which it was settled; None: all were used
     seconds     duration of the call
     scores      structure name -> (units,), what its units were ranked by
+    timed       what a clock has found of a latency budget; "" without one
     proof       what the proof that masked equals cut shows, where that is less than equality in float64
     """
 
@@ -103,6 +104,7 @@ class Cut:
     seconds: float
     scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     how_much: HowMuch | None = None
+    timed: str = ""
     proof: str = ""
 
     def save(self, directory: str | os.PathLike[str], *, compressed: bool = False) -> None:
@@ -136,6 +138,8 @@ class Cut:
         ]
         if self.dense.macs and self.small.macs:
             rows.insert(0, ("MACs", _change(self.dense.macs, self.small.macs)))
+        if self.timed:
+            rows.append(("latency", self.timed))
         if self.dense.loss is not None and self.small.loss is not None:
             rows.append(
                 ("loss", f"{self.dense.loss:.4g} -> {self.small.loss:.4g} on the {self.samples} calibration samples")
@@ -174,6 +178,7 @@ def cut(
     macs: float | None = None,
     params: float | None = None,
     latency: float | None = None,
+    budget: BudgetSettings | None = None,
     sparsity: float | None = None,
     max_drop: float | None = None,
     evaluate: Evaluate | None = None,
@@ -216,6 +221,7 @@ def cut(
     macs: float | None = None,
     params: float | None = None,
     latency: float | None = None,
+    budget: BudgetSettings | None = None,
     sparsity: float | None = None,
     max_drop: float | None = None,
     evaluate: Evaluate | None = None,
@@ -252,6 +258,8 @@ def cut(
             `OBS` reads no labels, for other criteria and the loss they are drawn from the network's own predictions.
         loss: loss(outputs, targets) -> scalar.
         macs, params, latency: share of the dense network's cost that stays, in (0, 1).
+        budget: such a share with how it is measured and met, as of `gsprune.Rule`: {"latency": 0.5, "runtime":
+            "onnxruntime", "batch": 8}, {"macs": 0.5, "round_to": 8}.
         sparsity: share of units removed from every structure; with a pattern, of weights set to zero.
         max_drop: largest drop of `evaluate` in points of 100, instead of a share.
         evaluate: network -> one value for each sample in [0, 1], higher is better, always of the same samples, as
@@ -290,11 +298,12 @@ def cut(
         >>> sparse.report.sparsity, int(sparse.model[0].weight.count_nonzero())
         (0.5, 16)
     """
-    given = {"macs": macs, "params": params, "latency": latency, "sparsity": sparsity, "max_drop": max_drop}
+    given: dict[str, Any] = {"macs": macs, "params": params, "latency": latency, "budget": budget}
+    given |= {"sparsity": sparsity, "max_drop": max_drop}
     check_repair(repair)
     check_confidence(confidence)
     if pattern is not None:
-        units = {"macs": macs, "params": params, "latency": latency, "rules": rules, "kinds": kinds}
+        units = {"macs": macs, "params": params, "latency": latency, "budget": budget, "rules": rules, "kinds": kinds}
         refuse_of_units({**units, "example_input": example_input}, pattern, repair)
         if sparsity is not None and max_drop is not None:
             raise ValueError("sparsity and max_drop both say how much to prune: set one of them")
@@ -472,7 +481,7 @@ class Cutter:
         Raises:
             ValueError: as of `gsprune.cut`.
         """
-        structures, keeps, scores = self._chosen(rules)
+        structures, keeps, scores, timed = self._chosen(rules)
         self.report("cutting", 0.0)
         check_shrink(self.model, structures, keeps, example_input=self.example)
         plan = plan_cut(structures, keeps)
@@ -496,19 +505,21 @@ class Cutter:
             settled=self.settled if self.scored < self.data.size else None,
             seconds=self.seconds,
             scores=scores,
+            timed=timed,
             proof=self.found.proof,
         )
 
     def chosen(self, rules: Sequence[Rule]) -> tuple[list[Structure], list[Tensor]]:
         """What rules cut, and what they keep of each: bool (units,)."""
-        structures, keeps, _ = self._chosen(rules)
+        structures, keeps, *_ = self._chosen(rules)
         return structures, keeps
 
-    def _chosen(self, rules: Sequence[Rule]) -> tuple[list[Structure], list[Tensor], dict[str, Tensor]]:
-        """With what units were ranked by, too."""
+    def _chosen(self, rules: Sequence[Rule]) -> tuple[list[Structure], list[Tensor], dict[str, Tensor], str]:
+        """With what units were ranked by, too, and what a clock has said of a latency budget."""
         structures: list[Structure] = []
         keeps: list[Tensor] = []
         scores: dict[str, Tensor] = {}
+        timed = ""
         for number, rule in enumerate(rules):
             part = self._part(rule)
             part.take_scores(self.scores[number])
@@ -517,7 +528,9 @@ class Cutter:
                 structures.append(target.structure)
                 scores[target.name] = target.ranked.cpu()
                 keeps.append(self._exchanged(rule.criterion, target.name, keep.reshape(-1).cpu()))
-        return structures, keeps, scores
+            if part.budget is not None and part.budget.reached is not None:
+                timed = f"{percent(part.budget.reached)} of the dense network's milliseconds{part.budget.measure}"
+        return structures, keeps, scores, timed
 
     def structures(self, rule: Rule) -> list[Structure]:
         """What a rule can cut, in the model's order."""
@@ -639,13 +652,15 @@ def check_repair(repair: str | None, allowed: Sequence[str] = REPAIRS) -> None:
         raise ValueError(f"repair is {repair!r}: it must be {', '.join(map(repr, allowed))} or None")
 
 
-def one_rule(
-    name: str, share: float, criterion: Criterion | None, repair: FamilyRepair | None, **settings: Any
-) -> Rule:
+def one_rule(name: str, share: Any, criterion: Criterion | None, repair: FamilyRepair | None, **settings: Any) -> Rule:
     """The rule that the settings of `cut` describe; without a criterion the one that fits the repair."""
+    if name == "budget" and read_budget(share) is None:
+        raise ValueError(f"budget={share} names no cost: give one, as in {{'latency': 0.5, 'runtime': 'onnxruntime'}}")
     if criterion is None:
         criterion = OBS() if repair in ("least_squares", "shared") else Fisher()
     how: dict[str, Any] = {"target_sparsity": share} if name == "sparsity" else {"budget": {name: share}}
+    if name == "budget":
+        how = {"budget": share}
     return Rule(criterion, schedule=OneShot(), structured=True, **how, **settings)
 
 
@@ -667,7 +682,7 @@ def refuse_of_weights(criterion: Criterion | None, scope: WeightScope | None) ->
         raise ValueError(f"{name} scores single weights: say which with a pattern, '1x1' or '2:4'")
 
 
-def amount(given: Mapping[str, float | None]) -> tuple[str, float]:
+def amount(given: Mapping[str, Any]) -> tuple[str, Any]:
     """The one setting that says how much to cut, and its value; ValueError for none or several."""
     named = {name: share for name, share in given.items() if share is not None}
     if len(named) != 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from gsprune.cost.budgets import BudgetSettings
 from gsprune.criteria import Criterion, Elementwise, Fisher, SparseGPT
 from gsprune.cutting.cut import amount, check_model, checked_rules, one_rule, refuse_of_units, refuse_of_weights
 from gsprune.cutting.weights import WeightScope, check_weights
@@ -29,6 +30,7 @@ def plan(
     macs: float | None = None,
     params: float | None = None,
     latency: float | None = None,
+    budget: BudgetSettings | None = None,
     sparsity: float | None = None,
     criterion: Criterion | None = None,
     rules: Sequence[Rule] | None = None,
@@ -48,8 +50,8 @@ def plan(
         model: stays as it is.
         example_input: what it is called with: a tensor, a tuple of arguments, or a mapping of named ones. MACs are
             those of this input, so take one sample.
-        macs, params, latency, sparsity: how much, as of `gsprune.cut`; nothing: half of the units of every structure,
-            and with a pattern half of the weights.
+        macs, params, latency, budget, sparsity: how much, as of `gsprune.cut`; nothing: half of the units of every
+            structure, and with a pattern half of the weights.
         criterion: what would score; it decides what can be scored, and not how much goes.
         rules, kinds, include, exclude, pattern, scope: as of `gsprune.cut`.
 
@@ -77,10 +79,13 @@ def plan(
         Nothing was trained, the model is as it was.
     """
     check_model(model)
-    given = {"macs": macs, "params": params, "latency": latency, "sparsity": sparsity}
+    given: dict[str, Any] = {"macs": macs, "params": params, "latency": latency, "budget": budget}
+    given["sparsity"] = sparsity
     if pattern is not None:
         refuse_of_units(
-            {"macs": macs, "params": params, "latency": latency, "rules": rules, "kinds": kinds}, pattern, None
+            {"macs": macs, "params": params, "latency": latency, "budget": budget, "rules": rules, "kinds": kinds},
+            pattern,
+            None,
         )
         chosen = [_rule_of_weights(model, criterion, sparsity, pattern, scope, include=include, exclude=exclude)]
     elif rules is not None:

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from gsprune.cost.budgets import CostKind, read_budget
+from gsprune.cost.budgets import BudgetSettings, read_budget, read_measure
 from gsprune.cost.costs import make_cost
 from gsprune.criteria import Criterion
 from gsprune.cutting.calibration import Calibration, Loss
 from gsprune.cutting.cut import Cutter, Repair, check_repair, one_rule, shown
 from gsprune.cutting.how_much import Evaluate, values_of
 from gsprune.cutting.progress import Report
+from gsprune.export.runtimes import Measure
 from gsprune.extras import need
 from gsprune.files.disk import write_atomic
 from gsprune.pruner.rule import Rule
@@ -107,9 +108,7 @@ class Sensitivity:
             found[structure.name] = _reach([(0.0, 0.0), *sorted(mine)], max_drop)
         return found
 
-    def rules(
-        self, *, max_drop: float | None = None, budget: Mapping[CostKind, float | None] | None = None
-    ) -> list[Rule]:
+    def rules(self, *, max_drop: float | None = None, budget: BudgetSettings | None = None) -> list[Rule]:
         """A rule for each structure that can lose units, for `gsprune.cut(rules=...)` or `gsprune.Pruner(rules=...)`.
 
         Args:
@@ -124,7 +123,7 @@ class Sensitivity:
         if (max_drop is None) == (goal is None):
             said = "nothing says" if goal is None else "max_drop and budget both say"
             raise ValueError(f"{said} how much may go: set one of max_drop and budget")
-        shares = self.shares(max_drop) if goal is None else self._within(*goal)  # type: ignore[arg-type]
+        shares = self._within(*goal, read_measure(budget)) if goal is not None else self.shares(max_drop or 0.0)
         counts = {s.name: pruned_count(shares[s.name], s.units) for s in self._structures}
         if not any(counts.values()):
             raise ValueError(
@@ -142,9 +141,9 @@ class Sensitivity:
             if counts[s.name]
         ]
 
-    def _within(self, kind: str, wanted: float) -> dict[str, float]:
+    def _within(self, kind: str, wanted: float, measure: Measure) -> dict[str, float]:
         """The shares at the least drop that leaves at most that cost."""
-        cost = make_cost(kind, self._model, self._structures, self._example)
+        cost = make_cost(kind, self._model, self._structures, self._example, measure)
 
         def left(shares: Mapping[str, float]) -> float:
             return cost(

@@ -79,15 +79,15 @@ def to_onnx(
     twin, path = copy_to_export(model).cpu(), Path(path)
     example = map_tensors(lambda tensor: plain(tensor).cpu(), example_input)
     with _writing(path) as files, quietly(), no_fast_path():
-        _save(_convert(twin, example, opset), files)
+        _save(to_onnx_program(twin, example, opset), files)
         return _check(twin, example, files.graph, tolerance)
 
 
 # ---- ONNX
 
 
-def _convert(model: nn.Module, example_input: Example, opset: int | None) -> Any:
-    """The network as torch's `ONNXProgram`."""
+def to_onnx_program(model: nn.Module, example_input: Example, opset: int | None = None) -> Any:
+    """The network, in eval mode and on the CPU, as torch's `ONNXProgram`."""
     result = run_once(model, example_input)
     program = exported(model, example_input)
     names = _output_names(result, program.graph_signature)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsprune.cost.latency import LEAST, in_turns
+from gsprune.latency import LEAST, in_turns
 from gsprune.structures.example import Example, call, tensors_in
 from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
 from gsprune.text.display import html_table, text_table

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from gsprune.cost.counting import count_macs, count_parameters
-from gsprune.cost.latency import latency_ms
 from gsprune.extras import need
+from gsprune.latency import latency_ms
 from gsprune.structures.example import Example
 from gsprune.structures.matrices import find_matrices
 from gsprune.structures.running import to_device_of

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.cost.counting import count_macs, count_parameters
-from gsprune.cost.latency import compare
 from gsprune.cutting.cut import Cut
+from gsprune.latency import compare
 from gsprune.plots.drawing import FAINT, INK, SPARSITY, Picture, elide, logarithmic, new_figure, plain_label, quiet
 from gsprune.pruner.part import Part
 from gsprune.pruner.pruner import Pruner

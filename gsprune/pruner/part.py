@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gsprune.cost.budgets import Budget, floor_text
+from gsprune.cost.budgets import Budget, floor_text, read_measure
 from gsprune.pruner.find_targets import unit_targets, weight_targets
 from gsprune.pruner.rule import Rule
 from gsprune.pruner.targets import Share, Target, Targets, Verdict, sum_of, tensor_of
@@ -101,6 +101,8 @@ class Part:
                 example_input,
                 min_kept=rule.min_kept,
                 min_share=self.min_share,
+                measure=read_measure(rule.budget),
+                round_to=(rule.budget or {}).get("round_to"),
                 together=self.together,
             )
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from gsprune.cost.budgets import Budget, CostKind, read_budget
+from gsprune.cost.budgets import Budget, BudgetSettings, read_budget
 from gsprune.criteria import Criterion, Magnitude
 from gsprune.extras import need
 from gsprune.pruner.attaching import Attachable
@@ -160,7 +160,7 @@ class Pruner(Attachable):
         shrink: When = "at_end",
         copies: Sequence[nn.Module] = (),
         repair: Repair | None = None,
-        target: Mapping[CostKind, float | None] | None = None,
+        target: BudgetSettings | None = None,
         **settings: Unpack[Settings],
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -701,7 +701,7 @@ def _rules(criterion: Criterion | None, rules: Sequence[Rule] | None, settings: 
     return list(rules)
 
 
-def _renamed(target: Mapping[CostKind, float | None] | None, settings: Settings) -> Mapping[str, Any]:
+def _renamed(target: BudgetSettings | None, settings: Settings) -> Mapping[str, Any]:
     """The settings, with the budget that is given by its former name."""
     if target is None or (isinstance(target, Mapping) and all(share is None for share in target.values())):
         return settings

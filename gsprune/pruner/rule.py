@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from torch import Tensor
 
-from gsprune.cost.budgets import CostKind, read_budget
+from gsprune.cost.budgets import BudgetSettings, read_budget
 from gsprune.criteria import Criterion
 from gsprune.ranking.patterns import Pattern, parse_pattern
 from gsprune.schedules import Cubic, Schedule
@@ -40,7 +40,10 @@ class Rule:
             divided by what a unit costs), and the ranking is cut where the budget is met. The schedule then says what
             share of the cost is gone. Needs units. A latency budget takes some seconds to measure, and measures again
             during training; a resumed run does that too, so it continues bit-identically only between two measurements.
-            With several rules each budget counts as if the other rules removed nothing.
+            With several rules each budget counts as if the other rules removed nothing. Beside the cost it may say
+            where milliseconds are those of: "runtime" ("eager", "compile", "onnxruntime", "openvino"; a network that
+            ships is measured where it runs), "batch" (samples; the example's) and "threads"; and "round_to", of which
+            the channels and neurons that stay in a structure are a multiple (8 for latency, else 1).
         keep: units to keep in every structure of a kind, as {"heads": 8, "neurons": 600}, instead of a share;
             kinds not named stay whole.
         kinds: kinds of units to prune, of "channels", "neurons", "heads", "residual" (positions of a residual stream
@@ -72,7 +75,7 @@ class Rule:
     _: KW_ONLY
     target_sparsity: float | None = None
     schedule: Schedule | None = None
-    budget: Mapping[CostKind, float | None] | None = None
+    budget: BudgetSettings | None = None
     keep: Mapping[Counted, int | None] | None = None
     kinds: Sequence[str] | None = None
     structured: bool | None = None
@@ -146,7 +149,7 @@ class Settings(TypedDict, total=False):
     """The settings of a `Rule` that `Pruner` takes as keywords; `schedule` and `scores` are parameters of its own."""
 
     target_sparsity: float | None
-    budget: Mapping[CostKind, float | None] | None
+    budget: BudgetSettings | None
     keep: Mapping[Counted, int | None] | None
     kinds: Sequence[str] | None
     structured: bool | None

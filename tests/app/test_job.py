@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from gsprune import load_pruned
+from gsprune import latency, load_pruned
 from gsprune.app import configuration
 from gsprune.app import job as job_module
 from gsprune.app.configuration import NUMBERS, TIMED, build, objective
@@ -26,7 +26,6 @@ from gsprune.app.console import (
     summary_table,
 )
 from gsprune.app.job import load_weights, rehearse, run
-from gsprune.cost import latency
 from gsprune.formats.masks import load_masks
 from gsprune.settings.identity import config_hash, dense_key, plain_config
 from gsprune.sweeps.sweep_dir import Sweep

@@ -20,15 +20,16 @@ from facts import refused, warned
 from jobs import configure
 from torch import Tensor, nn
 
-from gsprune import Pruner
+from gsprune import Pruner, latency
 from gsprune.app import configuration, job
 from gsprune.app.configuration import run_name
-from gsprune.cost import budgets, costs, latency, latency_tables
+from gsprune.cost import budgets, costs, latency_tables
 from gsprune.cost.budgets import Budget, read_budget
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import Abs, Elementwise, Fisher, Magnitude, Weighted
 from gsprune.discovery.branches import find_branches
 from gsprune.discovery.find import find_structures
+from gsprune.export.runtimes import Call, Measure
 from gsprune.forecast import predict
 from gsprune.pruner.pruner import no_pruning
 from gsprune.schedules import Cubic, OneShot
@@ -456,6 +457,63 @@ def test_widths_are_rounded_to_what_is_left_and_to_min_kept(monkeypatch: pytest.
     assert keep.tolist() == (scores >= 4).tolist()
 
 
+def test_a_network_is_measured_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counting(models: Mapping[str, nn.Module], example: Any, **_: Any) -> dict[str, float]:
+        asked.append(len(models))
+        return clock()(models, example)
+
+    monkeypatch.setattr(latency, "latency_ms", counting)
+    model, x = Net(32), nets.images(1)
+    structures = find_structures(model, x).structures
+    costs.make_cost("latency", model, structures, x)
+    costs.make_cost("latency", copy.deepcopy(model), structures, x)
+    assert len(asked) == 1
+    costs.make_cost("latency", model, structures, nets.images(2))
+    costs.make_cost("latency", model, structures, x, Measure(threads=1))
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_counted_budgets_are_rounded_on_request(kind: str) -> None:
+    model, x = Net(64), nets.images(1)
+    structures = find_structures(model, x).structures
+    scores = [torch.rand(s.units, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(structures)]
+    budget = Budget(kind, 0.5, model, structures, x, round_to=16)
+    counts = [int(keep.sum()) for keep in budget.cut(scores, 0.5)]
+    assert all(count % 16 == 0 for count in counts), counts
+    how: dict[str, Any] = {"structured": True, "schedule": OneShot(), "example_input": x}
+    pruner = Pruner(model, Magnitude(), budget={kind: 0.5, "round_to": 16}, **how)
+    pruner.on_epoch_begin(0)
+    pruner.on_step_begin(0)
+    assert {int(mask.sum()) % 16 for mask in pruner.masks().values()} == {0}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_milliseconds_are_those_of_the_runtime(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a clock that shows a hundredth of each network's outputs, and of the layers' inputs and outputs."""
+    seen: list[str] = []
+
+    def latency_ms(models: Mapping[str, nn.Module], example: Any, **_: Any) -> dict[str, float]:
+        seen.extend(type(model).__name__ for model in models.values())
+        assert example == ()
+        found = {}
+        for name, model in models.items():
+            model()  # runs without arguments
+            found[name] = float(name.rsplit(" ", 1)[1]) if " " in name else {"": 40.0, "dense": 40.0, "cut": 20.0}[name]
+        return found
+
+    monkeypatch.setattr(latency, "latency_ms", latency_ms)
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    x, measure = torch.ones(2, 8), Measure(runtime, batch=5)
+    budget = Budget("latency", 0.5, net, find_structures(net, x).structures, x, measure=measure)
+    assert set(seen) == {"_OnnxRuntime" if runtime == "onnxruntime" else "_OpenVino"}
+    assert str(budget).startswith("50 % of the milliseconds in ")
+    assert budget._cost._inputs.shape == (5, 8)  # type: ignore[attr-defined]
+    assert budget.cut([torch.arange(32.0)], 0.5)[0].sum() % 8 == 0
+
+
 def test_a_clock_that_contradicts_the_table_is_believed_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine on which the smaller network seems to save nothing: no budget is refused for that."""
     calm = clock(always=0)
@@ -498,6 +556,7 @@ def test_a_resumed_run_goes_on_with_the_first_ones_measurements(monkeypatch: pyt
     first = pruner()
     step(first, 1)
     state = copy.deepcopy(first.state_dict())
+    latency_tables._KNOWN.clear()  # as in another process
     second = pruner()
     assert second.state_dict()["rules"][0]["budget"] != state["rules"][0]["budget"]
     second.load_state_dict(state)
@@ -597,15 +656,13 @@ def test_milliseconds_are_those_of_the_batch_that_the_result_measures(
     seen: list[int] = []
 
     def latency_ms(models: Mapping[str, nn.Module], example: Any, **settings: Any) -> dict[str, float]:
-        seen.extend(
-            len(x) for x in (example, *(m.args[0] for m in models.values() if isinstance(m, latency_tables._Call)))
-        )
+        seen.extend(len(m.args[0]) for m in models.values() if isinstance(m, Call))
         return clock()(models, example, **settings)
 
     monkeypatch.setattr(latency, "latency_ms", latency_ms)
     overrides = ("pruner.budget.latency=0.8", "trainer.latency_batch=3", "model.width=16")
     job.show_plan(configure("pruner=weighted", *overrides), output_dir=tmp_path)
-    assert set(seen) == {0, 3}
+    assert set(seen) == {3}
 
 
 # ---- mistakes
@@ -629,7 +686,24 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown": (
         {"budget": {"mcas": 0.5}},
-        "budget names 'mcas', which is no cost: did you mean macs? There are macs, params, latency",
+        "budget names 'mcas', which is no cost: did you mean macs? There are macs, params, latency, and the settings "
+        "runtime, batch, threads, round_to",
+    ),
+    "a runtime of MACs": (
+        {"budget": {"macs": 0.5, "runtime": "onnxruntime"}},
+        "budget.runtime says how a latency is measured: budget.macs has none, leave it out",
+    ),
+    "an unknown runtime": (
+        {"budget": {"latency": 0.5, "runtime": "onnx"}},
+        "budget.runtime is 'onnx': there are eager, compile, onnxruntime, openvino",
+    ),
+    "half a sample": (
+        {"budget": {"latency": 0.5, "batch": 0.5}},
+        "budget.batch is 0.5: it must be a whole number, 1 or more",
+    ),
+    "only settings": (
+        {"budget": {"macs": None, "round_to": 8}},
+        "budget sets round_to, but no cost: set one of macs, params, latency, too",
     ),
     "a number": ({"budget": 0.5}, "budget is 0.5: it must map macs, params or latency to a share, as in {macs: 0.5}"),
     "single weights": (

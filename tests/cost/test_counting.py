@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from gsprune.cost import latency
+from gsprune import latency
 from gsprune.cost.counting import count_macs, count_parameters, file_bytes
 
 

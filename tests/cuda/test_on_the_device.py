@@ -25,9 +25,9 @@ from torch import Tensor, nn
 import gsprune
 from gsprune import Pruner
 from gsprune.app.memory import is_out_of_memory
-from gsprune.cost.latency import compare
 from gsprune.criteria import PLATON, Abs, Criterion, Elementwise, Fisher, Movement, Weighted
 from gsprune.export.semi_structured import to_semi_structured
+from gsprune.latency import compare
 from gsprune.schedules import Linear
 from gsprune.zoo.models import vit_tiny
 

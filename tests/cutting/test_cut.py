@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from facts import refused
 from torch import Tensor, nn
 
-from gsprune import Rule, load_pruned
+from gsprune import Rule, latency, load_pruned, plan
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import OBS, Abs, Elementwise, Fisher, Magnitude, Random, Weighted
 from gsprune.cutting.cut import cut
@@ -67,6 +67,24 @@ def test_a_budget_is_met_and_the_dense_network_stays(mlp, kind: str) -> None:
     assert found.small.loss == pytest.approx(float(F.cross_entropy(found.model(x), y)), rel=1e-4)
     assert found.samples == 96
     assert not any(p is q for p in model.parameters() for q in found.model.parameters())
+
+
+def test_a_budget_says_how_it_is_measured_and_met(mlp, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = mlp
+    found = cut(model, [(x, y)], F.cross_entropy, budget={"macs": 0.5, "round_to": 4}, progress=False)
+    assert [int(keep.sum()) % 4 for keep in found.keeps.values()] == [0, 0]
+    assert found.small.macs / found.dense.macs == pytest.approx(0.5, rel=0.1)
+    assert "latency" not in dict(found.rows())
+    measured = {"": 1.0, "dense": 1.0, "cut": 0.4}
+    monkeypatch.setattr(
+        latency, "latency_ms", lambda models, *_, **__: {name: measured.get(name, 0.1) for name in models}
+    )
+    how = {"latency": 0.4, "runtime": "onnxruntime", "batch": 2}
+    found = cut(model, [(x, y)], F.cross_entropy, budget=how, progress=False)
+    assert dict(found.rows())["latency"] == "40.0 % of the dense network's milliseconds in onnxruntime, batch 2"
+    planned = plan(model, x[:1], budget={"macs": 0.5, "round_to": 8}).rules[0]
+    assert planned.budget == {"macs": 0.5}
+    assert {count % 8 for entry in planned.entries for count in (entry.least, entry.most)} == {0}
 
 
 def test_masked_equals_cut_before_and_after_repair(mlp) -> None:
@@ -273,6 +291,9 @@ PAIR = [(torch.randn(8, 6), torch.arange(8) % 3)]
     ("settings", "facts"),
     [
         ({}, ["nothing says", "macs", "sparsity"]),
+        ({"macs": 0.5, "budget": {"params": 0.5}}, ["macs and budget"]),
+        ({"budget": {"macs": None}}, ["budget", "no cost"]),
+        ({"budget": {"macs": 0.5, "runtime": "openvino"}}, ["budget.runtime", "macs"]),
         ({"macs": 0.5, "sparsity": 0.5}, ["macs", "sparsity", "both"]),
         ({"macs": 1.5}, ["macs", "1.5"]),
         ({"macs": 0.0001}, ["MACs", "larger share"]),

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import gsprune
-from gsprune.cost.latency import Latency
 from gsprune.export import semi_structured
 from gsprune.export.semi_structured import is_two_of_four
+from gsprune.latency import Latency
 
 FASTER = Latency(ms=1.0, dense_ms=1.6, speedup=1.6, low=1.5, high=1.7)
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import gsprune
 from gsprune import Pruner
-from gsprune.cost.latency import Latency
 from gsprune.criteria import Abs, Elementwise
+from gsprune.latency import Latency
 from gsprune.plots import pruner_figures
 from gsprune.plots.drawing import Picture, logarithmic, new_figure
 from gsprune.schedules import OneShot

@@ -16,10 +16,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from gsprune import Pruner
 from gsprune.cost.counting import count_macs
-from gsprune.cost.latency import latency_ms
 from gsprune.criteria import Magnitude
 from gsprune.discovery.find import find_structures
 from gsprune.export import to_exported_program
+from gsprune.latency import latency_ms
 from gsprune.schedules import OneShot
 from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors, plain, tensors_in
 from gsprune.structures.running import outputs

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from gsprune import latency
 from gsprune.app.stages.checkpoint import Dense
 from gsprune.app.stages.context import Context
 from gsprune.app.stages.history import History, counts
 from gsprune.app.stages.setup import Setup
-from gsprune.cost import counting, latency
+from gsprune.cost import counting
 from gsprune.forecast import predict
 
 

@@ -209,7 +209,7 @@ def shared(
     """
     if repeats < LEAST or _shapes(dense) == _shapes(pruned):
         return compare(dense, pruned, example_input, repeats=repeats)
-    key = _key(dense, pruned, example_input, repeats, max_seconds)
+    key = measurement_key(dense, pruned, example_input, repeats, max_seconds)
     path = folder / f"{key[:16]}.json"
     found = _read(path, key)
     if found is None:
@@ -276,7 +276,10 @@ def _code(kind: type) -> str | None:
         return None
 
 
-def _key(dense: nn.Module, pruned: nn.Module, example_input: Any, repeats: int, max_seconds: float) -> str:
+def measurement_key(
+    dense: nn.Module, pruned: nn.Module, example_input: Any, repeats: int = 0, max_seconds: float = 0.0
+) -> str:
+    """sha256 of what a measurement hangs on: both architectures, the input's shapes, the machine and its settings."""
     device = device_of(pruned)
     inputs = [(_shape(tensor), _strides(tensor)) for tensor in tensors_in(example_input, floating=False)]
     surroundings = {

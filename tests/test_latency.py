@@ -14,8 +14,8 @@ import torch
 from facts import refused
 from torch import Tensor, nn
 
-from gsprune.cost import latency
-from gsprune.cost.latency import NOT_HERE, SAME, architecture, compare, interval, latency_ms, shared
+from gsprune import latency
+from gsprune.latency import NOT_HERE, SAME, architecture, compare, interval, latency_ms, shared
 
 X = torch.ones(1, 8)
 

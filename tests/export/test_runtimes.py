@@ -1,0 +1,87 @@
+"""Networks and layers in other runtimes: they compute what PyTorch does, and leave the threads as they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from facts import refused
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gsprune.export import runtimes
+from gsprune.export.runtimes import EAGER, Measure, operator
+
+FOREIGN = ["onnxruntime", "openvino"]
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(6, 4), (3, 6)),
+    "linear of sequences, no bias": (nn.Linear(6, 4, bias=False), (2, 5, 6)),
+    "linear of sequences": (nn.Linear(6, 4), (2, 5, 6)),
+    "Conv1D": (Conv1D(4, 6), (2, 5, 6)),
+    "conv1d": (nn.Conv1d(4, 6, 3, padding=1, stride=2), (2, 4, 9)),
+    "conv2d": (nn.Conv2d(4, 6, (3, 5), padding=(1, 2), dilation=(2, 1), groups=2), (2, 4, 9, 8)),
+    "same": (nn.Conv2d(4, 6, (2, 4), padding="same", bias=False), (2, 4, 9, 8)),
+    "conv3d": (nn.Conv3d(2, 3, 2), (1, 2, 4, 5, 6)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 4, 5, 6)),
+    "mirrored borders": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 9, 8)),
+}
+
+
+def value(found: Any) -> Tensor:
+    return torch.as_tensor(found[0] if isinstance(found, list) else next(iter(found.values())))
+
+
+@pytest.mark.parametrize("runtime", FOREIGN)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_computes_what_pytorch_does(name: str, runtime: str) -> None:
+    layer, shape = LAYERS[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert (operator(layer, x) is None) == (name == "mirrored borders")  # which torch's exporter writes
+    with torch.no_grad():
+        wanted = layer.eval()(x)
+    assert torch.allclose(value(Measure(runtime).prepared_layer(layer, x)()), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("runtime", FOREIGN)
+def test_a_network_computes_what_pytorch_does(runtime: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    measure = Measure(runtime, batch=3, threads=1)
+    x = measure.inputs(torch.randn(1, 3, 8, 8))
+    assert x.shape == (3, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(value(measure.prepared(net, x)()), net(x), atol=1e-5)
+
+
+@pytest.mark.long  # the compiler takes half a minute
+def test_a_network_is_compiled_for_its_own_shapes() -> None:
+    for width in range(8, 8 * 12, 8):  # torch.compile alone stops after 8
+        net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2)).eval()
+        x = torch.randn(2, 4)
+        with torch.inference_mode():
+            assert torch.allclose(Measure("compile").prepared(net, x)(), net(x), atol=1e-5)
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with Measure(threads=before + 1).running():
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_what_is_not_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "_compiler", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with refused("budget.runtime", "compile", "C++"):
+        Measure("compile").check()
+    EAGER.check()
+
+
+class ByValue(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+def test_a_network_that_cannot_be_exported_is_refused() -> None:
+    with refused("ByValue", "values of a tensor"):
+        Measure("onnxruntime").prepared(ByValue(), torch.ones(2, 3))
