@@ -60,6 +60,9 @@ def from_timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
         import timm
 
         made: nn.Module = timm.create_model(name, num_classes=5, **settings)
+        for parameter in made.parameters():
+            if parameter.dim() > 1 and not parameter.any():  # a head that gives 0 until it is trained
+                nn.init.normal_(parameter, std=0.1)
         return made
 
     return make

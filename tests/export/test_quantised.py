@@ -10,10 +10,11 @@ import pytest
 import torch
 from facts import refused
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import gsprune
 from gsprune import Pruner, save_pruned
-from gsprune.criteria import Magnitude
+from gsprune.criteria import Elementwise, Magnitude
 from gsprune.schedules import OneShot
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -56,6 +57,35 @@ def test_torchao_keeps_zeros_and_is_no_file_of_plain_tensors(kind: str, tmp_path
         with refused("Int8Tensor", "before it is quantised"):
             save_pruned(tmp_path, net, pruner.plan)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_pruned_in_training_that_knows_of_int8_and_units_before_it() -> None:
+    """torchao's scales of activations are of all units, those that will go too: masked and cut would differ."""
+    torchao, qat = pytest.importorskip("torchao.quantization"), pytest.importorskip("torchao.quantization.qat")
+    x, y = torch.randn(32, 6, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2))
+    fake = {
+        "activation_config": qat.IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
+        "weight_config": qat.IntxFakeQuantizeConfig(torch.int8, "per_channel"),
+    }
+    torchao.quantize_(net, qat.QATConfig(**fake, step="prepare"))
+    with refused("FakeQuantizedLinear", "prune first"):
+        Pruner(net, Magnitude(), structured=True, example_input=x, target_sparsity=0.5, schedule=OneShot())
+    pruner = Pruner(net, Elementwise(), target_sparsity=0.75, steps_per_epoch=1, epochs=6)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    pruner.attach(optimizer)
+    for _ in range(6):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    pruner.finish()
+    zero = {name: p == 0 for name, p in net.named_parameters() if p.dim() == 2}
+    assert sum(int(where.sum()) for where in zero.values()) == 96
+    torchao.quantize_(net, qat.QATConfig(step="convert"))
+    torchao.quantize_(net, torchao.Int8DynamicActivationInt8WeightConfig())
+    found = {name: p for name, p in net.named_parameters() if p.dim() == 2}
+    assert all(hasattr(p, "dequantize") for p in found.values())
+    assert all(bool((found[name].dequantize()[where] == 0).all()) for name, where in zero.items())
 
 
 @KINDS
