@@ -117,7 +117,7 @@ SNIPPETS = [
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_a_snippet_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its own directory, where it may write. What it cuts is smaller then, or has zeros."""
-    partners = ("accelerate", "huggingface_hub", "lightning", "peft", "timm", "transformers")
+    partners = ("accelerate", "huggingface_hub", "lightning", "peft", "skorch", "timm", "transformers")
     for name in (*partners, "onnxruntime", "sklearn"):
         if re.search(rf"^(import|from)\b.*\b{name}\b", code, re.MULTILINE):
             pytest.importorskip(name)

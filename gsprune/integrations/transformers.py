@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,18 @@ import torch
 from gsprune.criteria.base import Criterion
 from gsprune.extras import need
 from gsprune.integrations.hosted import Hosted, updates_in
+from gsprune.integrations.pretrained import save_pretrained
 from gsprune.pruner.pruner import Pruner
+from gsprune.surgery.cut_plan import CutPlan
 
 __all__ = ["FILE", "PruningCallback"]
 
 FILE = "pruner.pt"  # in each of the Trainer's checkpoints
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback
 else:
-    TrainerCallback = need("transformers").TrainerCallback
+    PreTrainedModel, TrainerCallback = need("transformers").PreTrainedModel, need("transformers").TrainerCallback
 
 
 class PruningCallback(TrainerCallback):
@@ -28,7 +31,9 @@ class PruningCallback(TrainerCallback):
     Scores are taken from the gradients that the optimizer sees: accumulated, unscaled, and clipped where
     `max_grad_norm` is above 0, so that a clipped step counts less. Each checkpoint of the Trainer holds the pruner's
     state, and `train(resume_from_checkpoint=...)` goes on to the bit, from the middle of an epoch too.
-    `load_best_model_at_end` loads the best weights before the final mask is applied.
+    `load_best_model_at_end` loads the best weights before the final mask is applied. Of a network that was cut
+    `Trainer.save_model`, `push_to_hub` and `model.save_pretrained` write what
+    `gsprune.integrations.pretrained.save_pretrained` does.
 
     Args:
         criterion, settings: as of `gsprune.Pruner`. `example_input` may be left out: two samples of the data set.
@@ -92,6 +97,9 @@ class PruningCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._hosted.finish()
+        model = kwargs["model"]
+        if self.pruner is not None and self.pruner.plan is not None and isinstance(model, PreTrainedModel):
+            model.save_pretrained = partial(_save, model, self.pruner.plan)  # type: ignore[method-assign]
 
     def _resume(self, model: Any, checkpoint: Path) -> None:
         if not (checkpoint / FILE).is_file():
@@ -100,3 +108,13 @@ class PruningCallback(TrainerCallback):
                 f"PruningCallback its path as resume_from_checkpoint)"
             )
         self._hosted.resume(model, torch.load(checkpoint / FILE, map_location="cpu", weights_only=True))
+
+
+def _save(
+    model: Any, plan: CutPlan, save_directory: str, *, is_main_process: bool = True, **of_the_trainer: Any
+) -> None:
+    """In place of the network's own `save_pretrained`, whose config.json is that of the dense network."""
+    if of_the_trainer.get("push_to_hub"):
+        raise ValueError("save_pretrained(push_to_hub=True) is not there for a pruned network: call push_to_hub")
+    if is_main_process:
+        save_pretrained(save_directory, model, plan)

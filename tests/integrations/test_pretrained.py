@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import gsprune
 from gsprune import Pruner
-from gsprune.criteria import Magnitude
+from gsprune.criteria import Abs, Magnitude
 from gsprune.discovery.branches import find_branches
 from gsprune.integrations.pretrained import from_pretrained, save_pretrained
 from gsprune.schedules import OneShot
@@ -165,3 +165,26 @@ def test_a_network_without_one_attention_comes_back_by_gsprune(tmp_path: Path) -
     apply_cut(model, plan)
     assert not save_pretrained(tmp_path, model, plan)
     torch.testing.assert_close(logits(from_pretrained(tmp_path)), logits(model))
+
+
+def test_the_trainer_saves_a_cut_network_as_transformers_reads_it(tmp_path: Path) -> None:
+    """Its own `config.json` would be that of the dense network."""
+    from transformers import Trainer, TrainingArguments
+
+    from gsprune.integrations.transformers import PruningCallback
+
+    words = torch.arange(64).reshape(8, 8) % 31
+    data = [{"input_ids": row, "labels": row} for row in words]
+    quiet: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path / "out"), num_train_epochs=2, per_device_train_batch_size=4, **quiet)
+    callback = PruningCallback(Abs(), target_sparsity=0.5)
+    trainer = Trainer(llama(), arguments, train_dataset=data, callbacks=[callback])
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "pruning.json").exists()
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "saved", local_files_only=True)
+    assert again.config.intermediate_size == 24
+    with torch.no_grad():
+        assert torch.equal(again(words).logits, trainer.model.eval()(words).logits)
+    with refused("push_to_hub"):
+        trainer.model.save_pretrained(tmp_path / "saved", push_to_hub=True)
