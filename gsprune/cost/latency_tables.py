@@ -175,10 +175,13 @@ def _table(rows: list[int], columns: list[int], ms_crc: list[list[list[float]]])
 
 
 def _multiple(layer: Any, dim: int) -> int:
-    """What the length of a dimension of a layer's weight has to be a multiple of: each group keeps as many."""
+    """What the length of a dimension of a layer's weight has to be a multiple of: each group keeps as many.
+
+    A depthwise layer loses groups: as many rows as it has filters a channel.
+    """
     groups = getattr(layer, "groups", 1)
-    is_depthwise = groups > 1 and groups == layer.in_channels == layer.out_channels
-    return 1 if dim or is_depthwise else groups
+    is_depthwise = groups > 1 and groups == layer.in_channels
+    return 1 if dim else layer.out_channels // groups if is_depthwise else groups
 
 
 def _points(length: int, *, is_cut: bool, multiple: int = 1) -> list[int]:

@@ -63,13 +63,17 @@ class Classes:
             self.roots = tied(log.atoms.count, torch.cat([ones, a[known]]), torch.cat([others, b[known]]))
 
     def _equal_parts(self) -> Iterator[Tensor]:
-        """Parts of a dimension that must stay equally long, (parts, places): but where a unit is a whole block."""
+        """Parts of a dimension that must stay equally long, (parts, places): but where a unit is a whole block, and
+        the other blocks stay."""
         yield from self.log.halves
+        stays = self.having(atoms for atoms, _ in self.log.pins)
+        stays[self.roots[self._stay]] = True
         for blocks in self.log.blocks:
             if min(blocks.shape) < 2:
                 continue
             roots = self.roots[blocks]
-            if not bool((roots[:, :1] == roots[:, 1:]).all(1).any()):
+            is_whole = (roots[:, :1] == roots[:, 1:]).all(1)
+            if not bool(is_whole.any()) or not bool(stays[roots[~is_whole]].all()):
                 yield blocks
 
     @cached_property

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from gsprune.discovery.labels import WITH_CONSTANT, Atoms, Log, Value, derived, dims_of, joined, squeezed
-from gsprune.discovery.ops import Call, rule_of, tensors_of, unknown
+from gsprune.discovery.ops import Call, expand, overwritten, repeat, rule_of, tensors_of, unknown
 from gsprune.discovery.ops import stream_norm as normalised
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, answers_in, call, map_tensors
@@ -27,6 +27,7 @@ from gsprune.surgery.averages import averaged_dims
 from gsprune.surgery.narrow_forward import (
     What,
     asks_for_shape,
+    depthwise_weight,
     forget_means,
     kind_of,
     running_module,
@@ -49,6 +50,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.log = log
         self.steps: list[tuple[Log, set[int]]] = []  # what each operation says, and those that made its arguments
+        self.fills: set[int] = set()  # copies into tensors that were made for them, as caches: no answer needs them
         self.is_asleep = 0  # inside of a module that is a rule of its own
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,19 +80,21 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.is_asleep += 1
 
     def wake_up(self, name: str, kind: str, axis: int, norm: nn.Module, inputs: Any, output: Any) -> None:
-        """After a norm over a stream."""
-        self.is_asleep -= 1
+        """After a norm over a stream; what is done to labels meanwhile is not followed."""
         (x, *_) = tensors_of(inputs)
         self.log.inside = name
         this = self._call(None, {"input": x, **norm._parameters}, output)
         value = normalised(this, axis % x.dim(), kind)
         setattr(output, _KEY, replace(value, step=len(self.steps) - 1))
+        self.is_asleep -= 1
 
     def _label(self, rule: Callable[[Call], Any] | None, func: Any, arguments: dict[str, Any], result: Any) -> None:
-        makes = rule is not None and rule.__name__.startswith("blank")
+        makes = rule is not None and (rule.__name__.startswith("blank") or rule in (expand, repeat))
         if not makes and not any(hasattr(t, _KEY) for t in tensors_of(arguments.values())):
             return
         this = self._call(func, arguments, result)
+        if rule is overwritten and this.first().is_blank:
+            self.fills.add(this.step)
         try:
             values = (rule or unknown)(this)
         except Exception as error:  # it costs the units that are met here
@@ -132,6 +136,8 @@ class _Sizes(TorchFunctionMode):
             self._note("shape", [(d, args[0], d) for d in range(args[0].dim())])
         elif takes_sizes(func, args, kwargs):
             self._note(kind_of(func), sized_parts(func, args, kwargs, result))
+        elif (weight := depthwise_weight(func, args, kwargs)) is not None:
+            self._note("size", [(0, weight, 0)])
         return result
 
     def _note(self, what: What, parts: Iterable[tuple[int, Tensor, int]]) -> None:
@@ -270,8 +276,10 @@ def follow(model: nn.Module, args: Example) -> tuple[Log, Counter[nn.Module]]:
             problem = f"cannot be traced on the example input: {first_line(error)}"
             raise ValueError(f"{type(model).__name__} {problem}") from error
         given = [value_of(tensor) for tensor in answers_in(outputs, floating=False)]
-    for step in sorted(follower.behind(value.step for value in given)):
-        log.take(follower.steps[step][0])
+    behind = follower.behind(value.step for value in given) | follower.fills
+    for step, (said, _) in enumerate(follower.steps):
+        if step in behind or not said.pins:  # what no answer needs has to run as well
+            log.take(said)
     for layer in (layer for value in given for layer in value.layers):
         log.pin(layer, OUTPUT)
     pairs = zip(model.modules(), twin.modules(), strict=True)

@@ -23,6 +23,7 @@ from gsprune.discovery.labels import (
     dims_of,
     joined,
     joined_layers,
+    meet,
     put,
     read,
     reshaped,
@@ -112,9 +113,10 @@ def same(call: Call) -> Value:
 
 
 def overwritten(call: Call) -> Value:
-    """A tensor that takes another's entries."""
-    value = call.value(call["src"])
-    return put(value, [aligned(layer, len(call.shape)) for layer in value.layers], call.shape)
+    """A tensor that takes another's entries; one that was made for that is as long."""
+    value, before = call.value(call["src"]), call.first()
+    mine = put(value, [aligned(layer, len(call.shape)) for layer in value.layers], call.shape)
+    return put(mine, joined(call.log, [mine, before], call.shape), call.shape) if before.is_blank else mine
 
 
 def per_place(call: Call) -> list[Value | None]:
@@ -222,10 +224,17 @@ def on_layers(call: Call) -> Value:
 
 
 def repeat(call: Call) -> Value:
+    """What has size 1 is repeated as `expand` does it."""
     value, times = call.first(), list(call["repeats"])
     layers = [aligned(layer, len(times)) for layer in value.layers]
     made = [
         layer.repeat([n if size > 1 else 1 for n, size in zip(times, layer.shape, strict=True)]) for layer in layers
+    ]
+    before = (1,) * (len(times) - len(value.shape)) + value.shape
+    made += [
+        call.log.atoms.fresh(n, dim, len(times))
+        for dim, (n, size) in enumerate(zip(times, before, strict=True))
+        if size == 1 and 1 < n <= COPIES
     ]
     return put(value, made, call.shape)
 
@@ -380,10 +389,22 @@ def index_select(call: Call) -> Value:
 
 
 def gather(call: Call) -> Value:
-    """Entries are picked along one dimension, for each place of the others."""
-    value = call.first()
-    layers = without(call.log, value, [axis(call["dim"], len(value.shape))], PICKED)
-    return put(derived(call.values(), call.shape), layers, call.shape)
+    """Entries are picked along one dimension, for each place of the others: there are as many positions as entries."""
+    value, places = call.first(), call.value(call.arguments.get("index", call.arguments.get("indices")))
+    dim = axis(call["dim"], len(value.shape))
+    values = []
+    for mine in (value, places):
+        layers = without(call.log, mine, [dim], PICKED)
+        sizes = [1 if d == dim else min(n, m) for d, (n, m) in enumerate(zip(mine.shape, call.shape, strict=True))]
+        values.append(put(mine, [_shortened(layer, sizes) for layer in layers], sizes))
+    found = joined(call.log, values, _with(call.shape, dim, 1))
+    return put(derived(call.values(), call.shape), found, call.shape)
+
+
+def _shortened(layer: Tensor, sizes: Sequence[int]) -> Tensor:
+    for dim, size in enumerate(sizes):
+        layer = layer.narrow(dim, 0, min(size, layer.shape[dim]))
+    return layer
 
 
 def embedding(call: Call) -> Value:
@@ -497,6 +518,22 @@ def regions(call: Call) -> Value:
     """Parts of pictures, as boxes say, channel by channel."""
     layers = without(call.log, call.first(), [0, 2, 3], PICKED)
     return put(derived(call.values(), call.shape), layers, call.shape)
+
+
+def sampled(call: Call) -> Value:
+    """grid_sample: (n, c, ...) is read at places (n, ..., coordinates): each of the n by its own places.
+
+    Deformable attentions merge samples and heads into n: what is tied there are heads.
+    """
+    x, grid = call.value(call["input"]), call.value(call["grid"])
+    places = range(2, len(call.shape))
+    mine = put(x, without(call.log, x, places, PICKED), (*x.shape[:2], *[1] * len(places)))
+    apart = without(call.log, grid, [len(grid.shape) - 1], WITH_INPUT)
+    theirs = put(grid, [layer.movedim(-1, 1) for layer in apart], (grid.shape[0], 1, *grid.shape[1:-1]))
+    if mine.on(0) and theirs.on(0):
+        call.log.attention += [layer.reshape(-1) for layer in (*mine.on(0), *theirs.on(0))]
+        call.log.values += [(layer.reshape(-1), x.shape[1]) for layer in mine.on(0)]
+    return derived([x, grid], call.shape, joined(call.log, [mine, theirs], call.shape))
 
 
 def unknown(call: Call) -> Any:
@@ -761,8 +798,8 @@ def _depthwise(call: Call, x: Value, weight: Value, makers: set[int]) -> Value:
             rest = log.collapse(mine, 1, WITH_CONSTANT)
             found += [] if rest is None else [rest]
             continue
-        log.tie(wide, out.reshape(1, -1, *[1] * (wide.dim() - 2)))
-        found.append(wide)
+        left = meet(log, wide, out.reshape(1, -1, *[1] * (wide.dim() - 2)))  # heads may be among the samples
+        found += [] if left is None else [left]
     if out is not None and not x.on(1):
         log.pin(out, WITH_INPUT if x.is_input else WITH_CONSTANT)
     return replace(derived([x], call.shape, found), is_weights=False, makers=x.makers | frozenset(makers))
@@ -813,9 +850,13 @@ def batch_norm(call: Call) -> list[Value | None]:
     for maker in value.makers:
         call.log.norms.setdefault(maker, set()).update(numbers)
     is_trained = bool(call.arguments.get("training")) or "no_stats" in str(call.func)
+    columns: list[Tensor] = []  # of a weight that is standardised
     if is_trained:
-        value = put(value, without(call.log, value, range(2, len(value.shape)), MIXED), value.shape)
-    layers = _per_channel(call, value, ("weight", "bias", "running_mean", "running_var"), [1])
+        places = range(2, len(value.shape))
+        rest = _summed(call, value, places) if call.log.is_told else list(value.layers)
+        columns = [layer for layer in value.layers if not any(layer is other for other in rest)]
+        value = put(value, without(call.log, put(value, rest, value.shape), places, MIXED), value.shape)
+    layers = [*_per_channel(call, value, ("weight", "bias", "running_mean", "running_var"), [1]), *columns]
     made = replace(put(value, layers, call.shape), makers=NOWHERE)
     return [made, *[None] * (len(call.result) - 1)]
 
@@ -953,14 +994,14 @@ RULES: dict[str, Rule] = {
         "avg_pool2d max_pool2d max_pool2d_with_indices adaptive_avg_pool2d _adaptive_avg_pool2d "
         "adaptive_max_pool2d fractional_max_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
         "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d reflection_pad2d "
-        "replication_pad2d grid_sampler_2d cudnn_grid_sampler",
+        "replication_pad2d",
     ),
     **_table(
         spatial(3),
         "avg_pool3d max_pool3d max_pool3d_with_indices adaptive_avg_pool3d _adaptive_avg_pool3d "
-        "adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d reflection_pad3d replication_pad3d "
-        "grid_sampler_3d",
+        "adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d reflection_pad3d replication_pad3d",
     ),
+    **_table(sampled, "grid_sampler_2d cudnn_grid_sampler grid_sampler_3d"),
     **_table(regions, "torchvision::roi_align torchvision::roi_pool"),
     **_table(glu, "glu"),
     **_table(linear, "linear"),

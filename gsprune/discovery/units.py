@@ -23,7 +23,6 @@ from gsprune.text.names import joined
 
 _CONV = nn.modules.conv._ConvNd
 SINGLE_UNIT = "it has a single unit"
-NO_AFFINE = "its BatchNorm has no weight and bias, whose gradients its score is read from"
 
 
 class Unprunable(Exception):
@@ -98,6 +97,7 @@ def _row(layer: nn.Module) -> int:
 def _first(network: Network, log: Log, family: Family) -> int:
     """The axis that makes the units first, in module order."""
     made = [a for a in family.atoms if a in log.rows] or list(family.atoms)
+    made = [a for a in made if isinstance(network.tensors[log.atoms.axes[a].tensor], nn.Parameter)] or made
     return min(made, key=lambda a: network.place[log.atoms.axes[a].tensor])
 
 
@@ -162,15 +162,13 @@ def _structure(network: Network, log: Log, notes: _Notes, family: Family) -> Str
     attributes: dict[str, int] = {}
     if kind == "heads":
         name, attributes = head_attributes(network.model, members["rows"], members["columns"], _width(notes, root))
-        gates = _value_rows(log, notes, members["rows"])
+        gates = _value_rows(log, notes, members["rows"]) or members["columns"]
     elif kind == "residual":
         homes = [_layer(m.tensor) for m in members["rows"]]
         name, gates = next(home for home in homes if home), members["columns"]
     else:
-        gates = _gates(log, sides, members)
-        if not gates:
-            is_normed = any(m.tensor.endswith("running_mean") for m in members["scales"])
-            raise Unprunable(NO_AFFINE if is_normed else "no layer that is read makes it, so that nothing scores it")
+        gates = tuple(m for m in _gates(log, sides, members) if isinstance(network.tensors[m.tensor], nn.Parameter))
+        gates = gates or members["columns"]  # behind a norm that has no weight of its own
     attributes = attributes | _norm_attributes(network, notes, root)
     if kind == "residual":
         attributes |= _widths(network, [*members["rows"], *members["columns"]])
@@ -323,11 +321,11 @@ def _width(notes: _Notes, root: int) -> int | None:
 
 
 def _value_rows(log: Log, notes: _Notes, rows: Sequence[Member]) -> tuple[Member, ...]:
-    """What the producers have of the values that an attention weighs; all of them where that is not known."""
+    """What the producers have of the values that an attention weighs; nothing where all heads share these."""
     first = {(axis.tensor, axis.dim): axis.first for axis in log.atoms.axes}
     found: list[Member] = []
     for member in rows:
         mine = notes.is_value[member.index + first[member.tensor, member.dim]]
         if bool(mine.any()) and bool((mine.sum(1) == mine[0].sum()).all()):
             found.append(replace(member, index=member.index[mine].reshape(len(mine), -1), in_order=None))
-    return tuple(found) or tuple(rows)
+    return tuple(found)

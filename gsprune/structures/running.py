@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, answers_in, call, example_of, map_tensors
 from gsprune.structures.norms import may_be_stream_norm
+from gsprune.structures.twin import forget_caches
 
 
 def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
@@ -25,6 +26,7 @@ def outputs(model: nn.Module, example_input: Example) -> list[Tensor]:
     Norms that compute in float32 compute in float64 on tensors of that type, so that rounding hides nothing. Products
     in float32 (routers of experts) are summed in float64: the order of the sum must not choose the expert.
     """
+    forget_caches(model)
     with torch.no_grad(), same_randomness(model), no_fast_path(), _precise_norms(model):
         return list(answers_in(call(model, map_tensors(Tensor.clone, example_input))))
 

@@ -54,7 +54,8 @@ class Structure:
     producers   weights and biases whose rows compute the unit (depthwise convolutions and gates included)
     consumers   weights whose columns read it: with these at zero the unit contributes exactly nothing
     norms       per-unit tensors on the way that are cut along: affine pairs and statistics of norms, PReLU's slopes
-    gates       the tensors whose sum of w * g over unit u is the gradient of a gate on its pre-activation
+    gates       the tensors whose sum of w * g over unit u is the gradient of a gate on its pre-activation; consumers
+                where none of the producers shows that (in a stream, behind a norm without weight)
     attributes  module attribute -> amount per unit; its new value is amount * kept units. A `normalized_shape` is the
                 norm itself, which has no tensors
     sizes       size that a module's forward pass has to be told -> (amount per unit, dense size), as of

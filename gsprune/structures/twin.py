@@ -53,7 +53,24 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             state = {name: _value(value, memo) for name, value in vars(module).items()}
             memo[id(module)].__setstate__(state)
         twin: nn.Module = copy.deepcopy(model, memo)
+    forget_caches(twin)
     return twin
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Empty the dictionaries of tensors that modules call a cache (position biases of LeViT and TinyViT in evaluation):
+    they hold what was computed with other weights.
+
+    >>> net = nn.Linear(2, 2)
+    >>> net.bias_cache = {"cpu": torch.zeros(2)}
+    >>> forget_caches(net)
+    >>> net.bias_cache
+    {}
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) is dict and value and "cache" in name and all(isinstance(t, Tensor) for t in value.values()):
+                vars(module)[name] = {}
 
 
 _ATOMS = (int, float, bool, str, type(None), type, torch.dtype, torch.device)

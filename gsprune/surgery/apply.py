@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.norms import StreamNorm, may_be_stream_norm, stream_norm
-from gsprune.structures.twin import refuse_wrapped
+from gsprune.structures.twin import forget_caches, refuse_wrapped
 from gsprune.surgery.cut_plan import CutPlan, Cuts, cut_tensor
 from gsprune.surgery.narrow_attention import close_nested_path, narrow, why_not_narrow
 from gsprune.surgery.narrow_forward import by_module, is_size, narrow_forward
@@ -74,6 +74,7 @@ def apply_cut(
     for path, home in gone.items():
         setattr(*home, no_branch(getattr(*home), plan.removed[path]))
     close_nested_path(model)
+    forget_caches(model)
     move_state(optimizers, replaced, drop=drop_state)
     forget(optimizers, before - {id(parameter) for parameter in model.parameters()})
 
@@ -252,8 +253,8 @@ def _resize_norm(norm: Any, dense: StreamNorm, width: int | None, scaled: set[in
 
 def _resize_conv(conv: Any) -> None:
     first, second = _weight_shape(conv)[:2]
-    is_depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
-    conv.groups = first if is_depthwise else conv.groups
+    if conv.groups == conv.in_channels > 1:  # depthwise: one filter a channel, or several
+        conv.groups = first if conv.transposed else first * conv.groups // conv.out_channels
     both = (first, second * conv.groups)
     conv.out_channels, conv.in_channels = both[::-1] if conv.transposed else both
 

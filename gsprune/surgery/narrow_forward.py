@@ -1,9 +1,10 @@
 """Modules whose forward pass insists on widths that a cut changes: `x.view(n, 64)`, `C // num_heads`, sizes of a split.
 
 Such a module runs the same forward pass with the numbers of the dense network: shapes that it asks for are the dense
-ones, its attributes stay. Where it names sizes (`view`, `expand`, `unflatten`, `split`; `zeros` of new tensors),
-the sizes that are left are put in. What it averages over (`mean`, `var`, `std`, the functions `layer_norm`,
-`rms_norm` and `group_norm`) goes on having the dense number of entries, those that are gone as zeros
+ones, its attributes stay. Where it names sizes (`view`, `expand`, `repeat`, `unflatten`, `split`; `zeros` of new
+tensors; groups of depthwise convolutions that are functions), the sizes that are left are put in. What it averages over
+(`mean`, `var`, `std`, `layer_norm` and other norms as functions) goes on having the dense number of entries, those that
+are gone as zeros
 (`gsprune.surgery.averages`). `narrow_forward` does that in place. Calls are counted in the order in which the module
 itself makes them, each kind by itself (a cache may take the place of new tensors, and must not shift the rest); those
 of the modules that it calls are theirs.
@@ -25,10 +26,11 @@ from functools import cache
 from typing import Any, Literal, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gsprune.surgery.averages import averaged_dims, virtual_average
+from gsprune.surgery.averages import averaged_dims, is_followed, length, note_gone, virtual_average
 from gsprune.text.names import joined
 
 Numbers = Mapping[int, Mapping[int, int]]  # call -> dimension -> number
@@ -160,7 +162,7 @@ def _is_number(value: Any) -> bool:
 
 
 _UNFLATTEN: set[Any] = {Tensor.unflatten, torch.unflatten}
-_RESHAPES: set[Any] = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, *_UNFLATTEN}
+_RESHAPES: set[Any] = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, Tensor.repeat, *_UNFLATTEN}
 _FULL: set[Any] = {torch.full, Tensor.new_full}  # a number comes after the sizes
 _FUNCTIONS: set[Any] = {torch.zeros, torch.ones, torch.empty, torch.full}
 _FILLS: set[Any] = {*_FUNCTIONS, *_FULL, Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty}
@@ -170,12 +172,17 @@ _SPLITS: set[Any] = {Tensor.split, torch.split, Tensor.split_with_sizes, torch.s
 def sized_parts(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
 ) -> list[tuple[int, Tensor, int]]:
-    """Of a call that takes sizes: (number of the size, the result that has it, in which dimension)."""
+    """Of a call that takes sizes: (number of the size, the result that has it, in which dimension).
+
+    Of `repeat`, where one entry is repeated.
+    """
     if func in _SPLITS:
         dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
         parts = [(i, part, int(dim) % part.dim()) for i, part in enumerate(result)]
         return parts[:1] if _is_number(args[1]) else parts
-    return [(d, result, d) for d in range(result.dim())]
+    new = result.dim() - args[0].dim() if func is Tensor.repeat else 0  # what is repeated in whole has no size
+    whole = {d for d in range(new, result.dim()) if args[0].shape[d - new] != 1} if func is Tensor.repeat else set()
+    return [(d, result, d) for d in range(result.dim()) if d not in whole]
 
 
 def _resized(
@@ -209,6 +216,26 @@ def _resized(
 
 _NESTED: set[Any] = {torch.reshape, *_UNFLATTEN, *_FULL}  # the sizes are one argument
 
+_CONVOLUTIONS: set[Any] = {F.conv1d, F.conv2d, F.conv3d}
+_CONVOLVED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+def depthwise_weight(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The weight of a depthwise convolution that a module calls as a function: it names as many groups as channels."""
+    if func not in _CONVOLUTIONS or isinstance(running_module(), nn.modules.conv._ConvNd):
+        return None
+    given = dict(zip(_CONVOLVED, args, strict=False)) | dict(kwargs)
+    weight, groups = given["weight"], given.get("groups", 1)
+    return weight if type(groups) is int and groups > 1 and weight.shape[1] == 1 else None
+
+
+def _regrouped(args: Sequence[Any], kwargs: Mapping[str, Any], weight: Tensor) -> tuple[dict[str, Any], bool]:
+    """Its arguments with as many groups as there are channels, and whether that changes anything."""
+    given = dict(zip(_CONVOLVED, args, strict=False)) | dict(kwargs)
+    groups = length(given["input"], 1 - weight.dim())
+    return given | {"groups": groups}, groups != given["groups"]
+
+
 # ---- who runs
 
 _changed = threading.local()
@@ -233,6 +260,12 @@ class _Sizing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _CONVOLUTIONS:
+            return self._convolve(func, args, kwargs)
+        if is_followed(func, args):
+            result = func(*args, **kwargs)
+            note_gone(func, args, kwargs, result)
+            return result
         is_asking, dims = asks_for_shape(func), averaged_dims(func, args, kwargs)
         if not (is_asking or dims or takes_sizes(func, args, kwargs)) or not self._is_asked():
             return func(*args, **kwargs)
@@ -249,9 +282,22 @@ class _Sizing(TorchFunctionMode):
         wanted = self._next(left, what)
         args, changed = _resized(func, args, kwargs, wanted, dense) if wanted else (args, False)
         if changed:
-            modules: set[nn.Module] = getattr(_changed, "modules", set())
-            modules.add(self.module)
+            self._note_change()
         return func(*args, **kwargs)
+
+    def _convolve(self, func: Any, args: Any, kwargs: Any) -> Any:
+        weight = depthwise_weight(func, args, kwargs)
+        if weight is None or not self._is_asked():
+            return func(*args, **kwargs)
+        self._next(self.module.sizes_left, "size")
+        given, changed = _regrouped(args, kwargs, weight)
+        if changed:
+            self._note_change()
+        return func(**given)
+
+    def _note_change(self) -> None:
+        modules: set[nn.Module] = getattr(_changed, "modules", set())
+        modules.add(self.module)
 
     def _is_asked(self) -> bool:
         return running_module() is self.module

@@ -152,13 +152,27 @@ def _channels(name: str, module: nn.Module, rows: Rows) -> Tensor | None:
         return _hidden_channels(name, module, rows)
     if isinstance(module, nn.MultiheadAttention):
         return rows.get(joined(name, "out_proj.weight"), {}).get(0)
+    if isinstance(module, _CONV) and module.transposed and module.groups > 1:
+        return _grouped_channels(name, module, rows)
     dim = 1 if is_conv1d(module) or (isinstance(module, _CONV) and module.transposed) else 0
+    return _kept(name, rows, dim)
+
+
+def _kept(name: str, rows: Rows, dim: int) -> Tensor | None:
     found = (rows.get(joined(name, leaf), {}).get(dim) for leaf in WEIGHTS)
-    kept = next((kept for kept in found if kept is not None), None)
-    if kept is None or dim == 0 or not isinstance(module, _CONV) or module.groups == 1:
-        return kept
-    width = module.out_channels // module.groups
-    return (torch.arange(module.groups)[:, None] * width + kept).flatten()
+    return next((kept for kept in found if kept is not None), None)
+
+
+def _grouped_channels(name: str, conv: nn.modules.conv._ConvNd, rows: Rows) -> Tensor | None:
+    """Of a transposed convolution in groups: the same places of each group; of a depthwise one whole groups."""
+    is_depthwise = conv.groups == conv.in_channels
+    kept = _kept(name, rows, 0 if is_depthwise else 1)
+    if kept is None:
+        return None
+    width = conv.out_channels // conv.groups
+    if is_depthwise:
+        return (kept[:, None] * width + torch.arange(width)).flatten()
+    return (torch.arange(conv.groups)[:, None] * width + kept).flatten()
 
 
 def _hidden_channels(name: str, rnn: nn.RNNBase, rows: Rows) -> Tensor | None:

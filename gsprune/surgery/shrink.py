@@ -8,7 +8,7 @@ model trains; its masks are those of the dense network.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gsprune.structures.example import Example
-from gsprune.structures.running import counted, hooked, outputs, wake
+from gsprune.structures.running import called_modules, counted, hooked, outputs, wake
 from gsprune.structures.structure import Member, Structure
 from gsprune.structures.twin import copy_of, every_tensor, twin_of
 from gsprune.surgery.apply import apply_cut, forget_compiled
@@ -227,21 +227,26 @@ def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Str
         problem = _first_wrong(masked, some)
         return None if problem is None else masked.leak(some) or problem
 
-    plain = [_with_sizes_of(s, ()) for s in structures]
+    plain = [_with_sizes_of(s, (), ()) for s in structures]
     if not plain or _first_wrong(masked, plain) is None:
         return plain, {}
     if not any(s.sizes for s in structures):
         return sift(plain, test)
     modules = {module_of(name) for s in structures for name in s.sizes}
-    kept, broken = sift([_with_sizes_of(s, modules) for s in structures], test)
+    calls: Mapping[nn.Module, int] = called_modules(masked.twin, masked.rounds[0].args) or {}
+    called = {name for name, module in masked.twin.named_modules() if module in calls}
+    kept, broken = sift([_with_sizes_of(s, modules, called) for s in structures], test)
     names = {s.name for s in kept}
     needed = _insisting(masked, [s for s in structures if s.name in names])
-    fewer = [_with_sizes_of(s, needed) for s in kept]
+    fewer = [_with_sizes_of(s, needed, called) for s in kept]
     return (kept if _first_wrong(masked, fewer) else fewer), broken
 
 
-def _with_sizes_of(structure: Structure, modules: Collection[str]) -> Structure:
-    """Of other modules it keeps no sizes but those of averages over its units; attributes of these are left to them."""
+def _with_sizes_of(structure: Structure, modules: Collection[str], called: Collection[str]) -> Structure:
+    """Of other modules it keeps no sizes but those of averages over its units; attributes of these are left to them.
+
+    Whose forward pass reads the attributes of a module that is not called, nor is a module: that of the one around it.
+    """
     if not structure.sizes:
         return structure
     sizes = {
@@ -250,8 +255,20 @@ def _with_sizes_of(structure: Structure, modules: Collection[str]) -> Structure:
         if (amount if is_mean(name) else module_of(name) in modules)
     }
     told = {module_of(name) for name in sizes if not is_mean(name)}
-    attributes = {name: n for name, n in structure.attributes.items() if name.rpartition(".")[0] not in told}
+    attributes = {name: n for name, n in structure.attributes.items() if _reader(name, called) not in told}
     return replace(structure, sizes=sizes, attributes=attributes)
+
+
+def _reader(attribute: str, called: Collection[str]) -> str:
+    """The module whose forward pass reads an attribute: the innermost around it that is called.
+
+    >>> _reader("attn.position.num_heads", {"", "attn", "attn.q"})
+    'attn'
+    """
+    path = module_of(attribute)
+    while path and path not in called:
+        path = module_of(path)
+    return path
 
 
 def _first_wrong(masked: Masked, some: Sequence[Structure]) -> Problem | None:

@@ -159,6 +159,151 @@ class Latent(nn.Module):
         return self.up(self.norm(latent)) + rest.sum(-1, keepdim=True)
 
 
+class _Table(nn.Module):
+    """Scores of places, made by a small network and read by the attention: it is never called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.up, self.down = nn.Linear(2, 7), nn.Linear(7, HEADS)
+        self.register_buffer("places", torch.randn(11, 2), persistent=False)
+        self.register_buffer("index", torch.arange(6)[:, None] - torch.arange(6) + 5, persistent=False)
+
+    def scores(self) -> Tensor:
+        table = self.down(self.up(self.places).relu()).view(-1, self.num_heads)
+        return table[self.index.flatten()].view(6, 6, HEADS).permute(2, 0, 1)
+
+
+class Placed(Attention):
+    """Adds the scores of such a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = _Table()
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, self.table.scores())
+
+
+class Cached(Attention):
+    """In evaluation it keeps what it has picked from a table, as LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.bias_cache = nn.Parameter(torch.randn(HEADS, 11)), {}
+        self.register_buffer("index", torch.arange(6)[:, None] - torch.arange(6) + 5, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if self.training:
+            return super().forward(x, x, self.table[:, self.index])
+        if str(x.dtype) not in self.bias_cache:
+            self.bias_cache[str(x.dtype)] = self.table[:, self.index]
+        return super().forward(x, x, self.bias_cache[str(x.dtype)])
+
+    def train(self, mode: bool = True) -> Cached:
+        self.bias_cache.clear()
+        return super().train(mode)
+
+
+def cached() -> nn.Module:
+    """A network that has run before."""
+    model = nn.Sequential(Cached(), nn.Linear(WIDTH, 2)).eval()
+    with torch.no_grad():
+        model(X)
+    return model
+
+
+class SingleHead(nn.Module):
+    """Keys and values are halves of one layer, all in one head: values are as many as keys, which stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.o = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 16), nn.Linear(8, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, v = self.kv(x).reshape(len(x), -1, 2, 1, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        q = self.q(x).reshape(len(x), -1, 1, 8).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class OneKey(Attention):
+    """Fused rows: all queries, then one key and one value for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.q, self.k, self.v
+        self.qkv = nn.Linear(WIDTH, (HEADS + 2) * SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        qkv = self.qkv(x).view(*x.shape[:2], self.num_heads + 2, SIZE)
+        parts = (t.transpose(1, 2) for t in (qkv[..., :-2, :], qkv[..., [-2], :], qkv[..., [-1], :]))
+        y = nn.functional.scaled_dot_product_attention(*parts)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class Looking(nn.Module):
+    """A deformable attention: each head looks at places of a picture that the queries choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.value, self.places, self.weights = (nn.Linear(WIDTH, HEADS * n) for n in (SIZE, 3 * 2, 3))
+        self.o = nn.Linear(HEADS * SIZE, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        value = self.value(x).view(batch, length, self.num_heads, SIZE).flatten(2).transpose(1, 2)
+        value = value.reshape(batch * self.num_heads, SIZE, 2, length // 2)
+        places = self.places(x).view(batch, length, self.num_heads, 3, 2).tanh().transpose(1, 2).flatten(0, 1)
+        weights = self.weights(x).view(batch, length, self.num_heads, 3).softmax(-1).transpose(1, 2)
+        seen = nn.functional.grid_sample(value, places, align_corners=False)
+        y = (seen * weights.reshape(batch * self.num_heads, 1, length, 3)).sum(-1)
+        return self.o(y.view(batch, self.num_heads * SIZE, length).transpose(1, 2))
+
+
+class Shuffled(nn.Module):
+    """Tokens in an order of their own, as many times as they are wide, between two layers of a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(WIDTH, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        order = torch.arange(x.shape[1] - 1, -1, -2, device=x.device).expand(len(x), -1)
+        return self.head(self.norm(x.gather(1, order[..., None].repeat(1, 1, x.shape[2]))))
+
+
+class Remembering(nn.Module):
+    """Its state is kept, in a tensor that nothing reads, and its convolution is told its groups by the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.deep, self.down = nn.Linear(WIDTH, 8), nn.Conv1d(8, 8, 3, groups=8), nn.Linear(8, WIDTH)
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x).transpose(1, 2)
+        batch, width, _ = y.shape
+        torch.zeros(batch, width, 3, dtype=y.dtype, device=y.device).copy_(y[..., -3:])
+        y = nn.functional.conv1d(y, self.deep.weight, self.deep.bias, padding=2, groups=width)
+        return self.head(self.down(y.transpose(1, 2).relu()))
+
+
+class Blur(nn.Module):
+    """Neighbours are averaged by a convolution whose groups are written down, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.channels, self.head = nn.Linear(WIDTH, 8), 8, nn.Linear(8, 2)
+        self.register_buffer("filter", torch.tensor([0.25, 0.5, 0.25]).repeat(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.conv1d(self.up(x).relu().transpose(1, 2), self.filter, groups=self.channels)
+        return self.head(y.transpose(1, 2))
+
+
 class TestKinds(NetworkTester):
     networks: ClassVar = {
         "queries": Network(Queries, X, [("attention", "heads", HEADS), ("attention.o", "neurons", WIDTH)]),
@@ -174,6 +319,19 @@ class TestKinds(NetworkTester):
             others=[X[:1], X[:, :3]],
         ),
         "einsums": Network(Written, X, {"heads": 1, "neurons": 1}),
+        "placed": Network(lambda: nn.Sequential(Placed(), nn.Linear(WIDTH, 2)), X, {"heads": 1, "neurons": 2}),
+        "cached": Network(cached, X, {"heads": 1, "neurons": 1}),
+        "single": Network(
+            lambda: nn.Sequential(SingleHead(), nn.Linear(WIDTH, 2)),
+            X,
+            {"neurons": 1},
+            skipped={OUTPUT, "single unit"},
+        ),
+        "one key": Network(lambda: nn.Sequential(OneKey(), nn.Linear(WIDTH, 2)), X, {"heads": 1, "neurons": 1}),
+        "looking": Network(lambda: nn.Sequential(Looking(), nn.Linear(WIDTH, 2)), X, {"heads": 1, "neurons": 1}),
+        "shuffled": Network(Shuffled, X, {"residual": 1}, kinds=["residual"], others=[X[:1], X[:, :4]]),
+        "blur": Network(Blur, X, [("up", "neurons", 8)], again=True, others=[X[:1]]),
+        "remembering": Network(Remembering, X, {"neurons": 2}),
         "stream": Network(Stream, X, {"residual": 1}, kinds=["residual"], others=[X[:1]]),
         "latent": Network(Latent, X, {"residual": 1}, skipped=None, kinds=["residual"]),
     }
@@ -186,6 +344,16 @@ def test_an_output_without_logits_keeps_its_hidden_states() -> None:
 
     with refused("embed", OUTPUT):
         find_structures(Bare(), X)
+
+
+def test_a_table_that_is_read_but_not_called_keeps_its_number_of_heads() -> None:
+    """Half of the heads: the attention is told its sizes, and must not halve what the table has halved already."""
+    model = nn.Sequential(Placed(), nn.Linear(WIDTH, 2)).double()
+    structures = [s for s in find_structures(model, X).structures if s.kind == "heads"]
+    masked = copy.deepcopy(model)
+    mask_units(masked, structures, keeps := [torch.arange(HEADS) < HEADS // 2])
+    shrink(model, structures, keeps, example_input=X)
+    torch.testing.assert_close(model(X.double()), masked(X.double()))
 
 
 def test_a_layer_whose_configuration_is_set_has_it_alone() -> None:

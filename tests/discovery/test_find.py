@@ -383,7 +383,6 @@ def test_heads_that_are_mixed_or_crossed(kind: type[FusedQKV]) -> None:
         (TwoOutputs(), torch.randn(2, 6), "a", "feeds the model's output"),
         (SkipInput(), torch.randn(2, 6), "a", "combined with the model's input"),
         (Normed(Fn(lambda x: x + x.logsumexp(1, keepdim=True))), None, "a", "logsumexp, which mixes units"),
-        (Normed(nn.BatchNorm2d(8, affine=False)), None, "a", "BatchNorm has no weight and bias"),
         (Normed(Fn(lambda x: x.softmax(1))), None, "a", "softmax that is no attention"),
         (Normed(Fn(lambda x: x / x.amax(1, keepdim=True))), None, "a", "amax, which mixes units"),
         (Normed(Fn(lambda x: x - x.cumsum(1))), None, "a", "cumsum, which mixes units"),
@@ -421,6 +420,8 @@ def test_skipped_with_a_reason(model: nn.Module, x: Tensor | None, name: str, re
     ("model", "x", "name", "units", "members"),
     [
         (Normed(nn.GroupNorm(4, 8)), None, "a", 4, {"a.weight": 2, "middle.weight": 2, "b.weight": 2}),
+        (Normed(nn.BatchNorm2d(8, affine=False)), None, "a", 8, {"a.weight": 1, "b.weight": 1}),
+        (Normed(nn.InstanceNorm2d(8)), None, "a", 8, {"a.weight": 1, "b.weight": 1}),
         (Normed(nn.InstanceNorm2d(8, affine=True)), None, "a", 8, {"a.weight": 1, "middle.weight": 1, "b.weight": 1}),
         (Normed(nn.ReLU(), groups=2), None, "a", 4, {"a.weight": 2, "b.weight": 1}),
         (Normed(nn.ConvTranspose2d(8, 8, 1)), None, "a", 8, {"a.weight": 1, "middle.weight": 1}),

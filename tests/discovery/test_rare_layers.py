@@ -18,6 +18,7 @@ from gsprune.discovery.find import find_structures
 from gsprune.surgery.shrink import mask_units, shrink
 
 VECTORS = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+PICTURES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 SEQUENCES = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(2))
 IDS = torch.tensor([[1, 2, 3, 4], [5, 0, 7, 8], [0, 8, 2, 1]])
 
@@ -86,6 +87,27 @@ class Broadcast(nn.Module):
         return out
 
 
+class Multiplied(nn.Module):
+    """Depthwise convolutions with several filters a channel, there and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deep, self.norm = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 12, 3, groups=6), nn.BatchNorm2d(12)
+        self.back, self.head = nn.ConvTranspose2d(12, 24, 2, groups=12), nn.Linear(24, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.back(self.norm(self.deep(self.first(x).relu())).relu()).relu()
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def unscaled() -> nn.Module:
+    """Norms without weights: the layers behind them show what a unit is worth."""
+    first = (nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6), nn.ReLU())
+    second = (nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5, affine=False), nn.ReLU())
+    return nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2))
+
+
 def perceptron(wrap: Any) -> nn.Module:
     return nn.Sequential(wrap(nn.Linear(4, 6)), nn.ReLU(), wrap(nn.Linear(6, 5)), nn.ReLU(), wrap(nn.Linear(5, 2)))
 
@@ -97,6 +119,8 @@ NORMED = [("0", "neurons", 6), ("2", "neurons", 5)]
 class TestRareLayers(NetworkTester):
     networks: ClassVar = {
         "bilinear": Network(Products, VECTORS, [("a", "neurons", 6), ("b", "neurons", 5), ("pair", "neurons", 7)]),
+        "unscaled": Network(unscaled, PICTURES, [("0", "channels", 6), ("3", "channels", 5)], others=[PICTURES[:1]]),
+        "multiplied": Network(Multiplied, PICTURES, [("first", "channels", 6)], again=True),
         "bag": Network(lambda: Bag("mean"), IDS, [("words", "neurons", 6)], again=True),
         "largest of a bag": Network(lambda: Bag("max"), IDS, [("words", "neurons", 6)]),
         "weight_norm": Network(lambda: perceptron(parametrizations.weight_norm), VECTORS, NORMED, again=True),

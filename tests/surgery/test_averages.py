@@ -72,6 +72,15 @@ class Functional(nn.Module):
         var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
         return (x - mean) * (var + 1e-6).rsqrt() * self.gain
 
+    def centred(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        var = (x - mean).pow(2).mean(-1, keepdim=True)
+        return self.gain * (x - mean) / torch.sqrt(var + 1e-5)
+
+    def far(self, x: Tensor) -> Tensor:
+        apart = torch.mean(x, dim=(1, 2), keepdim=True) - x
+        return self.gain * apart / ((apart**2 * apart.abs()).mean((1, 2), keepdim=True) + 1e-5)
+
     def layer(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.gain)
 
@@ -80,6 +89,22 @@ class Functional(nn.Module):
 
     def unit(self, x: Tensor) -> Tensor:
         return self.gain * F.normalize(x, dim=-1) * x.abs().sum(-1, keepdim=True).sqrt()
+
+
+class Standardised(nn.Conv2d):
+    """Rows of its weight have mean 0 and variance 1, over all that they read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias)
+
+
+def standardised() -> nn.Module:
+    return nn.Sequential(
+        *(Standardised(3, WIDTH, 2), nn.ReLU(), Standardised(WIDTH, 6, 2), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)),
+    )
 
 
 def functional(norm: str, kind: str = "neurons", **options: Any) -> Network:
@@ -103,6 +128,9 @@ class TestAverages(NetworkTester):
         "rms": functional("rms", again=True),
         "standard": functional("standard"),
         "both": functional("both", again=True),
+        "centred": functional("centred", again=True, onnx=True),
+        "far": functional("far"),
+        "standardised": Network(standardised, IMAGES, {"channels": 2}, others=[torch.randn(1, 3, 9, 7)], again=True),
         "layer": functional("layer", "residual", again=True, onnx=True),
         "root": functional("root", "residual"),
         "unit": functional("unit"),
@@ -162,6 +190,15 @@ def test_a_group_norm_of_one_group() -> None:
     whole[:, 2:] = 0
     made = virtual_average(F.group_norm, (whole[:, :2], 1, weight[:2], bias[:2], 1e-3), {}, {1: 3})
     torch.testing.assert_close(made, F.group_norm(whole, 1, weight, bias, 1e-3)[:, :2])
+
+
+def test_a_batch_norm_without_statistics() -> None:
+    whole, weight, bias = WHOLE.clone(), torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    whole[..., 3:] = 0
+    how = {"training": True, "eps": 1e-3}
+    made = virtual_average(F.batch_norm, (whole[..., :3], None, None, weight, bias), how, {2: 5})
+    torch.testing.assert_close(made, F.batch_norm(whole, None, None, weight, bias, **how)[..., :3])
+    assert averaged_dims(F.batch_norm, (WHOLE, torch.zeros(3), torch.ones(3)), {"training": True}) == []
 
 
 def test_other_calls_average_over_nothing() -> None:
