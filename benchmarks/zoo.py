@@ -27,6 +27,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,13 @@ def _send(pipe: Any, function: Callable[[], dict[str, Any]], seconds: float) -> 
 def run(names: Iterable[str], path: Path, *, rival: bool, limit: float) -> dict[str, dict[str, Any]]:
     """Measure what the file does not hold, and write it after each network."""
     rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    libraries: set[str] = set()
     for name in names:
         entry, row = NETWORKS[name], rows.setdefault(name, {})
+        if name.partition("/")[0] not in libraries:
+            libraries.add(name.partition("/")[0])
+            with suppress(Exception):
+                build(entry)  # so that the library is imported once, and not by each process
         if "gsprune" not in row:
             row["gsprune"] = limited(lambda entry=entry: measure(entry), limit)  # type: ignore[misc]
         if rival and "rival" not in row:
@@ -251,32 +257,46 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", summary(rows)])
 
 
+PLAIN = {  # what stays, in the words of the page
+    r"'[^']*'": "...",
+    r"the shrunk network does not run.*": "its forward pass insists on all of them",
+    r"it has a single unit: .*": "it is an attention with one head",
+    r"the cut plan cuts a \w+, which .*": "its norm is neither a LayerNorm nor an RMSNorm",
+}
+
+
 def stays(row: Mapping[str, Any]) -> str:
     """Each reason once, without the names in it; the model's output is left out."""
-    plain = (re.sub(r"'[^']*'", "...", reason) for reason in row["skipped"].values() if "output" not in reason)
-    return "; ".join(f"{n} x {reason}" for reason, n in Counter(plain).most_common())
+    found = Counter[str]()
+    for reason in row["skipped"].values():
+        for pattern, words in PLAIN.items():
+            reason = re.sub(pattern, words, reason)
+        found.update([reason] if "output" not in reason else [])
+    return "; ".join(f"{n} x {reason}" for reason, n in found.most_common())
 
 
 def summary(rows: Mapping[str, Mapping[str, Any]]) -> str:
     mine = {name: row["gsprune"] for name, row in rows.items()}
     cut = {name: row for name, row in mine.items() if row.get("difference")}
     wrong = [name for name, row in cut.items() if not is_right(row)]
+    taken = {name: row["find"] + row["cut"] for name, row in cut.items()}
+    left = [row["left"] for row in cut.values()]
     text = [
-        f"{len(cut)} of {len(rows)} networks are cut, {len(wrong)} of them wrongly; parameters left on average "
-        f"{statistics.mean(row['left'] for row in cut.values()):.2f}. To find and to cut takes "
-        f"{sum(row['find'] + row['cut'] for row in cut.values()):.0f} s for all and at most "
-        f"{max(row['find'] + row['cut'] for row in cut.values()):.1f} s for one."
+        f"**{len(cut)} of {len(rows)} networks are cut, {len(rows) - len(cut)} refused, {len(wrong)} cut wrongly.** "
+        f"Parameters left: {statistics.mean(left):.2f} on average, {max(left):.2f} at most. To find and to cut takes "
+        f"{sum(taken.values()):.0f} s for all and at most {max(taken.values()):.1f} s for one "
+        f"({max(taken, key=taken.__getitem__)})."
     ]
-    both = {n: (cut[n], rows[n]["rival"]) for n in cut if "left" in rows[n].get("rival", {})}
-    if both:
-        there = sum("left" in row.get("rival", {}) for row in rows.values())
-        means = [statistics.mean(pair[i]["left"] for pair in both.values()) for i in (0, 1)]
-        times = [sum(p[0]["find"] + p[0]["cut"] for p in both.values()), sum(p[1]["seconds"] for p in both.values())]
-        worst = max(row["rival"]["seconds"] for row in rows.values() if "left" in row.get("rival", {}))
+    tried = [row["rival"] for row in rows.values() if "rival" in row]
+    there = [row for row in tried if "left" in row]
+    if there:
+        both = [(cut[n], rows[n]["rival"]) for n in cut if "left" in rows[n].get("rival", {})]
+        means = [statistics.mean(pair[i]["left"] for pair in both) for i in (0, 1)]
+        times = [sum(a["find"] + a["cut"] for a, _ in both), sum(b["seconds"] for _, b in both)]
         text.append(
-            f"torch-pruning cuts {there}. On the {len(both)} that both cut, parameters left are {means[0]:.2f} and "
-            f"{means[1]:.2f}, in {times[0]:.0f} and {times[1]:.0f} s (torch-pruning at most {worst:.1f} s, without any "
-            "proof)."
+            f"torch-pruning was run on {len(tried)} of them and cuts {len(there)}. On the {len(both)} that both cut, "
+            f"gsprune leaves {means[0]:.2f} of the parameters and torch-pruning {means[1]:.2f}, in {times[0]:.0f} and "
+            f"{times[1]:.0f} s (torch-pruning at most {max(row['seconds'] for row in there):.1f} s; it proves nothing)."
         )
     return " ".join(text)
 

@@ -102,7 +102,22 @@ for _name in ("r3d_18", "r2plus1d_18"):
     _torchvision(_name, 4, 32, 32, of="video", num_classes=10)
 _torchvision("s3d", 16, 224, 224, of="video", num_classes=10)
 _torchvision("swin3d_t", 4, 64, 64, of="video", num_classes=10)
-_torchvision("mvit_v2_s", 16, 224, 224, of="video", num_classes=10)
+
+
+def _mvit() -> nn.Module:
+    """The first four blocks of mvit_v2_s, for eight small pictures."""
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+    shapes = [(1, 96, 96, 1, 8), (2, 96, 192, 2, 4), (2, 192, 192, 1, 4), (4, 192, 384, 2, 2)]
+    blocks = [
+        MSBlockConfig(heads, narrow, wide, [3, 3, 3], [3, 3, 3], [1, step, step], [1, pool, pool])
+        for heads, narrow, wide, step, pool in shapes
+    ]
+    how = {"residual_pool": True, "residual_with_cls_embed": False, "rel_pos_embed": True, "proj_after_attn": True}
+    return MViT((64, 64), 8, blocks, num_classes=10, stochastic_depth_prob=0.0, **how)
+
+
+NETWORKS["torchvision/mvit_v2 (4 blocks)"] = Entry(_mvit, pictures(8, 64, 64))
 
 
 def _raft() -> nn.Module:
