@@ -22,7 +22,7 @@ from gsprune.structures.structure import Structure
 CostKind = Literal["macs", "params", "latency"]
 RuntimeName = Literal["eager", "compile", "onnxruntime", "openvino"]
 KINDS = {"macs": "MACs", "params": "parameters", "latency": "milliseconds"}
-SETTINGS = ("runtime", "batch", "threads", "round_to")
+SETTINGS = ("runtime", "batch", "threads", "round_to", "uniform")
 TOLERANCE = 0.02  # of the wanted cost: what is farther off is worth a warning
 CLEAR = 0.005  # of the wanted cost: what is nearer is not made better
 CORRECTIONS = 3  # how often a cut that was measured is made again
@@ -41,6 +41,7 @@ class BudgetSettings(TypedDict, total=False):
     batch: int | None
     threads: int | None
     round_to: int | None
+    uniform: bool | None
 
 
 def read_budget(budget: BudgetSettings | None) -> tuple[str, float] | None:
@@ -82,12 +83,14 @@ def read_budget(budget: BudgetSettings | None) -> tuple[str, float] | None:
 
 
 def _check_settings(kind: str, settings: Mapping[str, Any]) -> None:
-    clocked = [name for name in settings if name != "round_to"]
+    clocked = [name for name in settings if name not in ("round_to", "uniform")]
     if clocked and kind != "latency":
         raise ValueError(f"budget.{clocked[0]} says how a latency is measured: budget.{kind} has none, leave it out")
     runtime = settings.get("runtime", "eager")
     if runtime not in get_args(RuntimeName):
         raise ValueError(f"budget.runtime is {runtime!r}: there are {', '.join(get_args(RuntimeName))}")
+    if not isinstance(uniform := settings.get("uniform", False), bool):
+        raise ValueError(f"budget.uniform is {uniform!r}: it must be true or false")
     for name in ("batch", "threads", "round_to"):
         value = settings.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -118,6 +121,8 @@ class Budget:
         measure: where and how milliseconds are measured.
         round_to: channels and neurons of a structure that stay are a multiple of it, or all; None: of 8 under a
             latency budget, else of 1.
+        uniform: structures of the same kind and size keep the same number of units, as in layers of transformers that
+            one number of a `config.json` describes. Their n-th lowest scores are summed, and go together.
         together: numbers of the structures that are ranked together, each in one of these lists, which all lose about
             the same share of their units; None: all of them.
 
@@ -143,6 +148,7 @@ class Budget:
         min_share: float = 0.0,
         measure: Measure = EAGER,
         round_to: int | None = None,
+        uniform: bool = False,
         together: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.kind, self.share, self.structures = kind, share, structures
@@ -152,6 +158,7 @@ class Budget:
         self._by_share = self._least != [least_kept(count, min_kept) for count in units]
         self._floor_text = floor_text(min_kept, min_share if self._by_share else 0.0)
         self._together = [range(len(structures))] if together is None else together
+        self._alike = _alike(structures) if uniform else [[i] for i in range(len(structures))]
         self._checked = 1.0  # the wanted share at the last look at the clock, and what was found
         self._reached: float | None = None
         self._prices: list[float] = []  # once they were asked for
@@ -244,8 +251,8 @@ class Budget:
         total = sum(structure.units for structure in self.structures)
 
         def keeps(gone: int) -> list[Tensor]:  # structures of equal size take turns, so that the steps are small
-            turns = ((i + 0.5) / len(self.structures) for i in range(len(self.structures)))
-            lost = (math.floor(gone / total * s.units + turn) for s, turn in zip(self.structures, turns, strict=True))
+            turns = {i: (turn + 0.5) / len(self._alike) for turn, alike in enumerate(self._alike) for i in alike}
+            lost = (math.floor(gone / total * s.units + turns[i]) for i, s in enumerate(self.structures))
             return [self._first(i, self.structures[i].units - n) for i, n in enumerate(lost)]
 
         return self._around(keeps, 0, total, self.share if wanted is None else wanted)[1]
@@ -279,11 +286,11 @@ class Budget:
     # ---- inside
 
     def _ranked(self, scores: Sequence[Tensor], wanted: float) -> list[Tensor]:
-        rows = [score.reshape(1, -1) for score in scores]
+        rows = self._pooled([score.reshape(1, -1) for score in scores])
         gone = sum(int((row == PRUNED).sum()) for row in rows)
 
         def keeps(k: int) -> list[Tensor]:
-            return [self._rounded(i, rows[i], keep) for i, keep in enumerate(self._selected(rows, k))]
+            return self._rounded(rows, self._selected(rows, k))
 
         dearer, best = self._around(keeps, gone, sum(row.numel() for row in rows), wanted)
         if not self._is_final(wanted):
@@ -332,21 +339,22 @@ class Budget:
         before = None
         while before is not keeps:
             before = keeps
-            for _, i, width in sorted(self._steps(rows, keeps)):
-                row = rows[i]
-                fewer = [*keeps[:i], select([row], row.numel() - width)[0].reshape(-1), *keeps[i + 1 :]]
+            for _, alike, width in sorted(self._steps(rows, keeps)):
+                fewer = [*keeps]
+                for i in alike:
+                    fewer[i] = _best(rows[i], width)
                 best = min((best, fewer), key=lambda found: self._off(found, wanted))
                 if self._cost(fewer) >= wanted * (1 - CLEAR):
                     keeps = fewer
         return best
 
-    def _steps(self, rows: Sequence[Tensor], keeps: Keeps) -> Iterator[tuple[float, int, int]]:
-        """(the best score lost, structure, its next smaller width)."""
-        for i, (row, keep) in enumerate(zip(rows, keeps, strict=True)):
-            count = int(keep.sum())
-            smaller = [width for width in self._widths(i, count) if width < count]
+    def _steps(self, rows: Sequence[Tensor], keeps: Keeps) -> Iterator[tuple[float, Sequence[int], int]]:
+        """(the best score lost, structures, their next smaller width)."""
+        for alike in self._alike:
+            count = int(keeps[alike[0]].sum())
+            smaller = [width for width in self._widths(alike[0], count) if width < count]
             if smaller:
-                yield float(row.flatten().topk(smaller[-1] + 1).values[-1]), i, smaller[-1]
+                yield float(rows[alike[0]].flatten().topk(smaller[-1] + 1).values[-1]), alike, smaller[-1]
 
     def _settled(self, search: Callable[[float], list[Tensor]], wanted: float) -> tuple[list[Tensor], float]:
         """A cut and its true cost: compared with the truth, and made again where the estimate is off.
@@ -366,11 +374,29 @@ class Budget:
                 break
         return min(tries, key=lambda tried: abs(tried[1] - wanted))
 
-    def _rounded(self, i: int, row: Tensor, keep: Tensor) -> Tensor:
-        """The best of a structure, as many as its device likes."""
-        count, alive = int(keep.sum()), int((row != PRUNED).sum())
-        width = _nearest_to(count, self._widths(i, alive))
-        return (keep if width == count else select([row], row.numel() - width)[0]).reshape(-1)
+    def _rounded(self, rows: Sequence[Tensor], keeps: Keeps) -> list[Tensor]:
+        """The best of each structure, as many as its device likes, and as many as of those that are alike."""
+        found = [keep.reshape(-1) for keep in keeps]
+        for alike in self._alike:
+            count = sum(int(found[i].sum()) for i in alike) // len(alike)
+            alive = min(int((rows[i] != PRUNED).sum()) for i in alike)
+            width = _nearest_to(count, self._widths(alike[0], alive))
+            for i in alike:
+                if int(found[i].sum()) != width:
+                    found[i] = _best(rows[i], width)
+        return found
+
+    def _pooled(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Scores by which structures that are alike lose their lowest units together."""
+        found = [*rows]
+        for alike in self._alike:
+            if len(alike) == 1:
+                continue
+            ordered = [rows[i].flatten().sort(stable=True, descending=True) for i in alike]
+            summed = torch.stack([one.values for one in ordered]).sum(0)
+            for i, one in zip(alike, ordered, strict=True):
+                found[i] = torch.empty_like(summed).scatter(0, one.indices, summed).reshape(1, -1)
+        return found
 
     def _widths(self, i: int, alive: int) -> Sequence[int]:
         """The counts that structure i can have, rising: multiples of the step, or all there is."""
@@ -415,6 +441,20 @@ class Budget:
         if cost(floor, widths[last]) > most:
             last = bisect_right(widths, most, lo=1, hi=last, key=lambda width: cost(floor, width)) - 1
         return widths[first], widths[last]
+
+
+def _alike(structures: Sequence[Structure]) -> list[list[int]]:
+    """Numbers of the structures, those of one kind and size together; a branch goes by itself."""
+    found: dict[Any, list[int]] = {}
+    for i, structure in enumerate(structures):
+        key = (structure.kind, structure.units) if structure.kind != "branches" else i
+        found.setdefault(key, []).append(i)
+    return [*found.values()]
+
+
+def _best(row: Tensor, width: int) -> Tensor:
+    """The `width` highest scores of a structure."""
+    return select([row], row.numel() - width)[0].reshape(-1)
 
 
 def _nearest_to(count: int, widths: Sequence[int]) -> int:

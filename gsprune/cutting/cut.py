@@ -259,7 +259,7 @@ def cut(
         loss: loss(outputs, targets) -> scalar.
         macs, params, latency: share of the dense network's cost that stays, in (0, 1).
         budget: such a share with how it is measured and met, as of `gsprune.Rule`: {"latency": 0.5, "runtime":
-            "onnxruntime", "batch": 8}, {"macs": 0.5, "round_to": 8}.
+            "onnxruntime", "batch": 8}, {"macs": 0.5, "round_to": 8, "uniform": True}.
         sparsity: share of units removed from every structure; with a pattern, of weights set to zero.
         max_drop: largest drop of `evaluate` in points of 100, instead of a share.
         evaluate: network -> one value for each sample in [0, 1], higher is better, always of the same samples, as

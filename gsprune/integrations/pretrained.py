@@ -31,9 +31,10 @@ def save_pretrained(
     """Write a pruned network of transformers, where it can be so that its own `from_pretrained` reads it.
 
     That is possible where `config.json` can say what is left: each layer has as many heads and neurons as the others
-    (`scope="local"` prunes so), and the configuration has a number for them. The files are then plain ones, and gsprune
-    is not needed to load them. Elsewhere `config.json` is the dense network's, with the files of
-    `gsprune.save_pruned` beside it: `from_pretrained` of this module reads both kinds.
+    (a share of each does so, or a budget with `"uniform": True`), and the configuration has a number for them, which
+    transformers takes. The files are then plain ones, and gsprune is not needed to load them. Elsewhere `config.json`
+    is the dense network's, with the files of `gsprune.save_pruned` beside it: `from_pretrained` of this module reads
+    both kinds.
 
     Args:
         directory: where to; made if it is not there.
@@ -164,6 +165,8 @@ def _changes(config: Any, plan: CutPlan) -> dict[str, int]:
 def _has_shapes(model: nn.Module, config: Any) -> bool:
     """Whether a network of this configuration has the model's tensors, head counts and kinds of modules."""
     try:
+        if hasattr(config, "validate"):  # as on saving and loading: some ask for a whole number of heads in hidden_size
+            config.validate()
         with torch.device("meta"):
             other = type(model)(config)
     except Exception:  # a configuration may refuse numbers that do not divide each other

@@ -103,6 +103,7 @@ class Part:
                 min_share=self.min_share,
                 measure=read_measure(rule.budget),
                 round_to=(rule.budget or {}).get("round_to"),
+                uniform=(rule.budget or {}).get("uniform") or False,
                 together=self.together,
             )
 

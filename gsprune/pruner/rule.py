@@ -43,7 +43,8 @@ class Rule:
             With several rules each budget counts as if the other rules removed nothing. Beside the cost it may say
             where milliseconds are those of: "runtime" ("eager", "compile", "onnxruntime", "openvino"; a network that
             ships is measured where it runs), "batch" (samples; the example's) and "threads"; and "round_to", of which
-            the channels and neurons that stay in a structure are a multiple (8 for latency, else 1).
+            the channels and neurons that stay in a structure are a multiple (8 for latency, else 1); and "uniform":
+            True lets structures of one kind and size keep the same count, so that a `config.json` can say it.
         keep: units to keep in every structure of a kind, as {"heads": 8, "neurons": 600}, instead of a share;
             kinds not named stay whole.
         kinds: kinds of units to prune, of "channels", "neurons", "heads", "residual" (positions of a residual stream

@@ -490,6 +490,26 @@ def test_counted_budgets_are_rounded_on_request(kind: str) -> None:
     assert {int(mask.sum()) % 16 for mask in pruner.masks().values()} == {0}
 
 
+def test_structures_that_are_alike_keep_the_same_count_on_request() -> None:
+    """The n-th lowest scores of two layers are summed: 1 + 8, 2 + 9, ...; the third layer is of another size."""
+    sizes = [(4, 6), (6, 4), (4, 6), (6, 4), (4, 2), (2, 3)]
+    layers = [nn.Linear(*size, bias=False) for size in sizes]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))
+    x = torch.ones(1, 4)
+    structures = [s for s in find_structures(model, x).structures if s.units in (6, 2)]
+    assert [s.units for s in structures] == [6, 6, 2]
+    scores = [torch.tensor(row) for row in ([1.0, 2, 3, 9, 9, 9], [9.0, 9, 9, 9, 8, 8], [50.0, 99])]
+    share = 94 / 110  # MACs: two units of 8 are gone, of 110
+    free = Budget("macs", share, model, structures, x).cut(scores, share)
+    assert [keep.int().tolist() for keep in free] == [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1]]
+    alike = Budget("macs", share, model, structures, x, uniform=True).cut(scores, share)
+    assert [keep.int().tolist() for keep in alike] == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [1, 1]]
+    for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        budget = Budget("macs", share, model, structures, x, uniform=True)
+        first, second, _ = (int(keep.sum()) for keep in budget.cut(scores, share))
+        assert first == second
+
+
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_milliseconds_are_those_of_the_runtime(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a clock that shows a hundredth of each network's outputs, and of the layers' inputs and outputs."""
@@ -687,7 +707,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": (
         {"budget": {"mcas": 0.5}},
         "budget names 'mcas', which is no cost: did you mean macs? There are macs, params, latency, and the settings "
-        "runtime, batch, threads, round_to",
+        "runtime, batch, threads, round_to, uniform",
     ),
     "a runtime of MACs": (
         {"budget": {"macs": 0.5, "runtime": "onnxruntime"}},
@@ -701,6 +721,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"budget": {"latency": 0.5, "batch": 0.5}},
         "budget.batch is 0.5: it must be a whole number, 1 or more",
     ),
+    "no truth": ({"budget": {"macs": 0.5, "uniform": 1}}, "budget.uniform is 1: it must be true or false"),
     "only settings": (
         {"budget": {"macs": None, "round_to": 8}},
         "budget sets round_to, but no cost: set one of macs, params, latency, too",

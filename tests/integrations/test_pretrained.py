@@ -49,15 +49,8 @@ def bert() -> Any:
 
 
 def pruned(model: nn.Module, **settings: Any) -> Pruner:
-    pruner = Pruner(
-        model,
-        Magnitude(),
-        structured=True,
-        target_sparsity=0.5,
-        schedule=OneShot(),
-        example_input={"input_ids": IDS},
-        **settings,
-    )
+    given = {"target_sparsity": 0.5} | settings
+    pruner = Pruner(model, Magnitude(), structured=True, schedule=OneShot(), example_input={"input_ids": IDS}, **given)
     pruner.on_step_begin(0)
     pruner.on_train_end()
     return pruner
@@ -99,6 +92,25 @@ def test_bert_has_no_width_of_a_head_of_its_own(kinds: list[str], plain: bool, t
     again = from_pretrained(tmp_path)
     assert type(again) is BertForSequenceClassification
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_uniform_budget_is_a_plain_network(tmp_path: Path) -> None:
+    model, budget = llama(), {"macs": 0.7, "uniform": True}
+    cut = gsprune.cut(model, [{"input_ids": IDS, "labels": IDS}], budget=budget, progress=False)  # type: ignore[call-overload]
+    layers = cut.model.model.layers
+    assert len({(layer.mlp.gate_proj.out_features, layer.self_attn.q_proj.out_features) for layer in layers}) == 1
+    assert layers[0].mlp.gate_proj.out_features < 48
+    assert save_pretrained(tmp_path, cut.model, cut.plan)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(cut.model))
+
+
+def test_a_number_of_heads_that_transformers_refuses_is_no_plain_file(tmp_path: Path) -> None:
+    """6 heads of width 4 in a hidden size of 32."""
+    model = llama()
+    pruner = pruned(model, keep={"heads": 3}, target_sparsity=None)
+    assert model.config.hidden_size % model.model.layers[0].self_attn.q_proj.out_features != 0
+    assert not save_pretrained(tmp_path, model, pruner.plan)
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
 
 
 def test_what_config_json_cannot_say_is_no_plain_file(tmp_path: Path) -> None:
