@@ -363,7 +363,10 @@ class Masked:
         self._last = {k: v for k, v in self._last.items() if k[2] == key[2]} | {key: value}
 
     def _leaking(self, number: int, gone: Gone) -> list[Structure]:
-        """The structures whose gone units have a gradient though their columns are zero; none where that is unknown."""
+        """The structures whose gone units have a gradient though their columns are zero; none where that is unknown.
+
+        What writes the units of a stream is zero itself, so that they cannot leak, though norms give them a gradient.
+        """
         structures = [s for s, _ in gone]
         with self._written(structures, producers=False):
             zero_columns_(self._tensors, gone)
@@ -372,7 +375,8 @@ class Masked:
                 slopes = _slopes(self.twin, self.rounds[number].args, self._tensors, rows)
             except Exception:  # a model that cannot be trained
                 return []
-        return [s for s, units in gone if any(_has_slope(slopes[m.tensor], m, units) for m in s.producers)]
+        open_ = [(s, units) for s, units in gone if s.masked is s.consumers]
+        return [s for s, units in open_ if any(_has_slope(slopes[m.tensor], m, units) for m in s.producers)]
 
     @contextmanager
     def _written(self, structures: Sequence[Structure], *, producers: bool = True) -> Iterator[None]:

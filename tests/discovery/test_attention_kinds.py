@@ -291,6 +291,22 @@ class Remembering(nn.Module):
         return self.head(self.down(y.transpose(1, 2).relu()))
 
 
+class Mixing(nn.Module):
+    """A stream whose attention sends the queries of all heads through one layer: heads stay, the stream is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.attention = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), Attention()
+        self.mix, self.head = nn.Linear(SIZE, SIZE), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y, a = self.norm(x), self.attention
+        q, k, v = self.mix(a.split(a.q(y))), a.split(a.k(y)), a.split(a.v(y))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head(x + a.o(y.transpose(1, 2).flatten(2)))
+
+
 class Blur(nn.Module):
     """Neighbours are averaged by a convolution whose groups are written down, between two layers."""
 
@@ -330,6 +346,7 @@ class TestKinds(NetworkTester):
         "one key": Network(lambda: nn.Sequential(OneKey(), nn.Linear(WIDTH, 2)), X, {"heads": 1, "neurons": 1}),
         "looking": Network(lambda: nn.Sequential(Looking(), nn.Linear(WIDTH, 2)), X, {"heads": 1, "neurons": 1}),
         "shuffled": Network(Shuffled, X, {"residual": 1}, kinds=["residual"], others=[X[:1], X[:, :4]]),
+        "mixing": Network(Mixing, X, {"residual": 1}, kinds=["residual"], skipped=None),
         "blur": Network(Blur, X, [("up", "neurons", 8)], again=True, others=[X[:1]]),
         "remembering": Network(Remembering, X, {"neurons": 2}),
         "stream": Network(Stream, X, {"residual": 1}, kinds=["residual"], others=[X[:1]]),
