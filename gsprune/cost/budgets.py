@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 
-from gsprune.cost.costs import make_cost
+from gsprune.cost.costs import first_names, make_cost
 from gsprune.export.runtimes import EAGER, Measure
 from gsprune.ranking.selection import PRUNED, least_kept, select
 from gsprune.structures.structure import Structure
@@ -162,6 +162,8 @@ class Budget:
         self._checked = 1.0  # the wanted share at the last look at the clock, and what was found
         self._reached: float | None = None
         self._prices: list[float] = []  # once they were asked for
+        self._evens: dict[tuple[float, float], list[Tensor]] = {}
+        self._near = _near(structures, first_names(model))
         self._cost = make_cost(kind, model, structures, example_input, measure)
         self._step = round_to or self._cost.multiple
         self._settled(self.even, share)
@@ -249,13 +251,18 @@ class Budget:
     def even(self, wanted: float | None = None) -> list[Tensor]:
         """The first units of each structure, about the same share of all: what stays if nobody knows the scores."""
         total = sum(structure.units for structure in self.structures)
+        goal = self.share if wanted is None else wanted
+        known = (goal, self._cost.factor)
+        if known in self._evens:
+            return [*self._evens[known]]
 
         def keeps(gone: int) -> list[Tensor]:  # structures of equal size take turns, so that the steps are small
             turns = {i: (turn + 0.5) / len(self._alike) for turn, alike in enumerate(self._alike) for i in alike}
             lost = (math.floor(gone / total * s.units + turns[i]) for i, s in enumerate(self.structures))
             return [self._first(i, self.structures[i].units - n) for i, n in enumerate(lost)]
 
-        return self._around(keeps, 0, total, self.share if wanted is None else wanted)[1]
+        self._evens = {known: self._around(keeps, 0, total, goal)[1]}
+        return [*self._evens[known]]
 
     def missed(self, keeps: Keeps) -> str | None:
         """A sentence if the final cut is farther than 2 % from the budget."""
@@ -270,7 +277,8 @@ class Budget:
 
     def bounds(self) -> list[tuple[int, int]]:
         """(least, most) units that can stay of each structure when the budget is met within 2 %."""
-        return [self._bounds(i) for i in range(len(self.structures))]
+        floor = self._floor()
+        return [self._bounds(i, floor, self._cost(floor)) for i in range(len(self.structures))]
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured; empty for a budget that is counted."""
@@ -426,20 +434,27 @@ class Budget:
                 + (" or a smaller min_share" if self._by_share else "")
             )
 
-    def _bounds(self, i: int) -> tuple[int, int]:
-        """The fewest units of structure i while nothing else goes, and the most while everything else does."""
-        whole, floor = [torch.ones(s.units, dtype=torch.bool) for s in self.structures], self._floor()
+    def _bounds(self, i: int, floor: Keeps, least: float) -> tuple[int, int]:
+        """The fewest units of structure i while nothing else goes, and the most while everything else does.
+
+        `least` is the cost of the floor. What structure i changes of it does not hang on structures in other tensors,
+        which stay whole here: that is the same, and quick in a network of many.
+        """
+        whole = [torch.ones(s.units, dtype=torch.bool) for s in self.structures]
+        near = [floor[j] if j in self._near[i] else whole[j] for j in range(len(whole))]
         widths, units = self._widths(i, self.structures[i].units), torch.arange(self.structures[i].units)
 
         def cost(others: Sequence[Tensor], width: int) -> float:
-            return self._cost([*others[:i], units < width, *others[i + 1 :]])
+            found = self._cost([*others[:i], units < width, *others[i + 1 :]])
+            return found if others is whole else round(least + found - start, 12)
 
+        start = self._cost(near)
         enough, most = self.share * (1 - TOLERANCE), self.share * (1 + TOLERANCE)
         first, last = 0, len(widths) - 1
         if cost(whole, widths[first]) < enough:  # the ends come first: most structures reach them
             first = bisect_left(widths, enough, lo=1, hi=last, key=lambda width: cost(whole, width))
-        if cost(floor, widths[last]) > most:
-            last = bisect_right(widths, most, lo=1, hi=last, key=lambda width: cost(floor, width)) - 1
+        if cost(near, widths[last]) > most:
+            last = bisect_right(widths, most, lo=1, hi=last, key=lambda width: cost(near, width)) - 1
         return widths[first], widths[last]
 
 
@@ -455,6 +470,18 @@ def _alike(structures: Sequence[Structure]) -> list[list[int]]:
 def _best(row: Tensor, width: int) -> Tensor:
     """The `width` highest scores of a structure."""
     return select([row], row.numel() - width)[0].reshape(-1)
+
+
+def _near(structures: Sequence[Structure], first: Mapping[str, str]) -> list[set[int]]:
+    """Of each structure those that lie in a tensor with it, itself too; where modules are removed all of them."""
+    if any(structure.removed for structure in structures):
+        return [set(range(len(structures)))] * len(structures)
+    tensors = [{first.get(m.tensor, m.tensor) for m in structure.members} for structure in structures]
+    inside: dict[str, set[int]] = {}
+    for i, names in enumerate(tensors):
+        for name in names:
+            inside.setdefault(name, set()).add(i)
+    return [{i}.union(*(inside[name] for name in names)) for i, names in enumerate(tensors)]
 
 
 def _nearest_to(count: int, widths: Sequence[int]) -> int:

@@ -57,6 +57,11 @@ class Cost(ABC):
         self._structures, self._factor = structures, 1.0
         self._model: nn.Module | None = None  # the user's, while the budget is being made
 
+    @property
+    def factor(self) -> float:
+        """Times the savings of the parts."""
+        return self._factor
+
     def __call__(self, keeps: Keeps) -> float:
         return 1 - self._factor * (1 - self._parts(keeps))
 
@@ -104,7 +109,7 @@ class _Parameters(Cost):
     def __init__(self, model: nn.Module, structures: Sequence[Structure]) -> None:
         super().__init__(structures)
         self._sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        self._first = _first_names(model)
+        self._first = first_names(model)
 
     def _parts(self, keeps: Keeps) -> float:
         plan = plan_cut(self._structures, keeps)
@@ -133,7 +138,7 @@ class _Macs(Cost):
         branches = [path for s in structures for path in s.removed if path in found and path not in self._heads]
         self._between = {path: found[path] - sum(_macs_in(path, self._layers, self._heads)) for path in branches}
         self._own = _macs_of_tensors(model, found, {*self._layers, *self._heads})
-        self._first = _first_names(model)
+        self._first = first_names(model)
         if not self._total:
             raise ValueError("budget.macs needs a model with MACs to count, and this one has none: set budget.params")
 
@@ -239,7 +244,7 @@ def _macs_in(path: str, *of: Mapping[str, float]) -> list[float]:
     return [macs for found in of for name, macs in found.items() if inside(name, [path])]
 
 
-def _first_names(model: nn.Module) -> dict[str, str]:
+def first_names(model: nn.Module) -> dict[str, str]:
     """Each name of a tensor that has several -> the first of them."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

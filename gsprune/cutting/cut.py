@@ -43,6 +43,7 @@ from gsprune.extras import need
 from gsprune.formats.network import save_pruned
 from gsprune.pruner.part import Part
 from gsprune.pruner.rule import Rule, check_kind
+from gsprune.pruner.targets import check_values
 from gsprune.ranking.exchange import exchange
 from gsprune.ranking.patterns import Pattern
 from gsprune.repair.batchnorm import batchnorm
@@ -440,6 +441,7 @@ class Cutter:
         report: Report = silent,
     ) -> None:
         check_model(model)
+        check_values(parameter.device for parameter in model.parameters())
         from gsprune.discovery.branches import with_branches
         from gsprune.discovery.find import find_structures
 

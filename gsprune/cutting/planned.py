@@ -16,6 +16,7 @@ from gsprune.forecast.plan import PruningPlan
 from gsprune.forecast.predict import plan as planned_by
 from gsprune.pruner.pruner import Pruner
 from gsprune.pruner.rule import Rule
+from gsprune.pruner.targets import counting_only
 from gsprune.ranking.patterns import Block, Pattern, parse_pattern
 from gsprune.schedules import OneShot
 from gsprune.structures.example import example_of
@@ -47,7 +48,7 @@ def plan(
     savings are those of an even cut.
 
     Args:
-        model: stays as it is.
+        model: stays as it is. It may be on the meta device, with its input, where it is too large to load.
         example_input: what it is called with: a tensor, a tuple of arguments, or a mapping of named ones. MACs are
             those of this input, so take one sample.
         macs, params, latency, budget, sparsity: how much, as of `gsprune.cut`; nothing: half of the units of every
@@ -99,8 +100,9 @@ def plan(
         chosen = [one_rule(name, share, criterion, "least_squares", kinds=kinds, include=include, exclude=exclude)]
     names = [type(rule.criterion).__name__ for rule in chosen]
     example_input = example_of(example_input)
-    pruner = Pruner(model, rules=[_countable(rule) for rule in chosen], example_input=example_input)
-    found = planned_by(model, pruner, example_input)
+    with counting_only():
+        pruner = Pruner(model, rules=[_countable(rule) for rule in chosen], example_input=example_input)
+        found = planned_by(model, pruner, example_input)
     named = tuple(replace(rule, criterion=name) for rule, name in zip(found.rules, names, strict=True))
     return replace(found, rules=named)
 

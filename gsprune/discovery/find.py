@@ -35,7 +35,8 @@ def find_structures(
     tested on the example input, which a function without arguments may make. `include` and `exclude` are `*` patterns
     for a structure's name or for the name of any module that produces it. `model` is not touched: all work happens on a
     float64 copy in evaluation mode (about seven forward passes, more where structures break; copies take 8 to 24 bytes
-    a parameter). A network that does not run in float64 is proven in float32, with a warning (`Found.proof`).
+    a parameter). A network that does not run in float64 is proven in float32, with a warning (`Found.proof`). One on
+    the meta device, where a network that is too large to load can be, is not proven, with a warning too.
 
     Returns:
         What can be removed, what the patterns leave out of it, and why the rest cannot be removed.
@@ -50,10 +51,12 @@ def find_structures(
     ([('0', 'neurons', 3)], {'2': "it feeds the model's output"})
     """
     check_patterns(include, exclude)
-    twin, args = twin_of(model, example_input, torch.float32)  # half the time where values do not matter
+    # float32: half the time where values do not matter
+    twin, args = twin_of(model, example_input, torch.float32, needs_values=False)
     with same_randomness(twin), torch.enable_grad():
         traced, skipped = _trace(twin, args)
-        proven, unfit, proof = _prove(twin, args, traced)
+        is_meta = any(p.is_meta for p in twin.parameters())
+        proven, unfit, proof = (traced, {}, _NOT_PROVEN) if is_meta else _prove(twin, args, traced)
     if proof:
         warnings.warn(f"{type(model).__name__}: {proof}", stacklevel=2)
     skipped |= unfit
@@ -115,6 +118,7 @@ def _prove(twin: nn.Module, args: Example, structures: list[Structure]) -> tuple
     return [s for s in kept if s.name not in hidden], broken | hidden, proof
 
 
+_NOT_PROVEN = "what is found is not proven: the network is on the meta device, which holds no values"
 _HIDDEN = (
     "the example input does not reach it: the layers that read it compute the same whatever it holds, so nothing can "
     "be proven; give an example_input that reaches it"

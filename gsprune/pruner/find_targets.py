@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from gsprune.pruner.targets import check_values
 from gsprune.pruner.units import UnitTarget, UnitTargets
 from gsprune.pruner.weights import WeightTarget, WeightTargets
 from gsprune.ranking.patterns import Pattern, Tile
@@ -44,6 +45,7 @@ def unit_targets(
     from gsprune.discovery.find import find_structures, only
 
     _refuse_parameters(model)
+    check_values(parameter.device for parameter in model.parameters())
     if example_input is None:
         raise ValueError("pruning units needs example_input, a batch to trace the model with")
     if found is None and kinds is not None and "branches" in kinds:

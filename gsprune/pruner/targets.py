@@ -387,9 +387,27 @@ def one_device(tensors: Iterable[Tensor]) -> torch.device:
     first, *others = dict.fromkeys(tensor.device for tensor in tensors)
     if others:
         raise ValueError(f"what is to be pruned lies on {first} and on {others[0]}: it has to be on one device")
-    if first.type == "meta":
-        raise ValueError("the model is on the meta device, which holds no values: build it on another one")
+    check_values([first])
     return first
+
+
+def check_values(devices: Iterable[torch.device]) -> None:
+    """ValueError for the meta device, but where something is only counted."""
+    if any(device.type == "meta" for device in devices) and not _COUNTS_ONLY.get():
+        raise ValueError("the model is on the meta device, which holds no values: build it on another one")
+
+
+_COUNTS_ONLY = ContextVar("counts_only", default=False)
+
+
+@contextmanager
+def counting_only() -> Iterator[None]:
+    """Inside, what is to be pruned may lie on the meta device: it can be counted, and no more."""
+    before = _COUNTS_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _COUNTS_ONLY.reset(before)
 
 
 def of_shape(network: nn.Module, name: str, shape: torch.Size) -> nn.Parameter:

@@ -65,7 +65,10 @@ def stream_norm(module: nn.Module) -> StreamNorm | None:
 
 @torch.no_grad()
 def _told_apart(module: nn.Module, width: int) -> StreamNorm | None:
-    twin: Any = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
+    if any(buffer.is_meta for buffer in module.buffers()):
+        return None
+    twin: Any = copy.deepcopy(module).to_empty(device="cpu") if _is_meta(module) else copy.deepcopy(module).cpu()
+    twin = twin.to(dtype=torch.float64).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in twin.parameters():
         parameter.copy_(torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5)
@@ -85,6 +88,10 @@ def _told_apart(module: nn.Module, width: int) -> StreamNorm | None:
                         eps = eps if name is None or getattr(module, name) is not None else _smallest_step(module)
                         return StreamNorm(kind, axis, width, eps, name, offset)
     return None
+
+
+def _is_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def _width(module: nn.Module) -> int | None:

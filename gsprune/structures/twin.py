@@ -128,18 +128,21 @@ def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def twin_of(model: nn.Module, example_input: Example, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Example]:
+def twin_of(
+    model: nn.Module, example_input: Example, dtype: torch.dtype = torch.float64, *, needs_values: bool = True
+) -> tuple[nn.Module, Example]:
     """An evaluation-mode copy of model and input in another precision (on the CPU for MPS, which has no float64).
 
     Attention kernels without float64 give way to the fused one that has it.
 
     Raises:
-        ValueError: the model is a wrapper, quantised, or on another device than the example.
+        ValueError: the model is a wrapper, quantised, or on another device than the example; on the meta device, where
+            that has values that are needed.
     """
     refuse_wrapped(model)
     _refuse_unknown(model)
     example_input = example_of(example_input)
-    _check_device(model, example_input)
+    _check_device(model, example_input, needs_values)
     mps = any(p.device.type == "mps" for p in model.parameters())
     made = {id(t): _converted(t, dtype, "cpu" if mps else t.device) for t in _tensors(model)}
     twin = to_precision(_copied(model, made).to(device="cpu" if mps else None), dtype).eval()
@@ -180,11 +183,12 @@ def _refuse_unknown(model: nn.Module) -> None:
             raise ValueError(f"{name!r} is a quantised {type(module).__name__}: prune first, quantise afterwards")
 
 
-def _check_device(model: nn.Module, example_input: Example) -> None:
+def _check_device(model: nn.Module, example_input: Example, needs_values: bool) -> None:
     """Models spread over several devices move their inputs themselves."""
     homes = {p.device for p in model.parameters()}
-    if any(home.type == "meta" for home in homes):
-        raise ValueError("the model is on the meta device, which holds no values: build it on another one")
+    if any(home.type == "meta" for home in homes) and (needs_values or len(homes) > 1):
+        part = "a part of " if len(homes) > 1 else ""
+        raise ValueError(f"{part}the model is on the meta device, which holds no values: build it on another one")
     for tensor in tensors_in(example_input, floating=False) if len(homes) == 1 else ():
         if tensor.dim() and tensor.device not in homes:
             home = next(iter(homes))
