@@ -27,6 +27,15 @@ EXTRAS = {
     "slurm": ("hydra_plugins.hydra_submitit_launcher",),
     "ray": ("hydra_plugins.hydra_ray_launcher",),
 }
+# The oldest releases that `gsprune.integrations` work with, as in pyproject.toml.
+OLDEST = {
+    "accelerate": "1.1",
+    "huggingface_hub": "1.0",
+    "lightning": "2.5.5",
+    "peft": "0.18",
+    "timm": "1.0.31",
+    "transformers": "5",
+}
 _LAUNCHERS = {
     "joblib": "joblib",
     "slurm": "slurm",
@@ -39,24 +48,43 @@ _EVERY_RUN = ("filelock", "matplotlib", "rich")  # of train.py, whatever its dat
 
 
 class MissingExtraError(ImportError, ValueError):
-    """A package is not installed; the message names it and the extra that brings it."""
+    """A package is not installed, or is too old; the message names it and the extra that brings it."""
 
 
 def need(module: str) -> Any:
     """Import a module that comes with an extra.
 
     Raises:
-        MissingExtraError: the package is not installed.
+        MissingExtraError: the package is not installed, or is too old.
 
     >>> need("rich.table").__name__
     'rich.table'
     """
     try:
-        return import_module(module)
+        found = import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or module).partition(".")[0] != module.partition(".")[0]:
             raise  # it is installed, and lacks something itself
         raise _missing(module) from None
+    _check_version(module.partition(".")[0])
+    return found
+
+
+def _check_version(package: str) -> None:
+    version, oldest = str(getattr(import_module(package), "__version__", "")), OLDEST.get(package, "0")
+    if version and _numbers(version) < _numbers(oldest):
+        raise MissingExtraError(
+            f"{distribution(package)} {version} is too old: gsprune works with {oldest} and newer "
+            f"(pip install --upgrade {distribution(package)})"
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    """
+    >>> _numbers("5.0.0rc1"), _numbers("1.10") > _numbers("1.9.2")
+    ([5, 0, 0], True)
+    """
+    return [int(part) for part in re.match(r"[\d.]*", version)[0].rstrip(".").split(".") if part]  # type: ignore[index]
 
 
 def check_command(arguments: Sequence[str]) -> None:

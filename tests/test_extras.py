@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gsprune.extras import EXTRAS, MissingExtraError, check_command, need
+from gsprune.extras import EXTRAS, OLDEST, MissingExtraError, check_command, distribution, need
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -192,3 +192,28 @@ def test_training_without_the_application_ends_in_a_sentence(module: str, tmp_pa
     assert done.returncode == 1
     assert "pip install 'gsprune[app]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "refuses"), [("1.0.30", True), ("1.0.9rc1", True), ("1.0.31", False), ("1.1", False)]
+)
+def test_a_partner_that_is_too_old_is_refused(
+    version: str, refuses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "partner.py").write_text(f"__version__ = {version!r}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "partner", raising=False)
+    monkeypatch.setitem(OLDEST, "partner", "1.0.31")
+    if not refuses:
+        assert need("partner").__version__ == version
+        return
+    with pytest.raises(MissingExtraError) as caught:
+        need("partner")
+    assert all(fact in str(caught.value) for fact in (f"partner {version}", "too old", "1.0.31", "pip install"))
+
+
+def test_the_oldest_releases_are_those_of_the_project() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    declared = {found for extra in extras.values() for found in extra}
+    for package, oldest in OLDEST.items():
+        assert any(line.startswith(f"{distribution(package).replace('_', '-')}>={oldest},<") for line in declared)
