@@ -57,8 +57,17 @@ class Latency:
 # --- two networks ------------------------------------------------------------------------------------------
 
 
+Prepare = Callable[[nn.Module, Any], nn.Module]  # network, input -> a module that runs without arguments
+
+
 def compare(
-    dense: nn.Module, pruned: nn.Module, example_input: Any, *, repeats: int = LEAST, max_seconds: float = 10.0
+    dense: nn.Module,
+    pruned: nn.Module,
+    example_input: Any,
+    *,
+    repeats: int = LEAST,
+    max_seconds: float = 10.0,
+    prepare: Prepare | None = None,
 ) -> Latency:
     """Time a network in turns with its dense one, in eval mode and `torch.inference_mode`.
 
@@ -67,7 +76,8 @@ def compare(
     medians, by a bootstrap over the repeats.
 
     There is no figure where no tensor has another shape, with fewer than 30 repeats (asked for, or that fit into
-    `max_seconds`), and where the interval is wider than a tenth of the ratio.
+    `max_seconds`), and where the interval is wider than a tenth of the ratio. `prepare` makes both ready for another
+    runtime; where it cannot, there is no figure, either.
 
     >>> compare(nn.Linear(2, 2), nn.Linear(2, 2), torch.ones(1, 2)).note
     'no change: the same shapes'
@@ -76,6 +86,11 @@ def compare(
     """
     if _shapes(dense) == _shapes(pruned):
         return Latency(note=SAME)
+    if prepare is not None:
+        try:
+            dense, pruned, example_input = prepare(dense, example_input), prepare(pruned, example_input), ()
+        except ValueError as error:
+            return Latency(note=f"{NOT_HERE}: {error}")
     return in_turns(dense, pruned, example_input, repeats=repeats, max_seconds=max_seconds)
 
 
@@ -201,19 +216,29 @@ def _waiter(model: nn.Module) -> Callable[[], None]:
 
 
 def shared(
-    folder: Path, dense: nn.Module, pruned: nn.Module, example_input: Any, *, repeats: int, max_seconds: float
+    folder: Path,
+    dense: nn.Module,
+    pruned: nn.Module,
+    example_input: Any,
+    *,
+    repeats: int,
+    max_seconds: float,
+    prepare: Prepare | None = None,
+    where: str = "",
 ) -> Latency:
     """`compare`, done once: what a file in `folder` says of two networks like these on this machine is taken.
+
+    `where` names what `prepare` prepares for.
 
     The caller holds a lock on the folder, which also keeps two measurements from disturbing each other.
     """
     if repeats < LEAST or _shapes(dense) == _shapes(pruned):
         return compare(dense, pruned, example_input, repeats=repeats)
-    key = measurement_key(dense, pruned, example_input, repeats, max_seconds)
+    key = sha256_of_json([measurement_key(dense, pruned, example_input, repeats, max_seconds), where])
     path = folder / f"{key[:16]}.json"
     found = _read(path, key)
     if found is None:
-        found = compare(dense, pruned, example_input, repeats=repeats, max_seconds=max_seconds)
+        found = compare(dense, pruned, example_input, repeats=repeats, max_seconds=max_seconds, prepare=prepare)
         with spared(path.name, []):  # the next one measures again
             write_json(path, {"key": key, **asdict(found)})
     return found

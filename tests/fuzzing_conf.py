@@ -138,6 +138,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "trainer.progress": ("none", "lines", "loud"),
     "trainer.latency_repeats": ("0", "1"),
     "trainer.latency_batch": ("1", "2"),
+    "trainer.latency_runtime": ("eager", "null", "onnx"),
     "trainer.dense_cache": ("true", "false"),
     "trainer.dense_scores": ("true", "false"),
     "trainer.dense_epochs": ("0", "1"),

@@ -399,12 +399,17 @@ def _accuracy(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
+def _where(result: Mapping[str, Any]) -> str:
+    runtime = result.get("latency_in") or "eager"
+    return "" if runtime == "eager" else f", {runtime}"
+
+
 def _cost_rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     parts: list[tuple[str, str, str, Callable[[float], str]]] = [
         ("parameters", "params", "params_dense", "{:,}".format),
         ("  not zero", "params_nonzero", "params_dense", "{:,}".format),
         ("MACs", "macs", "macs_dense", "{:,}".format),
-        ("latency (ms)", "latency_ms", "latency_dense_ms", "{:.2f}".format),
+        (f"latency (ms{_where(result)})", "latency_ms", "latency_dense_ms", "{:.2f}".format),
         ("file size", "file_bytes", "file_bytes_dense", size),
     ]
     rows = []

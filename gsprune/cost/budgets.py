@@ -9,13 +9,13 @@ import difflib
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from gsprune.cost.costs import first_names, make_cost
-from gsprune.export.runtimes import EAGER, Measure
+from gsprune.export.runtimes import EAGER, RUNTIMES, Measure
 from gsprune.ranking.selection import PRUNED, least_kept, select
 from gsprune.structures.structure import Structure
 
@@ -87,8 +87,8 @@ def _check_settings(kind: str, settings: Mapping[str, Any]) -> None:
     if clocked and kind != "latency":
         raise ValueError(f"budget.{clocked[0]} says how a latency is measured: budget.{kind} has none, leave it out")
     runtime = settings.get("runtime", "eager")
-    if runtime not in get_args(RuntimeName):
-        raise ValueError(f"budget.runtime is {runtime!r}: there are {', '.join(get_args(RuntimeName))}")
+    if runtime not in RUNTIMES:
+        raise ValueError(f"budget.runtime is {runtime!r}: there are {', '.join(RUNTIMES)}")
     if not isinstance(uniform := settings.get("uniform", False), bool):
         raise ValueError(f"budget.uniform is {uniform!r}: it must be true or false")
     for name in ("batch", "threads", "round_to"):

@@ -30,6 +30,7 @@ from gsprune.structures.example import Example, arguments, map_tensors, plain, t
 from gsprune.structures.matrices import is_conv1d
 
 OPSET, IR_VERSION = 17, 8  # old enough for every onnxruntime that the extra allows
+RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 NAMES = {"compile": "torch.compile", "onnxruntime": "onnxruntime", "openvino": "OpenVINO"}
 
 

@@ -64,6 +64,7 @@ NOT_DENSE = (
     "trainer.latency_repeats",
     "trainer.latency_batch",
     "trainer.latency_seconds",
+    "trainer.latency_runtime",
 )
 # Settings that do not change the scores on the dense network: when and how much to prune.
 NOT_SCORES = ("target_sparsity", "budget", "target", "schedule", "scope", "min_kept", "min_share", "scores", "shrink")

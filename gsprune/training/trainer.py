@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsprune import collectives
+from gsprune.export.runtimes import RUNTIMES, Measure
 from gsprune.repair.distill import divergence, mixed
 from gsprune.structures.example import call, inputs_and_labels, logits_of, map_tensors
 from gsprune.training import data_parallel
@@ -183,6 +184,8 @@ class Trainer:
             by the job).
         latency_repeats, latency_batch, latency_seconds: timings of a forward pass of both networks (0: none; fewer than
             30 give no figure), samples in the batch, and seconds for all timings at most (used by the job).
+        latency_runtime: where: "eager", "compile", "onnxruntime", "openvino"; None: where the pruner's budget of
+            milliseconds is measured, else "eager" (used by the job).
         distill: a, the weight of distillation in the pruning phase, in [0, 1): the loss is (1 - a) * task +
             a * T^2 * KL(softmax(teacher / T) || softmax(student / T)), with the dense network of the run as the teacher
             (`gsprune.repair.distill`). The pruner sees the gradient of that loss. 0: none.
@@ -221,6 +224,7 @@ class Trainer:
     latency_repeats: int = 30
     latency_batch: int = 1
     latency_seconds: float = 10.0
+    latency_runtime: str | None = None
     dense_cache: bool = True
     dense_scores: bool = True
     distill: float = 0.0
@@ -248,6 +252,9 @@ class Trainer:
         check(finite, "trainer.distill_temperature", self.distill_temperature, "above 0, and finite")
         for name, choices in (("precision", AUTOCAST), ("progress", PROGRESS), ("resume", RESUME)):
             check_choice(f"trainer.{name}", getattr(self, name), [*choices])
+        if self.latency_runtime is not None:
+            check_choice("trainer.latency_runtime", self.latency_runtime, [*RUNTIMES])
+            Measure(self.latency_runtime).check()
         find_device(self.device)
         self._check_processes()
 

@@ -14,6 +14,7 @@ from gsprune.app.stages.context import Context
 from gsprune.app.stages.history import History, counts
 from gsprune.app.stages.setup import Setup
 from gsprune.cost import counting
+from gsprune.export.runtimes import EAGER, Measure
 from gsprune.forecast import predict
 
 
@@ -50,7 +51,7 @@ def measure(job: Context, setup: Setup, history: History, dense: Dense, pruner: 
             job.result[f"macs{suffix}"] = counting.count_macs(model, setup.example)
             job.result[f"file_bytes{suffix}"] = counting.file_bytes(model)
         if setup.trainer.latency_repeats:
-            job.result |= _latency(job, setup, dense.model)
+            job.result |= _latency(job, setup, dense.model, pruner)
 
 
 def _at_chance(setup: Setup, accuracy: float, *, dense: float) -> dict[str, Any] | None:
@@ -74,17 +75,23 @@ def is_guessing(accuracy: float, *, samples: int, classes: int) -> bool:
     return accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / samples) + 1e-12
 
 
-def _latency(job: Context, setup: Setup, dense: nn.Module) -> dict[str, Any]:
+def _latency(job: Context, setup: Setup, dense: nn.Module, pruner: Any) -> dict[str, Any]:
     """In turns with the dense network; in a sweep once for all networks of an architecture."""
     trainer, pair = setup.trainer, (dense.to(setup.trainer.torch_device), setup.model)
+    timed = [p.budget.measure for p in getattr(pruner, "parts", ()) if p.budget and p.budget.kind == "latency"]
+    measure = Measure(trainer.latency_runtime) if trainer.latency_runtime else next(iter(timed), EAGER)
     settings: dict[str, Any] = {"repeats": trainer.latency_repeats, "max_seconds": trainer.latency_seconds}
-    if job.sweep is None:
-        found = latency.compare(*pair, setup.latency_example, **settings)
-    else:
-        with job.sweep.lock(f"latency {platform.node()}").held(waiting_for="that measures latency"):
-            folder = job.sweep.directory / ".gsprune" / "latency"
-            found = latency.shared(folder, *pair, setup.latency_example, **settings)
+    settings["prepare"] = None if measure.runtime == "eager" else measure.prepared
+    example = measure.inputs(setup.latency_example)
+    with measure.running():
+        if job.sweep is None:
+            found = latency.compare(*pair, example, **settings)
+        else:
+            with job.sweep.lock(f"latency {platform.node()}").held(waiting_for="that measures latency"):
+                folder = job.sweep.directory / ".gsprune" / "latency"
+                found = latency.shared(folder, *pair, example, where=str(measure), **settings)
     return {
+        "latency_in": measure.runtime,
         **{"latency_ms": found.ms, "latency_dense_ms": found.dense_ms, "latency_note": found.note},
         **{"speedup": found.speedup, "speedup_low": found.low, "speedup_high": found.high},
     }
