@@ -125,11 +125,12 @@ def pictures(
     Args:
         links: key of a point -> what a click on it opens.
     """
-    split = "validation" if chosen_by(jobs) == VALIDATION else "test"
+    by = chosen_by(jobs)
+    split = "validation" if by == VALIDATION else "test"
     taken = {verdict.taken.key for verdict in verdicts if verdict.taken is not None}
     references = [verdict.reference for verdict in verdicts if verdict.reference is not None]
     one = references[0] if len(verdicts) == 1 and references else None  # levels of several models mean nothing
-    dense = stat(job.number(f"baseline_{chosen_by(jobs)}") for job in jobs) if one else None
+    dense = stat(job.number(f"baseline_{by}") for job in jobs) if one else None
     styles, found = _styles(points), dict[str, Front]()
     for measure in MEASURES:
         series = _series(points, measure, styles, taken, links)
