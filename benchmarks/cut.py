@@ -1,13 +1,14 @@
 """Cutting trained networks: `gsprune.cut` against its rivals, without training and after two epochs.
 
-    python benchmarks/cut.py                                  # one set of calibration data
-    python benchmarks/cut.py --full                           # five sets, three of them trained for two epochs, too
+    python benchmarks/cut.py                                  # five sets of calibration data, the leading methods
+    python benchmarks/cut.py --full                           # all methods; three sets trained for two epochs, too
     python benchmarks/cut.py --quick                          # one seed on digits, two minutes
     python benchmarks/cut.py --tasks minilm_r8 --seeds 2 --methods gsprune FLAP
     python benchmarks/cut.py --table                          # only the tables of what was measured
 
-Each result is written to `cut.json` as soon as it is there, and a run goes on where one before was ended. The data and
-networks come out of packages (`cut_data.py`, `cut_tasks.py`). Every method removes units of the same structures down to
+Each result is written to `cut.json` as soon as it is there, and a run goes on where one before was ended. The tasks run
+in two processes with one thread each (`--jobs`). The data and networks come out of packages (`cut_data.py`,
+`cut_tasks.py`). Every method removes units of the same structures down to
 the same MACs, from the same 512 calibration samples of each seed (`cut_rivals.py`); after training: the same two epochs
 for all.
 """
@@ -22,9 +23,11 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ import torch
 from cut_data import CACHE
 from cut_rivals import METHODS, WITH_NORMS, Bench, Cut, Method, package_methods
 from cut_tasks import TASKS, Batch, Task, task
+from filelock import FileLock
 from torch import nn
 
 from gsprune.cutting.cut import Cutter, Repair, one_rule
@@ -43,6 +47,7 @@ SHARES = (0.5, 0.25, 0.125)  # of the MACs that stay: 2x, 4x, 8x fewer
 SEEDS = 5  # of calibration data, without training
 TUNED_SEEDS = 3
 LANGUAGE_SEEDS = 1
+FAMILY_SEEDS = 3
 WEIGHT_SAMPLES = 24  # of 256 tokens, that prune single weights
 NEAR = 0.03  # how far from the wanted share the MACs may be, of it
 LANGUAGE = "smollm2"
@@ -84,6 +89,23 @@ TUNED = (
     "Kwon et al.",
 )
 
+# what an hour has time for: ours, what nobody may lose to, and of each rule the variant that came nearest
+LEADING = (
+    "gsprune",
+    "random",
+    "magnitude",
+    "torch-pruning Taylor, global",
+    "torch-pruning Hessian, global",
+    "torch-pruning Hessian, global + BN",
+    "FLAP",
+    "FLAP + BN",
+    "Kwon et al.",
+    "Kwon et al. + BN",
+    "Wanda, whole units",
+    "FastNAS*",
+    "fasterai*",
+)
+
 
 def methods_of(name: str, bench: Bench, packages: Path | None) -> dict[str, Method]:
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in bench.model.modules())
@@ -106,7 +128,10 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.cells: dict[str, dict[str, Any]] = json.loads(path.read_text())["cells"] if path.exists() else {}
+        self.cells = self.read()
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self.path.read_text())["cells"] if self.path.exists() else {}
 
     @staticmethod
     def key(*parts: Any) -> str:
@@ -116,12 +141,15 @@ class Results:
         return key in self.cells
 
     def add(self, key: str, **values: Any) -> None:
-        self.cells[key] = {name: round(v, 4) if isinstance(v, float) else v for name, v in values.items()}
+        """Written at once; what other processes have added meanwhile stays."""
         machine = {"torch": torch.__version__, "processor": platform.processor() or platform.machine()}
-        part = self.path.with_suffix(".part")
-        rows = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.cells.items()))
-        part.write_text(f'{{\n  "machine": {json.dumps(machine)},\n  "cells": {{\n{rows}\n  }}\n}}\n')
-        os.replace(part, self.path)
+        part, lock = self.path.with_suffix(".part"), FileLock(self.path.with_suffix(".lock"))
+        with lock:
+            new = {name: round(v, 4) if isinstance(v, float) else v for name, v in values.items()}
+            self.cells = {**self.read(), key: new}
+            rows = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.cells.items()))
+            part.write_text(f'{{\n  "machine": {json.dumps(machine)},\n  "cells": {{\n{rows}\n  }}\n}}\n')
+            os.replace(part, self.path)
 
     def values(self, name: str, share: float, method: str, stage: str, what: str = "metric") -> dict[int, float]:
         """Seed -> value."""
@@ -142,7 +170,7 @@ def compare(name: str, results: Results, given: argparse.Namespace) -> None:
     for seed in range(given.seeds if name != LANGUAGE else min(given.seeds, LANGUAGE_SEEDS)):
         batches = one.calibration(seed)
         for label, method in methods_of(name, bench, given.packages).items():
-            if given.methods and not any(fnmatch.fnmatch(label, pattern) for pattern in given.methods):
+            if not any(fnmatch.fnmatch(label, pattern) for pattern in given.methods):
                 continue
             stages = ["cut"] + ["tuned"] * (given.tuned and label in TUNED and name != LANGUAGE and seed < TUNED_SEEDS)
             missing = [s for s in shares if any(Results.key(name, s, label, g, seed) not in results for g in stages)]
@@ -193,6 +221,8 @@ def channels(results: Results, given: argparse.Namespace) -> None:
     """Of the conv net on MNIST a share of the channels of every structure, as `sparsity=` of `gsprune.cut`."""
     import gsprune
 
+    if "convnet_mnist" not in given.tasks:
+        return
     one = task("convnet_mnist", given.cache)
     for seed in range(given.seeds):
         batches = one.calibration(seed)
@@ -210,7 +240,7 @@ def family(results: Results, given: argparse.Namespace) -> None:
     for name in [name for name in given.tasks if name not in (LANGUAGE, SMALL_VIT)]:
         one = task(name, given.cache)
         options: dict[str, Any] = {"include": one.include, "calibration": one.samples, "progress": False}
-        for seed in range(given.seeds):
+        for seed in range(min(given.seeds, FAMILY_SEEDS)):
             if (key := Results.key(name, "family", seed)) in results:
                 continue
             batches = one.calibration(seed)
@@ -243,6 +273,8 @@ def guarantee(results: Results, given: argparse.Namespace) -> None:
 
 def weights(results: Results, given: argparse.Namespace) -> None:
     """Single weights of SmolLM2 at 50 % and 2:4: Wanda's and SparseGPT's rules, and ours."""
+    if LANGUAGE not in given.tasks:
+        return
     from gsprune.criteria.activations import SparseGPT, Wanda
     from gsprune.cutting.weights import prune_weights
 
@@ -425,30 +457,57 @@ PARTS: dict[str, Callable[[Results, argparse.Namespace], None]] = {
 }
 
 
+def each_task(given: argparse.Namespace) -> None:
+    """Each task in a process of its own, `given.jobs` at once, the long ones first."""
+    order = sorted(given.tasks, key=lambda name: LONGEST.index(name) if name in LONGEST else len(LONGEST))
+    arguments = [a for a in sys.argv[1:] if a not in given.tasks and a != "--tasks"]
+    command = [sys.executable, __file__, *arguments, "--jobs", "1", "--threads", "1", "--tasks"]
+
+    def one(name: str) -> int:
+        return subprocess.run([*command, name], stdout=subprocess.DEVNULL).returncode
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        failed = [name for name, code in zip(order, pool.map(one, order), strict=True) if code]
+    if failed:
+        raise SystemExit(f"not to the end: {', '.join(failed)}")
+
+
+LONGEST = (LANGUAGE, "minilm_r8", "efficientnet_mnist", "convnet_mnist")
+
+
+HOUR = ("compare", "channels", "family", "guarantee", "weights")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--methods", nargs="+", help="patterns; all without")
-    parser.add_argument("--seeds", type=int, help=f"sets of calibration data; 1, or {SEEDS} with --full")
-    parser.add_argument("--full", action="store_true", help=f"{SEEDS} sets, with --tuned: several hours")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(HOUR))
+    parser.add_argument("--methods", nargs="+", help="patterns; the leading ones without, all with --full")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"sets of calibration data; {SEEDS} without")
+    parser.add_argument("--full", action="store_true", help="all methods and parts, with --tuned: many hours")
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the MACs that stay")
     parser.add_argument("--samples", type=int, help="test samples; all without")
     parser.add_argument("--tuned", action="store_true", help="two epochs of training after cutting, too")
     parser.add_argument("--packages", type=Path, help="a folder with modelopt/ and fasterai/ (see cut_rivals.py)")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="tasks at once, in a process with one thread each; 2")
+    parser.add_argument("--threads", type=int, default=2, help="of --jobs 1")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    given.seeds = given.seeds or (SEEDS if given.full else 1)
     given.tuned |= given.full
+    if given.full:
+        given.methods, given.parts = given.methods or ["*"], list(PARTS)
+    given.methods = given.methods or LEADING
     if given.quick:
-        given.tasks, given.seeds, given.parts = ["digits"], 1, ["compare"]
+        given.tasks, given.seeds, given.parts, given.methods = ["digits"], 1, ["compare"], ["*"]
         given.results = given.cache / "cut_quick.json" if given.results == RESULTS else given.results
         given.results.unlink(missing_ok=True)
+    if len(given.tasks) > 1 and given.jobs > 1 and not given.table:
+        each_task(given)
+        given.table = True
     results = Results(given.results)
     if not given.table:
         for part in given.parts:
