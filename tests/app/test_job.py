@@ -72,6 +72,7 @@ def test_result_json_has_the_promised_keys_and_is_what_run_returns(weighted):
         "collapsing",
         "collapsed",
         "at_chance",
+        "latency_in",
         "latency_note",
         "val_samples",
     }

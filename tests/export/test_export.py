@@ -345,7 +345,7 @@ def test_errors_leave_no_file(
 def test_a_path_that_cannot_be_written_shows_before_the_work(
     tmp_path: Path, onnx: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_file, "_convert", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(onnx_file, "to_onnx_program", lambda *_: pytest.fail("the work has begun"))
     with refused(tmp_path, "folder"):
         to_onnx(nn.Linear(4, 2), torch.ones(1, 4), tmp_path)
     (tmp_path / "file").write_text("")

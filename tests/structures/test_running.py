@@ -99,8 +99,8 @@ def test_a_network_with_such_norms_is_cut() -> None:
 def test_products_in_float32_do_not_depend_on_the_order_of_their_sum() -> None:
     """Of a router that is masked, and of one that is cut."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 300, generator=generator, dtype=torch.float64) for n in (50, 40))
-    keep = torch.rand(300, generator=generator) < 0.5
+    x, weight = (torch.randn(n, 3000, generator=generator, dtype=torch.float64) for n in (50, 40))
+    keep = torch.rand(3000, generator=generator) < 0.5
     masked, cut = Router(weight * keep), Router(weight[:, keep])
     assert torch.equal(*outputs(masked, x), *outputs(cut, x[:, keep]))
     assert not torch.equal(masked(x), cut(x[:, keep]))
