@@ -5,6 +5,7 @@ The extras `[onnx]` and `[openvino]` are imported only where files are written.
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -49,7 +50,7 @@ def to_openvino(
             the network or computes something else. Files at `path` stay as they were then.
     """
     openvino: Any = need("openvino")
-    path = Path(path)
+    core, path = openvino_core(), Path(path)
     if path.suffix != ".xml":
         raise ValueError(f"{path} does not end with .xml, as OpenVINO's networks do")
     if not tolerance > 0:
@@ -58,8 +59,8 @@ def to_openvino(
         graph = Path(folder) / "network.onnx"
         to_onnx(model, example_input, graph)
         try:
-            network = openvino.Core().read_model(graph)
-            compiled = openvino.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            network = core.read_model(graph)
+            compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         except Exception as error:
             raise ValueError(f"OpenVINO cannot read {type(model).__name__}: {innermost_line(error)}") from error
         found = _check(model, example_input, compiled, tolerance)
@@ -67,6 +68,12 @@ def to_openvino(
         openvino.save_model(network, written, compress_to_fp16=False)
         _move(written, path)
     return found
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO, for as long as the process lasts: once its plugins are unloaded, a signal ends the process."""
+    return need("openvino").Core()
 
 
 def _check(model: nn.Module, example_input: Example, compiled: Any, tolerance: float) -> float:

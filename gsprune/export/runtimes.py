@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gsprune.export.exported_program import arguments_in_order, at_batch, copy_to_export, innermost_line, quietly
 from gsprune.export.onnx_file import to_onnx_program
+from gsprune.export.openvino_file import openvino_core
 from gsprune.extras import EXTRAS, need
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, arguments, map_tensors, plain, tensors_in
@@ -180,8 +181,7 @@ class _OnnxRuntime(nn.Module):
 class _OpenVino(nn.Module):
     def __init__(self, graph: Any, inputs: list[Any], threads: int) -> None:
         super().__init__()
-        openvino = import_module("openvino")
-        core = openvino.Core()
+        core = openvino_core()
         network = core.read_model(graph.SerializeToString(), b"")
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
         self._request = core.compile_model(network, "CPU", settings).create_infer_request()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -51,6 +53,23 @@ def test_a_network_computes_what_pytorch_does(runtime: str) -> None:
     assert x.shape == (3, 3, 8, 8)
     with torch.no_grad():
         assert torch.allclose(value(measure.prepared(net, x)()), net(x), atol=1e-5)
+
+
+def test_a_signal_after_openvino_ends_no_process() -> None:
+    """Its unloaded plugins did."""
+    code = """
+import signal, torch
+from gsprune.export.runtimes import Measure
+from gsprune.training.signals import Interrupted, Stop
+Measure("openvino", threads=1).prepared_layer(torch.nn.Linear(4, 3), torch.ones(2, 4))()
+try:
+    with Stop() as stop, stop.deferred():
+        signal.raise_signal(signal.SIGTERM)
+except Interrupted as stopped:
+    print(stopped)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "stopped by SIGTERM"), done.stderr
 
 
 @pytest.mark.long  # the compiler takes half a minute
