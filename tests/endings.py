@@ -16,6 +16,7 @@ from gsprune.training.signals import Interrupted
 def gone(how: str, folder: str) -> None:
     """Process 1 ends in some way, while process 0 waits for it in a collective operation."""
     try:
+        dist.barrier()  # both are connected: one that dies before ends the other while it connects
         if rank() == 1:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
