@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.cost.costs import first_names, make_cost
-from gsprune.export.runtimes import EAGER, RUNTIMES, Measure
+from gsprune.export.runtimes import EAGER, RUNTIMES, Measure, RuntimeName
 from gsprune.ranking.selection import PRUNED, least_kept, select
 from gsprune.structures.structure import Structure
 
 CostKind = Literal["macs", "params", "latency"]
-RuntimeName = Literal["eager", "compile", "onnxruntime", "openvino"]
 KINDS = {"macs": "MACs", "params": "parameters", "latency": "milliseconds"}
 SETTINGS = ("runtime", "batch", "threads", "round_to", "uniform")
 TOLERANCE = 0.02  # of the wanted cost: what is farther off is worth a warning

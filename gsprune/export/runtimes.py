@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ from gsprune.structures.example import Example, arguments, map_tensors, plain, t
 from gsprune.structures.matrices import is_conv1d
 
 OPSET, IR_VERSION = 17, 8  # old enough for every onnxruntime that the extra allows
-RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
+RuntimeName = Literal["eager", "compile", "onnxruntime", "openvino"]
+RUNTIMES = get_args(RuntimeName)
 NAMES = {"compile": "torch.compile", "onnxruntime": "onnxruntime", "openvino": "OpenVINO"}
 
 
