@@ -24,8 +24,8 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
+from contextlib import contextmanager, suppress
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -285,14 +285,28 @@ def batchnorm(small: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     return small.eval()
 
 
+class _Enough(Exception):
+    """Ends a pass of a network whose rest nobody reads."""
+
+
 def read(model: nn.Module, names: Sequence[str], batches: Sequence[Batch], note: Callable[..., None]) -> None:
-    """`note(name, layer, x, y)` at each call of the named layers."""
+    """`note(name, layer, x, y)` at each call of the named layers; a pass ends once each was called."""
     modules = dict(model.named_modules())
-    hooks = [modules[n].register_forward_hook(lambda m, x, y, n=n: note(n, m, x[0], y)) for n in names]
+    left: set[str] = set()
+
+    def noted(m: nn.Module, x: tuple[Tensor, ...], y: Tensor, *, name: str) -> None:
+        note(name, m, x[0], y)
+        left.discard(name)
+        if not left:
+            raise _Enough
+
+    hooks = [modules[name].register_forward_hook(partial(noted, name=name)) for name in names]
     try:
         with torch.no_grad():
             for batch in batches:
-                call(model, batch)
+                left.update(names)
+                with suppress(_Enough):
+                    call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -498,6 +512,19 @@ def streams(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor
             hook.remove()
 
 
+def once(method: Method) -> Method:
+    """The same, which prepares and cuts once for each set of calibration data, and gives copies."""
+    kept: dict[str, Any] = {}
+
+    def prepare(bench: Bench, batches: Sequence[Batch], seed: int) -> Cut:
+        if kept.get("of") != (bench, seed):
+            kept.update(of=(bench, seed), cut=cache(method(bench, batches, seed)))
+        cut = kept["cut"]
+        return lambda macs: copy.deepcopy(cut(macs))
+
+    return prepare
+
+
 def with_norms(method: Method) -> Method:
     """The same, BatchNorm's statistics re-estimated afterwards."""
 
@@ -518,9 +545,10 @@ METHODS: dict[str, Method] = {
     "torch-pruning Hessian, global": ranked(hessian, "by_kind"),
     "torch-pruning Hessian, isomorphic": ranked(hessian, "isomorphic"),
     "Wanda, whole units": ranked(wanda, "local"),
-    "FLAP": flap,
-    "Kwon et al.": kwon,
+    "FLAP": once(flap),
+    "Kwon et al.": once(kwon),
 }
+CALIBRATION_FREE = tuple(name for name in METHODS if "magnitude" in name)  # the same for every seed
 WITH_NORMS = {f"{name} + BN": with_norms(method) for name, method in METHODS.items() if "Wanda" not in name}
 
 

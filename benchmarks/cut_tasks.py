@@ -29,7 +29,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from gsprune.zoo.models import convnet, vit_tiny
 Batch = Any  # (inputs, targets), or a dict with "labels"
 TEXTS = ("sklearn", "numpy", "pandas")
 TOKENS = 256  # of a sample of smollm2
+DENSE_SEED = 0  # orders the training samples of the dense networks
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,20 @@ class Task:
     samples: int = 512  # calibration samples
     tuning: int = 4000  # training samples of an epoch of `tune`
     include: tuple[str, ...] = ("*",)
+    trained_on: int = 10**9  # training samples that `_trained` has shown the dense network
     higher_is_better: bool = True
 
     def calibration(self, seed: int, samples: int | None = None, batch: int | None = None) -> list[Batch]:
         """Batches of training samples chosen by `seed`, labels included; token sequences are sorted by length."""
-        chosen = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(1000 + seed))
-        chosen = chosen[: samples or self.samples]
+        chosen = _chosen(self.train, seed)[: samples or self.samples]
         return self.train.batches(_by_length(self.train, chosen), batch or self.batch)
+
+    def unseen(self, seed: int) -> list[Batch]:
+        """Training samples that neither trained the dense network nor are among those of `calibration(seed)`."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(DENSE_SEED))
+        calibrates = _chosen(self.train, seed)[: self.samples]
+        left = order[self.trained_on :]
+        return self.train.batches(left[~torch.isin(left, calibrates)], 4 * self.batch)
 
     def tests(self, samples: int | None = None) -> list[Batch]:
         """The first `samples` test samples (None: all), sorted by length."""
@@ -163,6 +171,10 @@ def call(model: nn.Module, batch: Batch) -> Tensor:
     return model(**inputs_of(batch)).logits if isinstance(batch, dict) else model(batch[0])
 
 
+def _chosen(data: Data, seed: int) -> Tensor:
+    return torch.randperm(len(data), generator=torch.Generator().manual_seed(1000 + seed))
+
+
 def _by_length(data: Data, indices: Tensor) -> Tensor:
     return indices if data.lengths is None else indices[data.lengths[indices].argsort(stable=True)]
 
@@ -186,10 +198,11 @@ def task(name: str, cache: Path = CACHE) -> Task:
 
 def _trained(one: Task, cache: Path, *, epochs: int, samples: int) -> Task:
     """The task with its dense network, read from the cache or trained and written there."""
+    one = replace(one, trained_on=samples)
     path = cache / "networks" / f"{one.name}.safetensors"
     if not path.exists():
         start = time.perf_counter()
-        one.tune(one.model, epochs=epochs, samples=samples)
+        one.tune(one.model, DENSE_SEED, epochs=epochs, samples=samples)
         path.parent.mkdir(exist_ok=True, parents=True)
         part = path.with_suffix(".part")
         save_file({k: v.contiguous() for k, v in one.model.state_dict().items()}, part)
