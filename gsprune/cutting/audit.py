@@ -254,7 +254,7 @@ def _changes(
 ) -> tuple[float, dict[tuple[int, int], float]]:
     """The loss of the network, and what it gains by each removal that there was time for."""
     twin = copy_of(model)
-    began, dense = time.monotonic(), data.mean_loss(twin)
+    began, dense = time.monotonic(), data.dense_loss(twin)
     changes: dict[tuple[int, int], float] = {}
     for number, (i, unit) in enumerate(drawn):
         if seconds is not None and number >= FEWEST and time.monotonic() - began > seconds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -237,6 +238,17 @@ class Calibration:
         values = torch.stack(losses).tolist()  # one wait for the device
         return float(sum(value * batch.size for value, batch in zip(values, self.batches, strict=True))) / self.size
 
+    def dense_loss(self, model: nn.Module) -> float:
+        """The mean loss of the network that is to be pruned.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        loss = self.mean_loss(model)
+        if not math.isfinite(loss):
+            raise ValueError(f"the network's loss on the calibration data is {loss}: it must be finite")
+        return loss
+
 
 def _read(batches: Iterable[Any], loss: Loss | None) -> Iterator[Batch]:
     if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
@@ -331,7 +343,8 @@ def _signs(shape: torch.Size, number: int, place: int) -> Tensor:
     return torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.int8).float().mul_(2).sub_(1)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     """Of labels as `_draw` gives them."""
+    logits = logits_of(outputs)
     rows = (logits if logits.dim() == 3 else logits.movedim(1, -1)).flatten(0, -2)
     return F.cross_entropy(rows.float(), labels.flatten())

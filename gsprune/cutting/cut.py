@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -462,6 +462,7 @@ class Cutter:
             except ValueError:  # no classes: `OBS` goes by the outputs alone
                 if any(rule.criterion.cumulative for rule in rules) or self.data.of_outputs(model) is None:
                     raise
+        self.dense = self._size(model, self.data.dense_loss)
         self.gates: dict[str, Tensor] = {}  # gate gradients of single samples, of criteria that are read off them
         self._felt: dict[str, Tensor] = {}  # those of the outputs instead of the loss, of criteria that read inputs
         self._changes: dict[str, Tensor] = {}  # scores of branches of such criteria
@@ -470,7 +471,6 @@ class Cutter:
         settled = [*settle, *[()] * (len(rules) - len(settle))]
         self.scores = [self._scored(self._part(rule), stop) for rule, stop in zip(rules, settled, strict=True)]
         self._shared: SharedMoments | None = None
-        self.dense = self._size(model)
 
     @property
     def seconds(self) -> float:
@@ -499,7 +499,7 @@ class Cutter:
             structures=structures,
             skipped=self.found.skipped,
             dense=self.dense,
-            small=self._size(small),
+            small=self._size(small, self.data.mean_loss),
             criterion=names,
             repaired=repaired,
             samples=self.data.size,
@@ -627,25 +627,23 @@ class Cutter:
             return least_squares(small, self.model, inputs, plan, progress=partial(self.report, "repairing"))
         return batchnorm(small, inputs, dense=self.model, plan=plan) if repair == "batchnorm" else None
 
-    def _size(self, model: nn.Module) -> Size:
+    def _size(self, model: nn.Module, mean_loss: Callable[[nn.Module], float]) -> Size:
         try:
             macs = count_macs(model, to_device_of(model, self.data.example_for(model, 1)))
         except Exception:
             macs = None
-        return Size(count_parameters(model), macs or None, self._loss(model))
-
-    def _loss(self, model: nn.Module) -> float | None:
-        if not (self.data.labelled and self.data.has_loss):
-            return None
-        return self.data.mean_loss(model)
+        loss = mean_loss(model) if self.data.labelled and self.data.has_loss else None
+        return Size(count_parameters(model), macs or None, loss)
 
 
 def check_model(model: nn.Module) -> None:
-    """ValueError for what is no network, a wrapper around one, or one of several processes."""
+    """ValueError for what is no network, a wrapper around one, one of several processes, or without gradients."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
     refuse_wrapped(model)
     refuse_several()
+    if torch.is_inference_mode_enabled():
+        raise ValueError("units are scored by gradients, which torch.inference_mode rules out: call it outside of that")
 
 
 def check_repair(repair: str | None, allowed: Sequence[str] = REPAIRS) -> None:

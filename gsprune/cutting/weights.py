@@ -275,7 +275,7 @@ class WeightPruner:
             value = None if self._evaluate is None else value_of(self._evaluate, self._model)
             if max_drop is not None:
                 check_enough(values_of(value), max_drop, self._confidence)
-            self._dense = Size(count_parameters(self._model), None, self._loss(self._model), value)
+            self._dense = Size(count_parameters(self._model), None, self._loss(self._model, dense=True), value)
         return self._dense
 
     @property
@@ -290,9 +290,10 @@ class WeightPruner:
     def _data(self) -> Calibration:
         return self._read()
 
-    def _loss(self, model: nn.Module) -> float | None:
+    def _loss(self, model: nn.Module, *, dense: bool = False) -> float | None:
         data = self._data
-        return data.mean_loss(model) if data.labelled and data.has_loss else None
+        mean_loss = data.dense_loss if dense else data.mean_loss
+        return mean_loss(model) if data.labelled and data.has_loss else None
 
 
 def _valued(found: PrunedWeights, value: Any) -> PrunedWeights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import nets
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from gsprune import Rule, latency, load_pruned, plan
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import OBS, Abs, Elementwise, Fisher, Magnitude, Random, Weighted
+from gsprune.cutting.audit import audit
 from gsprune.cutting.cut import cut
 from gsprune.cutting.family import cut_family
 from gsprune.surgery.shrink import mask_units
@@ -320,11 +322,43 @@ def test_settings_that_make_no_sense(settings, facts) -> None:
         (PAIR, None, ["no loss"]),
         ([PAIR[0][0]], F.cross_entropy, ["no targets"]),
         (PAIR[0][0], F.cross_entropy, ["Tensor", "iterable"]),
+        (PAIR, lambda outputs, targets: F.cross_entropy(outputs, targets) * math.nan, ["loss", "nan"]),
+        (PAIR, lambda outputs, targets: F.cross_entropy(outputs, targets) + math.inf, ["loss", "inf"]),
     ],
 )
 def test_batches_that_make_no_sense(batches, loss, facts) -> None:
     with refused(*facts):
         cut(nets.mlp(), batches, loss, macs=0.5, progress=False)
+
+
+@torch.inference_mode()
+def test_inference_mode_rules_gradients_out() -> None:
+    with refused("inference_mode"):
+        cut(nets.mlp(), PAIR, F.cross_entropy, macs=0.5, progress=False)
+    with refused("inference_mode"):
+        audit(nets.mlp(), PAIR, F.cross_entropy, progress=False)
+
+
+class Answers(nn.Module):
+    """A network that returns a plain dict."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.net(x)}
+
+
+@pytest.mark.parametrize("criterion", [OBS(), Fisher()])
+def test_labels_are_drawn_from_the_logits_of_a_dict(criterion) -> None:
+    net = nets.mlp()
+    found = cut(Answers(net), [PAIR[0][0]], macs=0.5, criterion=criterion, progress=False)
+    plain = cut(net, [PAIR[0][0]], macs=0.5, criterion=criterion, progress=False)
+    assert {f"net.{name}": keep.tolist() for name, keep in plain.keeps.items()} == {
+        name: keep.tolist() for name, keep in found.keeps.items()
+    }
+    assert found.small.loss == plain.small.loss
 
 
 @pytest.mark.parametrize(
