@@ -54,6 +54,8 @@ LANGUAGE = "smollm2"
 SMALL_VIT = "vit_mnist"  # of the part `kinds` alone
 DEPTH = {SMALL_VIT: 512, "minilm_r8": 512, LANGUAGE: 16}  # tasks of the part `kinds` -> calibration samples
 QUARTER = 0.25  # of all neurons of smollm2's MLPs go
+TIMED = ("convnet_mnist", "efficientnet_mnist")  # of the part `latency`
+TIMES, BY_MACS = (0.7, 0.5, 0.35), (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.12)  # shares: of the dense time, and of MACs
 # quantile 0.975 of Student's t distribution, by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -341,6 +343,47 @@ def kinds(results: Results, given: argparse.Namespace) -> None:
                 print(f"{key}: {results.cells[key]}", flush=True)
 
 
+def clock(results: Results, given: argparse.Namespace) -> None:
+    """Cut for milliseconds in onnxruntime, one sample and one thread, against cuts for MACs that are as fast there."""
+    from gsprune.export.runtimes import Measure
+    from gsprune.latency import latency_ms
+
+    measure = Measure("onnxruntime", threads=1)
+    for name in [name for name in given.tasks if name in TIMED]:
+        one = task(name, given.cache)
+        for seed in range(min(given.seeds, TUNED_SEEDS)):
+            if Results.key(name, "latency", TIMES[-1], seed) in results:
+                continue
+            budgets: dict[str, Any] = {f"macs {share}": {"macs": share} for share in BY_MACS}
+            for share in TIMES:
+                where = {"runtime": measure.runtime, "threads": measure.threads}
+                budgets[f"time {share}"] = {"latency": share, **where}
+            rules = {
+                label: one_rule("budget", budget, None, "least_squares", include=one.include)
+                for label, budget in budgets.items()
+            }
+            options: dict[str, Any] = {"samples": one.samples, "example_input": one.example}
+            cutter = Cutter(one.model, one.calibration(seed), one.loss, [*rules.values()][:1], **options)
+            small = {label: cutter.cut([rule], repair="least_squares").model for label, rule in rules.items()}
+            metric = {label: one.evaluate(network) for label, network in small.items()}
+            ready = {label: measure.prepared(network, one.example) for label, network in small.items()}
+            ready["dense"] = measure.prepared(one.model, one.example)
+            ms = latency_ms(ready, (), repeats=300, max_seconds=60)
+            # of cuts for MACs: accuracy at a time, and time at an accuracy, between the two cuts around it
+            by_macs = [f"macs {share}" for share in sorted(BY_MACS)]
+            times, metrics = np.array([ms[m] for m in by_macs]), np.array([metric[m] for m in by_macs])
+            for share in TIMES:
+                mine, right = ms[f"time {share}"], metric[f"time {share}"]
+                figures = {
+                    "metric": right,
+                    "time": mine / ms["dense"],
+                    "better": right - float(np.interp(mine, times, metrics)),
+                    "faster": float(np.interp(right, np.maximum.accumulate(metrics), times)) / mine,
+                }
+                results.add(key := Results.key(name, "latency", share, seed), **figures)
+                print(f"{key}: {figures}", flush=True)
+
+
 def gone_of(cut: Any, kind: str) -> float:
     """The share of the units of a kind that went."""
     keeps = [cut.keeps[s.name] for s in cut.structures if s.kind == kind]
@@ -420,7 +463,7 @@ def others(results: Results) -> Iterator[str]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for key, cell in results.cells.items():
         parts = key.split(" | ")
-        if parts[1] in ("channels", "family", "guarantee", "kinds", "weights"):
+        if parts[1] in ("channels", "family", "guarantee", "kinds", "latency", "weights"):
             last = None if parts[1] == "guarantee" else -1
             groups.setdefault(" | ".join(parts[:last]), []).append(cell)
     for key, cells in groups.items():
@@ -469,6 +512,7 @@ PARTS: dict[str, Callable[[Results, argparse.Namespace], None]] = {
     "family": family,
     "guarantee": guarantee,
     "kinds": kinds,
+    "latency": clock,
     "weights": weights,
 }
 
