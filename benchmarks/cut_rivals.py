@@ -250,9 +250,11 @@ def wanda(bench: Bench, batches: Sequence[Batch], seed: int) -> Scores:
 
 @contextmanager
 def _gradients(model: nn.Module) -> Iterator[None]:
+    """Of all parameters but tables of embeddings, which are in no group and are the most of MiniLM's."""
     model.eval().zero_grad()
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for p in model.parameters():
-        p.requires_grad_(True)
+        p.requires_grad_(id(p) not in tables)
     yield
     model.zero_grad()
 
