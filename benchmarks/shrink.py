@@ -3,6 +3,7 @@
     python benchmarks/shrink.py latency [--repeats 30] [--models bert resnet50] [--json latency.json]
     python benchmarks/shrink.py training [--models resnet18] [--json training.json]
     python benchmarks/shrink.py runtimes [--models resnet18] [--runtimes onnxruntime] [--json runtimes.json]
+    python benchmarks/shrink.py widths [--runtimes onnxruntime] [--threads 1]
 
 `latency` compares dense and pruned in turns, with the 95 % interval of the ratio, or says that the clock cannot tell: a
 BERT-base (12 layers, 8 of 12 heads, 600 of 3,072 neurons, 128 tokens) and ResNet-50 at half its multiply-accumulates in
@@ -10,6 +11,7 @@ channels_last. Weights are random: which units go does not matter for time. `tra
 epochs of 20 steps (batch 16, 64x64 pictures) and trains a third, with units masked and with units cut out at each
 update, the steps of both in turns. `runtimes` cuts six networks to half of their milliseconds in each runtime
 (`budget={"latency": 0.5, "runtime": ...}`), and times dense and cut network again, in turns, as they are exported.
+`widths` times four convolutions of as many channels each, since runtimes compute channels in blocks.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ def tokens(batch: int) -> dict[str, Tensor]:
 
 
 LABELS = "SequenceClassification"
+WIDTHS = (64, 63, 62, 60, 56, 52, 48, 47, 46, 44, 40, 33, 32)
 SIX = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "vit", "small_bert")
 RUNTIMES = ("eager", "onnxruntime", "openvino")
 ZOO: dict[str, Callable[[], Built]] = {
@@ -164,6 +167,21 @@ def runtimes(names: Sequence[str], kinds: Sequence[str], repeats: int) -> dict[s
     return result
 
 
+def widths(kinds: Sequence[str], repeats: int) -> dict[str, float]:
+    """Time of four 3 x 3 convolutions of c channels on 28 x 28 positions, as a share of that of 64 channels."""
+    result: dict[str, float] = {}
+    x = torch.randn(1, 3, 28, 28)
+    for kind in kinds:
+        measure, nets = Measure(kind), {}
+        for c in WIDTHS:
+            convs = [nn.Conv2d(a, c, 3, padding=1) for a in (3, c, c, c)]
+            nets[str(c)] = measure.prepared(nn.Sequential(*[m for conv in convs for m in (conv, nn.ReLU())]).eval(), x)
+        ms = latency_ms(nets, (), repeats=10 * repeats, max_seconds=20)
+        print(f"{kind:12s}", "  ".join(f"{c}: {ms[str(c)] / ms['64']:.2f}" for c in WIDTHS), flush=True)
+        result |= {f"{kind}/{c}": ms[str(c)] / ms["64"] for c in WIDTHS}
+    return result
+
+
 # ---- training
 
 
@@ -215,7 +233,7 @@ def train_step(model: nn.Module, pruner: Pruner, optimizer: torch.optim.Optimize
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["latency", "training", "runtimes"])
+    parser.add_argument("part", choices=["latency", "training", "runtimes", "widths"])
     parser.add_argument("--models", nargs="+", choices=list(ZOO), metavar="NAME")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES)
     parser.add_argument("--repeats", type=int, default=LEAST)
@@ -230,6 +248,7 @@ def main() -> None:
         "latency": lambda names: latency(names, args.repeats),
         "training": training,
         "runtimes": lambda names: runtimes(names, args.runtimes, args.repeats),
+        "widths": lambda names: widths(args.runtimes, args.repeats),
     }
     result: Any = parts[args.part](names)
     if args.json is not None:
