@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsprune.export.exported_program import arguments_in_order, at_batch, copy_to_export, innermost_line, quietly
 from gsprune.export.onnx_file import to_onnx_program
@@ -30,6 +31,7 @@ from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, arguments, map_tensors, plain, tensors_in
 from gsprune.structures.matrices import is_conv1d
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 OPSET, IR_VERSION = 17, 8  # old enough for every onnxruntime that the extra allows
 RuntimeName = Literal["eager", "compile", "onnxruntime", "openvino"]
 RUNTIMES = get_args(RuntimeName)
@@ -110,6 +112,7 @@ class Measure:
         """A linear or convolutional layer with its input, ready to run; of torch.compile as it is."""
         if not self.is_foreign:
             return Call(layer, (x,), {})
+        layer, x = as_convolution(layer, x) or (layer, x)
         x = x.detach().float().cpu().contiguous()
         graph = operator(layer, x)
         return self.prepared(layer, x) if graph is None else self._session(graph, [x], type(layer).__name__)
@@ -200,17 +203,18 @@ def _compiler() -> str | None:
 
 
 def operator(layer: nn.Module, x: Tensor) -> Any:
-    """A graph of one layer for inputs like `x`, as ONNX's ModelProto; None of a layer that has no operator.
+    """A graph of one layer for inputs like `x`, as ONNX's ModelProto; None of a layer that has no operator, or computes
+    something of its own besides.
 
     nn.Linear is Gemm (of two dimensions) or MatMul and Add, as torch's exporter writes it; transformers' Conv1D is
     MatMul and Add; convolutions are Conv and ConvTranspose.
     """
     settings = _conv_settings(layer)
-    if settings is None and not (isinstance(layer, nn.Linear) or is_conv1d(layer)):
+    if not (_is_stock(layer) or is_conv1d(layer)):
         return None
     onnx: Any = import_module("onnx")
     named: dict[str, Tensor] = {n: p.detach().float().cpu() for n, p in layer.named_parameters(recurse=False)}
-    if set(named) - {"weight", "bias"}:
+    if "weight" not in named or set(named) - {"weight", "bias"}:
         return None
     node = onnx.helper.make_node
     inputs = ["x", *named]
@@ -233,9 +237,61 @@ def operator(layer: nn.Module, x: Tensor) -> Any:
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
+def as_convolution(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor] | None:
+    """The one convolution that a layer comes down to, with its input, where it pads or scales its weight by itself.
+
+    None of a plain layer, of what is no convolution, and where there is not exactly one.
+
+    >>> mirrored = nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect")
+    >>> plain_layer, padded = as_convolution(mirrored, torch.ones(1, 2, 4, 4))
+    >>> plain_layer.padding, padded.shape[2:]
+    ((0, 0), torch.Size([6, 6]))
+    """
+    if _is_stock(layer) or not isinstance(layer, nn.modules.conv._ConvNd):
+        return None
+    calls = _Convolutions()
+    with torch.no_grad(), calls:
+        layer(x)
+    if len(calls.seen) != 1:
+        return None
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = calls.seen[0]
+    rows, columns = weight.shape[:2]
+    channels = (rows, columns * groups) if transposed else (columns * groups, rows)
+    shape: dict[str, Any] = {"kernel_size": tuple(weight.shape[2:]), "stride": tuple(stride), "padding": tuple(padding)}
+    shape |= {"dilation": tuple(dilation), "groups": groups, "bias": bias is not None, "device": "meta"}
+    shape |= {"output_padding": tuple(output_padding)} if transposed else {}
+    kind = next(c for c in CONVOLUTIONS if c.__name__ == f"Conv{'Transpose' * transposed}{weight.dim() - 2}d")
+    found = kind(*channels, **shape)
+    found.weight = nn.Parameter(weight.detach())
+    found.bias = None if bias is None else nn.Parameter(bias.detach())
+    return found.eval(), x
+
+
+class _Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the arguments of each convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.seen.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_stock(layer: Any) -> bool:
+    """Whether a layer computes what its class of torch does, with a weight of its own and zeros around it."""
+    kind = next((c for c in (nn.Linear, *CONVOLUTIONS) if isinstance(layer, c)), None)
+    methods = ("forward", "_conv_forward")
+    is_own = any(getattr(type(layer), name, None) is not getattr(kind, name, None) for name in methods)
+    plain_weight = kind is not None and "weight" in layer._parameters
+    return plain_weight and not is_own and getattr(layer, "padding_mode", "zeros") == "zeros"
+
+
 def _conv_settings(layer: Any) -> dict[str, Any] | None:
-    """The attributes of ONNX's operator; None of what is no convolution, or pads with something else than zeros."""
-    if not isinstance(layer, nn.modules.conv._ConvNd) or layer.padding_mode != "zeros":
+    """The attributes of ONNX's operator; None of what is no convolution."""
+    if not isinstance(layer, nn.modules.conv._ConvNd):
         return None
     if isinstance(layer.padding, str):
         ends = layer._reversed_padding_repeated_twice  # of the last dimension first

@@ -8,14 +8,36 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from facts import refused
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from gsprune.export import runtimes
-from gsprune.export.runtimes import EAGER, Measure, operator
+from gsprune.export.runtimes import EAGER, Measure, as_convolution, operator
 
 FOREIGN = ["onnxruntime", "openvino"]
+
+
+class Same(nn.Conv2d):
+    """Pads by itself, as TensorFlow's networks do, and divides its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight / self.weight.norm()
+        return F.conv2d(F.pad(x, (0, 1, 1, 2)), weight, self.bias, self.stride, groups=self.groups)
+
+
+class Twice(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
+
+
+class Shifted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(6, 4), (3, 6)),
     "linear of sequences, no bias": (nn.Linear(6, 4, bias=False), (2, 5, 6)),
@@ -27,7 +49,14 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv3d": (nn.Conv3d(2, 3, 2), (1, 2, 4, 5, 6)),
     "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 4, 5, 6)),
     "mirrored borders": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 9, 8)),
+    "own padding": (Same(4, 6, 3, stride=2, groups=2), (2, 4, 9, 8)),
+    "weight norm": (weight_norm(nn.Conv1d(4, 6, 3, padding=1)), (2, 4, 9)),
+    "weight norm, transposed": (weight_norm(nn.ConvTranspose1d(4, 6, 3, output_padding=1, stride=2)), (2, 4, 9)),
+    "weight norm, linear": (weight_norm(nn.Linear(6, 4)), (3, 6)),
+    "called twice": (Twice(4, 4, 3), (2, 4, 9, 8)),
+    "own sum": (Shifted(6, 4), (3, 6)),
 }
+EXPORTED = ("weight norm, linear", "called twice", "own sum")  # which torch's exporter writes
 
 
 def value(found: Any) -> Tensor:
@@ -39,7 +68,7 @@ def value(found: Any) -> Tensor:
 def test_a_layer_computes_what_pytorch_does(name: str, runtime: str) -> None:
     layer, shape = LAYERS[name]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert (operator(layer, x) is None) == (name == "mirrored borders")  # which torch's exporter writes
+    assert (operator(*(as_convolution(layer, x) or (layer, x))) is None) == (name in EXPORTED)
     with torch.no_grad():
         wanted = layer.eval()(x)
     assert torch.allclose(value(Measure(runtime).prepared_layer(layer, x)()), wanted, atol=1e-5)
