@@ -4,8 +4,10 @@
 
 A perceptron (64-512-512-10) and a conv net are trained on scikit-learn's digits. "cut": half of the MACs, by
 `gsprune.cut`; "sparse": 80 % of the single weights zero. Scales of activations come from 256 training samples. Every
-quantiser leaves weights 7 bits (`reduce_range`), as processors without VNNI overflow with 8.
+quantiser leaves weights 7 bits (`reduce_range`), as processors without VNNI overflow with 8; ExecuTorch's takes 8.
 
+- OpenVINO reads the int8 file that ONNX Runtime writes.
+- ExecuTorch (XNNPACK) is left out where it is not installed.
 - torchao quantises linear layers: of the conv net the last one.
 - "zeros": of the weights that are zero before, those that are zero after, too.
 - "zipped": the file, deflated, which is where a sparse network saves.
@@ -21,6 +23,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +90,7 @@ def pruned(net: nn.Module, form: str, data: list[tuple[Tensor, Tensor]]) -> nn.M
 class Way(NamedTuple):
     run: Callable[[Tensor], Tensor]
     weights: dict[str, Tensor]  # as it multiplies with them, by name
-    path: Path
+    paths: list[Path]
 
 
 def eager(net: nn.Module, x: Tensor, folder: Path) -> Way:
@@ -98,7 +101,7 @@ def eager(net: nn.Module, x: Tensor, folder: Path) -> Way:
         for name, p in net.named_parameters()
         if p.dim() > 1
     }
-    return Way(net, weights, path)
+    return Way(net, weights, [path])
 
 
 def torchao_dynamic(net: nn.Module, x: Tensor, folder: Path) -> Way:
@@ -150,17 +153,17 @@ def onnx_float(net: nn.Module, x: Tensor, folder: Path) -> Way:
 def onnx_static(net: nn.Module, x: Tensor, folder: Path) -> Way:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-    made = onnx_float(net, x, folder)
+    (path,) = onnx_float(net, x, folder).paths
     quantize_static(
-        made.path,
-        path := folder / "int8.onnx",
-        Calibration(made.path, x),  # type: ignore[arg-type]
+        path,
+        folder / "int8.onnx",
+        Calibration(path, x),  # type: ignore[arg-type]
         quant_format=QuantFormat.QDQ,
         weight_type=QuantType.QInt8,
         per_channel=True,
         reduce_range=True,
     )
-    return in_onnxruntime(path)
+    return in_onnxruntime(folder / "int8.onnx")
 
 
 class Calibration:
@@ -196,7 +199,69 @@ def in_onnxruntime(path: Path) -> Way:
         for name, value in tensors.items()
         if value.ndim > 1 and value.dtype in (np.float32, np.int8)
     }
-    return Way(run, weights, path)
+    return Way(run, weights, [path])
+
+
+def openvino_float(net: nn.Module, x: Tensor, folder: Path) -> Way:
+    return in_openvino(onnx_float(net, x, folder))
+
+
+def openvino_static(net: nn.Module, x: Tensor, folder: Path) -> Way:
+    return in_openvino(onnx_static(net, x, folder))
+
+
+def in_openvino(made: Way) -> Way:
+    """The file of a way of ONNX Runtime, as OpenVINO's two files."""
+    import openvino
+
+    from gsprune.export.openvino_file import openvino_core
+
+    (path,) = made.paths
+    network, written = openvino_core().read_model(path), path.with_suffix(".xml")
+    openvino.save_model(network, written, compress_to_fp16=False)
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino_core().compile_model(written, "CPU", settings)
+
+    def run(x: Tensor) -> Tensor:
+        return torch.from_numpy(compiled(x.numpy())[0])
+
+    return Way(run, made.weights, [written, written.with_suffix(".bin")])
+
+
+def executorch_float(net: nn.Module, x: Tensor, folder: Path) -> Way:
+    weights = {name: p.detach() for name, p in net.named_parameters() if p.dim() > 1}
+    return in_executorch(net, weights, x, folder)
+
+
+def executorch_static(net: nn.Module, x: Tensor, folder: Path) -> Way:
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = xnnpack_quantizer.XNNPACKQuantizer()
+    quantizer.set_global(xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(exported(net, x).module(), quantizer)
+    for part in x.split(BATCH):
+        prepared(part)
+    converted = convert_pt2e(prepared)
+    whole = [value for value in converted.state_dict().values() if value.dtype == torch.int8 and value.dim() > 1]
+    names = [name for name, p in net.named_parameters() if p.dim() > 1]
+    return in_executorch(converted, dict(zip(names, whole, strict=True)), x, folder)
+
+
+def exported(net: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},))
+
+
+def in_executorch(net: nn.Module, weights: dict[str, Tensor], x: Tensor, folder: Path) -> Way:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    lowered = to_edge_transform_and_lower(exported(net, x), partitioner=[XnnpackPartitioner()])
+    path = folder / "network.pte"
+    path.write_bytes(lowered.to_executorch().buffer)
+    method = Runtime.get().load_program(path.read_bytes()).load_method("forward")
+    return Way(lambda x: method.execute([x])[0].clone(), weights, [path])
 
 
 WAYS: dict[str, Callable[[nn.Module, Tensor, Path], Way]] = {
@@ -205,7 +270,11 @@ WAYS: dict[str, Callable[[nn.Module, Tensor, Path], Way]] = {
     "torchao, int8 static": torchao_static,
     "ONNX Runtime, float32": onnx_float,
     "ONNX Runtime, int8 static": onnx_static,
+    "OpenVINO, float32": openvino_float,
+    "OpenVINO, int8 static": openvino_static,
 }
+if find_spec("executorch") is not None:
+    WAYS |= {"ExecuTorch, float32": executorch_float, "ExecuTorch, int8 static": executorch_static}
 
 
 # ---- the table
@@ -226,13 +295,14 @@ def measured(name: str, form: str, net: nn.Module, x: Tensor, test: tuple[Tensor
     rows = []
     for way, prepare in WAYS.items():
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            before = (onnx_float if "ONNX" in way else eager)(net, x, Path(folder)).weights
+            through_onnx = way.startswith(("ONNX", "OpenVINO"))
+            before = (onnx_float if through_onnx else eager)(net, x, Path(folder)).weights
             made = prepare(net, x, Path(folder))
             right = float((made.run(test[0]).argmax(1) == test[1]).float().mean())
             assert made.weights.keys() == before.keys(), (way, made.weights.keys(), before.keys())
             zeros = sum(int((value == 0).sum()) for value in before.values())
             stay = sum(int(((value == 0) & (made.weights[key] == 0)).sum()) for key, value in before.items())
-            data = made.path.read_bytes()
+            data = b"".join(path.read_bytes() for path in made.paths)
         rows.append(Row(name, form, way, right, (zeros, stay), len(data), len(zlib.compress(data)), made.run))
     return rows
 

@@ -14,6 +14,7 @@ from typing import Any
 __all__ = ["EXTRAS", "MissingExtraError", "check_command", "distribution", "is_installed", "need"]
 
 EXTRAS = {
+    "accelerate": ("accelerate",),
     "app": ("filelock", "jinja2", "matplotlib", "mlflow", "pandas", "rich", "shtab", "sklearn", "torchvision"),
     "hf": ("transformers",),
     "hub": ("huggingface_hub",),

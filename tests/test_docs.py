@@ -102,7 +102,7 @@ def test_the_loop_makes_the_model_smaller(page: str) -> None:
 
 # ---- the pages
 
-EXAMPLES = ("resnet", "bert", "llama", "yolo", "sweep")
+EXAMPLES = ("resnet", "bert", "llama", "yolo", "timm_train", "torchvision_train", "sweep")
 
 ELSEWHERE = ("# prune.py", "# reload.py", "class Damage")  # run by tests of their own
 SNIPPETS = [
@@ -139,6 +139,7 @@ def test_an_example_prints_what_its_page_shows(
 ) -> None:
     """Line by line; numbers may differ, with the machine and the version of torch."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     if name == "sweep":  # its command, in a process that has made the imports
         monkeypatch.setattr(subprocess, "run", lambda command, cwd, **_: train(Path(cwd), *command[2:]))
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")

@@ -34,7 +34,8 @@ def head_attributes(
         found |= {joined(home, a): 1 for a in GROUP_NAMES if getattr(module, a, None) == groups}
         config = getattr(module, "config", None)
         for names, count, amount in ((HEAD_NAMES, heads, times), (GROUP_NAMES, groups, 1)):
-            asked = [a for a in names if getattr(config, a, None) == count and reads(module, "config", a)]
+            # read first: a configuration of layers that differ does not give a number that its network does not read
+            asked = [a for a in names if reads(module, "config", a) and getattr(config, a, None) == count]
             found |= {joined(home, f"config.{a}"): amount for a in asked}
     return name or ("in_proj" if whole else homes[0]), found
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gsprune.extras import need
 from gsprune.pruner.pruner import Pruner
 
 __all__ = ["FILE", "prepare"]
@@ -26,9 +27,11 @@ def prepare(accelerator: Any, pruner: Pruner, *optimizers: Any) -> Pruner:
         optimizers: the default is those that the pruner was made with, then those that the accelerator prepared.
 
     Raises:
+        MissingExtraError: accelerate is too old.
         ValueError: there is no optimizer; `attach` refuses them.
         FileNotFoundError: when a state without a pruner is loaded.
     """
+    need("accelerate")
     pruner.attach(*(optimizers or ([] if pruner.optimizers else accelerator._optimizers)))
 
     def save(models: Any, weights: Any, folder: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,44 +22,55 @@ from gsprune.surgery.cut_plan import CutPlan
 
 __all__ = ["from_pretrained", "narrow_config", "save_pretrained"]
 
+_Number = int | Mapping[int, int]  # of all layers, or layer -> number
+_Change = TypeVar("_Change")
 _COUNTS = (*HEAD_NAMES, *GROUP_NAMES, *SIZE_NAMES)
 
 
 def save_pretrained(
-    directory: str | os.PathLike[str], model: nn.Module, plan: CutPlan | None, *, example_input: Example | None = None
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    plan: CutPlan | None,
+    *,
+    example_input: Example | None = None,
+    plain: bool = False,
 ) -> bool:
     """Write a pruned network of transformers, where it can be so that its own `from_pretrained` reads it.
 
     That is possible where `config.json` can say what is left: each layer has as many heads and neurons as the others
     (a share of each does so, or a budget with `"uniform": True`), and the configuration has a number for them, which
-    transformers takes. The files are then plain ones, and gsprune is not needed to load them. Elsewhere `config.json`
-    is the dense network's, with the files of `gsprune.save_pruned` beside it: `from_pretrained` of this module reads
-    both kinds.
+    transformers takes. Layers that differ are said by `per_layer_config` (transformers 5.15 and newer), where the
+    network builds its layers from it. The files are then plain ones, and gsprune is not needed to load them. Elsewhere
+    `config.json` is the dense network's, with the files of `gsprune.save_pruned` beside it: `from_pretrained` of this
+    module reads both kinds.
 
     Args:
         directory: where to; made if it is not there.
         model: a `PreTrainedModel`, as the plan has left it.
         plan: what stays of the dense network (`Pruner.plan`, `Cut.plan`); None if nothing was cut.
         example_input: what the two networks are compared on; None: the model's `dummy_inputs`.
+        plain: write files that transformers' own `from_pretrained` reads, or none.
 
     Returns:
         Whether transformers' own `from_pretrained` reads it.
 
     Raises:
-        ValueError: the model is none of transformers; `cut_rows` has changed its configuration, which cannot say what
-            else was cut.
+        ValueError: the model is none of transformers; `plain`, and `config.json` cannot say what is left; `cut_rows`
+            has changed its configuration, which cannot say what else was cut.
         OSError: the files cannot be written.
     """
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} is no network of transformers: use gsprune.save_pruned")
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     network: Any = model
     config = network.config if plan is None else narrow_config(model, plan)
-    plain = None if config is None else _plain(model, config, example_input)
-    if plain is not None:
+    same = None if config is None else _plain(model, config, example_input)
+    if same is None and plain:
+        raise ValueError(f"config.json of {type(model).__name__} cannot say what is left: {_unsaid(plan)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if same is not None:
         (folder / RECORD).unlink(missing_ok=True)
-        plain.save_pretrained(folder)
+        same.save_pretrained(folder)
         return True
     if plan is not None and any(name.startswith("config.") for name in plan.attributes):
         raise ValueError(
@@ -103,22 +114,59 @@ def narrow_config(model: nn.Module, plan: CutPlan) -> Any:
     """The configuration that a network of transformers would be built from to have the shapes it has after the cut.
 
     Numbers of the configuration that are the dense length of something that was cut become what is left of it, where
-    that is the same everywhere; numbers of heads likewise. Of all such changes the largest set is taken with which
-    every tensor, every number of heads and every class of module is as in the model.
+    that is the same everywhere, else what is left of it in each layer (`per_layer_config`); numbers of heads likewise.
+    Of such changes those are made without which a tensor, a number of heads or a class of module would not be as in the
+    model. Of a network of several parts it is the part `text_config` that changes.
 
     Returns:
         None, if there is none.
     """
     network: Any = model
-    changes = _changes(network.config, plan)
-    for size in range(len(changes), -1, -1):
-        for chosen in combinations(changes.items(), size):
-            config = copy.deepcopy(network.config)
-            for name, value in chosen:
-                setattr(config, name, value)
-            if _has_shapes(model, config):
-                return _with_eps(model, config)
+    for changes in _changes(_text(network.config), plan):
+        found = needed(changes, lambda chosen: _has_shapes(model, _changed(network.config, chosen)))
+        if found is not None:
+            return _with_eps(model, _changed(network.config, found))
     return None
+
+
+def needed(
+    changes: Mapping[str, _Change], fits_with: Callable[[dict[str, _Change]], bool]
+) -> dict[str, _Change] | None:
+    """Of the changes with which a network fits the largest set, without those that it fits without: a number that only
+    happens to be equal, such as a sliding window of the dense width, stays. None, if there is none."""
+    for size in range(len(changes), -1, -1):
+        for some in combinations(changes, size):
+            if fits_with({name: changes[name] for name in some}):
+                found = {name: changes[name] for name in some}
+                for name in some:
+                    fewer = {other: value for other, value in found.items() if other != name}
+                    found = fewer if fits_with(fewer) else found
+                return found
+    return None
+
+
+def _text(config: Any) -> Any:
+    """The part of a configuration that layers of text are built from."""
+    part = getattr(config, "text_config", None)
+    return config if part is None else part
+
+
+def _changed(config: Any, changes: Mapping[str, _Number]) -> Any:
+    """A configuration with other numbers; None where transformers refuses them."""
+    changed = copy.deepcopy(config)
+    text = _text(changed)
+    layers = {int(layer): numbers for layer, numbers in text.to_dict().get("per_layer_config", {}).items()}
+    try:
+        for name, value in changes.items():
+            each = {} if isinstance(value, int) else value
+            setattr(text, name, value if isinstance(value, int) else max(value.values()))
+            for layer, number in each.items():
+                layers.setdefault(layer, {})[name] = number
+        if layers:
+            text.per_layer_config = layers
+    except Exception:  # such as numbers that do not divide each other
+        return None
+    return changed
 
 
 def _with_eps(model: nn.Module, config: Any) -> Any:
@@ -129,29 +177,67 @@ def _with_eps(model: nn.Module, config: Any) -> Any:
     names = {name for norm in norms for name in ("eps", "variance_epsilon") if hasattr(norm, name)}
     others = [m for m in model.modules() if isinstance(m, type(norms[0])) and m not in norms]
     before, now = {norm.dense_norm[1] for norm in norms}, {getattr(norm, n) for norm in norms for n in names}
-    settings = [n for n, value in config.to_dict().items() if isinstance(value, float) and {value} == before]
+    settings = [n for n, value in _text(config).to_dict().items() if isinstance(value, float) and {value} == before]
     if others or len(now) != 1 or not settings:
         return None
     for name in settings:
-        setattr(config, name, next(iter(now)))
+        setattr(_text(config), name, next(iter(now)))
     return config
 
 
-def even_lengths(plan: CutPlan) -> dict[int, int]:
-    """Dense length -> what is left of it, where that is the same everywhere."""
+def _unsaid(plan: CutPlan | None) -> str:
+    """What was cut, as far as a configuration has trouble with it."""
+    if plan is None:
+        return "a network of its numbers computes something else"
+    cuts = [(plan.sizes[name][dim], len(kept), name) for name in plan.kept for dim, kept in plan.kept[name].items()]
+    for size, left, name in cuts:
+        other = next((other for other in cuts if other[0] == size and other[1] != left), None)
+        if other is not None:
+            return f"{name} keeps {left} of {size} and {other[2]} {other[1]}, and it has one number for both"
+    what = f"{cuts[0][2]}, which keeps {cuts[0][1]} of {cuts[0][0]}" if cuts else next(iter(plan.removed))
+    return f"it has no number for {what}, or for another that was cut"
+
+
+def even_lengths(plan: CutPlan, layer: int | None = None) -> dict[int, int]:
+    """Dense length -> what is left of it, where that is the same everywhere, or everywhere in one layer."""
     left: dict[int, set[int]] = {}
     for name, cuts in plan.kept.items():
         for dim, kept in cuts.items():
-            left.setdefault(plan.sizes[name][dim], set()).add(len(kept))
+            if layer is None or _layer_of(name) == layer:
+                left.setdefault(plan.sizes[name][dim], set()).add(len(kept))
     return {length: next(iter(some)) for length, some in left.items() if len(some) == 1}
 
 
-def _changes(config: Any, plan: CutPlan) -> dict[str, int]:
-    """Numbers of a configuration -> what they may have become."""
-    even = even_lengths(plan)
+def _layer_of(name: str) -> int | None:
+    """
+    >>> _layer_of("model.layers.3.mlp.experts.0.up_proj.weight")
+    3
+    """
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _changes(config: Any, plan: CutPlan) -> Iterator[dict[str, _Number]]:
+    """Numbers of a configuration -> what they may have become: first the same in all layers, then in each its own."""
+    own = getattr(config, "per_layer_attributes", None) or set()
+    plain = copy.deepcopy(config)
+    if own:
+        plain.per_layer_config = None  # numbers in which the layers differ cannot be read otherwise
+    even = {name: n for name, n in _numbers(plain, even_lengths(plan)).items() if name not in own}
+    yield {**even}
+    layers = list(getattr(config, "per_layer_config", []))  # transformers before 5.15 has none
+    left = [_numbers(layer, even_lengths(plan, k)) for k, layer in enumerate(layers)]
+    names = dict.fromkeys(name for numbers in left for name in numbers)
+    if names:
+        each = {name: {k: left[k].get(name, getattr(layer, name)) for k, layer in enumerate(layers)} for name in names}
+        yield {**even, **each}
+
+
+def _numbers(config: Any, even: Mapping[int, int]) -> dict[str, int]:
+    """Numbers of a configuration -> what they may have become, from dense lengths and what is left of them."""
     found = {name: even[value] for name, value in config.to_dict().items() if type(value) is int and value in even}
     heads = getattr(config, "num_attention_heads", None)
-    head_dim: Any = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    hidden = getattr(config, "hidden_size", None)
+    head_dim: Any = getattr(config, "head_dim", None) or (hidden // heads if heads and hidden else None)
     for name in ("num_attention_heads", "num_key_value_heads"):
         count = getattr(config, name, None)
         width = even.get(count * head_dim, 0) if head_dim and count else 0
@@ -164,11 +250,14 @@ def _changes(config: Any, plan: CutPlan) -> dict[str, int]:
 
 def _has_shapes(model: nn.Module, config: Any) -> bool:
     """Whether a network of this configuration has the model's tensors, head counts and kinds of modules."""
+    if config is None:
+        return False
     try:
         if hasattr(config, "validate"):  # as on saving and loading: some ask for a whole number of heads in hidden_size
             config.validate()
+        written = type(config).from_dict(json.loads(config.to_json_string()))  # what config.json will say
         with torch.device("meta"):
-            other = type(model)(config)
+            other = type(model)(written)
     except Exception:  # a configuration may refuse numbers that do not divide each other
         return False
     return fits(model, other)

@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 from collections.abc import Mapping
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from gsprune.extras import need
 from gsprune.formats.network import RECORD, load_pruned, save_pruned
-from gsprune.integrations.pretrained import computes_same, even_lengths, fits
+from gsprune.integrations.pretrained import computes_same, even_lengths, fits, needed
 from gsprune.structures.example import Example
 from gsprune.structures.running import device_of
 from gsprune.surgery.cut_plan import CutPlan
@@ -95,23 +94,20 @@ def narrow_arguments(model: nn.Module, plan: CutPlan, given: Mapping[str, Any]) 
     """Arguments with which `timm.create_model` makes a network of the shapes that the model has after the cut.
 
     Whole numbers that are the dense length of what was cut become what is left of it, `mlp_ratio` the ratio that is
-    left. Of all such changes the largest set is taken with which every tensor and number of heads is as in the model.
+    left. Of such changes those are made without which a tensor or a number of heads would not be as in the model.
 
     Returns:
         None, if there is none.
     """
-    changes = _changes(model, plan)
-    for size in range(len(changes), -1, -1):
-        for chosen in combinations(changes.items(), size):
-            arguments = {**given, **dict(chosen)}
-            try:
-                with torch.device("meta"):
-                    other = _make(model, arguments)
-            except Exception:  # a constructor may refuse numbers that do not divide each other
-                continue
-            if fits(model, other):
-                return dict(chosen)
-    return None
+
+    def fits_with(changes: dict[str, Any]) -> bool:
+        try:
+            with torch.device("meta"):
+                return fits(model, _make(model, {**given, **changes}))
+        except Exception:  # a constructor may refuse numbers that do not divide each other
+            return False
+
+    return needed(_changes(model, plan), fits_with)
 
 
 def _changes(model: nn.Module, plan: CutPlan) -> dict[str, Any]:

@@ -88,22 +88,35 @@ def test_weights_are_pruned_in_training_that_knows_of_int8_and_units_before_it()
     assert all(bool((found[name].dequantize()[where] == 0).all()) for name, where in zero.items())
 
 
-@KINDS
-def test_onnxruntime_keeps_zeros(kind: str, tmp_path: Path) -> None:
-    onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+def in_int8(net: nn.Module, folder: Path) -> Path:
+    """onnxruntime's file, weights of 7 bits: processors without VNNI overflow with 8."""
+    pytest.importorskip("onnxruntime")
     quantization = pytest.importorskip("onnxruntime.quantization")
-    net, _ = pruned(kind)
-    gsprune.export.to_onnx(net, X[:2], tmp_path / "net.onnx")
+    gsprune.export.to_onnx(net, X[:2], folder / "net.onnx")
     quantization.quantize_static(
-        tmp_path / "net.onnx",
-        tmp_path / "int8.onnx",
+        folder / "net.onnx",
+        folder / "int8.onnx",
         Batches(X.split(16)),
         quant_format=quantization.QuantFormat.QDQ,
         weight_type=quantization.QuantType.QInt8,
         per_channel=True,
-        reduce_range=True,  # processors without VNNI overflow with 8 bits
+        reduce_range=True,
     )
-    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "int8.onnx").graph.initializer}
+    return folder / "int8.onnx"
+
+
+def assert_close(given: np.ndarray, net: nn.Module) -> None:
+    with torch.no_grad():
+        wanted = net(X).numpy()
+    assert np.abs(given - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+@KINDS
+def test_onnxruntime_keeps_zeros(kind: str, tmp_path: Path) -> None:
+    onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    net, _ = pruned(kind)
+    path = in_int8(net, tmp_path)
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     before = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "net.onnx").graph.initializer}
     whole = {name.removesuffix("_quantized"): value for name, value in tensors.items() if value.dtype == np.int8}
     weights = {name: value for name, value in before.items() if value.ndim > 1}
@@ -115,11 +128,22 @@ def test_onnxruntime_keeps_zeros(kind: str, tmp_path: Path) -> None:
         found += int(zeros.sum())
     assert len(weights) == 4
     assert (found > 8000) == (kind == "sparse")
-    session = ort.InferenceSession(tmp_path / "int8.onnx")
-    given = session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]
-    with torch.no_grad():
-        wanted = net(X).numpy()
-    assert np.abs(given - wanted).max() < 0.05 * np.abs(wanted).max()
+    session = ort.InferenceSession(path)
+    assert_close(session.run(None, {session.get_inputs()[0].name: X.numpy()})[0], net)
+
+
+@KINDS
+def test_openvino_reads_the_int8_file_and_keeps_it_small(kind: str, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    from gsprune.export.openvino_file import openvino_core
+
+    net, _ = pruned(kind)
+    network = openvino_core().read_model(in_int8(net, tmp_path))
+    openvino.save_model(network, tmp_path / "int8.xml", compress_to_fp16=False)
+    compiled = openvino_core().compile_model(tmp_path / "int8.xml", "CPU")
+    assert_close(compiled(X.numpy())[0], net)
+    weights = sum(p.numel() for p in net.parameters() if p.dim() > 1)
+    assert weights < (tmp_path / "int8.bin").stat().st_size < 1.5 * weights  # a byte each, and what scales take
 
 
 class Batches:

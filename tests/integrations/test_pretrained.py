@@ -13,7 +13,14 @@ import pytest
 import torch
 from facts import refused
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import gsprune
 from gsprune import Pruner
@@ -30,8 +37,8 @@ WITHOUT_GSPRUNE = """
 import sys
 sys.modules["gsprune"] = None
 import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+import transformers
+model = getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1])
 print(model.generate(torch.tensor([[7, 6, 5]]), max_new_tokens=8, do_sample=False).tolist())
 """
 
@@ -62,6 +69,16 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+def tokens_of(model: Any) -> Any:
+    return model.generate(torch.tensor([[7, 6, 5]]), max_new_tokens=8, do_sample=False).tolist()
+
+
+def tokens_without_gsprune(folder: Path, model: Any) -> Any:
+    command = [sys.executable, "-c", WITHOUT_GSPRUNE, folder, type(model).__name__]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
 @pytest.mark.slow
 def test_an_even_cut_loads_and_generates_without_gsprune(tmp_path: Path) -> None:
     model = llama()
@@ -70,15 +87,83 @@ def test_an_even_cut_loads_and_generates_without_gsprune(tmp_path: Path) -> None
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["intermediate_size"], config["num_attention_heads"], config["num_key_value_heads"]) == (24, 4, 2)
     assert (config["hidden_size"], config["head_dim"]) == (32, 4)
-    tokens = model.generate(torch.tensor([[7, 6, 5]]), max_new_tokens=8, do_sample=False)
-    run = subprocess.run([sys.executable, "-c", WITHOUT_GSPRUNE, tmp_path], capture_output=True, text=True, check=True)
-    assert json.loads(run.stdout) == tokens.tolist()
+    assert tokens_without_gsprune(tmp_path, model) == tokens_of(model)
+
+
+def step(**settings: Any) -> Any:
+    """Of transformers 5.24, whose constructor reads numbers of heads layer by layer."""
+    step3p7 = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4, "sliding_window": 4, **settings}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+    text = {**sizes, **heads, "mlp_layer_types": ["dense", "dense"], "pad_token_id": 0}
+    eyes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = step3p7.Step3p7Config(text_config=text, vision_config=eyes, image_token_id=49)
+    return step3p7.Step3p7ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.slow
+def test_layers_that_differ_load_and_generate_without_gsprune(tmp_path: Path) -> None:
+    """8 heads in one layer and 4 in the other; num_experts_per_tok is 8, too, and stays."""
+    model = step()
+    pruner = pruned(model, scope="global", kinds=["heads"], target_sparsity=0.25)
+    layers = model.model.language_model.layers
+    assert sorted(layer.self_attn.q_proj.out_features for layer in layers) == [16, 32]
+    assert save_pretrained(tmp_path, model, pruner.plan)
+    assert not (tmp_path / "pruning.json").exists()
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert (text["num_attention_heads"], text["num_key_value_heads"], text["num_experts_per_tok"]) == (8, 4, 8)
+    ((layer, numbers),) = text["per_layer_config"].items()
+    assert numbers == {"num_attention_heads": 4, "num_key_value_heads": 2}
+    assert layers[int(layer)].self_attn.q_proj.out_features == 16
+    assert tokens_without_gsprune(tmp_path, model) == tokens_of(model)
+
+
+def test_numbers_that_differ_from_layer_to_layer_before_the_cut(tmp_path: Path) -> None:
+    """Gemma 4: full attention has wider heads, and fewer key/value heads, than sliding attention."""
+    gemma4 = pytest.importorskip("transformers.models.gemma4.modeling_gemma4")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50, "pad_token_id": 0}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4, "attention_k_eq_v": True}
+    full = {"global_head_dim": 8, "num_global_key_value_heads": 2}
+    other = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+    kinds = ["sliding_attention", "full_attention"]
+    config = gemma4.Gemma4TextConfig(**sizes, **heads, **full, **other, layer_types=kinds)
+    if not hasattr(config, "per_layer_config"):
+        pytest.skip("transformers has per_layer_config from 5.15 on")
+    model = gemma4.Gemma4ForCausalLM(config).eval()
+    pruner = pruned(model, scope="local")
+    assert save_pretrained(tmp_path, model, pruner.plan)
+    again = type(model).from_pretrained(tmp_path, local_files_only=True).eval()
+    assert [layer.num_key_value_heads for layer in again.config.per_layer_config] == [2, 1]
+    assert [layer.head_dim for layer in again.config.per_layer_config] == [4, 8]
+    assert (again.config.num_attention_heads, again.config.intermediate_size) == (4, 24)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_number_that_happens_to_be_equal_stays(tmp_path: Path) -> None:
+    """A window and positions of the dense width are none of what was cut, and no shape shows them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    config = MistralConfig(**sizes, **heads, sliding_window=32, max_position_embeddings=32)
+    model = MistralForCausalLM(config).eval()
+    pruner = pruned(model, scope="local", kinds=["heads"])
+    assert save_pretrained(tmp_path, model, pruner.plan)
+    again = MistralForCausalLM.from_pretrained(tmp_path, local_files_only=True).eval()
+    assert (again.config.sliding_window, again.config.max_position_embeddings) == (32, 32)
+    words = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(again(words).logits, model(words).logits)
 
 
 def test_an_uneven_cut_is_read_by_our_own(tmp_path: Path) -> None:
     model = llama()
     pruner = pruned(model, scope="global", kinds=["neurons"])
     assert len({layer.mlp.up_proj.out_features for layer in model.model.layers}) == 2
+    with refused("LlamaForCausalLM", "config.json", "of 48", "one number for both"):
+        save_pretrained(tmp_path / "plain", model, pruner.plan, plain=True)
+    assert not (tmp_path / "plain").exists()
     assert not save_pretrained(tmp_path, model, pruner.plan)
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
     assert json.loads((tmp_path / "config.json").read_text())["intermediate_size"] == 48
@@ -88,6 +173,9 @@ def test_an_uneven_cut_is_read_by_our_own(tmp_path: Path) -> None:
 def test_bert_has_no_width_of_a_head_of_its_own(kinds: list[str], plain: bool, tmp_path: Path) -> None:
     model = bert()
     pruner = pruned(model, scope="local", kinds=kinds, exclude=["bert.pooler*", "classifier*"])
+    if not plain:
+        with refused("BertForSequenceClassification", "config.json", "8 of 16"):
+            save_pretrained(tmp_path, model, pruner.plan, plain=True)
     assert save_pretrained(tmp_path, model, pruner.plan) == plain
     again = from_pretrained(tmp_path)
     assert type(again) is BertForSequenceClassification
