@@ -55,6 +55,7 @@ from gsprune.structures.structure import Found, Structure, called
 from gsprune.structures.twin import copy_of, refuse_wrapped
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import CutPlan, plan_cut
+from gsprune.surgery.rotation import rotated
 from gsprune.surgery.shrink import check_shrink
 from gsprune.text.display import html_table, percent
 from gsprune.text.table import count
@@ -88,6 +89,7 @@ class Cut:
     scores      structure name -> (units,), what its units were ranked by
     timed       what a clock has found of a latency budget; "" without one
     proof       what the proof that masked equals cut shows, where that is less than equality in float64
+    rotated     names of the streams that were rotated before: `keeps` and `plan` are of the rotated network
     """
 
     model: nn.Module
@@ -107,6 +109,7 @@ class Cut:
     how_much: HowMuch | None = None
     timed: str = ""
     proof: str = ""
+    rotated: Sequence[str] = ()
 
     def save(self, directory: str | os.PathLike[str], *, compressed: bool = False) -> None:
         """Write the network as `gsprune.save_pruned` does; `gsprune.load_pruned` reads it.
@@ -156,6 +159,8 @@ class Cut:
             rows.append(("repaired", f"{str(self.repaired).splitlines()[0]} (see .repaired)"))
         if self.skipped:
             rows.append(("left out", f"{len(self.skipped)}, such as {next(iter(self.skipped))!r} (see .skipped)"))
+        if self.rotated:
+            rows.append(("rotated", ", ".join(self.rotated)))
         if self.proof:
             rows.append(("proof", self.proof))
         return [*rows, ("seconds", f"{self.seconds:.1f}")]
@@ -193,6 +198,7 @@ def cut(
     repair: Repair | None = "least_squares",
     calibration: int = 512,
     example_input: Any = None,
+    rotate: bool = False,
     progress: bool | Report = True,
 ) -> Cut: ...
 @overload
@@ -237,6 +243,7 @@ def cut(
     repair: Repair | None = "least_squares",
     calibration: int = 512,
     example_input: Any = None,
+    rotate: bool = False,
     progress: bool | Report = True,
 ) -> Cut | PrunedWeights:
     """Make a trained network smaller: score its units, choose, cut, repair. No training.
@@ -278,12 +285,14 @@ def cut(
             over three doublings of the batches.
         example_input: input to trace the network with, or a function that makes it; None: two samples of the
             calibration data.
+        rotate: whether residual streams that are cut (`kinds`) are first rotated to their principal axes, which changes
+            no output; RMSNorm alone (`gsprune.surgery.rotation`). Units are then positions of the rotated stream.
         progress: a line on the terminal, nothing, or a function of (stage, share done).
 
     Raises:
-        ValueError: a setting out of its range or without effect; no batches, or batches without what the loss needs;
-            nothing can be cut; the budget is below what can stay; `max_drop` cannot be certified even of the smallest
-            cut, with the drop that can and the samples it takes.
+        ValueError: a setting out of its range or without effect; a stream that cannot be rotated; no batches, or
+            batches without what the loss needs; nothing can be cut; the budget is below what can stay; `max_drop`
+            cannot be certified even of the smallest cut, with the drop that can and the samples it takes.
 
     Source: Kwon et al., "A fast post-training pruning framework for transformers", 2022, for the masks and their
     rearrangement; Hassibi and Stork, "Optimal brain surgeon", 1993, for removal with repair.
@@ -305,6 +314,7 @@ def cut(
     check_confidence(confidence)
     if pattern is not None:
         units = {"macs": macs, "params": params, "latency": latency, "budget": budget, "rules": rules, "kinds": kinds}
+        units["rotate"] = rotate or None
         refuse_of_units({**units, "example_input": example_input}, pattern, repair)
         if sparsity is not None and max_drop is not None:
             raise ValueError("sparsity and max_drop both say how much to prune: set one of them")
@@ -351,6 +361,7 @@ def cut(
             samples=calibration,
             settle=settle,
             example_input=example_input,
+            rotate=rotate,
             report=report,
         )
         if max_drop is not None:
@@ -422,8 +433,11 @@ class Cutter:
         rules: whose criteria score; `cut` takes rules with the same criteria and other amounts.
         settle: for each of these, rules whose kept sets end its scoring once they are settled; empty: all samples
             score.
+        rotate: whether the streams that the rules cut are rotated first.
 
     Attributes:
+        model: what is cut: the network, or a rotated copy of it.
+        rotated: names of the streams that were rotated.
         scores: of each rule: structure name -> (units,).
         scored, settled: samples that scored, and batches.
     """
@@ -438,6 +452,7 @@ class Cutter:
         samples: int,
         settle: Sequence[Sequence[Rule]] = (),
         example_input: Any = None,
+        rotate: bool = False,
         report: Report = silent,
     ) -> None:
         check_model(model)
@@ -456,6 +471,9 @@ class Cutter:
         self.found: Found = find_structures(model, self.example)
         if any("branches" in (rule.kinds or ()) for rule in rules):
             self.found = with_branches(self.found, model, self.example)
+        self.rotated: tuple[str, ...] = ()
+        if rotate:
+            self._rotate(rules)
         if not self.data.labelled and any(_needs_loss(rule.criterion) for rule in rules):
             try:
                 self.data = self.data.drawn_from(model)
@@ -466,11 +484,27 @@ class Cutter:
         self.gates: dict[str, Tensor] = {}  # gate gradients of single samples, of criteria that are read off them
         self._felt: dict[str, Tensor] = {}  # those of the outputs instead of the loss, of criteria that read inputs
         self._changes: dict[str, Tensor] = {}  # scores of branches of such criteria
-        self._twin = sharing_copy(model, requires_grad=True)
+        self._twin = sharing_copy(self.model, requires_grad=True)
         self.scored, self.settled = 0, 0
         settled = [*settle, *[()] * (len(rules) - len(settle))]
         self.scores = [self._scored(self._part(rule), stop) for rule, stop in zip(rules, settled, strict=True)]
         self._shared: SharedMoments | None = None
+
+    def _rotate(self, rules: Sequence[Rule]) -> None:
+        """Turn the streams that rules cut to their principal axes, in a copy.
+
+        Raises:
+            ValueError: no rule cuts a stream; as of `gsprune.surgery.rotation.rotated`.
+        """
+        self._twin = sharing_copy(self.model, requires_grad=True)
+        chosen = {s.name: s for rule in rules for s in self.structures(rule) if s.kind == "residual"}
+        if not chosen:
+            raise ValueError(
+                "rotate=True turns residual streams, and none of those is cut: give kinds=['residual'] or more"
+            )
+        self.report("rotating", 0.0)
+        self.model = rotated(self.model, [*chosen.values()], self.example, self.data.calls())
+        self.rotated = (*chosen,)
 
     @property
     def seconds(self) -> float:
@@ -509,6 +543,7 @@ class Cutter:
             scores=scores,
             timed=timed,
             proof=self.found.proof,
+            rotated=self.rotated,
         )
 
     def chosen(self, rules: Sequence[Rule]) -> tuple[list[Structure], list[Tensor]]:

@@ -137,6 +137,7 @@ def cut_family(
     evaluate: Evaluate | None = None,
     confidence: float = 0.95,
     example_input: Any = None,
+    rotate: bool = False,
     progress: bool | Report = True,
 ) -> CutFamily:
     """Cut a trained network at several budgets, scored once.
@@ -165,7 +166,8 @@ def cut_family(
     check_repair(repair, ("shared", *REPAIRS))
     check_confidence(confidence)
     if pattern is not None:
-        _check_weights(kind, shares, pattern, {"kinds": kinds, "example_input": example_input}, repair)
+        of_units = {"kinds": kinds, "example_input": example_input, "rotate": rotate or None}
+        _check_weights(kind, shares, pattern, of_units, repair)
         with shown(progress) as report:
             pruner = WeightPruner(
                 model,
@@ -198,6 +200,7 @@ def cut_family(
             samples=calibration,
             settle=[[rules[0], rules[-1]]],
             example_input=example_input,
+            rotate=rotate,
             report=report,
         )
         cuts = []
