@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from gsprune.surgery.narrow_forward import (
     sized_parts,
     takes_sizes,
 )
+from gsprune.surgery.readings import is_reader, own_dim
 from gsprune.text.display import first_line
 
 _KEY = "_gsprune_value"
@@ -203,7 +205,11 @@ def _write_through(this: Call, part: Tensor, value: Value, steps: set[int]) -> N
         layers = []
         for layer in _side_by_side(this.log, value, before):
             made = _known(before).clone()
-            func(made, *rest).copy_(layer.expand(value.shape))
+            place, layer = func(made, *rest), layer.expand(value.shape)
+            if not before.is_blank:  # one place in memory, which both have
+                both = (place > 0) & (layer > 0)
+                this.log.tie(place[both], layer[both])
+            place.copy_(layer)
             layers.append(squeezed(_filled(made) if before.is_blank else made, range(made.dim())))
         if before.is_blank:
             layers = joined(this.log, [replace(value, shape=before.shape, layers=tuple(layers)), before], before.shape)
@@ -267,6 +273,7 @@ def follow(model: nn.Module, args: Example) -> tuple[Log, Counter[nn.Module]]:
         sizes = _Sizes(follower)
         stack.enter_context(hooked(sizes.hooks(twin)))
         stack.enter_context(hooked(_leaves(twin, follower)))
+        stack.enter_context(hooked(_readers(twin, log)))
         stack.enter_context(counted(twin, calls))
         for context in (torch.inference_mode(), no_fast_path(), _decomposed(twin), _Ordered(), follower, sizes):
             stack.enter_context(context)
@@ -353,6 +360,20 @@ def _tie_recurrent(log: Log, model: nn.Module) -> None:
             for layers in read[1:]:
                 for one, other in zip(read[0], layers, strict=True):
                     log.tie(one, other)
+
+
+def _readers(model: nn.Module, log: Log) -> Iterator[Any]:
+    """What the outputs of layers are labelled with beside their own channels is noted."""
+
+    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            own, value = own_dim(module) % max(output.dim(), 1), value_of(output)
+            found = [(dim, layer) for layer in value.off(own) for dim in dims_of(layer) if len(dims_of(layer)) == 1]
+            log.beside.setdefault(name, []).extend(found)
+
+    for name, module in model.named_modules():
+        if is_reader(module):
+            yield module.register_forward_hook(partial(note, name))
 
 
 def _leaves(model: nn.Module, follower: _Follower) -> Iterator[Any]:

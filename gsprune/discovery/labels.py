@@ -134,6 +134,8 @@ class Log:
     is_told   whether a module makes this call that can be told what it averages over
     rows, columns, scales, sources   numbers of axes by what reads or makes them
     norms     of a weight: the BatchNorm weights that it meets first; `bare`: weights that are read without one
+    beside    of the whole pass: layer of the network -> what is known of its outputs along other dimensions than that
+              of its own channels, of each call: (dimension, layer)
     sizes     of the whole pass: sizes that a module's forward pass names (`narrow_forward.size_name`), the atoms along
               them, of each call
     """
@@ -157,6 +159,7 @@ class Log:
     norms: dict[int, set[int]] = field(default_factory=dict)
     bare: set[int] = field(default_factory=set)
     sizes: dict[str, list[Tensor]] = field(default_factory=dict)
+    beside: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
     def tie(self, one: Tensor, other: Tensor) -> None:
         """What stands at the same place (after broadcasting) is cut together; an atom beside none stays."""

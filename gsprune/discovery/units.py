@@ -85,6 +85,7 @@ def convert(model: nn.Module, log: Log) -> tuple[list[Structure], dict[str, str]
         if isinstance(module, nn.Linear | _CONV) and weight is not None and weight.shape[_row(module)] == 1:
             skipped.setdefault(name, SINGLE_UNIT)
     structures = _with_sizes(structures, [roots[s.name] for s in structures], classes)
+    structures = _with_layers_alike(structures, classes)
     offered = {name for s in structures for name in (s.name, *s.modules())}
     structures.sort(key=lambda s: network.rank(s.producers[0].tensor) if s.kind != "residual" else -1)
     return structures, {name: reason for name, reason in skipped.items() if name not in offered}
@@ -296,6 +297,40 @@ def _size(
         else:  # places inside of units
             mine.setdefault(number, 0)
     return (len(line), mine) if mine else None
+
+
+def _with_layers_alike(structures: Sequence[Structure], classes: Classes) -> list[Structure]:
+    """Each structure with the layers that compute all of its units alike."""
+    log = classes.log
+    first = {(axis.tensor, axis.dim): axis.first for axis in log.atoms.axes}
+    owner, unit = (torch.full((log.atoms.count,), -1) for _ in range(2))
+    for number, structure in enumerate(structures):
+        for member in structure.producers[:1]:
+            roots = classes.roots[member.index[:, 0] + first[member.tensor, member.dim]]
+            owner[roots], unit[roots] = number, torch.arange(structure.units)
+    found: list[dict[str, tuple[int, int]]] = [{} for _ in structures]
+    for name, layers in log.beside.items():
+        for dim in {dim for dim, _ in layers}:
+            lines = [classes.roots[layer.reshape(-1)] for d, layer in layers if d == dim]
+            owners = {int(number) for line in lines for number in owner[line].unique()}  # type: ignore[no-untyped-call]
+            entries = {_entries(unit[line]) for line in lines}
+            if len(owners) == 1 and -1 not in owners and len(entries) == 1 and None not in entries:
+                found[owners.pop()][name] = (dim, entries.pop())  # type: ignore[assignment]
+    return [replace(s, alike=mine) for s, mine in zip(structures, found, strict=True)]
+
+
+def _entries(units: Tensor) -> int | None:
+    """How many entries one unit has after another where numbers of units are 0, 0, 1, 1, ..., 0, 0, ...; None where
+    they are not.
+
+    >>> _entries(torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])), _entries(torch.tensor([0, 1, 1]))
+    (2, None)
+    """
+    count = int(units.max()) + 1
+    others = (units != 0).nonzero()
+    entries = int(others[0]) if len(others) else len(units)
+    right = entries > 0 and torch.equal(units, torch.arange(len(units)) // entries % count)
+    return entries if right and len(units) % (count * entries) == 0 else None
 
 
 # ---- gates

@@ -60,6 +60,8 @@ class Structure:
                 norm itself, which has no tensors
     sizes       size that a module's forward pass has to be told -> (amount per unit, dense size), as of
                 `gsprune.surgery.narrow_forward`
+    alike       layer that computes all units alike, each in rows of its own -> (dimension of its output, entries of it
+                that one unit has in a row): queries that are pooled head by head, products along the tokens
     normed      they are summed or averaged over (a global response norm), or, of heads, queries and keys of all pass
                 one norm (OLMo 2): a mask holds them at zero before that
 
@@ -81,6 +83,7 @@ class Structure:
     removed: Mapping[str, int] = field(default_factory=dict)
     normed: bool = False
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    alike: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def masked(self) -> tuple[Member, ...]:

@@ -31,6 +31,7 @@ from gsprune.surgery.readings import (
     moved,
     noted,
     readings,
+    rows_alike,
 )
 from gsprune.text.display import first_line
 
@@ -447,11 +448,13 @@ def _change_rows_(tensors: Mapping[str, Tensor], gone: Gone) -> None:
 
 
 def _untouched(tensors: Mapping[str, Tensor], gone: Gone) -> Rows:
-    """Name of a producing tensor -> dimension -> its positions that stay as they are."""
+    """Name of a producing tensor -> dimension -> its positions that stay as they are; and of layers that compute all
+    units alike the entries that do."""
     kept: dict[str, dict[int, Tensor]] = {}
     for structure, units in gone:
         for m in structure.producers:
             rows = kept.setdefault(m.tensor, {})
             rows.setdefault(m.dim, torch.ones(tensors[m.tensor].shape[m.dim], dtype=torch.bool))
             rows[m.dim][m.index[units].flatten()] = False
-    return {name: {d: rows.nonzero().flatten() for d, rows in dims.items()} for name, dims in kept.items()}
+    found = {name: {d: rows.nonzero().flatten() for d, rows in dims.items()} for name, dims in kept.items()}
+    return found | rows_alike([s for s, _ in gone], [~units for _, units in gone])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from gsprune.structures.example import Example, tensors_in
 from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import hooked, outputs
+from gsprune.structures.structure import Structure
 from gsprune.text.names import joined
 
 WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v", "parametrizations.weight.original")
@@ -30,7 +31,8 @@ _CONV = nn.modules.conv._ConvNd
 
 
 _READERS = (nn.Linear, _CONV, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear)
-Rows = Mapping[str, Mapping[int, Tensor]]  # tensor -> dimension -> positions, as a cut plan keeps them
+Rows = Mapping[str, Mapping[int, Tensor]]  # tensor -> dimension -> positions, as a cut plan keeps them; `rows_alike`
+OUTPUT = "output"
 
 
 class Reading(NamedTuple):
@@ -115,8 +117,9 @@ def noted(model: nn.Module, rows: Rows, note: Callable[..., None]) -> AbstractCo
         several = isinstance(output, tuple) and isinstance(module, nn.MultiheadAttention | nn.RNNBase)
         first = output[0] if several else output
         for tensor in tensors_in(first):
-            dim = -len(module.kernel_size) - 1 if isinstance(module, _CONV) else -1
-            chosen = tensor if kept is None else tensor.index_select(dim, kept.to(tensor.device))
+            chosen = tensor if kept is None else tensor.index_select(own_dim(module), kept.to(tensor.device))
+            for dim, pattern in rows.get(joined(name, OUTPUT), {}).items():
+                chosen = _repeated(chosen, dim, pattern)
             note(name, module, inputs, tensor, chosen)
 
     attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
@@ -131,6 +134,34 @@ def noted(model: nn.Module, rows: Rows, note: Callable[..., None]) -> AbstractCo
 def is_reader(module: nn.Module) -> bool:
     """Whether it is a layer whose outputs are compared."""
     return isinstance(module, _READERS) or is_conv1d(module)
+
+
+def own_dim(module: nn.Module) -> int:
+    """Along which dimension of its output a layer's own channels lie."""
+    return -len(module.kernel_size) - 1 if isinstance(module, _CONV) else -1
+
+
+def rows_alike(structures: Iterable[Structure], keeps: Iterable[Tensor]) -> dict[str, dict[int, Tensor]]:
+    """Of the layers that compute all units alike, which entries of their outputs are of units that stay: bool, as long
+    as all units have once. What it goes by is "<layer>.output" and a dimension of that.
+
+    >>> structure = Structure("q", "heads", 2, (), (), (), (), {}, alike={"pool": (0, 2)})
+    >>> rows_alike([structure], [torch.tensor([True, False])])
+    {'pool.output': {0: tensor([ True,  True, False, False])}}
+    """
+    found: dict[str, dict[int, Tensor]] = {}
+    for structure, keep in zip(structures, keeps, strict=True):
+        for name, (dim, entries) in structure.alike.items():
+            found.setdefault(joined(name, OUTPUT), {})[dim] = keep.repeat_interleave(entries)
+    return found
+
+
+def _repeated(output: Tensor, dim: int, pattern: Tensor) -> Tensor:
+    """The entries along a dimension that a pattern, which is repeated (for each sample, say), has."""
+    times, rest = divmod(output.shape[dim], len(pattern))
+    if rest:
+        return output
+    return output.index_select(dim, pattern.repeat(times).nonzero().flatten().to(output.device))
 
 
 def precision_of(model: nn.Module) -> torch.dtype:

@@ -29,7 +29,7 @@ from gsprune.surgery.narrow_forward import is_mean, is_shape, module_of, noting_
 from gsprune.surgery.no_branch import inside
 from gsprune.surgery.optimizers import Optimizers
 from gsprune.surgery.proof import Masked, Problem, noise_like, owners, sift, zero_columns_
-from gsprune.surgery.readings import Grids, Reading, first_difference, is_finite, readings
+from gsprune.surgery.readings import Grids, Reading, Rows, first_difference, is_finite, readings, rows_alike
 from gsprune.text.display import first_line
 
 
@@ -178,17 +178,18 @@ def _difference(
     In float64; in float32 where the network does not run in that.
     """
     plan = plan_cut(structures, keeps)
+    rows = {**plan.kept, **rows_alike(structures, keeps)}
     try:
-        twin, args, first = _masked_twin(model, structures, keeps, plan, example_input, torch.float64)
+        twin, args, first = _masked_twin(model, structures, keeps, rows, example_input, torch.float64)
     except Exception as in_float64:
         try:
-            twin, args, first = _masked_twin(model, structures, keeps, plan, example_input, torch.float32)
+            twin, args, first = _masked_twin(model, structures, keeps, rows, example_input, torch.float32)
         except Exception:
             raise in_float64 from None
     small = _small(twin, plan)
 
     def read(x: Example, grids: Grids | None) -> Sequence[Reading]:
-        return first if x is args and grids is None else readings(twin, x, plan.kept, grids=grids)
+        return first if x is args and grids is None else readings(twin, x, rows, grids=grids)
 
     problem = _mismatch(small, args, partial(read, args), structures, plan, 0)
     if problem is None:
@@ -201,7 +202,7 @@ def _masked_twin(
     model: nn.Module,
     structures: Sequence[Structure],
     keeps: Sequence[Tensor],
-    plan: CutPlan,
+    rows: Rows,
     example_input: Example,
     dtype: torch.dtype,
 ) -> tuple[nn.Module, Example, list[Reading]]:
@@ -210,8 +211,8 @@ def _masked_twin(
     mask_units(twin, structures, keeps)
     calls: Counter[nn.Module] = Counter()
     with counted(twin, calls):
-        found = readings(twin, args, plan.kept)
-    return twin, args, readings(twin, args, plan.kept) if wake(twin, args, calls) else found
+        found = readings(twin, args, rows)
+    return twin, args, readings(twin, args, rows) if wake(twin, args, calls) else found
 
 
 def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Structure], dict[str, str]]:
