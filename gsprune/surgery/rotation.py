@@ -113,7 +113,8 @@ def principal_axes(model: nn.Module, stream: Structure, norms: Norms, calls: Ite
             call(model, map_tensors(Tensor.clone, to_device_of(model, inputs)))
     if not moments:
         raise ValueError(f"no norm of the stream {stream.name!r} is a module that runs: leave out rotate=True")
-    return torch.linalg.eigh(moments[0].cpu()).eigenvectors.flip(1)
+    basis: Tensor = torch.linalg.eigh(moments[0].cpu()).eigenvectors
+    return basis.flip(1)
 
 
 def norms_of(model: nn.Module, stream: Structure) -> Norms:
