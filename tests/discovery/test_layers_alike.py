@@ -89,6 +89,20 @@ class Chunks(nn.Module):
         return torch.cat([a + b, c], -1)
 
 
+class Windows(nn.Module):
+    """Pairs of tokens that overlap in memory, of a width that is a number (Longformer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.first = 10, nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        batch, token, channel = y.stride()
+        size = (len(y), y.shape[1] - 1, 2, self.width)
+        return y.as_strided(size=size, stride=(batch, token, token, channel)).sum(2)
+
+
 class Mixed(nn.Module):
     """A norm reads a stream into which a product along tokens writes its bias at every position (Mixer)."""
 
@@ -134,6 +148,7 @@ class TestLayersAlike(NetworkTester):
         "sliced": Network(
             lambda: nn.Sequential(Sliced(), nn.Linear(9, 2)), X, {"neurons": 3}, others=[X[:1], X[:, :2]], again=True
         ),
+        "windows": Network(lambda: nn.Sequential(Windows(), nn.Linear(10, 2)), X, {"neurons": 1}, others=[X[:1]]),
         "chunks": Network(
             lambda: nn.Sequential(Chunks(), nn.Linear(7, 2)), X, {"neurons": 2}, others=[X[:1], X[:, :2]], again=True
         ),
