@@ -4,10 +4,9 @@
 
 A perceptron (64-512-512-10) and a conv net are trained on scikit-learn's digits. "cut": half of the MACs, by
 `gsprune.cut`; "sparse": 80 % of the single weights zero. Scales of activations come from 256 training samples. Every
-quantiser leaves weights 7 bits (`reduce_range`), as processors without VNNI overflow with 8; ExecuTorch's takes 8.
+quantiser leaves weights 7 bits (`reduce_range`), as processors without VNNI overflow with 8.
 
 - OpenVINO reads the int8 file that ONNX Runtime writes.
-- ExecuTorch (XNNPACK) is left out where it is not installed.
 - torchao quantises linear layers: of the conv net the last one.
 - "zeros": of the weights that are zero before, those that are zero after, too.
 - "zipped": the file, deflated, which is where a sparse network saves.
@@ -23,7 +22,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,42 +226,6 @@ def in_openvino(made: Way) -> Way:
     return Way(run, made.weights, [written, written.with_suffix(".bin")])
 
 
-def executorch_float(net: nn.Module, x: Tensor, folder: Path) -> Way:
-    weights = {name: p.detach() for name, p in net.named_parameters() if p.dim() > 1}
-    return in_executorch(net, weights, x, folder)
-
-
-def executorch_static(net: nn.Module, x: Tensor, folder: Path) -> Way:
-    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-    quantizer = xnnpack_quantizer.XNNPACKQuantizer()
-    quantizer.set_global(xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True))
-    prepared = prepare_pt2e(exported(net, x).module(), quantizer)
-    for part in x.split(BATCH):
-        prepared(part)
-    converted = convert_pt2e(prepared)
-    whole = [value for value in converted.state_dict().values() if value.dtype == torch.int8 and value.dim() > 1]
-    names = [name for name, p in net.named_parameters() if p.dim() > 1]
-    return in_executorch(converted, dict(zip(names, whole, strict=True)), x, folder)
-
-
-def exported(net: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
-    return torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=1024)},))
-
-
-def in_executorch(net: nn.Module, weights: dict[str, Tensor], x: Tensor, folder: Path) -> Way:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.runtime import Runtime
-
-    lowered = to_edge_transform_and_lower(exported(net, x), partitioner=[XnnpackPartitioner()])
-    path = folder / "network.pte"
-    path.write_bytes(lowered.to_executorch().buffer)
-    method = Runtime.get().load_program(path.read_bytes()).load_method("forward")
-    return Way(lambda x: method.execute([x])[0].clone(), weights, [path])
-
-
 WAYS: dict[str, Callable[[nn.Module, Tensor, Path], Way]] = {
     "PyTorch, float32": eager,
     "torchao, int8 dynamic": torchao_dynamic,
@@ -273,8 +235,6 @@ WAYS: dict[str, Callable[[nn.Module, Tensor, Path], Way]] = {
     "OpenVINO, float32": openvino_float,
     "OpenVINO, int8 static": openvino_static,
 }
-if find_spec("executorch") is not None:
-    WAYS |= {"ExecuTorch, float32": executorch_float, "ExecuTorch, int8 static": executorch_static}
 
 
 # ---- the table

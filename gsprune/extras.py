@@ -33,7 +33,7 @@ OLDEST = {
     "accelerate": "1.1",
     "huggingface_hub": "1.0",
     "lightning": "2.5.5",
-    "peft": "0.18",
+    "peft": "0.19",
     "timm": "1.0.31",
     "transformers": "5",
 }

@@ -193,12 +193,17 @@ def test_a_uniform_budget_is_a_plain_network(tmp_path: Path) -> None:
 
 
 def test_a_number_of_heads_that_transformers_refuses_is_no_plain_file(tmp_path: Path) -> None:
-    """6 heads of width 4 in a hidden size of 32."""
+    """6 heads of width 4 in a hidden size of 32; early releases of transformers 5 take them."""
     model = llama()
     pruner = pruned(model, keep={"heads": 3}, target_sparsity=None)
     assert model.config.hidden_size % model.model.layers[0].self_attn.q_proj.out_features != 0
-    assert not save_pretrained(tmp_path, model, pruner.plan)
-    assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
+    try:
+        LlamaConfig(hidden_size=32, num_attention_heads=6, num_key_value_heads=3, head_dim=4)
+        takes = True
+    except Exception:  # of huggingface_hub's dataclasses
+        takes = False
+    assert save_pretrained(tmp_path, model, pruner.plan) == takes
+    assert torch.equal(logits(from_pretrained(tmp_path).eval()), logits(model))
 
 
 def test_what_config_json_cannot_say_is_no_plain_file(tmp_path: Path) -> None:
