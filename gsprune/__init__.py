@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gsprune.integrations.inc import load_inc_config
     from gsprune.pruner.pruner import Pruner
     from gsprune.pruner.rule import Rule
+    from gsprune.surgery.reshard import cut_sharded
     from gsprune.surgery.rows import cut_rows
     from gsprune.sweeps.callback import start_run
     from gsprune.sweeps.frame import results
@@ -54,6 +55,7 @@ _HOMES = {
     "cut": "gsprune.cutting.cut",
     "cut_family": "gsprune.cutting.family",
     "cut_rows": "gsprune.surgery.rows",
+    "cut_sharded": "gsprune.surgery.reshard",
     "find_structures": "gsprune.discovery.find",
     "load_inc_config": "gsprune.integrations.inc",
     "load_masks": "gsprune.formats.masks",
@@ -76,6 +78,7 @@ __all__ = [
     "cut",
     "cut_family",
     "cut_rows",
+    "cut_sharded",
     "find_structures",
     "load_inc_config",
     "load_masks",

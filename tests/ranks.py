@@ -452,7 +452,6 @@ def refusals() -> dict[str, str]:
     tries: Mapping[str, Callable[[nn.Module], object]] = {
         "tiles": lambda model: Pruner(model, Elementwise(), target_sparsity=0.5, pattern="1x5", include=["a"]),
         "channels": lambda m: Pruner(m, Elementwise(), target_sparsity=0.5, per_channel=True, scope="local"),
-        "units": lambda model: Pruner(model, Weighted(), target_sparsity=0.5, example_input=torch.zeros(1, 5)),
         "mixed": lambda model: Pruner(nn.ModuleList([model, nn.Linear(2, 2)]), Elementwise(), target_sparsity=0.5),
     }
     found = {}

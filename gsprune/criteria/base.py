@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gsprune.ranking.blocks import dot_along
 from gsprune.ranking.elimination import Reader
+from gsprune.structures.shards import here, is_sharded, part_like, sum_parts_
 from gsprune.structures.structure import Member, Structure
 
 Read = Callable[[str], tuple[Tensor, Tensor | None]]  # tensor name -> (weight, its gradient; None for a baseline)
@@ -94,11 +95,35 @@ class Criterion:
 def unit_sums(members: Sequence[Member], pair: Callable[[str], tuple[Tensor, Tensor]]) -> Tensor:
     """Sum of a * b over the entries that belong to each unit, in all members: (units,).
 
+    Of tensors that are spread over processes each sums its own rows, and (units,) numbers are then added up over all.
+
     Args:
         members: where the units lie in each tensor.
         pair: tensor name -> a, b of that tensor's shape.
     """
-    return functools.reduce(torch.add, (_gather(m, dot_along(*pair(m.tensor), m.dim)) for m in members))
+    pieces: list[Tensor] = []
+    sums: list[Tensor] = []
+    shared: Tensor | None = None
+    for m in members:
+        a, b = pair(m.tensor)
+        if is_sharded(a):
+            shared = a
+            pieces.append(_gather(m, _along_rows(a, b, m)))
+        else:
+            sums.append(_gather(m, dot_along(a, b, m.dim)))
+    if shared is not None:
+        sums.append(sum_parts_(functools.reduce(torch.add, pieces), shared))
+    return functools.reduce(torch.add, sums)
+
+
+def _along_rows(a: Tensor, b: Tensor, member: Member) -> Tensor:
+    """What this process's rows of a tensor add to the vector along the member's axis; all of that is long."""
+    mine = dot_along(here(a), here(b), member.dim)
+    if member.dim:
+        return mine
+    vector = mine.new_zeros(member.size)
+    part_like(vector, a).copy_(mine)
+    return vector
 
 
 def _gather(member: Member, vector: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ from gsprune.repair.report import LayerRepair, RepairReport
 from gsprune.repair.support import DAMPING, Blocks, Choose, Site, Walked, find_sites, walk
 from gsprune.schedules import OneShot
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.matrices import coverage, is_sharded, warn_of_little
+from gsprune.structures.matrices import coverage, warn_of_little
 from gsprune.structures.running import device_of, evaluating, same_randomness
+from gsprune.structures.shards import is_sharded
 from gsprune.structures.twin import copy_of, refuse_wrapped
 from gsprune.surgery.narrow_attention import close_nested_path, narrow, why_not_narrow
 from gsprune.text.names import lines_by_reason

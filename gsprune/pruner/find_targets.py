@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from gsprune.pruner.units import UnitTarget, UnitTargets
 from gsprune.pruner.weights import WeightTarget, WeightTargets
 from gsprune.ranking.patterns import Pattern, Tile
 from gsprune.ranking.selection import PRUNED
-from gsprune.structures.matrices import Matrix, find_matrices, heaviest_first, is_sharded
+from gsprune.structures.matrices import Matrix, find_matrices, heaviest_first
+from gsprune.structures.shards import is_sharded, is_sharded_model
 from gsprune.structures.structure import INNER
 from gsprune.text.names import choose, lines_by_reason
 
@@ -41,19 +43,15 @@ def unit_targets(
     Raises:
         ValueError: the model has no such units, or is one that units cannot be cut out of.
     """
-    from gsprune.discovery.branches import with_branches
-    from gsprune.discovery.find import find_structures, only
+    from gsprune.discovery.find import only
 
     _refuse_parameters(model)
     check_values(parameter.device for parameter in model.parameters())
     if example_input is None:
         raise ValueError("pruning units needs example_input, a batch to trace the model with")
-    if found is None and kinds is not None and "branches" in kinds:
-        found = with_branches(find_structures(model, example_input), model, example_input)
     if found is None:
-        offered = find_structures(model, example_input, include=include, exclude=exclude)
-    else:
-        offered = only(found, include, exclude)
+        found = found_in(model, example_input, branches="branches" in (kinds or ()))
+    offered = only(found, include, exclude)
     structures, skipped, name = offered.structures, offered.skipped, type(model).__name__
     if not structures and not skipped:
         raise ValueError(f"{name} has no linear or convolution layers whose units could be pruned")
@@ -75,13 +73,33 @@ def unit_targets(
     return UnitTargets([UnitTarget(structure, model) for structure in chosen]), skipped, left_out
 
 
+def found_in(model: nn.Module, example_input: Any, *, branches: bool = False) -> Found:
+    """What of a model can be removed. One that is spread over processes is followed without values, and so not proven:
+    `gsprune.cut_sharded` compares what it cuts."""
+    from gsprune.discovery.branches import with_branches
+    from gsprune.discovery.find import find_structures
+
+    if not is_sharded_model(model):
+        found = find_structures(model, example_input)
+        return with_branches(found, model, example_input) if branches else found
+    if branches:
+        raise ValueError("kinds names branches, which are found by values, and no process has those of the whole model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return find_structures(*traceable(model, example_input))
+
+
+def traceable(model: nn.Module, example_input: Any) -> tuple[nn.Module, Any]:
+    """The model and its example, of one that is spread over processes both in one piece on the meta device."""
+    if not is_sharded_model(model):
+        return model, example_input
+    from gsprune.structures.one_piece import in_one_piece, on_meta
+
+    return in_one_piece(model, meta=True), on_meta(example_input)
+
+
 def _refuse_parameters(model: nn.Module) -> None:
     for name, tensor in model.named_parameters():
-        if is_sharded(tensor):
-            raise ValueError(
-                f"{name} is cut over several processes, and units can only be cut out of a whole model: prune single "
-                f"weights, or prune units before fully_shard"
-            )
         if tensor.is_complex():
             raise ValueError(f"{name} is complex, and units are found and cut in networks of real weights alone")
 

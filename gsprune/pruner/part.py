@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsprune.cost.budgets import Budget, floor_text, read_measure
-from gsprune.pruner.find_targets import unit_targets, weight_targets
+from gsprune.pruner.find_targets import traceable, unit_targets, weight_targets
 from gsprune.pruner.rule import Rule
 from gsprune.pruner.targets import Share, Target, Targets, Verdict, sum_of, tensor_of
 from gsprune.pruner.units import UnitTarget
@@ -25,6 +25,7 @@ from gsprune.ranking.selection import least_kept, pruned_count
 from gsprune.schedules import Cubic, OneShot, Ramp, Schedule
 from gsprune.structures.alike import alike
 from gsprune.structures.matrices import coverage, warn_of_little
+from gsprune.structures.shards import is_sharded_model
 
 if TYPE_CHECKING:
     from gsprune.structures.structure import Found, Structure
@@ -76,11 +77,12 @@ class Part:
             self.all.keep_spread()
         self._check_trainable()
         tensors = targeted(model, self.targets)
+        network, example = traceable(model, example_input) if rule.units else (model, example_input)
         self.coverage = coverage(model, tensors)
         if not rule.units:
             warn_of_little(model, self.skipped, tensors, self.coverage, stacklevel=3)
         self.schedules = [_schedule_for(target, schedule, rule.counts) for target in self.targets]
-        self.together = self._rankings(model)
+        self.together = self._rankings(network)
         self.min_share = rule.floor(None if rule.goal is not None or rule.counts else schedule.final)
         self.updates = 0
         self._applied = [0.0] * len(self.targets)  # sparsity each target's mask was last made for
@@ -93,12 +95,14 @@ class Part:
         self._flat: set[str] = set()  # targets that were warned about
         self.budget: Budget | None = None
         if rule.goal is not None:
+            if rule.goal[0] == "latency" and is_sharded_model(model):
+                raise ValueError("budget.latency times the network, which no process has whole: set macs or params")
             structures = [target.structure for target in self.unit_targets]
             self.budget = Budget(
                 *rule.goal,
-                model,
+                network,
                 structures,
-                example_input,
+                example,
                 min_kept=rule.min_kept,
                 min_share=self.min_share,
                 measure=read_measure(rule.budget),

@@ -27,12 +27,21 @@ from gsprune.pruner.repairing import Repairs
 from gsprune.pruner.rule import Rule, Scores, Settings, check_number, takes_settings
 from gsprune.pruner.starting_scores import load_scores, names_of_criteria
 from gsprune.pruner.targets import Share, Target, sum_of
-from gsprune.pruner.together import check_together, dense_sizes, left_of, make_shrinker, mixed_share, next_cut
+from gsprune.pruner.together import (
+    check_together,
+    check_whole,
+    dense_sizes,
+    left_of,
+    make_shrinker,
+    mixed_share,
+    next_cut,
+)
 from gsprune.pruner.units import UnitTarget
 from gsprune.repair.calibrated import Repair
 from gsprune.schedules import OneShot, Schedule
 from gsprune.structures.example import example_of
 from gsprune.structures.matrices import coverage
+from gsprune.structures.one_piece import reshard
 from gsprune.surgery.copies import check_copies
 from gsprune.surgery.optimizers import Optimizers, check_follows, held, names_of
 
@@ -167,6 +176,7 @@ class Pruner(Attachable):
             raise ValueError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
         _check_run(steps_per_epoch=steps_per_epoch, epochs=epochs, shrink=shrink)
         check_copies(model, copies)
+        reshard(model)
         example_input = example_of(example_input)
         self.model, self.optimizer, self.copies = model, optimizer, copies
         self.steps_per_epoch, self.shrink = steps_per_epoch, shrink
@@ -191,6 +201,7 @@ class Pruner(Attachable):
         names = {target.name for part in self._units for target in part.targets}
         self.left_out = tuple(structure for name, structure in unchosen.items() if name not in names)
         check_together(self.parts, shrink)
+        check_whole(model, self.parts, shrink, repair)
         self._shrinker = make_shrinker(model, self.parts, example_input=example_input, copies=copies)
         self._sizes = dense_sizes(model, self.parts)
         self._repairs = Repairs(repair, model, copies, self.parts) if repair is not None else None
@@ -333,6 +344,8 @@ class Pruner(Attachable):
     def on_train_end(self) -> None:
         """After the last epoch: the final mask, if training ended before a schedule did; units are cut out, once.
 
+        Of a model that is spread over processes they are not: `gsprune.cut_sharded` makes the smaller one.
+
         Masks are applied to the tensors that the model has now, also if others were loaded since the last step.
 
         Raises:
@@ -353,6 +366,7 @@ class Pruner(Attachable):
         Raises:
             ValueError: a tensor has another shape than its mask.
         """
+        reshard(self.model)
         for part in self.parts:
             if self.plan is None or part.units or self.shrink == "each_update":  # else tensors shorter than masks
                 part.restore(self.model, copies=self.copies, optimizers=self.optimizers)
@@ -543,6 +557,8 @@ class Pruner(Attachable):
             raise ValueError(f"the saved state is of {len(state['rules'])} rules, this pruner has {len(self.parts)}")
         if self.plan is not None:
             raise ValueError("this pruner has cut its model already: load the state into a pruner of the dense model")
+        if state["cut"] and self.structured and self._shrinker is None:
+            raise ValueError("the saved state is of a model that was cut, and this one is cut over several processes")
         for number, (part, saved) in enumerate(zip(self.parts, state["rules"], strict=True)):
             with self._numbered(number):
                 part.check_state(saved)
@@ -633,6 +649,7 @@ class Pruner(Attachable):
 
     def _follow(self) -> None:
         """Use the tensors that the model has now, if they were replaced."""
+        reshard(self.model)
         if not self._ended and any(target.replaced(self.model) for target in self.targets):
             self.restore_masks()
             if self.optimizers:
@@ -733,9 +750,9 @@ def _streams(model: nn.Module, names: Sequence[str], example_input: Any) -> list
     """Those that are residual streams."""
     if not names:
         return []
-    from gsprune.discovery.find import find_structures
+    from gsprune.pruner.find_targets import found_in
 
-    found = find_structures(model, example_input)
+    found = found_in(model, example_input)
     return [s.name for s in found.structures if s.kind == "residual" and s.name in names]
 
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from gsprune.criteria import Criterion
 from gsprune.pruner.targets import Target
 from gsprune.pruner.weights import WeightTarget, WeightTargets
 from gsprune.ranking.patterns import Pattern, Tile
 from gsprune.ranking.selection import pruned_count
+from gsprune.structures.shards import check_layout, group_of, here, is_sharded, part_like, ranks_of, whole
 
 __all__ = ["ShardedWeight", "ShardedWeights", "select"]
 
@@ -43,14 +43,8 @@ class ShardedWeight(WeightTarget):
                 f"without per_channel"
             )
         assert isinstance(weight, DTensor)
-        self.mesh, self.placements = weight.device_mesh, weight.placements
-        cut = [i for i, placement in enumerate(self.placements) if not isinstance(placement, Replicate)]
-        if len(cut) != 1 or self.placements[cut[0]] != Shard(0):
-            raise ValueError(
-                f"{name} is laid out over several processes as {self.placements}: only rows may be cut, by one "
-                f"dimension of the mesh"
-            )
-        self.group, self.number = self.mesh.get_group(cut[0]), self.mesh.get_local_rank(cut[0])
+        check_layout(name, weight)
+        self.mesh, self.placements, self.group = weight.device_mesh, weight.placements, group_of(weight)
         super().__init__(name, weight, pattern, per_channel=per_channel)
 
     @property
@@ -58,11 +52,7 @@ class ShardedWeight(WeightTarget):
         return self.weight.shape
 
     def here(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, DTensor):
-            local: Tensor = cast(DTensor, tensor.detach()).to_local()
-            return local
-        chunks = tensor.detach().chunk(self.mesh.size(self._dim), dim=0)
-        return chunks[self.number] if self.number < len(chunks) else tensor.detach()[:0]
+        return here(tensor) if is_sharded(tensor) else part_like(tensor.detach(), self.weight)
 
     def outside(self, tensor: Tensor) -> Tensor:
         shape, stride = self.weight.shape, self.weight.stride()
@@ -80,10 +70,6 @@ class ShardedWeight(WeightTarget):
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
         return float(highest)
 
-    @property
-    def _dim(self) -> int:
-        return self.placements.index(Shard(0))
-
     def _take(self, keep: Tensor) -> None:
         self.keep.copy_(keep)
         kept = self.keep.sum()
@@ -99,7 +85,7 @@ class ShardedWeights(WeightTargets):
     def __init__(self, targets: Sequence[ShardedWeight]) -> None:
         self.group = targets[0].group
         for target in targets:
-            if dist.get_process_group_ranks(target.group) != dist.get_process_group_ranks(self.group):
+            if ranks_of(target.weight) != ranks_of(targets[0].weight):
                 raise ValueError(
                     f"{targets[0].name} and {target.name} are cut over different processes: exclude one of them"
                 )
@@ -114,10 +100,8 @@ class ShardedWeights(WeightTargets):
 
     def compute_(self, criterion: Criterion) -> None:
         for target in self.targets:
-            whole = cast(
-                DTensor, target.weight.detach()
-            ).full_tensor()  # one at a time: the score may depend on all of it
-            target.score.copy_(target.here(criterion.weights(whole, None, name=target.name)))
+            weight = whole(target.weight.detach())  # one at a time: the score may depend on all of it
+            target.score.copy_(target.here(criterion.weights(weight, None, name=target.name)))
         self.settle_()
 
     def any_score(self) -> bool:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from gsprune.criteria import Criterion
 from gsprune.ranking.blocks import Scratch
 from gsprune.ranking.selection import PRUNED, pruned_count, select
+from gsprune.structures.shards import is_sharded
 
 if TYPE_CHECKING:
     from gsprune.structures.structure import Member, Structure
@@ -418,6 +419,12 @@ def of_shape(network: nn.Module, name: str, shape: torch.Size) -> nn.Parameter:
     if found.shape != shape:
         raise ValueError(f"{name} is {_dims(found.shape)} now, but what is pruned of it is {_dims(shape)}")
     return found
+
+
+def check_spread_alike(name: str, now: Tensor, before: Tensor) -> None:
+    """ValueError for a tensor that was in one piece when the pruner was made and is not now, or the other way round."""
+    if is_sharded(now) != is_sharded(before):
+        raise ValueError(f"{name} is spread over processes differently now: make the Pruner after fully_shard")
 
 
 def tensor_of(network: nn.Module, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from gsprune.pruner.part import Part
 from gsprune.pruner.targets import Share, tensor_of
 from gsprune.pruner.weights import WeightTarget
 from gsprune.ranking.patterns import Tile
+from gsprune.structures.shards import is_sharded_model
 from gsprune.surgery.no_branch import inside
 
 if TYPE_CHECKING:
@@ -54,12 +55,26 @@ def _check_on_top(number: int, target: WeightTarget, shrink: str) -> None:
         )
 
 
+def check_whole(model: nn.Module, parts: Sequence[Part], shrink: str, repair: object) -> None:
+    """ValueError where units of a model that is spread over processes are to be cut out, or repaired, in training."""
+    if not _structures(parts) or not is_sharded_model(model):
+        return
+    if shrink == "each_update":
+        raise ValueError(
+            "shrink=each_update cuts the model in place, which is cut over several processes: leave it at at_end, and "
+            "make the smaller one with gsprune.cut_sharded"
+        )
+    if repair is not None:
+        raise ValueError("repair refits the layers of a whole model, and this one is cut over several processes")
+
+
 def make_shrinker(
     model: nn.Module, parts: Sequence[Part], *, example_input: Any, copies: Sequence[nn.Module]
 ) -> Shrinker | None:
-    """One for the units of all rules, whose structures may lie in the same tensors; None without units."""
+    """One for the units of all rules, whose structures may lie in the same tensors; None without units, and for a model
+    that is spread over processes."""
     structures = _structures(parts)
-    if not structures:
+    if not structures or is_sharded_model(model):
         return None
     from gsprune.surgery.proof import draw
     from gsprune.surgery.shrink import Shrinker, check_shrink

@@ -15,6 +15,7 @@ from gsprune.pruner.targets import (
     Target,
     Targets,
     Verdict,
+    check_spread_alike,
     merged_runs,
     moved,
     of_shape,
@@ -24,6 +25,7 @@ from gsprune.pruner.targets import (
     tensor_of,
 )
 from gsprune.ranking.selection import PRUNED
+from gsprune.structures.shards import check_layout, here, is_sharded, part_like, ranks_of, whole, zero_at_
 from gsprune.surgery.optimizers import moments
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 class UnitTarget(Target):
     """The units of one structure."""
 
-    tensors: dict[str, nn.Parameter]
+    tensors: dict[str, nn.Parameter]  # of a sharded model each process has some rows, and all of score and mask
     buffers: dict[str, Tensor]
 
     def __init__(self, structure: Structure, model: nn.Module) -> None:
@@ -53,15 +55,18 @@ class UnitTarget(Target):
         return self.tensors | {name: tensor for name, tensor in model.named_parameters() if name in norms}
 
     def find(self, model: nn.Module) -> None:
-        self.tensors = {name: of_shape(model, name, tensor.shape) for name, tensor in self.tensors.items()}
+        found = {name: of_shape(model, name, tensor.shape) for name, tensor in self.tensors.items()}
+        for name, tensor in found.items():
+            check_spread_alike(name, tensor, self.tensors[name])
+        self.tensors = found
         self.buffers = {name: tensor_of(model, name) for name in self.buffers}
 
     def mask(self, network: nn.Module) -> None:
-        here = self.keep if self._left is None else self.keep[self._left]
+        left = self.keep if self._left is None else self.keep[self._left]
         for m in self.placed.masked:
             known = self.tensors.get(m.tensor)
             tensor = tensor_of(network, m.tensor) if known is None else of_shape(network, m.tensor, known.shape)
-            tensor.detach().index_fill_(m.dim, m.index[~here].flatten().to(tensor.device), 0)
+            zero_at_(tensor, m.dim, m.index[~left].flatten())
 
     def _look(self, model: nn.Module, structure: Structure) -> None:
         """Take the tensors of a structure out of the model in which it lies so."""
@@ -110,7 +115,7 @@ class UnitTarget(Target):
         self._take(keep_rn.reshape(-1))
 
     def masked(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each tensor that is masked, and the ones and zeros that it has to be multiplied by."""
+        """Each tensor that is masked, and the ones and zeros that what lies here of it has to be multiplied by."""
         return ((self._tensor(member.tensor), row) for member, row in self._rows.items())
 
     def _tensor(self, name: str) -> Tensor:
@@ -118,11 +123,12 @@ class UnitTarget(Target):
 
     def _take(self, keep: Tensor) -> None:
         super()._take(keep)
-        here = self.keep if self._left is None else self.keep[self._left]
-        self._rows = {m: self._row(m, m.index[~here].flatten()) for m in self.placed.masked}
+        left = self.keep if self._left is None else self.keep[self._left]
+        self._rows = {m: self._row(m, m.index[~left].flatten()) for m in self.placed.masked}
 
     def _dense(self, values: Tensor) -> Tensor:
         """Values of the units that are left, at their places among all."""
+        values = whole(values)  # a criterion that sums in its own way gets tensors in parts, and may return one
         if self._left is None:
             return values
         return values.new_zeros(self.total).index_copy_(0, self._left, values)
@@ -131,14 +137,15 @@ class UnitTarget(Target):
         """Ones, and zeros at what is pruned; of columns as one row of the tensor, in its memory layout."""
         tensor = self._tensor(member.tensor).detach()
         if member.dim == 1:
-            return torch.ones_like(tensor[:1]).index_fill_(1, pruned, 0)
+            return torch.ones_like(here(tensor)[:1]).index_fill_(1, pruned, 0)
         lengths = [n if dim == member.dim else 1 for dim, n in enumerate(tensor.shape)]
-        return tensor.new_ones(lengths).index_fill_(member.dim, pruned, 0)
+        row = here(tensor).new_ones(lengths).index_fill_(member.dim, pruned, 0)
+        return part_like(row, tensor) if member.dim == 0 else row
 
     def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
         tensor = self._tensor(name)  # not detached: hooks run under no_grad
         if tensor.grad is None:  # it took no part in this step, so nothing of a unit's change comes from it
-            return tensor, tensor.new_zeros(()).expand(tensor.shape)
+            return tensor, torch.zeros_like(tensor) if is_sharded(tensor) else tensor.new_zeros(()).expand(tensor.shape)
         self._seen = True
         return tensor, strided(tensor.grad)
 
@@ -156,6 +163,7 @@ class UnitTargets(Targets):
     def __init__(self, targets: Sequence[UnitTarget]) -> None:
         total = sum(target.total for target in targets)
         super().__init__(targets, total, one_device(t for target in targets for t in target.tensors.values()))
+        _check_shards(targets)
         self._share_out()
         self._changes = self.score
 
@@ -184,7 +192,7 @@ class UnitTargets(Targets):
     def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
         ends = list(itertools.accumulate(target.total for target in self.targets))
         places = zip(self.targets, ends, self.present, strict=True)
-        for lo, hi in merged_runs([(end - target.total, end) for target, end, here in places if here]):
+        for lo, hi in merged_runs([(end - target.total, end) for target, end, scored in places if scored]):
             verdict.add_(self.score[lo:hi], self._changes[lo:hi], None if self.spread is None else self.spread[lo:hi])
 
     def compute_(self, criterion: Criterion) -> None:
@@ -200,19 +208,19 @@ class UnitTargets(Targets):
     def apply_(self) -> None:
         for target in self.targets:
             for tensor, row in target.masked():
-                tensor.detach().mul_(row)  # a fifth of the time of filling the pruned columns
+                here(tensor).mul_(row)  # a fifth of the time of filling the pruned columns
 
     def mask_state_(self, optimizers: Sequence[Optimizer]) -> None:
         for target in self.targets:
             for tensor, row in target.masked():
                 for state in moments(optimizers, tensor):
-                    state.mul_(row)
+                    here(state).mul_(row)
 
     def mask_grads_(self) -> None:
         for target in self.targets:
             for tensor, row in target.masked():
                 if tensor.grad is not None:
-                    _multiply_(tensor.grad, row)
+                    _multiply_(here(tensor.grad), row)
 
 
 def _multiply_(grad: Tensor, row: Tensor) -> None:
@@ -224,3 +232,16 @@ def _multiply_(grad: Tensor, row: Tensor) -> None:
     else:
         values = grad._values()
         values.mul_(row[grad._indices()[0]].expand_as(values))
+
+
+def _check_shards(targets: Sequence[UnitTarget]) -> None:
+    """ValueError where some of the tensors are spread over processes, and others are not or over other processes."""
+    tensors = {name: tensor for target in targets for name, tensor in target.tensors.items()}
+    sharded = {name: tensor for name, tensor in tensors.items() if is_sharded(tensor)}
+    for name, tensor in sharded.items():
+        check_layout(name, tensor)
+        first = next(iter(sharded))
+        if ranks_of(tensor) != ranks_of(sharded[first]):
+            raise ValueError(f"{first} and {name} are cut over different processes: exclude one of them")
+    if sharded and (other := next((name for name in tensors if name not in sharded), None)) is not None:
+        raise ValueError(f"{next(iter(sharded))} is cut over several processes and {other} is not: exclude one of them")

@@ -13,6 +13,7 @@ from gsprune.pruner.targets import (
     Target,
     Targets,
     Verdict,
+    check_spread_alike,
     cut_in_blocks,
     flat_line,
     merged_runs,
@@ -22,7 +23,6 @@ from gsprune.pruner.targets import (
 )
 from gsprune.ranking.blocks import BLOCK
 from gsprune.ranking.patterns import Pattern, Tile
-from gsprune.structures.matrices import is_sharded
 from gsprune.surgery.optimizers import moments
 
 
@@ -69,8 +69,7 @@ class WeightTarget(Target):
 
     def find(self, model: nn.Module) -> None:
         found = of_shape(model, self.name, self.weight.shape)
-        if is_sharded(found) != is_sharded(self.weight):
-            raise ValueError(f"{self.name} is spread over processes differently now: make the Pruner after fully_shard")
+        check_spread_alike(self.name, found, self.weight)
         self.weight = found
 
     def mask(self, network: nn.Module) -> None:

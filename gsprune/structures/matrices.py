@@ -22,6 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gsprune.structures.adapters import ADAPTER, adapted_weights
+from gsprune.structures.shards import is_sharded
 from gsprune.text.names import joined
 
 ENOUGH = 0.9  # where less of a model's matrix weights can be pruned, a warning says so
@@ -141,11 +142,6 @@ def heaviest_first(model: nn.Module, skipped: Mapping[str, str]) -> dict[str, st
         mine = sum(size for other, size in sizes.items() if other == name or other.startswith(f"{name}."))
         heavy[why] = heavy.get(why, 0) + mine
     return dict(sorted(skipped.items(), key=lambda item: -heavy[item[1]]))
-
-
-def is_sharded(weight: Tensor) -> bool:
-    """Whether other processes have parts of it (a `DTensor`, as `fully_shard` makes them)."""
-    return hasattr(weight, "placements")
 
 
 # ---- one tensor

@@ -38,10 +38,10 @@ def copy_of(model: nn.Module, *, sharing: bool = False) -> nn.Module:
         sharing: the copy holds the very same parameters and buffers, to be replaced but never written into.
     """
     tensors = [*model.parameters(), *model.buffers()] if sharing else []
-    return _copied(model, {id(tensor): tensor for tensor in tensors})
+    return copied(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy, given what is not copied. Ordinary modules are made here: `copy` would walk through all that they
     hold, which of a network of 50 layers takes a tenth of a second."""
     ordinary = [
@@ -145,7 +145,7 @@ def twin_of(
     _check_device(model, example_input, needs_values)
     mps = any(p.device.type == "mps" for p in model.parameters())
     made = {id(t): _converted(t, dtype, "cpu" if mps else t.device) for t in _tensors(model)}
-    twin = to_precision(_copied(model, made).to(device="cpu" if mps else None), dtype).eval()
+    twin = to_precision(copied(model, made).to(device="cpu" if mps else None), dtype).eval()
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     if "flash" in attention_kernel(twin) or "flex" in attention_kernel(twin):

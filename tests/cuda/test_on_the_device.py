@@ -333,16 +333,39 @@ def test_one_process_of_a_group_chooses_as_a_process_alone(one_process: torch.de
     assert_pruned_weights_are_zero(model, pruner)
 
 
-def test_single_weights_under_fsdp2(one_process: torch.device) -> None:
+def shard(model: nn.Sequential, device: torch.device) -> nn.Sequential:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 4)).to(one_process)
-    mesh = init_device_mesh(one_process.type, (1,))
+    mesh = init_device_mesh(device.type, (1,))
     for layer in (model[1], model[3]):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return model
+
+
+def two_layers(device: torch.device) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 4)).to(device)
+
+
+def test_units_under_fsdp2(one_process: torch.device) -> None:
+    model = shard(two_layers(one_process), one_process)
+    optimizer = OPTIMIZERS["adam, foreach"](model.parameters())
+    pruner = make_pruner(model, Abs(), optimizer)
+    train(model, pruner, optimizer, one_process)
+    pruner.on_train_end()
+    plan, example = pruner.next_plan(), nets.images(2).to(one_process)
+    assert plan is not None
+    small = gsprune.cut_sharded(model, plan, lambda network: shard(network, one_process), example_input=example)
+    whole: Any = small.get_parameter("1.weight")
+    dense: Any = model.get_parameter("1.weight")
+    assert torch.equal(whole.full_tensor(), dense.full_tensor()[pruner.masks()["1"]])
+    assert whole.shape == (16, 192)
+
+
+def test_single_weights_under_fsdp2(one_process: torch.device) -> None:
+    model = shard(two_layers(one_process), one_process)
     optimizer = OPTIMIZERS["adam, foreach"](model.parameters())
     pruner = make_pruner(model, Elementwise(), optimizer)
     train(model, pruner, optimizer, one_process)

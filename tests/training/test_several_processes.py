@@ -350,8 +350,6 @@ def test_what_a_sharded_model_cannot_have_is_said_in_one_sentence(two):
     assert said == {
         "tiles": f"{rows}per_channel",
         "channels": f"{rows}per_channel",
-        "units": "a.weight is cut over several processes, and units can only be cut out of a whole model: prune single "
-        "weights, or prune units before fully_shard",
         "mixed": "0.a.weight is cut over several processes and 1.weight is not: exclude one of them",
     }
 
