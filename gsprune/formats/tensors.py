@@ -91,7 +91,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def read_header(path: str | os.PathLike[str], wanted: str) -> Header:
     """Names, shapes and metadata, after checking that the file is whole and of the wanted format."""
     path = Path(path)
-    table = _read_table(path)
+    table = read_table(path)
     metadata = table.pop("__metadata__", {})
     try:
         with safetensors.safe_open(path, framework="np") as file:  # maps the file, allocates nothing
@@ -106,7 +106,8 @@ def read_header(path: str | os.PathLike[str], wanted: str) -> Header:
     return Header(path, metadata, shapes, {name: str(table[name]["dtype"]) for name in names})
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, as it stands there; ValueError where the file is not whole."""
     if not path.is_file():
         raise ValueError(f"{path.absolute()} does not exist")
     size = path.stat().st_size

@@ -91,6 +91,18 @@ def from_pretrained(directory: str | os.PathLike[str]) -> nn.Module:
         ValueError: there is no config.json, its class is none of transformers, or the files do not fit each other.
     """
     folder = Path(directory)
+    network = network_class(folder)
+    if not (folder / RECORD).is_file():
+        loaded: nn.Module = network.from_pretrained(folder, local_files_only=True)
+        return loaded
+    config = network.config_class.from_pretrained(folder, local_files_only=True)
+    dense: Any = network(config)
+    dtype = getattr(config, "dtype", None)
+    return load_pruned(folder, dense.to(dtype) if isinstance(dtype, torch.dtype) else dense)
+
+
+def network_class(folder: Path) -> Any:
+    """The class of transformers that a folder's config.json names."""
     try:
         architectures = json.loads((folder / "config.json").read_text(encoding="utf8")).get("architectures")
     except (OSError, ValueError, AttributeError) as error:
@@ -101,13 +113,7 @@ def from_pretrained(directory: str | os.PathLike[str]) -> nn.Module:
     is_known = isinstance(network, type) and issubclass(network, transformers.PreTrainedModel)
     if not is_known:
         raise ValueError(f"{folder / 'config.json'} says the network is {name}, which transformers does not have")
-    if not (folder / RECORD).is_file():
-        loaded: nn.Module = network.from_pretrained(folder, local_files_only=True)
-        return loaded
-    config = network.config_class.from_pretrained(folder, local_files_only=True)
-    dense: Any = network(config)
-    dtype = getattr(config, "dtype", None)
-    return load_pruned(folder, dense.to(dtype) if isinstance(dtype, torch.dtype) else dense)
+    return network
 
 
 def narrow_config(model: nn.Module, plan: CutPlan) -> Any:

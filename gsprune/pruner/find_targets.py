@@ -49,9 +49,12 @@ def unit_targets(
     check_values(parameter.device for parameter in model.parameters())
     if example_input is None:
         raise ValueError("pruning units needs example_input, a batch to trace the model with")
+    if found is None and "branches" in (kinds or ()):
+        found = _with_branches(model, example_input)
     if found is None:
-        found = found_in(model, example_input, branches="branches" in (kinds or ()))
-    offered = only(found, include, exclude)
+        offered = found_in(model, example_input, include=include, exclude=exclude)
+    else:
+        offered = only(found, include, exclude)
     structures, skipped, name = offered.structures, offered.skipped, type(model).__name__
     if not structures and not skipped:
         raise ValueError(f"{name} has no linear or convolution layers whose units could be pruned")
@@ -73,20 +76,27 @@ def unit_targets(
     return UnitTargets([UnitTarget(structure, model) for structure in chosen]), skipped, left_out
 
 
-def found_in(model: nn.Module, example_input: Any, *, branches: bool = False) -> Found:
+def found_in(
+    model: nn.Module, example_input: Any, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> Found:
     """What of a model can be removed. One that is spread over processes is followed without values, and so not proven:
     `gsprune.cut_sharded` compares what it cuts."""
-    from gsprune.discovery.branches import with_branches
     from gsprune.discovery.find import find_structures
 
     if not is_sharded_model(model):
-        found = find_structures(model, example_input)
-        return with_branches(found, model, example_input) if branches else found
-    if branches:
-        raise ValueError("kinds names branches, which are found by values, and no process has those of the whole model")
+        return find_structures(model, example_input, include=include, exclude=exclude)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return find_structures(*traceable(model, example_input))
+        return find_structures(*traceable(model, example_input), include=include, exclude=exclude)
+
+
+def _with_branches(model: nn.Module, example_input: Any) -> Found:
+    from gsprune.discovery.branches import with_branches
+    from gsprune.discovery.find import find_structures
+
+    if is_sharded_model(model):
+        raise ValueError("kinds names branches, which are found by values, and no process has those of the whole model")
+    return with_branches(find_structures(model, example_input), model, example_input)
 
 
 def traceable(model: nn.Module, example_input: Any) -> tuple[nn.Module, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def _gathered(mine: Tensor, like: Any, shape: list[int]) -> Tensor:
     parts = DTensor.from_local(
         mine, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-    return cast(Tensor, parts.full_tensor())
+    return parts.full_tensor()
 
 
 def _compare(model: nn.Module, small: nn.Module, example_input: Example) -> None:
