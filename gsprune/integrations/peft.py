@@ -67,11 +67,12 @@ class LoraPruner(Pruner):
         found_inf: Tensor | None = None,
         *,
         held: Collection[int] | None = None,
+        judged: Collection[int] = (),
     ) -> None:
         if self.finished and self.updates:
             return
         with estimated_gradients(self.model, grad_scale):
-            super()._score(grad_scale, found_inf, held=held)
+            super()._score(grad_scale, found_inf, held=held, judged=judged)
 
 
 def check_adapters(model: nn.Module) -> None:

@@ -232,7 +232,8 @@ class Attachable:
         """A fused optimizer is handed scaled gradients, the scale and whether one is inf."""
         several = len(leaves(self.optimizers)) > 1
         scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        self._score(scale, found_inf, held=held([optimizer]).keys() if several else None)
+        mine = held([optimizer]).keys() if several or found_inf is not None else None
+        self._score(scale, found_inf, held=mine if several else None, judged=mine if found_inf is not None else ())
 
     def _found_inf(self) -> Tensor | None:
         """What a guard or gradient scaler says of this step, on the device: 1 for one that will be skipped."""

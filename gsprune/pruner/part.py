@@ -184,14 +184,25 @@ class Part:
         self._in_step.clear()
         self._counted = None
 
-    def score(self, grad_scale: Tensor | None, found_inf: Tensor | None, *, held: Collection[int] | None) -> None:
-        """Add this step's changes to the running scores, of what these tensors (by id; None: all) are part of."""
+    def score(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        *,
+        held: Collection[int] | None,
+        judged: Collection[int] = (),
+    ) -> None:
+        """Add this step's changes to the running scores, of what these tensors (by id; None: all) are part of.
+
+        Args:
+            judged: tensors (by id) that `found_inf` speaks for.
+        """
         if not self.criterion.cumulative or (self.finished and self.updates):
             return  # with a target of 0 there is no update, but scores there are: another pruner may start from them
         if not self._choose_due(held):
             return
         with torch.no_grad():
-            finite = self.all.probe(self.criterion)
+            finite = self.all.probe(self.criterion, judged)
             if found_inf is not None:
                 finite = finite & (found_inf.reshape(()) == 0)
             self._note_present(first=held is None or self._counted is None)

@@ -43,7 +43,7 @@ from gsprune.structures.example import example_of
 from gsprune.structures.matrices import coverage
 from gsprune.structures.one_piece import reshard
 from gsprune.surgery.copies import check_copies
-from gsprune.surgery.optimizers import Optimizers, check_follows, held, names_of
+from gsprune.surgery.optimizers import Optimizers, check_follows, held, leaves, names_of
 
 if TYPE_CHECKING:
     from gsprune.repair.report import RepairReport
@@ -330,7 +330,9 @@ class Pruner(Attachable):
         Raises:
             ValueError: in the first step: a weight to be scored was frozen since the pruner was made.
         """
-        self._score(found_inf=self._found_inf())
+        found_inf = self._found_inf()
+        ends = leaves(self.optimizers)
+        self._score(found_inf=found_inf, judged=held(ends).keys() if found_inf is not None and len(ends) == 1 else ())
 
     def on_step_end(self) -> None:
         """After the optimizer step: what is pruned is zero again."""
@@ -576,9 +578,10 @@ class Pruner(Attachable):
         found_inf: Tensor | None = None,
         *,
         held: Collection[int] | None = None,
+        judged: Collection[int] = (),
     ) -> None:
         for part in self.parts:
-            part.score(grad_scale, found_inf, held=held)
+            part.score(grad_scale, found_inf, held=held, judged=judged)
 
     def _mask_gradients(self) -> None:
         with torch.no_grad():

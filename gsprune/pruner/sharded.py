@@ -10,7 +10,7 @@ runs, in the order of the processes, so an index in the whole tensor grows with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.distributed as dist
@@ -91,7 +91,7 @@ class ShardedWeights(WeightTargets):
                 )
         super().__init__(targets)
 
-    def probe(self, criterion: Criterion) -> Tensor:
+    def probe(self, criterion: Criterion, judged: Collection[int] = ()) -> Tensor:
         if criterion.normalize:
             raise ValueError(f"{criterion} normalizes whole tensors, which no process has: set normalize to false")
         finite = super().probe(criterion).int()  # a batch counts in all processes or in none

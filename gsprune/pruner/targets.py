@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -286,10 +286,13 @@ class Targets(ABC):
         return select(groups, k, protected=known or None, min_kept=kept)
 
     @abstractmethod
-    def probe(self, criterion: Criterion) -> Tensor:
+    def probe(self, criterion: Criterion, judged: Collection[int] = ()) -> Tensor:
         """A 0-dim bool on the device: whether what this step would add is finite.
 
         A target whose gradient is None keeps its score in this step. `present` says which targets have a gradient.
+
+        Args:
+            judged: tensors (by id) whose gradients somebody else has looked through, and says whether they are finite.
         """
 
     @abstractmethod

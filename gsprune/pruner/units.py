@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -175,7 +175,7 @@ class UnitTargets(Targets):
             target.spread = None if self.spread is None else self.spread[own]
             start += target.total
 
-    def probe(self, criterion: Criterion) -> Tensor:
+    def probe(self, criterion: Criterion, judged: Collection[int] = ()) -> Tensor:
         changes = [target.change(criterion) for target in self.targets]
         self.present = [change is not None for change in changes]
         blank = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -145,11 +145,12 @@ class WeightTargets(Targets):
                 target.spread = self.spread[start:stop].as_strided(weight.shape, weight.stride())
             start = stop
 
-    def probe(self, criterion: Criterion) -> Tensor:
+    def probe(self, criterion: Criterion, judged: Collection[int] = ()) -> Tensor:
         # a sum is the cheapest pass that inf and NaN survive; it overflows only where the gradient is useless anyway
         grads = [(target, target.weight.grad if target.due else None) for target in self.targets]
         self.present = [grad is not None for _, grad in grads]
-        sums = [target.here(grad).sum(dtype=torch.float32) for target, grad in grads if grad is not None]
+        unknown = [(t, grad) for t, grad in grads if grad is not None and id(t.weight) not in judged]
+        sums = [target.here(grad).sum(dtype=torch.float32) for target, grad in unknown]
         return torch.stack(sums or [self.score.new_zeros(())]).isfinite().all()
 
     def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:

@@ -589,6 +589,29 @@ def test_a_step_that_is_skipped_is_not_scored(rules: str, attach: bool) -> None:
         assert float(found[2][name].sum()) > float(found[1][name].sum()) > 0
 
 
+@pytest.mark.parametrize("attach", [False, True])
+def test_gradients_that_a_guard_has_judged_are_not_looked_through_again(attach: bool) -> None:
+    """Finite ones whose sum is not: who sums them takes them for infinite."""
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.data.fill_(1e-30)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+    pruner = Pruner(model, Elementwise(), target_sparsity=0.5, schedule=NEVER, optimizer=optimizer, steps_per_epoch=9)
+    if attach:
+        pruner.attach(optimizer)
+    found = []
+    for said in (None, torch.tensor(0.0), torch.tensor(1.0)):
+        model.weight.grad = torch.full((1, 2), 3e38)
+        if said is not None:
+            optimizer.found_inf = said
+        if not attach:
+            pruner.on_before_optimizer_step()
+        optimizer.step()
+        found.append(pruner.scores()["weight"])
+    assert not found[0].any()
+    assert torch.equal(found[1], torch.full((1, 2), 1e-30) * 3e38)
+    assert torch.equal(found[2], found[1])
+
+
 # ---- a sparse model that is tuned
 
 
