@@ -4,7 +4,8 @@
 
 ResNet-50 (25.5 M prunable weights, batch 8 x 3 x 64 x 64) and a BERT-base-sized encoder (12 layers, 12 heads, 3,072
 neurons, batch 8 x 128). The yardstick for the hooks is one plain `copy_` pass over the same weights, or the training
-step itself; for the update it is one full sort. `hooks` is with active masks, `scores` before the first mask.
+step itself; for the update it is one full sort. `hooks` is with active masks, `scores` before the first mask, `judged`
+as `hooks` where a guard or a gradient scaler has said that the gradients are finite.
 """
 
 from __future__ import annotations
@@ -83,6 +84,20 @@ def hooks_of_one_step(pruner: Pruner) -> Callable[[], None]:
     return hooks
 
 
+def judged(pruner: Pruner) -> Callable[[], None]:
+    """The same, of an optimizer that a guard has told that all gradients are finite."""
+    optimizer: Any = torch.optim.SGD(pruner.model.parameters(), lr=0.0)
+    finite = torch.zeros((), device=next(pruner.model.parameters()).device)
+    hooks = hooks_of_one_step(pruner)
+
+    def told() -> None:
+        optimizer.found_inf, pruner.optimizer = finite, optimizer
+        hooks()
+        pruner.optimizer = None
+
+    return told
+
+
 def interleaved(repeats: int, device: torch.device, **runs: Callable[[], Any]) -> dict[str, float]:
     """Median milliseconds of each, taken in turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -127,10 +142,12 @@ def resnet(repeats: int, device: torch.device) -> dict[str, float]:
             copy=lambda weights=weights, copies=copies: [c.copy_(w) for c, w in zip(copies, weights, strict=True)],
             hooks=hooks_of_one_step(pruner),
             scores=hooks_of_one_step(unmasked),
+            judged=judged(pruner),
         )
         times |= {f"resnet50/{name}/{key}_ms": value for key, value in measured.items()}
         times[f"resnet50/{name}/hooks_to_copy"] = measured["hooks"] / measured["copy"]
         times[f"resnet50/{name}/scores_to_copy"] = measured["scores"] / measured["copy"]
+        times[f"resnet50/{name}/judged_to_copy"] = measured["judged"] / measured["copy"]
     return times
 
 

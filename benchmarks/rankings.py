@@ -34,7 +34,7 @@ from gsprune.criteria import Abs, Criterion, Fisher, Weighted
 from gsprune.discovery.find import find_structures
 from gsprune.schedules import Cubic
 from gsprune.structures.alike import alike
-from gsprune.structures.structure import Structure
+from gsprune.structures.structure import INNER, Structure
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import plan_cut
 from gsprune.zoo.datasets import digits
@@ -178,6 +178,11 @@ def scores(model: nn.Module, criterion: Criterion, data: Data, seed: int) -> lis
     return [*pruner.scores().values()]
 
 
+def inner(model: nn.Module) -> tuple[Structure, ...]:
+    """What a pruner of units scores that is told no kinds."""
+    return tuple(s for s in find_structures(model, EXAMPLE).structures if s.kind in INNER)
+
+
 def reach(model: nn.Module, structures: tuple[Structure, ...]) -> float:
     """Share of the MACs that goes with all units but one of each structure."""
     return 1 - make_cost("macs", model, structures, EXAMPLE)([torch.arange(s.units) < 1 for s in structures])
@@ -206,7 +211,7 @@ def rankings(seeds: Sequence[int]) -> dict[str, dict[str, list[tuple[float, floa
     found: dict[str, dict[str, list[tuple[float, float]]]] = {str(how): {} for how in ["dense", *RANKINGS]}
     for name, seed in itertools.product(NETWORKS, seeds):
         model = dense(name, seed, data)
-        structures = find_structures(model, EXAMPLE).structures
+        structures = inner(model)
         found["dense"].setdefault(name, []).append((data.accuracy(model),) * 2)
         of = {criterion: scores(model, made, data, seed) for criterion, made in CRITERIA.items()}
         for how, share in itertools.product(RANKINGS, SHARES):
@@ -229,7 +234,7 @@ def decays(seeds: Sequence[int]) -> dict[str, dict[str, list[tuple[float, float]
     found: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in settings}
     for network, seed in itertools.product(NETWORKS, seeds):
         start = dense(network, seed, data)
-        left = 1 - (1 - SHARES[-1]) * reach(start, find_structures(start, EXAMPLE).structures)
+        left = 1 - (1 - SHARES[-1]) * reach(start, inner(start))
         for name, (criterion, scope) in settings.items():
             model = copy.deepcopy(start)
             steps = math.ceil(len(data.x) / 64)
