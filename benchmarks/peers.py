@@ -34,7 +34,7 @@ from torch.nn.utils import prune
 from gsprune import Pruner
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import Elementwise, Magnitude
-from gsprune.latency import compare
+from gsprune.latency import LEAST, compare
 from gsprune.schedules import OneShot
 
 CPU = torch.device("cpu")
@@ -134,7 +134,7 @@ def cut(work: Work, repeats: int, tp: Any) -> dict[str, float]:
         result[f"cut/{name}_macs"] = count_macs(model, x) / macs
         result[f"cut/{name}_params"] = count_parameters(model) / count_parameters(dense)
         for batch in (1, 8):
-            found = compare(dense, model, x.expand(batch, -1, -1, -1).contiguous(), repeats=max(5, repeats))
+            found = compare(dense, model, x.expand(batch, -1, -1, -1).contiguous(), repeats=max(LEAST, repeats))
             if found.note is not None:
                 print(f"latency/{name}/batch_{batch}: {found.note}", flush=True)
             figures = {"dense_ms": found.dense_ms, "ms": found.ms, "faster": found.speedup}
