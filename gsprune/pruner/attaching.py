@@ -17,6 +17,7 @@ from gsprune.surgery.optimizers import Optimizers, every_optimizer, held, leaves
 
 __all__ = ["Attachable"]
 
+FEWEST = 100  # backward passes that may be summed up before a step, whatever the length of an epoch
 _PRUNERS: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Attachable]] = weakref.WeakKeyDictionary()  # by optimizer
 
 
@@ -181,6 +182,8 @@ class Attachable:
                 self._handles.append(optimizer.register_step_post_hook(_Hook(self, "_after_outer_step")))
             if not ends and callable(getattr(optimizer, "first_step", None)):
                 self._handles.append(_FirstStep(optimizer, _Hook(self, "_before_first_step")))
+        if not self.epoch and not self.step:
+            self._handles.append(_Unstepped(self))
         loading: Any = self.model.register_load_state_dict_post_hook  # untyped in torch
         self._handles.append(loading(_Hook(self, "_after_loading")))
 
@@ -208,6 +211,9 @@ class Attachable:
             return
         self._stepped.add(id(optimizer))
         self._early.discard(id(optimizer))
+        for handle in self._handles:
+            if isinstance(handle, _Unstepped):
+                handle.remove()
         self.on_step_end()
         if self._stepped >= {id(leaf) for leaf in leaves(self.optimizers)}:
             self._end_step()
@@ -285,6 +291,31 @@ class _Closure:
             self.pruner._mask_gradients()
         self.calls += 1
         return result
+
+
+class _Unstepped:
+    """Counts the backward passes before the first step, and warns once there are as many as an epoch has steps."""
+
+    def __init__(self, pruner: Attachable) -> None:
+        assert pruner.steps_per_epoch is not None
+        self._whose, self._left = names_of(pruner.optimizers), max(pruner.steps_per_epoch, FEWEST)
+        tensor = next(iter(pruner.trained().values()), None)
+        self._handle = None if tensor is None else tensor.register_post_accumulate_grad_hook(self._count)
+
+    def _count(self, _: Tensor) -> None:
+        self._left -= 1
+        if not self._left:
+            self.remove()
+            warnings.warn(
+                f"a pruner is attached to {self._whose}, which has not made a step in an epoch of backward passes: "
+                f"nothing is scored; attach the optimizers that train the model",
+                stacklevel=2,
+            )
+
+    def remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
 
 
 class _FirstStep:

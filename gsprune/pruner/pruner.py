@@ -642,6 +642,12 @@ class Pruner(Attachable):
                 stacklevel=3,
             )
             self._update(None)
+            if not self.finished and not self.progress:
+                whose = f" of {names_of(self.optimizers)}" if self.optimizers else ""
+                raise ValueError(
+                    f"nothing was pruned: no training step{whose} was seen; attach() the optimizers that train the "
+                    f"model before training, or call the hooks from the loop"
+                )
             if not self.finished:
                 raise ValueError(
                     "nothing was pruned: no batch with finite gradients was seen to score it by; lower the learning "

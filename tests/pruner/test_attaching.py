@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from facts import refused
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gsprune import Pruner, Rule
 from gsprune.criteria import Abs, Elementwise, Magnitude, Weighted
+from gsprune.pruner.attaching import FEWEST
 from gsprune.schedules import Cubic, OneShot
 
 STEPS = 4
@@ -297,6 +299,45 @@ def test_an_optimizer_without_hooks_is_refused() -> None:
     model = mlp()
     with pytest.raises(ValueError, match="Bare has no step hooks"):
         weights(model).attach(Bare(model))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps_per_epoch", [4, 120])
+def test_an_epoch_without_a_step_is_told(steps_per_epoch: int) -> None:
+    model = mlp()
+    attached, other = sgd(model), sgd(model)
+    pruner = weights(model, steps_per_epoch=steps_per_epoch)
+    pruner.attach(attached)
+    passes = max(steps_per_epoch, FEWEST)
+
+    def train(count: int) -> None:
+        for _ in range(count):
+            loss(model).backward()
+            other.step()
+            other.zero_grad()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(passes - 1)
+    with pytest.warns(UserWarning, match="SGD.*not made a step"):
+        train(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(passes)
+    with pytest.warns(UserWarning, match="ended at epoch 0"), refused("nothing was pruned", "no training step", "SGD"):
+        pruner.finish()
+
+
+def test_gradients_that_are_summed_up_are_no_epoch_without_a_step() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    weights(model).attach(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(300):
+            loss(model).backward()
+            if number % 64 == 63:
+                optimizer.step()
+                optimizer.zero_grad()
 
 
 # ---- closures
