@@ -299,7 +299,7 @@ class _Unstepped:
     def __init__(self, pruner: Attachable) -> None:
         assert pruner.steps_per_epoch is not None
         self._whose, self._left = names_of(pruner.optimizers), max(pruner.steps_per_epoch, FEWEST)
-        tensor = next(iter(pruner.trained().values()), None)
+        tensor: Any = next(iter(pruner.trained().values()), None)  # untyped in torch
         self._handle = None if tensor is None else tensor.register_post_accumulate_grad_hook(self._count)
 
     def _count(self, _: Tensor) -> None:
