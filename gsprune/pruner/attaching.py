@@ -211,12 +211,16 @@ class Attachable:
             return
         self._stepped.add(id(optimizer))
         self._early.discard(id(optimizer))
-        for handle in self._handles:
-            if isinstance(handle, _Unstepped):
-                handle.remove()
+        self._count_no_more()
         self.on_step_end()
         if self._stepped >= {id(leaf) for leaf in leaves(self.optimizers)}:
             self._end_step()
+
+    def _count_no_more(self) -> None:
+        """Of backward passes without a step: there was one, or the tensor that counts them is about to be cut."""
+        for handle in self._handles:
+            if isinstance(handle, _Unstepped):
+                handle.remove()
 
     def _after_outer_step(self, *_: Any) -> None:
         self.on_step_end()

@@ -208,6 +208,7 @@ class Pruner(Attachable):
         self.coverage = coverage(model, targeted(model, self.targets)) if self.parts else 0.0
         self.epoch, self.step, self.updates = 0, 0, 0
         self._handles: list[Any] = []
+        self._asked = False  # whether a step has asked for scores
         self._ended = False
         for number, part in enumerate(self.parts):
             if part.rule.scores is not None:
@@ -580,6 +581,7 @@ class Pruner(Attachable):
         held: Collection[int] | None = None,
         judged: Collection[int] = (),
     ) -> None:
+        self._asked = True
         for part in self.parts:
             part.score(grad_scale, found_inf, held=held, judged=judged)
 
@@ -642,7 +644,7 @@ class Pruner(Attachable):
                 stacklevel=3,
             )
             self._update(None)
-            if not self.finished and not self.progress:
+            if not self.finished and not self.progress and not self._asked:
                 whose = f" of {names_of(self.optimizers)}" if self.optimizers else ""
                 raise ValueError(
                     f"nothing was pruned: no training step{whose} was seen; attach() the optimizers that train the "
@@ -670,6 +672,7 @@ class Pruner(Attachable):
         """Cut what is pruned out of the model, and tell the targets where their units lie now."""
         if self._shrinker is None:
             return
+        self._count_no_more()
         keeps = [target.keep for target in self.unit_targets]
         self._shrinker.cut(keeps, optimizer=self.optimizer, drop_state=self.shrink == "at_end")
         for target, structure in zip(self.unit_targets, self._shrinker.here, strict=True):
