@@ -176,12 +176,15 @@ def compare(name: str, results: Results, given: argparse.Namespace) -> None:
                 continue
             stages = ["cut"] + ["tuned"] * (given.tuned and label in TUNED and name != LANGUAGE and seed < TUNED_SEEDS)
             missing = [s for s in shares if any(Results.key(name, s, label, g, seed) not in results for g in stages)]
-            if missing and seed and label in CALIBRATION_FREE and stages == ["cut"]:
-                for share in missing:
-                    results.add(
-                        Results.key(name, share, label, "cut", seed),
-                        **results.cells[Results.key(name, share, label, "cut", 0)],
-                    )
+            first = {s: Results.key(name, s, label, "cut", 0) for s in missing}
+            if (
+                seed
+                and label in CALIBRATION_FREE
+                and stages == ["cut"]
+                and all(key in results for key in first.values())
+            ):
+                for share, key in first.items():
+                    results.add(Results.key(name, share, label, "cut", seed), **results.cells[key])
             elif missing:
                 run(bench, label, method, batches, seed, missing, stages, tests, results)
 
@@ -343,7 +346,7 @@ def kinds(results: Results, given: argparse.Namespace) -> None:
                 print(f"{key}: {results.cells[key]}", flush=True)
 
 
-def clock(results: Results, given: argparse.Namespace) -> None:
+def latency(results: Results, given: argparse.Namespace) -> None:
     """Cut for milliseconds in onnxruntime, one sample and one thread, against cuts for MACs that are as fast there."""
     from gsprune.export.runtimes import Measure
     from gsprune.latency import latency_ms
@@ -512,7 +515,7 @@ PARTS: dict[str, Callable[[Results, argparse.Namespace], None]] = {
     "family": family,
     "guarantee": guarantee,
     "kinds": kinds,
-    "latency": clock,
+    "latency": latency,
     "weights": weights,
 }
 

@@ -50,7 +50,7 @@ from gsprune.repair.batchnorm import batchnorm
 from gsprune.repair.least_squares import least_squares
 from gsprune.repair.shared import SharedMoments
 from gsprune.schedules import OneShot
-from gsprune.structures.running import to_device_of
+from gsprune.structures.running import refuse_inference_mode, to_device_of
 from gsprune.structures.structure import Found, Structure, called
 from gsprune.structures.twin import copy_of, refuse_wrapped
 from gsprune.surgery.apply import apply_cut
@@ -677,8 +677,7 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"model is a {type(model).__name__}: it must be a torch.nn.Module")
     refuse_wrapped(model)
     refuse_several()
-    if torch.is_inference_mode_enabled():
-        raise ValueError("units are scored by gradients, which torch.inference_mode rules out: call it outside of that")
+    refuse_inference_mode()
 
 
 def check_repair(repair: str | None, allowed: Sequence[str] = REPAIRS) -> None:

@@ -49,7 +49,7 @@ from gsprune.repair.support import DAMPING, Blocks, Choose, Site, Walked, find_s
 from gsprune.schedules import OneShot
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.matrices import coverage, warn_of_little
-from gsprune.structures.running import device_of, evaluating, same_randomness
+from gsprune.structures.running import device_of, evaluating, refuse_inference_mode, same_randomness
 from gsprune.structures.shards import is_sharded
 from gsprune.structures.twin import copy_of, refuse_wrapped
 from gsprune.surgery.narrow_attention import close_nested_path, narrow, why_not_narrow
@@ -461,6 +461,7 @@ def _by_gradients(seen: _Seen, criterion: Criterion, settings: _Settings, data: 
         warnings.filterwarnings("ignore", message=".*of the model's matrix weights")  # said of the result
         part = Part(rule, small, example_input=None, epochs=None)
     if criterion.cumulative:
+        refuse_inference_mode()
         data.check_loss()
         data = data if data.labelled else data.drawn_from(small)
         with evaluating([small]), no_fast_path(), same_randomness(small), torch.enable_grad():

@@ -148,3 +148,9 @@ def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
         for hook in hooks:
             stack.enter_context(hook)
         yield
+
+
+def refuse_inference_mode() -> None:
+    """ValueError where no gradient can be computed."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("scores are made of gradients, which torch.inference_mode rules out: call it outside of that")

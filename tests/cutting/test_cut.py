@@ -336,6 +336,8 @@ def test_inference_mode_rules_gradients_out() -> None:
     with refused("inference_mode"):
         cut(nets.mlp(), PAIR, F.cross_entropy, macs=0.5, progress=False)
     with refused("inference_mode"):
+        cut(nets.mlp(), PAIR, F.cross_entropy, sparsity=0.5, pattern="1x1", criterion=Elementwise(), progress=False)
+    with refused("inference_mode"):
         audit(nets.mlp(), PAIR, F.cross_entropy, progress=False)
 
 

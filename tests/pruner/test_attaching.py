@@ -327,6 +327,25 @@ def test_an_epoch_without_a_step_is_told(steps_per_epoch: int) -> None:
         pruner.finish()
 
 
+def test_what_was_cut_is_cut_again_before_the_first_step() -> None:
+    def attached() -> tuple[nn.Module, torch.optim.Optimizer, Pruner]:
+        model = mlp()
+        optimizer = sgd(model)
+        pruner = units(model, schedule=OneShot(start_epoch=0), shrink="each_update")
+        pruner.attach(optimizer)
+        return model, optimizer, pruner
+
+    model, optimizer, pruner = attached()
+    for _ in range(2 * STEPS):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    assert model[0].out_features == 4  # type: ignore[index]
+    other, _, resumed = attached()
+    resumed.load_state_dict(pruner.state_dict())
+    assert other[0].out_features == 4  # type: ignore[index]
+
+
 def test_gradients_that_are_summed_up_are_no_epoch_without_a_step() -> None:
     model = mlp()
     optimizer = sgd(model)
