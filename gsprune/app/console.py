@@ -69,15 +69,16 @@ class Progress:
     def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """After so many epochs, over both phases; `values` are the metrics of the last one."""
         self._pace.epoch(epoch)
-        to_log_file(logging.INFO, self._line(epoch, values))
+        left = self._pace.left()
+        told = f"  {clock(left)} left" if left else ""
+        self._write(f"{self._name:<7}  {epoch_line(epoch, self._pace.epochs, values, of=self._of)}{told}")
 
     def close(self) -> None:
         """At the end of the job, also after an error."""
 
-    def _line(self, epoch: int, values: Mapping[str, float]) -> str:
-        left = self._pace.left()
-        told = f"  {clock(left)} left" if left else ""
-        return f"{self._name:<7}  {epoch_line(epoch, self._pace.epochs, values, of=self._of)}{told}"
+    def _write(self, line: str) -> None:
+        """The line of an epoch."""
+        to_log_file(logging.INFO, line)
 
 
 class Pace:
@@ -155,7 +156,10 @@ class Lines(Progress):
     def on_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         super().on_epoch(epoch, values)
         self._expected = math.inf
-        print(self._line(epoch, values), flush=True)
+
+    def _write(self, line: str) -> None:
+        super()._write(line)
+        print(line, flush=True)
 
 
 class Bar(Progress):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import re
 
 import pytest
@@ -54,6 +56,21 @@ def test_every_epoch_says_how_long_the_job_still_takes(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("48 s left, until about ")  # after ten seconds, before an epoch has ended
     assert [line.rpartition("1.2 s")[2] for line in lines[1:]] == ["  30 s left", ""]
+
+
+def test_the_log_file_has_the_line_of_the_screen_though_time_goes_on(monkeypatch, capsys, tmp_path):
+    now = itertools.count(0.0, 6.0)  # every look at the clock comes six seconds later
+    display = Lines(4)
+    display._pace._now = lambda: next(now)
+    handler = logging.FileHandler(tmp_path / "log")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    display.phase("prune", epochs=4, steps_per_epoch=5)
+    display.on_step(Totals(torch.device("cpu")))
+    display.on_epoch(1, EPOCH)
+    handler.close()
+    line = capsys.readouterr().out
+    assert " left" in line
+    assert (tmp_path / "log").read_text() == line
 
 
 def test_a_resumed_phase_counts_what_is_left_of_it():
