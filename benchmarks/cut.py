@@ -524,10 +524,10 @@ def each_task(given: argparse.Namespace) -> None:
     """Each task in a process of its own, `given.jobs` at once, the long ones first."""
     order = sorted(given.tasks, key=lambda name: LONGEST.index(name) if name in LONGEST else len(LONGEST))
     arguments = [a for a in sys.argv[1:] if a not in given.tasks and a != "--tasks"]
-    command = [sys.executable, __file__, *arguments, "--jobs", "1", "--threads", "1", "--tasks"]
+    command = [sys.executable, __file__, *arguments, "--no-table", "--jobs", "1", "--threads", "1", "--tasks"]
 
     def one(name: str) -> int:
-        return subprocess.run([*command, name], stdout=subprocess.DEVNULL).returncode
+        return subprocess.run([*command, name]).returncode
 
     with ThreadPoolExecutor(given.jobs) as pool:
         failed = [name for name, code in zip(order, pool.map(one, order), strict=True) if code]
@@ -557,7 +557,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="nothing is measured")
+    parser.add_argument("--no-table", action="store_true", help="the lines of the results alone")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     given.tuned |= given.full
@@ -569,13 +570,16 @@ def main() -> None:
         given.results = given.cache / "cut_quick.json" if given.results == RESULTS else given.results
         given.results.unlink(missing_ok=True)
     if len(given.tasks) > 1 and given.jobs > 1 and not given.table:
+        clock = Clock()
         each_task(given)
+        print(f"All tasks: {clock()[0] / 60:.0f} minutes", flush=True)
         given.table = True
     results = Results(given.results)
     if not given.table:
         for part in given.parts:
             PARTS[part](results, given)
-    print(tables(results))
+    if not given.no_table:
+        print(tables(results))
 
 
 if __name__ == "__main__":
