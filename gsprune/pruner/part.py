@@ -498,6 +498,15 @@ class Part:
             raise ValueError(f"the saved state and this pruner do not have the same targets: {name} is in one only")
         for target in self.targets:
             target.check(*(scores[name] for name in target.running), masks[target.name])
+        for target, now, schedule in zip(self.targets, state["applied"], self.schedules, strict=True):
+            if not isinstance(now, int | float):
+                raise ValueError("this is not a pruner's state: its 'applied' is no list of shares")
+            if now > schedule.final + 1e-9:
+                what = target.of if self.budget is None else self.budget.kind
+                raise ValueError(
+                    f"the saved state has pruned {now:.1%} of the {what}, and this pruner is to prune "
+                    f"{schedule.final:.1%}: what is pruned does not come back"
+                )
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state that was checked."""

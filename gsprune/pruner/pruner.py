@@ -543,14 +543,14 @@ class Pruner(Attachable):
         return {"rules": [part.state_dict() for part in self.parts], "cut": self.plan is not None, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state of a pruner with the same rules and targets.
+        """Continue from a saved state of a pruner with the same rules and targets; to a higher sparsity, if wished.
 
         If units had been cut out, this cuts the (dense) model, its copies and the optimizer: load their states
         afterwards.
 
         Raises:
-            ValueError: the state is of other rules or targets, naming the first that does not fit; the model was cut
-                already. The pruner stays as it was.
+            ValueError: the state is of other rules or targets, naming the first that does not fit; more is pruned in
+                it than this pruner is to prune; the model was cut already. The pruner stays as it was.
         """
         missing = sorted({"rules", "cut", "epoch", "step", "updates"} - set(state))
         if missing:

@@ -1139,6 +1139,42 @@ def test_a_state_of_other_targets_is_refused() -> None:
     assert float(pruner.targets[0].score.abs().max()) == 0.0  # nothing was taken over
     with pytest.raises(ValueError, match="this is not a pruner's state: it has no 'cut'"):
         pruner.load_state_dict({})
+    state = build().state_dict()
+    state["rules"][0]["applied"][0] = "most"
+    with pytest.raises(ValueError, match="'applied'"):
+        build().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "share", "pruned", "lower", "higher"),
+    [
+        (Elementwise, lambda target: {"target_sparsity": target}, "80.0% of the weights", 0.3, 0.9),
+        (Abs, lambda target: {"target_sparsity": target}, "80.0% of the neurons", 0.3, 0.9),
+        (Abs, lambda target: {"budget": {"macs": 1 - target}}, "80.0% of the macs", 0.3, 0.9),
+    ],
+)
+def test_a_state_with_more_pruned_than_is_asked_for_is_refused(
+    criterion: type[Criterion], share: Callable[[float], dict[str, Any]], pruned: str, lower: float, higher: float
+) -> None:
+    """What is pruned does not come back: the result would be another than the asked one, in silence."""
+
+    def make(target: float) -> Pruner:
+        model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3))
+        more: dict[str, Any] = {} if criterion is Elementwise else {"example_input": torch.zeros(2, 6)}
+        return Pruner(model, criterion(), steps_per_epoch=1, schedule=OneShot(), **share(target), **more)
+
+    pruner = make(0.8)
+    fill_gradients(pruner.model)
+    pruner.on_before_optimizer_step()
+    pruner.on_step_begin(1)
+    state = pruner.state_dict()
+    assert pruner.updates == 1
+    with pytest.raises(ValueError, match=rf"{re.escape(pruned)}.*{lower:.1%}"):
+        make(lower).load_state_dict(state)
+    for target in (0.8, higher):
+        again = make(target)
+        again.load_state_dict(state)
+        assert again.sparsity == pruner.sparsity
 
 
 @pytest.mark.parametrize(
