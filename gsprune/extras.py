@@ -30,7 +30,7 @@ EXTRAS = {
 }
 # The oldest releases that `gsprune.integrations` work with, as in pyproject.toml.
 OLDEST = {
-    "accelerate": "1.2",
+    "accelerate": "1.3",
     "huggingface_hub": "1.0",
     "lightning": "2.5.5",
     "peft": "0.19",
