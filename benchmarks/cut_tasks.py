@@ -107,6 +107,11 @@ class Task:
         """The first `samples` test samples (None: all), sorted by length."""
         return self.test.batches(_by_length(self.test, torch.arange(len(self.test))[:samples]), 4 * self.batch)
 
+    def some_tests(self, samples: int) -> list[Batch]:
+        """So many of the test samples, chosen at random, always the same ones, sorted by length."""
+        chosen = torch.randperm(len(self.test), generator=torch.Generator().manual_seed(0))[:samples]
+        return self.test.batches(_by_length(self.test, chosen), 4 * self.batch)
+
     @property
     def example(self) -> Any:
         """Inputs of one sample, as `find_structures` and `count_macs` take them."""
