@@ -148,7 +148,7 @@ def build(name: str, folder: Path, ways: list[str]) -> tuple[dict[str, str], flo
         "export": lambda: torch.export.save(gsprune.export.to_exported_program(model, example), folder / "program.pt2"),
         "onnx": lambda: gsprune.export.to_onnx(model, example, folder / "network.onnx"),
         "openvino": lambda: gsprune.export.to_openvino(model, example, folder / "network.xml"),
-        "executorch": lambda: by_executorch(model, example, folder / "network.pte"),
+        "executorch": lambda: gsprune.export.to_executorch(model, example, folder / "network.pte"),
     }
     missing = {}
     for way in ways:
@@ -172,16 +172,6 @@ def by_library(model: nn.Module, plan: Any, example: Any, folder: Path) -> None:
         raise ValueError("- the library has no files of its own")
     if not plain:
         raise ValueError("- its arguments cannot say what is left: its folder is read with gsprune")
-
-
-def by_executorch(model: nn.Module, example: Any, path: Path) -> None:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
-    args, kwargs = ((), example) if isinstance(example, dict) else ((example,), {})
-    program = torch.export.export(model, args, kwargs, strict=False)
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-    path.write_bytes(lowered.to_executorch().buffer)
 
 
 # ---- reading, in a fresh process

@@ -16,6 +16,7 @@ __all__ = ["EXTRAS", "MissingExtraError", "check_command", "distribution", "is_i
 EXTRAS = {
     "accelerate": ("accelerate",),
     "app": ("filelock", "jinja2", "matplotlib", "mlflow", "pandas", "rich", "shtab", "sklearn", "torchvision"),
+    "executorch": ("executorch",),
     "hf": ("transformers",),
     "hub": ("huggingface_hub",),
     "lightning": ("lightning",),
