@@ -7,7 +7,7 @@ A perceptron (64-512-512-10) and a conv net are trained on scikit-learn's digits
 activations come from 256 training samples. Every quantiser leaves weights 7 bits (`reduce_range`), as processors
 without VNNI overflow with 8.
 
-- OpenVINO reads the int8 file that ONNX Runtime writes.
+- OpenVINO reads the int8 file that ONNX Runtime writes; ExecuTorch's comes from its quantiser for XNNPACK, 8 bits.
 - torchao quantises linear layers: of the conv net the last one.
 - "zeros": of the weights that are zero before, those that are zero after, too.
 - "zipped": the file, deflated, which is where a sparse network saves.
@@ -230,6 +230,49 @@ def in_openvino(made: Way) -> Way:
     return Way(run, made.weights, [written, written.with_suffix(".bin")])
 
 
+def executorch_float(net: nn.Module, x: Tensor, folder: Path) -> Way:
+    gsprune.export.to_executorch(net, x[:BATCH], folder / "float.pte")
+    return in_executorch(folder / "float.pte", eager(net, x, folder).weights)
+
+
+def executorch_static(net: nn.Module, x: Tensor, folder: Path) -> Way:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
+    from executorch.exir import to_edge_transform_and_lower
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    settings = xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True)
+    quantizer = xnnpack_quantizer.XNNPACKQuantizer().set_global(settings)
+    observed = prepare_pt2e(torch.export.export(net, (x[:BATCH],)).module(), quantizer)
+    for part in x.split(BATCH):
+        observed(part)
+    made = convert_pt2e(observed)
+    program = to_edge_transform_and_lower(
+        torch.export.export(made, (x[:BATCH],)), partitioner=[XnnpackPartitioner()]
+    ).to_executorch()
+    (folder / "int8.pte").write_bytes(program.buffer)
+    names = [name for name, parameter in net.named_parameters() if parameter.dim() > 1]
+    tensors = [value for value in made.state_dict().values() if value.dtype == torch.int8 and value.dim() > 1]
+    return in_executorch(folder / "int8.pte", dict(zip(names, tensors, strict=True)))
+
+
+def in_executorch(path: Path, weights: dict[str, Tensor]) -> Way:
+    """A program for batches of `BATCH`, on one thread."""
+    import executorch.kernels.quantized  # noqa: F401 - what XNNPACK leaves of int8 needs these operators
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    from executorch.runtime import Runtime
+
+    _unsafe_reset_threadpool(1)
+    data = path.read_bytes()  # the program reads it for as long as it runs
+    method = Runtime.get().load_program(data).load_method("forward")
+
+    def run(x: Tensor, data: bytes = data) -> Tensor:
+        parts = [F.pad(part, (0, 0, 0, 0, 0, 0, 0, BATCH - len(part))) for part in x.split(BATCH)]
+        return torch.cat([torch.as_tensor(method.execute([part])[0]).clone() for part in parts])[: len(x)]
+
+    return Way(run, weights, [path])
+
+
 WAYS: dict[str, Callable[[nn.Module, Tensor, Path], Way]] = {
     "PyTorch, float32": eager,
     "torchao, int8 dynamic": torchao_dynamic,
@@ -238,6 +281,8 @@ WAYS: dict[str, Callable[[nn.Module, Tensor, Path], Way]] = {
     "ONNX Runtime, int8 static": onnx_static,
     "OpenVINO, float32": openvino_float,
     "OpenVINO, int8 static": openvino_static,
+    "ExecuTorch, float32": executorch_float,
+    "ExecuTorch, int8 static": executorch_static,
 }
 
 
