@@ -215,6 +215,8 @@ def run(
                 if stage == "tuned":
                     one.tune(small, seed)
                 key, ours = (Results.key(one.name, share, m, stage, seed) for m in (label, "gsprune"))
+                if key in results:  # the cut alone was evaluated before
+                    continue
                 metric = evaluated(one, small, tests, None if label in OWN else results.cells.get(ours))
                 results.add(key, metric=metric, macs=bench.share(small), seconds=seconds, cpu=cpu)
                 print(f"{key:70s} {metric:8.2f}  macs {bench.share(small):.4f}  {cpu:.1f} s of CPU", flush=True)
