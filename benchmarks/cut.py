@@ -51,6 +51,7 @@ FAR = 10.0  # points
 LANGUAGE_SEEDS = 1
 FAMILY_SEEDS = {"digits": 3, "convnet_mnist": 3}  # 1 of others
 WEIGHT_SAMPLES = 24  # of 256 tokens, that prune single weights
+PATTERNS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
 NEAR = 0.03  # how far from the wanted share the MACs may be, of it
 LANGUAGE = "smollm2"
 SMALL_VIT = "vit_mnist"  # of the part `kinds` alone
@@ -320,7 +321,8 @@ def weights(results: Results, given: argparse.Namespace) -> None:
     }
     for seed in range(min(given.seeds, LANGUAGE_SEEDS)):
         batches = one.calibration(seed, WEIGHT_SAMPLES)
-        for pattern, options in (("50 %", {"sparsity": 0.5}), ("2:4", {"pattern": "2:4"})):
+        for pattern in given.patterns:
+            options = PATTERNS[pattern]
             for label, way in ways.items():
                 if (key := Results.key(LANGUAGE, "weights", pattern, label, seed)) in results:
                     continue
@@ -534,21 +536,26 @@ PARTS: dict[str, Callable[[Results, argparse.Namespace], None]] = {
 
 
 def each_task(given: argparse.Namespace) -> None:
-    """Each task in a process of its own, of the language model each part; `given.jobs` at once, the long ones first."""
-    units: list[tuple[str, list[str]]] = []
+    """Each task in a process of its own, of the language model each part and pattern; the long ones first."""
+    units: list[tuple[str, list[str], list[str]]] = []
     for name in sorted(given.tasks, key=lambda name: LONGEST.index(name) if name in LONGEST else len(LONGEST)):
         of_long = given.full or name not in LONGEST  # `cut_family` is timed on the others
         parts = [part for part in given.parts if of_long or part != "family"]
-        units += [(name, [part]) for part in parts if part in OF_LANGUAGE] if name == LANGUAGE else [(name, parts)]
-    ours = {"--tasks", "--parts", *given.tasks, *given.parts}
+        if name != LANGUAGE:
+            units.append((name, parts, given.patterns))
+        for part in parts if name == LANGUAGE else ():
+            patterns = [[pattern] for pattern in given.patterns] if part == "weights" else [given.patterns]
+            units += [(name, [part], chosen) for chosen in patterns if part in OF_LANGUAGE]
+    ours = {"--tasks", "--parts", "--patterns", *given.tasks, *given.parts, *given.patterns}
     arguments = [argument for argument in sys.argv[1:] if argument not in ours]
     command = [sys.executable, __file__, *arguments, "--no-table", "--jobs", "1", "--threads", "1"]
 
-    def run_unit(unit: tuple[str, list[str]]) -> int:
-        return subprocess.run([*command, "--tasks", unit[0], "--parts", *unit[1]]).returncode
+    def run_unit(unit: tuple[str, list[str], list[str]]) -> int:
+        name, parts, patterns = unit
+        return subprocess.run([*command, "--tasks", name, "--parts", *parts, "--patterns", *patterns]).returncode
 
     with ThreadPoolExecutor(given.jobs) as pool:
-        failed = [name for (name, _), code in zip(units, pool.map(run_unit, units), strict=True) if code]
+        failed = [name for (name, *_), code in zip(units, pool.map(run_unit, units), strict=True) if code]
     if failed:
         raise SystemExit(f"not to the end: {', '.join(failed)}")
 
@@ -564,6 +571,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(HOUR))
+    parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS), help="of `weights`")
     parser.add_argument("--methods", nargs="+", help="patterns; the leading ones without, all with --full")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"sets of calibration data; {SEEDS} without")
     parser.add_argument("--full", action="store_true", help="all methods and parts, with --tuned: many hours")

@@ -126,7 +126,7 @@ def resnet(repeats: int, device: torch.device) -> dict[str, float]:
     """Hooks against one copy pass over the prunable weights."""
     batch = torch.randn(8, 3, 64, 64, device=device)
     times: dict[str, float] = {}
-    for criterion in (Elementwise(), Abs(), Weighted()):
+    for criterion in (Elementwise(), Elementwise(compiled=True), Abs(), Weighted()):
         model = torchvision.models.resnet50(weights=None).to(device)
         gradients(model, batch)
         unmasked = make_pruner(model, criterion, batch, masked=False)
@@ -135,7 +135,7 @@ def resnet(repeats: int, device: torch.device) -> dict[str, float]:
         weights = [p.detach() for p in model.parameters() if p.dim() > 1]
         copies = [torch.empty_like(w) for w in weights]
         gradients(model, batch)
-        name = type(criterion).__name__.lower()
+        name = type(criterion).__name__.lower() + ("_compiled" if criterion.compiled else "")
         measured = interleaved(
             repeats,
             device,

@@ -100,7 +100,8 @@ SCHEMAS = {
     "gsprune_pruners": PrunersConfig,
     "gsprune_one_shot": schema("gsprune.schedules.OneShot", overrides=_BASE),
     "gsprune_ramp": schema("gsprune.schedules.Ramp", overrides=_BASE),
-    "gsprune_elementwise": schema("gsprune.criteria.Elementwise"),
+    # files of other criteria begin with this one: `+pruner.criterion.compiled=true`, where it is wanted
+    "gsprune_elementwise": schema("gsprune.criteria.Elementwise", without={"compiled"}),
     "gsprune_gate": schema("gsprune.criteria.GateGradient", overrides=_BASE),
     "gsprune_fisher": schema("gsprune.criteria.Fisher"),
     "gsprune_obs": schema("gsprune.criteria.OBS"),

@@ -43,6 +43,7 @@ class Criterion:
     degree: ClassVar[int] = 1  # of the change in the gradient: a gradient scaler's scale is divided out as often
     calibrated: ClassVar[bool] = False  # an estimate of the loss change itself, which may be divided by a unit's cost
     reads_inputs: ClassVar[bool] = False  # scores by what layers read: for `gsprune.cut`, not while training
+    compiled: bool = False  # abs(weight * gradient) is added to the scores of single weights by a compiled kernel
     normalize: bool | None = False  # divide by a structure's mean in a ranking of several; None: if not calibrated
     spread_decay: float | None = None  # of the second running average; None: there is none
 

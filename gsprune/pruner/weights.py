@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsprune.criteria import Criterion
+from gsprune.pruner.compiled import add_product_
 from gsprune.pruner.targets import (
     Target,
     Targets,
@@ -156,6 +157,12 @@ class WeightTargets(Targets):
     def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
         weights = [target.line() for target in self.targets]
         grads = [target.grad_line() for target in self.targets]
+        if criterion.compiled:
+            scale = torch.ones_like(verdict.decay) if verdict.grad_scale is None else verdict.grad_scale
+            for target, weight, grad in reversed([*zip(self.targets, weights, grads, strict=True)]):
+                if grad is not None:
+                    add_product_(flat_line(target.score), weight, grad, verdict.bits, verdict.decay, scale)
+            return
         for start, stop, pieces in reversed(self._blocks):  # what was probed last is still in the cache
             changes = self.scratch.take(stop - start, self.score.device)
             filled = []

@@ -107,6 +107,41 @@ def test_a_step_the_gradient_scaler_skips_adds_nothing() -> None:
     assert loops.scored_under_a_scaler(pruner, model, sgd(model), batches(2)) == [0, 1]
 
 
+@pytest.mark.slow
+def test_a_compiled_kernel_gives_the_same_scores_and_masks() -> None:
+    """Also in steps that do not count, of weights in another layout, and where a tensor has no gradient."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.Flatten(), nn.Linear(20, 3))
+        model = model.to(memory_format=torch.channels_last)
+        pruner = build(Elementwise(compiled=compiled), model=model, schedule=OneShot(start_epoch=1))
+        for step in range(4):
+            fill_gradients(model, seed=step)
+            if step == 1:
+                model[0].weight.grad[0, 0, 0, 0] = math.nan
+            if step == 2:
+                model[2].weight.grad = None
+            pruner._score(grad_scale=torch.tensor(8.0) if step == 3 else None)
+        pruner.on_epoch_begin(1)
+        pruner.on_step_begin(0)
+        found.append((scores(pruner), {target.name: target.keep for target in pruner.targets}))
+    (plain, kept), (fused, fused_kept) = found
+    for name, keep in kept.items():
+        assert torch.equal(keep, fused_kept[name])
+        assert torch.allclose(plain[name][keep], fused[name][keep], rtol=1e-6)
+        assert float(plain[name][keep].min()) > 0
+
+
+def test_without_a_compiler_a_compiled_kernel_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr("gsprune.pruner.compiled._kernel", broken)
+    with pytest.raises(ValueError, match=r"compiled=True.*No working C\+\+ compiler"):
+        build(Elementwise(compiled=True))
+
+
 def test_scores_are_taken_before_the_optimizer_step() -> None:
     """w(t) * g(t), not the ancestor's w(t+1) * g(t)."""
     model = mlp()
