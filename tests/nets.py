@@ -139,6 +139,15 @@ class BertAttention(nn.Module):
         return x + self.out(y.reshape(*x.shape[:2], self.all_head_size))
 
 
+def of_pictures() -> nn.Module:
+    """A conv net on 3 x 8 x 8, in eval mode."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    model = nn.Sequential(*layers)
+    model(torch.randn(16, 3, 8, 8))  # statistics that are not 0 and 1
+    return model.eval()
+
+
 def images(batch: int = 4) -> Tensor:
     return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,6 +225,28 @@ def _gaps(model: nn.Module, session: Any, example_input: Example, size: int, tol
         half = a.dtype in (torch.float16, torch.bfloat16)
         allowed = tolerance or (HALF_TOLERANCE if half else TOLERANCE)
         yield _Gap(difference(a.double().numpy(), b.astype(np.float64)), allowed, node.name, size)
+
+
+def check_outputs(
+    runtime: str, model: nn.Module, runs: Iterable[tuple[Sequence[Tensor], Sequence[np.ndarray]]], tolerance: float
+) -> float:
+    """The largest difference between PyTorch's outputs and a runtime's, over some batches.
+
+    Raises:
+        ValueError: they are not as many, or differ by more than the tolerance.
+    """
+    found = 0.0
+    for wanted, given in runs:
+        if len(given) != len(wanted):
+            raise ValueError(f"{runtime} gives {len(given)} outputs of {type(model).__name__}, PyTorch {len(wanted)}")
+        pairs = zip(wanted, given, strict=True)
+        found = max([found, *(difference(a.double().numpy(), b.astype(np.float64)) for a, b in pairs)])
+    if not found <= tolerance:
+        raise ValueError(
+            f"{runtime} does not compute what PyTorch does with {type(model).__name__}: the largest difference is "
+            f"{found:.3g} of an output's largest value, {tolerance:.3g} is allowed"
+        )
+    return found
 
 
 def difference(a: Any, b: Any) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from gsprune.export.exported_program import (
     quietly,
     run_once,
 )
-from gsprune.export.onnx_file import TOLERANCE, difference, to_onnx
+from gsprune.export.onnx_file import TOLERANCE, check_outputs, to_onnx
 from gsprune.extras import need
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, map_tensors, plain, tensors_in
@@ -63,7 +64,7 @@ def to_openvino(
             compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         except Exception as error:
             raise ValueError(f"OpenVINO cannot read {type(model).__name__}: {innermost_line(error)}") from error
-        found = _check(model, example_input, compiled, tolerance)
+        found = check_outputs("OpenVINO", model, _runs(model, example_input, compiled), tolerance)
         written = Path(folder) / "network.xml"
         openvino.save_model(network, written, compress_to_fp16=False)
         _move(written, path)
@@ -76,26 +77,19 @@ def openvino_core() -> Any:
     return need("openvino").Core()
 
 
-def _check(model: nn.Module, example_input: Example, compiled: Any, tolerance: float) -> float:
+def _runs(
+    model: nn.Module, example_input: Example, compiled: Any
+) -> Iterator[tuple[Sequence[Tensor], Sequence[np.ndarray]]]:
+    """Outputs of PyTorch and of OpenVINO, of the example and of another number of samples."""
     twin = copy_to_export(model).cpu()
     example = map_tensors(lambda tensor: plain(tensor).cpu(), example_input)
-    batch, found = batch_size(example), 0.0
+    batch = batch_size(example)
     for size in (batch, 1 if batch > 1 else 3):
         rows = at_batch(example, size)
         with no_fast_path(), quietly():
             wanted = _tensors(run_once(twin, rows))
         fed = [tensor.numpy() for tensor in _tensors(arguments_in_order(twin, rows))]
-        given = [np.asarray(value) for value in compiled(fed).values()]
-        if len(given) != len(wanted):
-            raise ValueError(f"OpenVINO gives {len(given)} outputs of {type(model).__name__}, PyTorch {len(wanted)}")
-        for a, b in zip(wanted, given, strict=True):
-            found = max(found, difference(a.double().numpy(), b.astype(np.float64)))
-    if not found <= tolerance:
-        raise ValueError(
-            f"OpenVINO does not compute what PyTorch does with {type(model).__name__}: the largest difference is "
-            f"{found:.3g} of an output's largest value, {tolerance:.3g} is allowed"
-        )
-    return found
+        yield wanted, [np.asarray(value) for value in compiled(fed).values()]
 
 
 def _tensors(value: Any) -> list[Tensor]:

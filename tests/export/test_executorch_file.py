@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from facts import refused
+from nets import of_pictures
 from torch import nn
 
 import gsprune
@@ -26,17 +27,9 @@ print(float((given - wanted).abs().max() / wanted.abs().max()))
 """
 
 
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
-    model = nn.Sequential(*layers)
-    model(torch.randn(16, 3, 8, 8))  # statistics that are not 0 and 1
-    return model.eval()
-
-
 @pytest.mark.slow
 def test_a_fresh_process_without_gsprune_computes_the_same(tmp_path: Path) -> None:
-    cut = gsprune.cut(net(), [torch.randn(32, 3, 8, 8)], sparsity=0.5, progress=False).model
+    cut = gsprune.cut(of_pictures(), [torch.randn(32, 3, 8, 8)], sparsity=0.5, progress=False).model
     x = torch.randn(2, 3, 8, 8)
     assert to_executorch(cut, torch.randn(2, 3, 8, 8), tmp_path / "net.pte") < 1e-4
     assert [path.name for path in tmp_path.iterdir()] == ["net.pte"]
@@ -49,11 +42,11 @@ def test_a_fresh_process_without_gsprune_computes_the_same(tmp_path: Path) -> No
 
 def test_wrong_input_is_refused_before_work(tmp_path: Path) -> None:
     with refused("net.onnx", ".pte"):
-        to_executorch(net(), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
+        to_executorch(of_pictures(), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
     with refused("tolerance", "0"):
-        to_executorch(net(), torch.randn(2, 3, 8, 8), tmp_path / "net.pte", tolerance=0)
+        to_executorch(of_pictures(), torch.randn(2, 3, 8, 8), tmp_path / "net.pte", tolerance=0)
     with refused("Sequential", "batch of 2"):
-        to_executorch(net(), torch.randn(2, 1, 8, 8), tmp_path / "net.pte")
+        to_executorch(of_pictures(), torch.randn(2, 1, 8, 8), tmp_path / "net.pte")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -62,7 +55,7 @@ def test_a_difference_is_refused_and_leaves_the_old_file(tmp_path: Path) -> None
     path = tmp_path / "net.pte"
     path.write_bytes(b"old")
     with refused("Sequential", "1e-30"):
-        to_executorch(net(), torch.randn(2, 3, 8, 8), path, tolerance=1e-30)
+        to_executorch(of_pictures(), torch.randn(2, 3, 8, 8), path, tolerance=1e-30)
     assert path.read_bytes() == b"old"
 
 

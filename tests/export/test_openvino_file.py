@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from facts import refused
+from nets import of_pictures
 from torch import nn
 
 from gsprune.export import fuse, to_openvino
@@ -22,17 +23,9 @@ np.save(sys.argv[3], next(iter(network([np.load(sys.argv[2])]).values())))
 """
 
 
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
-    model = nn.Sequential(*layers)
-    model(torch.randn(16, 3, 8, 8))  # statistics that are not 0 and 1
-    return model.eval()
-
-
 @pytest.mark.slow
 def test_a_fresh_process_without_torch_computes_the_same(tmp_path: Path) -> None:
-    model, x = net(), torch.randn(5, 3, 8, 8)
+    model, x = of_pictures(), torch.randn(5, 3, 8, 8)
     assert to_openvino(model, x[:2], tmp_path / "net.xml") < 1e-4
     assert {path.name for path in tmp_path.iterdir()} == {"net.xml", "net.bin"}
     np.save(tmp_path / "x.npy", x.numpy())
@@ -43,19 +36,19 @@ def test_a_fresh_process_without_torch_computes_the_same(tmp_path: Path) -> None
 
 def test_wrong_input_is_refused_before_work(tmp_path: Path) -> None:
     with refused("net.onnx", ".xml"):
-        to_openvino(net(), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
+        to_openvino(of_pictures(), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
     with refused("tolerance", "0"):
-        to_openvino(net(), torch.randn(2, 3, 8, 8), tmp_path / "net.xml", tolerance=0)
+        to_openvino(of_pictures(), torch.randn(2, 3, 8, 8), tmp_path / "net.xml", tolerance=0)
 
 
 def test_a_difference_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with refused("Sequential", "1e-30"):
-        to_openvino(net(), torch.randn(2, 3, 8, 8), tmp_path / "net.xml", tolerance=1e-30)
+        to_openvino(of_pictures(), torch.randn(2, 3, 8, 8), tmp_path / "net.xml", tolerance=1e-30)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_batchnorm_is_folded() -> None:
-    model, x = net(), torch.randn(4, 3, 8, 8)
+    model, x = of_pictures(), torch.randn(4, 3, 8, 8)
     fused = fuse(model, x)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -65,7 +58,7 @@ def test_batchnorm_is_folded() -> None:
 
 def test_a_difference_after_folding_is_refused() -> None:
     with refused("Sequential", "BatchNorm"):
-        fuse(net(), torch.randn(4, 3, 8, 8), tolerance=1e-30)
+        fuse(of_pictures(), torch.randn(4, 3, 8, 8), tolerance=1e-30)
 
 
 def test_what_cannot_be_traced_is_not_folded() -> None:
