@@ -502,7 +502,7 @@ class Part:
         for target in self.targets:
             target.check(*(scores[name] for name in target.running), masks[target.name])
         for target, now, schedule in zip(self.targets, state["applied"], self.schedules, strict=True):
-            if not isinstance(now, int | float):
+            if not (isinstance(now, int | float) and 0 <= now <= 1):
                 raise ValueError("this is not a pruner's state: its 'applied' is no list of shares")
             if now > schedule.final + 1e-9:
                 what = target.of if self.budget is None else self.budget.kind

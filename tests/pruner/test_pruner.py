@@ -1174,10 +1174,11 @@ def test_a_state_of_other_targets_is_refused() -> None:
     assert float(pruner.targets[0].score.abs().max()) == 0.0  # nothing was taken over
     with pytest.raises(ValueError, match="this is not a pruner's state: it has no 'cut'"):
         pruner.load_state_dict({})
-    state = build().state_dict()
-    state["rules"][0]["applied"][0] = "most"
-    with pytest.raises(ValueError, match="'applied'"):
-        build().load_state_dict(state)
+    for wrong in ("most", math.nan, 10**400):
+        state = build().state_dict()
+        state["rules"][0]["applied"][0] = wrong
+        with pytest.raises(ValueError, match="'applied'"):
+            build().load_state_dict(state)
 
 
 @pytest.mark.parametrize(
