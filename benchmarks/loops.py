@@ -64,6 +64,7 @@ def torchrun(folder: Path) -> dict[str, dict[tuple[str, bool], Result]]:
 
 def main() -> int:
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # as in torchrun's processes: sums over several threads have other last bits
     lines, found = [], {}
     with tempfile.TemporaryDirectory() as folder:
         ranks = torchrun(Path(folder))
