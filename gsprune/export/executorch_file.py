@@ -14,12 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gsprune.export.exported_program import arguments_in_order, copy_to_export, innermost_line, quietly, run_once
+from gsprune.export.exported_program import (
+    all_tensors,
+    arguments_in_order,
+    copy_to_export,
+    innermost_line,
+    quietly,
+    run_once,
+)
 from gsprune.export.onnx_file import TOLERANCE, check_outputs
 from gsprune.extras import need
 from gsprune.files.disk import write_atomic
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, map_tensors, plain, tensors_in
+from gsprune.structures.example import Example, map_tensors, plain
 
 
 def to_executorch(
@@ -42,9 +49,8 @@ def to_executorch(
 
     Raises:
         ValueError: the extra is not installed, `path` does not end with ".pte", the model does not run on the example,
-            torch.export or ExecuTorch cannot follow it, or ExecuTorch computes something else. A file at `path` stays
-            as it was then.
-        OSError: the file cannot be written.
+            torch.export or ExecuTorch cannot follow it, ExecuTorch computes something else, or the file cannot be
+            written. A file at `path` stays as it was then.
     """
     need("executorch")
     path = Path(path)
@@ -63,7 +69,10 @@ def to_executorch(
                 f"{type(model).__name__} cannot be written for ExecuTorch: {innermost_line(error)}"
             ) from error
         found = check_outputs("ExecuTorch", twin, _runs(twin, example, program), tolerance)
-    write_atomic(path, program)
+    try:
+        write_atomic(path, program)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
     return found
 
 
@@ -86,9 +95,5 @@ def _runs(
         raise ValueError(f"ExecuTorch cannot load {type(model).__name__}: {innermost_line(error)}") from error
     smaller = map_tensors(lambda tensor: tensor * 0.875 if tensor.is_floating_point() else tensor, example)
     for rows in (example, smaller):
-        given = method.execute(_tensors(arguments_in_order(model, rows)))
-        yield _tensors(run_once(model, rows)), [torch.as_tensor(value).double().numpy() for value in given]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return list(tensors_in(value, floating=False))
+        given = method.execute(all_tensors(arguments_in_order(model, rows)))
+        yield all_tensors(run_once(model, rows)), [torch.as_tensor(value).double().numpy() for value in given]

@@ -92,6 +92,11 @@ def arguments_in_order(model: nn.Module, example_input: Example) -> tuple[tuple[
     return args, {name: kwargs[name] for name in dict.fromkeys([*known, *kwargs])}
 
 
+def all_tensors(value: Any) -> list[Tensor]:
+    """The tensors of arguments or outputs in order, those of integers too."""
+    return list(tensors_in(value, floating=False))
+
+
 # ---- torch.export
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.export.exported_program import (
+    all_tensors,
     arguments_in_order,
     at_batch,
     batch_size,
@@ -33,7 +34,7 @@ from gsprune.export.exported_program import (
 from gsprune.extras import EXTRAS, need
 from gsprune.files.disk import aside
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, map_tensors, plain, tensors_in
+from gsprune.structures.example import Example, map_tensors, plain
 
 TOLERANCE = 1e-4  # of an output's largest value: float32 sums in another order stay a hundred times below
 HALF_TOLERANCE = 1e-2
@@ -121,14 +122,10 @@ def _output_names(result: Any, signature: Any) -> list[str] | None:
     elif isinstance(result, Tensor):
         names = ["output"]
     else:
-        names = [f"output_{place}" for place in range(len(_tensors(result)))]
+        names = [f"output_{place}" for place in range(len(all_tensors(result)))]
     values = [name for name in signature.user_outputs if isinstance(name, str)]
     distinct = len(names) == len(set(names)) == len(values) == len(set(values))
     return names if distinct and not {*names, *values} & {str(name) for name in signature.user_inputs} else None
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return list(tensors_in(value, floating=False))
 
 
 class _Files(NamedTuple):
@@ -212,9 +209,9 @@ def _session(model: nn.Module, path: Path) -> Any:
 
 
 def _gaps(model: nn.Module, session: Any, example_input: Example, size: int, tolerance: float | None) -> Iterator[_Gap]:
-    fed = _tensors(arguments_in_order(model, example_input))
+    fed = all_tensors(arguments_in_order(model, example_input))
     inputs = {node.name: tensor.numpy() for node, tensor in zip(session.get_inputs(), fed, strict=True)}
-    wanted = _tensors(run_once(model, example_input))
+    wanted = all_tensors(run_once(model, example_input))
     try:
         given = session.run(None, inputs)
     except Exception as error:

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from gsprune.export.exported_program import (
+    all_tensors,
     arguments_in_order,
     at_batch,
     batch_size,
@@ -27,7 +28,7 @@ from gsprune.export.exported_program import (
 from gsprune.export.onnx_file import TOLERANCE, check_outputs, to_onnx
 from gsprune.extras import need
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, map_tensors, plain, tensors_in
+from gsprune.structures.example import Example, map_tensors, plain
 
 
 def to_openvino(
@@ -87,13 +88,9 @@ def _runs(
     for size in (batch, 1 if batch > 1 else 3):
         rows = at_batch(example, size)
         with no_fast_path(), quietly():
-            wanted = _tensors(run_once(twin, rows))
-        fed = [tensor.numpy() for tensor in _tensors(arguments_in_order(twin, rows))]
+            wanted = all_tensors(run_once(twin, rows))
+        fed = [tensor.numpy() for tensor in all_tensors(arguments_in_order(twin, rows))]
         yield wanted, [np.asarray(value) for value in compiled(fed).values()]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return list(tensors_in(value, floating=False))
 
 
 def _move(written: Path, path: Path) -> None:

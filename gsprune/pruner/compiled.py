@@ -8,18 +8,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gsprune.criteria import Criterion, Elementwise
 from gsprune.text.display import first_line
 
 
-def check_compiler(device: torch.device) -> None:
+def check_compiled(criterion: Criterion, device: torch.device) -> None:
     """Make the kernel of a device, which takes seconds once; kept on disk by torch.
 
     Raises:
-        ValueError: torch.compile cannot make it.
+        ValueError: the criterion is another one than the kernel's, or torch.compile cannot make it.
     """
-    one, line = torch.ones((), device=device), torch.ones(64, device=device)
-    try:
-        add_product_(line, line, line, torch.ones((), dtype=torch.int32, device=device), one, one)
+    if type(criterion).weights is not Elementwise.weights or criterion.spread_decay is not None or criterion.signed:
+        raise ValueError(
+            f"compiled=True: the kernel adds abs(weight * gradient), and {type(criterion).__name__} does not"
+        )
+    scores, weight, grad = (torch.ones(n, device=device) for n in (80, 64, 64))
+    bits, decay, scale = torch.ones((), dtype=torch.int32, device=device), *torch.ones(2, device=device)
+    try:  # as in training: a part of a longer line of scores, and no tensor twice
+        add_product_(scores[16:], weight, grad, bits, decay.clone(), scale.clone())
     except Exception as error:
         raise ValueError(
             f"compiled=True needs torch.compile and its compiler (g++ or Triton) on {device}: {first_line(error)}"
@@ -33,7 +39,7 @@ def add_product_(score: Tensor, weight: Tensor, grad: Tensor, bits: Tensor, deca
 
 @functools.cache
 def _kernel() -> Callable[..., None]:
-    return torch.compile(_add_product_, dynamic=True, fullgraph=True)
+    return torch.compile(_add_product_, dynamic=True)
 
 
 def _add_product_(score: Tensor, weight: Tensor, grad: Tensor, bits: Tensor, decay: Tensor, scale: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsprune.cost.budgets import Budget, floor_text, read_measure
-from gsprune.pruner.compiled import check_compiler
+from gsprune.pruner.compiled import check_compiled
 from gsprune.pruner.find_targets import traceable, unit_targets, weight_targets
 from gsprune.pruner.rule import Rule
 from gsprune.pruner.targets import Share, Target, Targets, Verdict, sum_of, tensor_of
@@ -77,7 +77,7 @@ class Part:
         if rule.criterion.spread_decay is not None:
             self.all.keep_spread()
         if rule.criterion.compiled:
-            check_compiler(self.all.score.device)
+            check_compiled(rule.criterion, self.all.score.device)
         self._check_trainable()
         tensors = targeted(model, self.targets)
         network, example = traceable(model, example_input) if rule.units else (model, example_input)

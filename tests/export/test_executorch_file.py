@@ -57,6 +57,9 @@ def test_a_difference_is_refused_and_leaves_the_old_file(tmp_path: Path) -> None
     with refused("Sequential", "1e-30"):
         to_executorch(of_pictures(), torch.randn(2, 3, 8, 8), path, tolerance=1e-30)
     assert path.read_bytes() == b"old"
+    (tmp_path / "a file").touch()
+    with refused("net.pte", "cannot be written"):
+        to_executorch(of_pictures(), torch.randn(2, 3, 8, 8), tmp_path / "a file" / "net.pte")
 
 
 @pytest.mark.slow

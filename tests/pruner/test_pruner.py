@@ -142,6 +142,16 @@ def test_without_a_compiler_a_compiled_kernel_is_refused_before_training(monkeyp
         build(Elementwise(compiled=True))
 
 
+def test_a_compiled_kernel_is_refused_for_a_rule_that_it_does_not_compute() -> None:
+    class Squared(Elementwise):
+        def weights(self, weight: Tensor, grad: Tensor | None, *, name: str = "", out: Tensor | None = None) -> Tensor:
+            return super().weights(weight, grad, name=name).square()
+
+    build(Squared())
+    with pytest.raises(ValueError, match=r"compiled=True.*Squared"):
+        build(Squared(compiled=True))
+
+
 def test_scores_are_taken_before_the_optimizer_step() -> None:
     """w(t) * g(t), not the ancestor's w(t+1) * g(t)."""
     model = mlp()
