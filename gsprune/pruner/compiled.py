@@ -24,8 +24,9 @@ def check_compiled(criterion: Criterion, device: torch.device) -> None:
         )
     scores, weight, grad = (torch.ones(n, device=device) for n in (80, 64, 64))
     bits, decay, scale = torch.ones((), dtype=torch.int32, device=device), *torch.ones(2, device=device)
-    try:  # as in training: a part of a longer line of scores, and no tensor twice
-        add_product_(scores[16:], weight, grad, bits, decay.clone(), scale.clone())
+    try:
+        for start in (0, 16):  # the scores of a first tensor, and of those behind it: a kernel each
+            add_product_(scores[start : start + 64], weight, grad, bits, decay.clone(), scale.clone())
     except Exception as error:
         raise ValueError(
             f"compiled=True needs torch.compile and its compiler (g++ or Triton) on {device}: {first_line(error)}"
@@ -34,7 +35,15 @@ def check_compiled(criterion: Criterion, device: torch.device) -> None:
 
 def add_product_(score: Tensor, weight: Tensor, grad: Tensor, bits: Tensor, decay: Tensor, scale: Tensor) -> None:
     """score <- decay * score + abs(weight * grad) / scale, (n,) each; `bits` masks the product's bits."""
-    _kernel()(score, weight, grad, bits, decay, scale)
+    with torch.no_grad():
+        _kernel()(*map(_line, (score, weight, grad)), bits, decay, scale)
+
+
+def _line(tensor: Tensor) -> Tensor:
+    """The same memory as no view: torch.compile makes a kernel for each kind of what is viewed."""
+    storage = tensor.untyped_storage()
+    line = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return line.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 @functools.cache
