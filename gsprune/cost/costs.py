@@ -19,12 +19,13 @@ from gsprune import latency
 from gsprune.collectives import broadcast
 from gsprune.cost.counting import count_macs, count_macs_by_module, named_layers
 from gsprune.cost.latency_tables import MULTIPLE, Table, known_tables
+from gsprune.cost.lengths import Left, Lengths
 from gsprune.export.runtimes import EAGER, Measure
 from gsprune.structures.running import same_randomness
 from gsprune.structures.structure import Structure
 from gsprune.structures.twin import copy_of
 from gsprune.surgery.apply import apply_cut
-from gsprune.surgery.cut_plan import CutPlan, plan_cut
+from gsprune.surgery.cut_plan import plan_cut
 from gsprune.surgery.no_branch import inside
 from gsprune.text.names import joined
 
@@ -55,6 +56,7 @@ class Cost(ABC):
 
     def __init__(self, structures: Sequence[Structure]) -> None:
         self._structures, self._factor = structures, 1.0
+        self._left = Lengths(structures)
         self._model: nn.Module | None = None  # the user's, while the budget is being made
 
     @property
@@ -112,11 +114,11 @@ class _Parameters(Cost):
         self._first = first_names(model)
 
     def _parts(self, keeps: Keeps) -> float:
-        plan = plan_cut(self._structures, keeps)
-        names = dict.fromkeys(self._first.get(name, name) for name in plan.kept)
-        if plan.removed:
-            names |= dict.fromkeys(name for name in self._sizes if inside(name, plan.removed))
-        gone = sum(self._sizes.get(name, 0) * (1 - _left(plan, name, self._first)) for name in names)
+        left = self._left(keeps)
+        names = dict.fromkeys(self._first.get(name, name) for name in left.lengths)
+        if left.removed:
+            names |= dict.fromkeys(name for name in self._sizes if inside(name, left.removed))
+        gone = sum(self._sizes.get(name, 0) * (1 - _share(left, name, self._first)) for name in names)
         return 1 - gone / sum(self._sizes.values())
 
 
@@ -143,12 +145,11 @@ class _Macs(Cost):
             raise ValueError("budget.macs needs a model with MACs to count, and this one has none: set budget.params")
 
     def _parts(self, keeps: Keeps) -> float:
-        plan = plan_cut(self._structures, keeps)
-        first = self._first
-        gone = sum(macs * (1 - _left(plan, joined(name, "weight"), first)) for name, macs in self._layers.items())
-        gone += self._of_heads(self._heads, keeps, plan.removed)
-        gone += sum(macs * (1 - _left(plan, name, first)) for name, macs in self._own.items())
-        gone += sum(self._between.get(path, 0) for path in plan.removed)
+        left, first = self._left(keeps), self._first
+        gone = sum(macs * (1 - _share(left, joined(name, "weight"), first)) for name, macs in self._layers.items())
+        gone += self._of_heads(self._heads, keeps, left.removed)
+        gone += sum(macs * (1 - _share(left, name, first)) for name, macs in self._own.items())
+        gone += sum(self._between.get(path, 0) for path in left.removed)
         return 1 - gone / self._total
 
     def truth(self, keeps: Keeps) -> float:
@@ -177,14 +178,14 @@ class _Latency(Cost):
             self._ms, self._tables, self._heads = known_tables(self._twin, structures, self._inputs, measure)
 
     def _parts(self, keeps: Keeps) -> float:
-        plan = plan_cut(self._structures, keeps)
+        left = self._left(keeps)
         gone = sum(
             table.ms[-1][-1]
-            if inside(name, plan.removed)
-            else table.saved(*_lengths(plan, joined(name, "weight"), table))
+            if inside(name, left.removed)
+            else table.saved(*_lengths(left, joined(name, "weight"), table))
             for name, table in self._tables.items()
         )
-        gone += self._of_heads(self._heads, keeps, plan.removed)
+        gone += self._of_heads(self._heads, keeps, left.removed)
         return 1 - gone / self._ms
 
     def truth(self, keeps: Keeps) -> float:
@@ -228,14 +229,14 @@ def _shrunk(model: nn.Module, structures: Sequence[Structure], keeps: Keeps) -> 
     return twin
 
 
-def _left(plan: CutPlan, tensor: str, first: Mapping[str, str]) -> float:
-    """The share of a tensor's elements that a plan leaves, under whatever name of a shared one it does."""
-    if plan.removed and inside(tensor, plan.removed):
+def _share(left: Left, tensor: str, first: Mapping[str, str]) -> float:
+    """The share of a tensor's elements that stays, under whatever name of a shared one it does."""
+    if left.removed and inside(tensor, left.removed):
         return 0.0
     names = [tensor]
     if first and tensor in first:
         names = [name for name, other in first.items() if other == first[tensor]]
-    shares = {d: len(kept) / plan.sizes[n][d] for n in names for d, kept in plan.kept.get(n, {}).items()}
+    shares = {d: kept / size for name in names for d, (kept, size) in left.lengths.get(name, {}).items()}
     return math.prod(shares.values())
 
 
@@ -270,10 +271,8 @@ def _macs_of_children(name: str, module: nn.Module, found: Mapping[str, int]) ->
     return sum(found[path] if path in found else _macs_of_children(path, inner, found) for path, inner in children)
 
 
-def _lengths(plan: CutPlan, tensor: str, table: Table) -> tuple[int, int]:
-    """Rows and columns of a layer's weight that a plan leaves."""
-    cuts = plan.kept.get(tensor, {})
-    rows, columns = (
-        len(cuts[dim]) if dim in cuts else points[-1] for dim, points in enumerate((table.rows, table.columns))
-    )
+def _lengths(left: Left, tensor: str, table: Table) -> tuple[int, int]:
+    """Rows and columns of a layer's weight that stay."""
+    cuts = left.lengths.get(tensor, {})
+    rows, columns = (cuts[d][0] if d in cuts else points[-1] for d, points in enumerate((table.rows, table.columns)))
     return rows, columns

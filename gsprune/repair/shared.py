@@ -72,6 +72,7 @@ class SharedMoments:
         if not any(is_held_back):
             self.left |= dict.fromkeys(names, "there is one sample only, and none can be held back to judge by")
         self._moments: dict[str, tuple[Moments, Moments]] = {}
+        self._squares: dict[str, Tensor] = {}
         device = device_of(dense)
         home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
 
@@ -116,10 +117,18 @@ class SharedMoments:
             columns = (cuts[dim][:, None] * width + torch.arange(width, device=cuts[dim].device)).flatten()
             kept = kept_rows(dense, cuts, plan.sizes[weight])
             rows = torch.arange(dense.weight.shape[1 - dim]) if kept is None else kept
-            parts = [_lacking(part, columns, dense, rows, layer) for part in self._moments[name]]
-            variance = float(parts[1][1].sum()) / max(1, parts[1][0].n)
-            found.append(refit(name, layer, Seen(parts[0][0], parts[1][0], variance), damping))
+            fit, judge = (_lacking(part, columns, dense, rows, layer) for part in self._moments[name])
+            variance = float(self._variances(name, dense)[rows].sum()) / max(1, judge.n)
+            found.append(refit(name, layer, Seen(fit, judge, variance), damping))
         return RepairReport(tuple(found))
+
+    def _variances(self, name: str, dense: Any) -> Tensor:
+        """Of each output of a dense layer, (o,): the sum of squares about its mean over the held-back samples."""
+        if name not in self._squares:
+            xx = self._moments[name][1].xx
+            weight = matrix_of(dense).to(xx.device).double()
+            self._squares[name] = ((weight @ xx) * weight).sum(2)[0]
+        return self._squares[name]
 
 
 def _why_not(module: nn.Module, owners: Counter[int], calls: int) -> str | None:
@@ -133,18 +142,17 @@ def _why_not(module: nn.Module, owners: Counter[int], calls: int) -> str | None:
     return reason or ("it is called more than once in a pass" if calls > 1 else None)
 
 
-def _lacking(seen: Moments, columns: Tensor, dense: Any, rows: Tensor, layer: Any) -> tuple[Moments, Tensor]:
-    """Moments of x, the columns that stay, and of y, what the layer lacks; beside the dense output's own, (1, o)."""
+def _lacking(seen: Moments, columns: Tensor, dense: Any, rows: Tensor, layer: Any) -> Moments:
+    """Moments of x, the columns that stay, and of y, what the layer lacks; products go over the columns it lacks."""
     device = seen.xx.device
     columns, rows = columns.to(device), rows.to(device)
     before, now = (matrix_of(module).to(device).double() for module in (dense, layer))
-    lacking = before[:, rows]
-    whole = ((lacking @ seen.xx) * lacking).sum(2)
-    lacking = lacking.index_add(2, columns, -now)  # y = (W - W_now at the columns that stay) x
-    cross = lacking @ seen.xx
-    mean = (lacking @ seen.mean_x[:, :, None])[:, :, 0]
+    lacking = before[:, rows].index_add(2, columns, -now)  # y = (W - W_now at the columns that stay) x
+    gone = lacking[0].any(0).nonzero().flatten()
+    lacking, across = lacking[:, :, gone], seen.xx[:, gone]
+    mean = (lacking @ seen.mean_x[:, gone, None])[:, :, 0]
     if layer.bias is not None:
         mean = mean + (dense.bias.detach().to(device)[rows] - layer.bias.detach().to(device)).double()
+    squares = ((lacking @ across[:, :, gone]) * lacking).sum(2)
     inner = seen.xx[:, columns][:, :, columns]
-    kept = Moments(seen.n, seen.mean_x[:, columns], mean, inner, cross[:, :, columns], (cross * lacking).sum(2))
-    return kept, whole
+    return Moments(seen.n, seen.mean_x[:, columns], mean, inner, lacking @ across[:, :, columns], squares)

@@ -282,12 +282,12 @@ def _insisting(masked: Masked, structures: Sequence[Structure]) -> set[str]:
     structures = [replace(s, sizes={n: size for n, size in s.sizes.items() if not is_shape(n)}) for s in structures]
     streams = [s for s in structures if s.kind == "residual"]
     others = [s for s in structures if s.kind != "residual"]
+    round_ = masked.rounds[0]  # who asks for sizes asks on any input; `sift_cuts` tries what is found on both
     for some in (structures, streams, others) if streams and others else (structures,):
-        for round_ in masked.rounds:
-            small = _small(masked.twin, plan_cut(some, [round_.keep(s) for s in some]))
-            with noting_changes() as modules, suppress(Exception):
-                outputs(small, round_.args)
-            found |= {name for name, module in small.named_modules() if module in modules}
+        small = _small(masked.twin, plan_cut(some, [round_.keep(s) for s in some]))
+        with noting_changes() as modules, suppress(Exception):
+            outputs(small, round_.args)
+        found |= {name for name, module in small.named_modules() if module in modules}
     return found
 
 
