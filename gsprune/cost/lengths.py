@@ -29,8 +29,8 @@ class Left:
 class Lengths:
     """Counts what structures leave of the tensors that their units are in.
 
-    Most sides of tensors belong to one structure, each of whose units has as many positions there: what stays is a
-    product. Where structures share a side (a concatenation) the positions themselves are looked at.
+    On most sides of tensors no two units share a position, and all units of a structure have as many: what goes is
+    added up. Elsewhere the positions themselves are looked at.
 
     >>> from gsprune.discovery.find import find_structures
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
@@ -41,31 +41,34 @@ class Lengths:
 
     def __init__(self, structures: Sequence[Structure]) -> None:
         self._structures = structures
-        self._own: list[dict[Side, tuple[int, int]]] = [{} for _ in structures]  # positions of a unit, of the side
-        self._shared: dict[Side, list[tuple[int, Member]]] = {}
+        self._apart: list[dict[Side, tuple[int, int]]] = [{} for _ in structures]  # positions of a unit, of the side
+        self._mixed: dict[Side, list[tuple[int, Member]]] = {}
         members: dict[Side, list[tuple[int, Member]]] = {}
         for i, structure in enumerate(structures):
             for member in structure.members:
                 members.setdefault((member.tensor, member.dim), []).append((i, member))
         for side, found in members.items():
             places = torch.cat([member.index.flatten() for _, member in found])
-            if len({i for i, _ in found}) == 1 and len(places.unique()) == len(places):
-                self._own[found[0][0]][side] = (sum(m.index.shape[1] for _, m in found), found[0][1].size)
-            else:
-                self._shared[side] = found
+            if len(places) and int(torch.bincount(places).max()) > 1:
+                self._mixed[side] = found
+                continue
+            for i, member in found:
+                before, size = self._apart[i].get(side, (0, member.size))
+                self._apart[i][side] = (before + member.index.shape[1], size)
 
     def __call__(self, keeps: Sequence[Tensor]) -> Left:
         """Of bool (units,) of each structure, True = kept."""
         lengths: dict[str, dict[int, tuple[int, int]]] = {}
         removed: dict[str, int] = {}
         gone = [len(keep) - int(keep.sum()) for keep in keeps]
-        for structure, sides, count in zip(self._structures, self._own, gone, strict=True):
+        for structure, sides, count in zip(self._structures, self._apart, gone, strict=True):
             if not count:
                 continue
             removed |= structure.removed
             for (tensor, dim), (width, size) in sides.items():
-                lengths.setdefault(tensor, {})[dim] = (size - width * count, size)
-        for (tensor, dim), found in self._shared.items():
+                cuts = lengths.setdefault(tensor, {})
+                cuts[dim] = (cuts.get(dim, (size, size))[0] - width * count, size)
+        for (tensor, dim), found in self._mixed.items():
             if any(gone[i] for i, _ in found):
                 mask = torch.ones(found[0][1].size, dtype=torch.bool)
                 for i, member in found:
