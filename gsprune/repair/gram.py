@@ -22,6 +22,7 @@ from gsprune.structures.matrices import is_conv1d
 POSITIONS = 200_000  # rows of a layer that are read, over all batches
 OWN_PASS = "its output is not its weight times its input: it has a forward pass of its own"
 ENTRIES = 2**24  # of the rows of a wide layer that are read at once
+COLUMNS = 512  # columns of a Gram matrix that are computed at once
 FLAT = 1e-3  # a smaller slope of a norm makes nothing up
 _CONV = nn.modules.conv._ConvNd
 
@@ -60,8 +61,8 @@ class Moments:
         mean_x, mean_y = x.mean(0), y.mean(0)
         x, y = ((rows - mean).transpose(0, 1).to(work) for rows, mean in ((x, mean_x), (y, mean_y)))  # (g, m, .)
         step_x, step_y, share = mean_x - self.mean_x, mean_y - self.mean_y, self.n * m / (self.n + m)
-        self.xx += (x.mT @ x).double() + share * step_x[:, :, None] * step_x[:, None]
-        self.yx += (y.mT @ x).double() + share * step_y[:, :, None] * step_x[:, None]
+        self.xx.add_(_gram(x)).baddbmm_(share * step_x[:, :, None], step_x[:, None])
+        self.yx.add_(y.mT @ x).baddbmm_(share * step_y[:, :, None], step_x[:, None])
         self.yy += y.double().square().sum(1) + share * step_y**2
         self.mean_x += step_x * (m / (self.n + m))
         self.mean_y += step_y * (m / (self.n + m))
@@ -70,6 +71,21 @@ class Moments:
     @property
     def is_finite(self) -> bool:
         return bool(self.xx.isfinite().all() & self.yx.isfinite().all() & self.yy.isfinite().all())
+
+
+def _gram(x: Tensor) -> Tensor:
+    """X^T X of each group, (g, m, k) -> (g, k, k); of blocks of columns those on and right of the diagonal.
+
+    >>> _gram(torch.tensor([[[1.0, 2.0]]])).tolist()
+    [[[1.0, 2.0], [2.0, 4.0]]]
+    """
+    width = x.shape[2]
+    found = x.new_empty(len(x), width, width)
+    for start in range(0, width, COLUMNS):
+        rows = slice(start, start + COLUMNS)
+        found[:, rows, start:] = x[:, :, rows].mT @ x[:, :, start:]
+        found[:, rows, :start] = found[:, :start, rows].mT
+    return found
 
 
 def _work(dtype: torch.dtype, device: torch.device) -> torch.dtype:
