@@ -52,5 +52,5 @@ def _kernel() -> Callable[..., None]:
 
 
 def _add_product_(score: Tensor, weight: Tensor, grad: Tensor, bits: Tensor, decay: Tensor, scale: Tensor) -> None:
-    product = (weight.float() * grad).view(torch.int32) & bits
-    score.copy_(product.view(torch.float32) / scale + score * decay)
+    product = torch.where(bits != 0, (weight.float() * grad).abs(), 0.0)  # as bits, it would not be vectorised
+    score.copy_(product / scale + score * decay)

@@ -191,22 +191,24 @@ class WeightTargets(Targets):
                 self.spread[start:stop].masked_fill_(~self.keep[start:stop], 0)
 
     def apply_(self) -> None:
-        weights = [target.line() for target in self.targets] if self.pruned else []
-        for start, stop, pieces in self._blocks if self.pruned else ():
-            mask = self._mask(start, stop)
-            for i, lo, hi, at in pieces:
-                weights[i][lo:hi].mul_(mask[at : at + hi - lo])
+        for target in self.targets if self.pruned else ():
+            target.line().mul_(flat_line(_as_bytes(target.keep)))
 
     def mask_state_(self, optimizers: Sequence[Optimizer]) -> None:
         for target in self.targets:
             for state in moments(optimizers, target.weight):
-                target.here(state).mul_(target.keep)
+                target.here(state).mul_(_as_bytes(target.keep))
 
     def mask_grads_(self) -> None:
         for target in self.targets if self.pruned else ():
             if target.weight.grad is not None:
-                target.here(target.weight.grad).mul_(target.keep)
+                target.here(target.weight.grad).mul_(_as_bytes(target.keep))
 
     def _mask(self, start: int, stop: int) -> Tensor:
-        """The flat mask as ones and zeros; by way of uint8, whose conversion is vectorised."""
-        return self.scratch.take(stop - start, self.keep.device).copy_(self.keep[start:stop].view(torch.uint8))
+        """The flat mask as ones and zeros."""
+        return self.scratch.take(stop - start, self.keep.device).copy_(_as_bytes(self.keep[start:stop]))
+
+
+def _as_bytes(keep: Tensor) -> Tensor:
+    """A mask as ones and zeros, the same memory: products with these are vectorised, with bool they are not."""
+    return keep.view(torch.int8)
