@@ -1,14 +1,16 @@
 """The peers' figures and gsprune's in one process, in turns: torch.nn.utils.prune and torch-pruning.
 
     pip install --target FOLDER --no-deps torch-pruning
-    python benchmarks/peers.py --packages FOLDER [--quick] [--threads 2] [--json peers.json]
+    python benchmarks/peers.py --packages FOLDER [--inc ENVIRONMENT] [--quick] [--threads 2] [--json peers.json]
 
 `update`: half of all weights of a ResNet-50 chosen by magnitude in one ranking and masked: `global_unstructured` with
 L1Unstructured, and a mask update of `Pruner(model, Magnitude())`. `step`: a training step with these masks: the forward
 hooks of torch.nn.utils.prune, which multiply every weight in every pass, and the hooks of a `Pruner`, which scores
 beside; each against the same step of the dense network. `cut`: seconds to find the structures of a ResNet-50 and to cut
-it to half of its MACs, by both magnitudes. `latency`: dense and cut networks, batch 1 and 8. `--quick` takes a
-ResNet-18 on 64 x 64 pictures.
+it to half of its MACs, by both magnitudes. `latency`: dense and cut networks, batch 1 and 8. `ancestor`: the pruner of
+Intel Neural Compressor that gsprune comes from, in an environment of its own (`inc_env.sh`), between two measurements
+of gsprune's: a mask update (its own is layer by layer, gsprune's one ranking), and what the hooks of a step take.
+`--quick` takes a ResNet-18 on 64 x 64 pictures.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import copy
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -142,6 +145,44 @@ def cut(work: Work, repeats: int, tp: Any) -> dict[str, float]:
     return result
 
 
+def ancestor(work: Work, environment: Path, repeats: int, threads: int) -> dict[str, float]:
+    """Milliseconds of Intel Neural Compressor's `GradientSensitivityPruner` (`inc.py`), gsprune's before and after."""
+    command = [environment / "bin" / "python", Path(__file__).with_name("inc.py"), "--model", work.name]
+    ours = [_own_hooks(work, repeats)]
+    options = ["--repeats", str(max(1, repeats // 5)), "--threads", str(threads)]
+    text = subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True, check=True).stdout
+    theirs: dict[str, float] = json.loads(text.splitlines()[-1])
+    ours.append(_own_hooks(work, repeats))
+    result: dict[str, float] = {}
+    for name, value in theirs.items():
+        mine = statistics.mean(found[name] for found in ours)
+        result |= {
+            f"ancestor/{name}": value,
+            f"ancestor/gsprune_{name}": mine,
+            f"ancestor/{name[:-3]}_faster": value / mine,
+        }
+    return result
+
+
+def _own_hooks(work: Work, repeats: int) -> dict[str, float]:
+    """Milliseconds of a mask update over all weights, and of the hooks of a step with these masks."""
+    updates, hooks = [], []
+    for _ in range(repeats):
+        model = work.model()
+        pruner = Pruner(model, Elementwise(), target_sparsity=0.5, schedule=OneShot(), steps_per_epoch=10)
+        pruner.on_step_begin(0)
+        model(work.batch).square().mean().backward()
+        pruner.on_before_optimizer_step()
+        start = time.perf_counter()
+        pruner.on_step_begin(1)  # the mask
+        updates.append(1e3 * (time.perf_counter() - start))
+        start = time.perf_counter()
+        pruner.on_before_optimizer_step()
+        pruner.on_step_end()
+        hooks.append(1e3 * (time.perf_counter() - start))
+    return {"update_ms": statistics.median(updates), "hooks_ms": statistics.median(hooks)}
+
+
 def _by_torch_pruning(model: nn.Module, x: Tensor, tp: Any, ratio: float) -> nn.Module:
     """As its README does: group magnitude, one ratio for every layer, the classifier left alone."""
     for parameter in model.parameters():
@@ -174,7 +215,8 @@ def _by_gsprune(model: nn.Module, x: Tensor) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", help="a folder with torch_pruning")
-    parser.add_argument("--only", choices=["update", "step", "cut"])
+    parser.add_argument("--inc", type=Path, help="an environment with Intel Neural Compressor (inc_env.sh)")
+    parser.add_argument("--only", choices=["update", "step", "cut", "ancestor"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
@@ -192,6 +234,8 @@ def main() -> None:
         "step": lambda: step(work, repeats),
         "cut": lambda: cut(work, repeats, tp),
     }
+    if args.inc is not None:
+        parts["ancestor"] = lambda: ancestor(work, args.inc, repeats, args.threads)
     result: dict[str, float] = {}
     for name, part in parts.items():
         if args.only in (None, name):
