@@ -56,6 +56,7 @@ NEAR = 0.03  # how far from the wanted share the MACs may be, of it
 LANGUAGE = "smollm2"
 SMALL_VIT = "vit_mnist"  # of the part `kinds` alone
 DEPTH = {SMALL_VIT: 512, "minilm_r8": 512, LANGUAGE: 16}  # tasks of the part `kinds` -> calibration samples
+DEPTH_BUDGETS = (("macs", 0.5), ("macs", 0.25), ("params", 0.5))
 QUARTER = 0.25  # of all neurons of smollm2's MLPs go
 TIMED = ("convnet_mnist", "efficientnet_mnist")  # of the part `latency`
 TIMES, BY_MACS = (0.7, 0.5, 0.35), (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.12)  # shares: of the dense time, and of MACs
@@ -335,7 +336,10 @@ def weights(results: Results, given: argparse.Namespace) -> None:
 
 
 def kinds(results: Results, given: argparse.Namespace) -> None:
-    """Heads and neurons alone, and where residual streams and whole branches compete with them."""
+    """Heads and neurons alone, and where residual streams and whole branches compete with them.
+
+    Embeddings have no MACs and many parameters, which streams alone can save.
+    """
     import gsprune
 
     for name in [name for name in given.tasks if name in DEPTH]:
@@ -343,16 +347,24 @@ def kinds(results: Results, given: argparse.Namespace) -> None:
         tests = one.tests(given.samples)
         if (dense := Results.key(name, "kinds", 1.0, "dense", 0)) not in results:
             results.add(dense, metric=one.evaluate(one.model, tests), loss=mean_loss(one, one.model, tests))
-        for seed, share in itertools.product(range(given.seeds if name != LANGUAGE else LANGUAGE_SEEDS), (0.5, 0.25)):
+        seeds = range(given.seeds if name != LANGUAGE else LANGUAGE_SEEDS)
+        for seed, (cost, share) in itertools.product(seeds, DEPTH_BUDGETS):
             batches = one.calibration(seed, samples)
             for more in ((), ("branches",), ("residual",), ("branches", "residual")):
                 label = " + ".join(("heads, neurons", *more))
-                if (key := Results.key(name, "kinds", share, label, seed)) in results:
+                where = share if cost == "macs" else f"{cost} {share}"
+                if (key := Results.key(name, "kinds", where, label, seed)) in results:
                     continue
                 clock = Clock()
-                chosen = ("heads", "neurons", *more)
-                settings: dict[str, Any] = {"kinds": chosen, "calibration": samples, "progress": False}
-                cut = gsprune.cut(one.model, batches, one.loss, macs=share, example_input=one.example, **settings)
+                settings: dict[str, Any] = {"kinds": ("heads", "neurons", *more), "calibration": samples, cost: share}
+                try:
+                    cut = gsprune.cut(
+                        one.model, batches, one.loss, example_input=one.example, progress=False, **settings
+                    )
+                except ValueError as error:  # what may go is too little
+                    print(f"{key}: {error}", flush=True)
+                    results.add(key, possible=0)
+                    continue
                 gone = {kind: gone_of(cut, kind) for kind in more}
                 loss, metric = mean_loss(one, cut.model, tests), one.evaluate(cut.model, tests)
                 results.add(
