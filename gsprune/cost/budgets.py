@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.cost.costs import first_names, make_cost
+from gsprune.cost.latency_tables import MULTIPLE, WIDE
 from gsprune.export.runtimes import EAGER, RUNTIMES, Measure, RuntimeName
 from gsprune.ranking.selection import PRUNED, least_kept, select
 from gsprune.structures.structure import Structure
@@ -118,8 +119,9 @@ class Budget:
         min_kept: units kept at least in each structure.
         min_share: share of its units kept at least in each structure, in [0, 1).
         measure: where and how milliseconds are measured.
-        round_to: channels and neurons of a structure that stay are a multiple of it, or all; None: of 8 under a
-            latency budget, else of 1.
+        round_to: channels and neurons of a structure that stay are a multiple of it, or all; None: under a latency
+            budget of 8, or of the 16 that the runtime computes at once where a clock says so and there are 64 or more;
+            else of 1.
         uniform: structures of the same kind and size keep the same number of units, as in layers of transformers that
             one number of a `config.json` describes. Their n-th lowest scores are summed, and go together.
         together: numbers of the structures that are ranked together, each in one of these lists, which all lose about
@@ -164,7 +166,7 @@ class Budget:
         self._evens: dict[tuple[float, float], list[Tensor]] = {}
         self._near = _near(structures, first_names(model))
         self._cost = make_cost(kind, model, structures, example_input, measure)
-        self._step = round_to or self._cost.multiple
+        self._round_to = round_to
         self._settled(self.even, share)
         self._cost.forget()
         self._check_floor()
@@ -407,11 +409,18 @@ class Budget:
 
     def _widths(self, i: int, alive: int) -> Sequence[int]:
         """The counts that structure i can have, rising: multiples of the step, or all there is."""
-        structure, least, step = self.structures[i], self._least[i], self._step
+        structure, least, step = self.structures[i], self._least[i], self._step(i)
         if step == 1 or structure.kind in ("heads", "branches"):
             return range(min(least, alive), alive + 1)
         multiples = range(step * math.ceil(least / step), min(alive, structure.units - 1) + 1, step)
         return [*multiples, *([] if alive in multiples else [alive])]
+
+    def _step(self, i: int) -> int:
+        """What the count of structure i is a multiple of: where the device's own blocks are few, of half of them."""
+        if self._round_to is not None:
+            return self._round_to
+        multiple = self._cost.multiple
+        return multiple if self.structures[i].units >= WIDE * multiple else min(multiple, MULTIPLE)
 
     def _first(self, i: int, count: int) -> Tensor:
         units = self.structures[i].units

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from gsprune import latency
 from gsprune.collectives import broadcast
 from gsprune.cost.counting import count_macs, count_macs_by_module, named_layers
-from gsprune.cost.latency_tables import MULTIPLE, Table, known_tables
+from gsprune.cost.latency_tables import BLOCK, MULTIPLE, WIDE, Table, block_of, known_tables
 from gsprune.cost.lengths import Left, Lengths
-from gsprune.export.runtimes import EAGER, Measure
-from gsprune.structures.running import same_randomness
+from gsprune.export.runtimes import CONVOLUTIONS, EAGER, Measure
+from gsprune.structures.running import device_of, same_randomness
 from gsprune.structures.structure import Structure
 from gsprune.structures.twin import copy_of
 from gsprune.surgery.apply import apply_cut
@@ -52,7 +52,7 @@ class Cost(ABC):
     """
 
     clocked = False  # whether a clock says what is true
-    multiple = 1  # of units that the device likes
+    multiple = 1  # of units that the device likes in a wide structure
 
     def __init__(self, structures: Sequence[Structure]) -> None:
         self._structures, self._factor = structures, 1.0
@@ -167,7 +167,7 @@ class _Latency(Cost):
     heads       ms of each attention without the layers inside it
     """
 
-    clocked, multiple = True, MULTIPLE
+    clocked = True
 
     def __init__(self, model: nn.Module, structures: Sequence[Structure], example_input: Any, measure: Measure) -> None:
         super().__init__(structures)
@@ -176,6 +176,10 @@ class _Latency(Cost):
         self._dense: nn.Module | None = None  # ready to run, once it was asked for
         with measure.running():
             self._ms, self._tables, self._heads = known_tables(self._twin, structures, self._inputs, measure)
+            is_wide = any(structure.units >= WIDE * BLOCK for structure in structures)
+            convolves = any(isinstance(self._twin.get_submodule(name), CONVOLUTIONS) for name in self._tables)
+            is_on_cpu = measure.is_foreign or device_of(self._twin).type == "cpu"
+            self.multiple = block_of(measure) if is_wide and convolves and is_on_cpu else MULTIPLE
 
     def _parts(self, keeps: Keeps) -> float:
         left = self._left(keeps)
@@ -205,11 +209,12 @@ class _Latency(Cost):
 
     def state_dict(self) -> dict[str, Any]:
         tables = {name: asdict(table) for name, table in self._tables.items()}
-        return {**super().state_dict(), "ms": self._ms, "tables": tables, "heads": dict(self._heads)}
+        found = {"ms": self._ms, "tables": tables, "heads": dict(self._heads), "multiple": self.multiple}
+        return {**super().state_dict(), **found}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._ms, self._heads = state["ms"], dict(state["heads"])
+        self._ms, self._heads, self.multiple = state["ms"], dict(state["heads"]), state.get("multiple", MULTIPLE)
         self._tables = {name: Table(**table) for name, table in state["tables"].items()}
 
 

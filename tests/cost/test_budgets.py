@@ -389,6 +389,12 @@ def test_model_mode_gradients_and_random_numbers_are_left_as_they_were(kind: str
 # ---- latency, with a clock that tells what the test wants
 
 
+@pytest.fixture(autouse=True)
+def _own_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another test's clock has said of the runtime's blocks is not known."""
+    monkeypatch.setattr(latency_tables, "_BLOCKS", {})
+
+
 def clock(
     noise: Callable[[], float] = lambda: 1.0, *, between: int = 0, always: int = 1000
 ) -> Callable[..., dict[str, float]]:
@@ -426,6 +432,40 @@ def test_a_latency_budget_is_met_in_multiples_of_eight(
     assert exact_ms(model, x, between) / exact_ms(dense, x, between) == pytest.approx(share, rel=0.02)
 
 
+@pytest.mark.parametrize(("ms", "block"), [((4.0, 3.0, 2.2), 8), ((4.0, 4.1, 2.5), 16), ((4.0, 4.0, 4.0), 8)])
+def test_the_blocks_of_a_runtime_are_measured_there(
+    ms: tuple[float, ...], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = dict(zip((64, 56, 48), ms, strict=True))
+    seen: list[str] = []
+
+    def latency_ms(models: Mapping[str, nn.Module], *_: Any, **__: Any) -> dict[str, float]:
+        seen.extend(models)
+        return {name: times[int(name.rpartition(" ")[2])] for name in models}
+
+    monkeypatch.setattr(latency, "latency_ms", latency_ms)
+    assert [latency_tables.block_of(Measure(threads=1)) for _ in range(2)] == [block, block]
+    assert len(seen) == 3  # once
+    assert latency_tables.block_of(Measure("compile")) == 8
+
+
+def test_wide_structures_keep_multiples_of_the_runtimes_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "latency_ms", clock())
+    monkeypatch.setattr(costs, "block_of", lambda measure: 16)
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 56, 3), nn.ReLU(), nn.Conv2d(56, 4, 3))
+    x = nets.images(1)
+    structures = find_structures(net, x).structures
+    scores = [torch.arange(float(s.units)) for s in structures]
+    budget = Budget("latency", 0.5, net, structures, x)
+    wide, narrow = (int(keep.sum()) for keep in budget.cut(scores, 0.5))
+    assert (wide % 16, narrow % 8) == (0, 0)
+    assert 0 < wide < 64
+    monkeypatch.setattr(costs, "block_of", lambda measure: 8)
+    other = Budget("latency", 0.5, net, structures, x)
+    other.load_state_dict(budget.state_dict())
+    assert [int(keep.sum()) for keep in other.cut(scores, 0.5)] == [wide, narrow]
+
+
 def test_heads_are_not_rounded_but_counted_with_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "latency_ms", clock(always=0))
     model, example, structures = made("BERT")
@@ -461,7 +501,7 @@ def test_a_network_is_measured_once_in_a_process(monkeypatch: pytest.MonkeyPatch
     asked: list[int] = []
 
     def counting(models: Mapping[str, nn.Module], example: Any, **_: Any) -> dict[str, float]:
-        asked.append(len(models))
+        asked.extend(len(models) for name in models if not name)
         return clock()(models, example)
 
     monkeypatch.setattr(latency, "latency_ms", counting)
@@ -676,7 +716,8 @@ def test_milliseconds_are_those_of_the_batch_that_the_result_measures(
     seen: list[int] = []
 
     def latency_ms(models: Mapping[str, nn.Module], example: Any, **settings: Any) -> dict[str, float]:
-        seen.extend(len(m.args[0]) for m in models.values() if isinstance(m, Call))
+        networks = [m for name, m in models.items() if not name.startswith("block ")]
+        seen.extend(len(m.args[0]) for m in networks if isinstance(m, Call))
         return clock()(models, example, **settings)
 
     monkeypatch.setattr(latency, "latency_ms", latency_ms)
