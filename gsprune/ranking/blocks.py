@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 20  # entries worked on at once on the CPU: what one pass wrote is in the cache for the next
+SUMS = 1 << 17  # entries that products are added up in: they stay in the cache nearest to a core
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -54,5 +55,14 @@ def dot_along(a: Tensor, b: Tensor, dim: int) -> Tensor:
     if dim == 0:
         return torch.cat([(x.to(wide) * y).flatten(1).sum(1) for x, y in blocks(a, b)])
     # over the first axis first: that sum runs over whole rows, and what is left is small
-    rest = torch.stack([(x.to(wide) * y).sum(0) for x, y in blocks(a, b)]).sum(0)
+    rest = _added_up(a, b, wide) if a.is_cpu else (a.to(wide) * b).sum(0)
     return (rest if dim == 1 else rest.movedim(dim - 1, 0)).reshape(a.shape[dim], -1).sum(1)
+
+
+def _added_up(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """Sum of a * b over the first axis, some rows onto others: one pass that writes no product to memory."""
+    rows = max(1, min(len(a), SUMS * len(a) // max(1, a.numel())))
+    sums = torch.zeros_like(a[:rows], dtype=wide)
+    for x, y in zip(a.split(rows), b.split(rows), strict=True):  # type: ignore[no-untyped-call]
+        sums[: len(x)].addcmul_(x.to(wide), y.to(wide))
+    return sums.sum(0)
