@@ -56,7 +56,7 @@ NEAR = 0.03  # how far from the wanted share the MACs may be, of it
 LANGUAGE = "smollm2"
 SMALL_VIT = "vit_mnist"  # of the part `kinds` alone
 DEPTH = {SMALL_VIT: 512, "minilm_r8": 512, LANGUAGE: 16}  # tasks of the part `kinds` -> calibration samples
-DEPTH_BUDGETS = (("macs", 0.5), ("macs", 0.25), ("params", 0.5))
+DEPTH_BUDGETS = (("macs", 0.5), ("macs", 0.25), ("params", 0.5), ("latency", 0.5))
 QUARTER = 0.25  # of all neurons of smollm2's MLPs go
 TIMED = ("convnet_mnist", "efficientnet_mnist")  # of the part `latency`
 TIMES, BY_MACS = (0.7, 0.5, 0.35), (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.12)  # shares: of the dense time, and of MACs
@@ -338,9 +338,11 @@ def weights(results: Results, given: argparse.Namespace) -> None:
 def kinds(results: Results, given: argparse.Namespace) -> None:
     """Heads and neurons alone, and where residual streams and whole branches compete with them.
 
-    Embeddings have no MACs and many parameters, which streams alone can save.
+    Embeddings have no MACs and many parameters, which streams alone can save; of one sample, what lies between the
+    products takes much of the time, which goes with whole branches alone.
     """
     import gsprune
+    from gsprune.latency import latency_ms
 
     for name in [name for name in given.tasks if name in DEPTH]:
         one, samples = task(name, given.cache), DEPTH[name]
@@ -365,11 +367,13 @@ def kinds(results: Results, given: argparse.Namespace) -> None:
                     print(f"{key}: {error}", flush=True)
                     results.add(key, possible=0)
                     continue
-                gone = {kind: gone_of(cut, kind) for kind in more}
-                loss, metric = mean_loss(one, cut.model, tests), one.evaluate(cut.model, tests)
-                results.add(
-                    key, metric=metric, loss=loss, params=cut.small.params / cut.dense.params, cpu=clock()[1], **gone
-                )
+                ms = latency_ms({"dense": one.model, "cut": cut.model}, one.example, repeats=100)
+                figures = {"params": cut.small.params / cut.dense.params, "time": ms["cut"] / ms["dense"]}
+                if cut.small.macs and cut.dense.macs:
+                    figures["macs"] = cut.small.macs / cut.dense.macs
+                figures |= {"loss": mean_loss(one, cut.model, tests), "metric": one.evaluate(cut.model, tests)}
+                figures |= {kind: gone_of(cut, kind) for kind in more}
+                results.add(key, cpu=clock()[1], **figures)
                 print(f"{key}: {results.cells[key]}", flush=True)
 
 
