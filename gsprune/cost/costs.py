@@ -214,7 +214,11 @@ class _Latency(Cost):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._ms, self._heads, self.multiple = state["ms"], dict(state["heads"]), state.get("multiple", MULTIPLE)
+        if (multiple := state.get("multiple", MULTIPLE)) not in (MULTIPLE, BLOCK):
+            raise ValueError(
+                f"the saved multiple of a latency budget is {multiple!r}: it must be {MULTIPLE} or {BLOCK}"
+            )
+        self._ms, self._heads, self.multiple = state["ms"], dict(state["heads"]), multiple
         self._tables = {name: Table(**table) for name, table in state["tables"].items()}
 
 

@@ -464,6 +464,9 @@ def test_wide_structures_keep_multiples_of_the_runtimes_blocks(monkeypatch: pyte
     other = Budget("latency", 0.5, net, structures, x)
     other.load_state_dict(budget.state_dict())
     assert [int(keep.sum()) for keep in other.cut(scores, 0.5)] == [wide, narrow]
+    state = budget.state_dict()
+    with refused("multiple", "3"):
+        other.load_state_dict({**state, "cost": {**state["cost"], "multiple": 3}})
 
 
 def test_heads_are_not_rounded_but_counted_with_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
