@@ -62,7 +62,7 @@ class Moments:
         x, y = ((rows - mean).transpose(0, 1).to(work) for rows, mean in ((x, mean_x), (y, mean_y)))  # (g, m, .)
         step_x, step_y, share = mean_x - self.mean_x, mean_y - self.mean_y, self.n * m / (self.n + m)
         self.xx.add_(_gram(x)).baddbmm_(share * step_x[:, :, None], step_x[:, None])
-        self.yx.add_(y.mT @ x).baddbmm_(share * step_y[:, :, None], step_x[:, None])
+        self.yx.add_(_products(y, x)).baddbmm_(share * step_y[:, :, None], step_x[:, None])
         self.yy += y.double().square().sum(1) + share * step_y**2
         self.mean_x += step_x * (m / (self.n + m))
         self.mean_y += step_y * (m / (self.n + m))
@@ -73,6 +73,13 @@ class Moments:
         return bool(self.xx.isfinite().all() & self.yx.isfinite().all() & self.yy.isfinite().all())
 
 
+def _products(y: Tensor, x: Tensor) -> Tensor:
+    """Y^T X of each group, (g, m, o) and (g, m, k) -> (g, o, k)."""
+    if x.shape[2] == y.shape[2] == 1:  # a norm's channels: many groups of one column
+        return (y * x).sum(1, keepdim=True)
+    return y.mT @ x
+
+
 def _gram(x: Tensor) -> Tensor:
     """X^T X of each group, (g, m, k) -> (g, k, k); of blocks of columns those on and right of the diagonal.
 
@@ -80,6 +87,8 @@ def _gram(x: Tensor) -> Tensor:
     [[[1.0, 2.0], [2.0, 4.0]]]
     """
     width = x.shape[2]
+    if width <= COLUMNS:
+        return _products(x, x)
     found = x.new_empty(len(x), width, width)
     for start in range(0, width, COLUMNS):
         rows = slice(start, start + COLUMNS)
