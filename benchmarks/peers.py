@@ -38,7 +38,7 @@ from gsprune import Pruner
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import Elementwise, Magnitude
 from gsprune.latency import LEAST, compare
-from gsprune.schedules import OneShot
+from gsprune.schedules import Linear, OneShot
 
 CPU = torch.device("cpu")
 
@@ -169,13 +169,17 @@ def _own_hooks(work: Work, repeats: int) -> dict[str, float]:
     updates, hooks = [], []
     for _ in range(repeats):
         model = work.model()
-        pruner = Pruner(model, Elementwise(), target_sparsity=0.5, schedule=OneShot(), steps_per_epoch=10)
-        pruner.on_step_begin(0)
+        # half of 0.9 in the first of two updates: scores are still needed afterwards
+        schedule = Linear(end_epoch=1, update_frequency=1)
+        pruner = Pruner(model, Elementwise(), target_sparsity=0.9, schedule=schedule)
         model(work.batch).square().mean().backward()
         pruner.on_before_optimizer_step()
         start = time.perf_counter()
-        pruner.on_step_begin(1)  # the mask
+        pruner.on_epoch_begin(0)
+        pruner.on_step_begin(0)
         updates.append(1e3 * (time.perf_counter() - start))
+        assert 0.4 < pruner.sparsity < 0.5, pruner.sparsity
+        assert not pruner.finished
         start = time.perf_counter()
         pruner.on_before_optimizer_step()
         pruner.on_step_end()
