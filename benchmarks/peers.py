@@ -159,7 +159,7 @@ def ancestor(work: Work, environment: Path, repeats: int, threads: int) -> dict[
         result |= {
             f"ancestor/{name}": value,
             f"ancestor/gsprune_{name}": mine,
-            f"ancestor/{name[:-3]}_faster": value / mine,
+            f"ancestor/{name.removesuffix('_ms')}_faster": value / mine,
         }
     return result
 

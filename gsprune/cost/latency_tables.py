@@ -98,7 +98,7 @@ def block_of(measure: Measure) -> int:
     if measure.runtime == "compile":
         return MULTIPLE
     key = f"block {measure.runtime} {measure.threads or torch.get_num_threads()}"
-    if key not in _BLOCKS:
+    if key not in _BLOCKS or world_size() > 1:  # processes have to measure all, or none
         widths = (PROBED, PROBED - BLOCK // 2, PROBED - BLOCK)
         layers = {n: nn.Conv2d(n, n, 3, padding=1, device="cpu", dtype=torch.float32) for n in widths}
         stages = {f"{key} {n}": measure.prepared_layer(m, torch.ones(1, n, 28, 28)) for n, m in layers.items()}

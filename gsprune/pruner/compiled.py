@@ -34,7 +34,7 @@ def check_compiled(criterion: Criterion, device: torch.device) -> None:
 
 
 def add_product_(score: Tensor, weight: Tensor, grad: Tensor, bits: Tensor, decay: Tensor, scale: Tensor) -> None:
-    """score <- decay * score + abs(weight * grad) / scale, (n,) each; `bits` masks the product's bits."""
+    """score <- decay * score + abs(weight * grad) / scale, (n,) each; nothing is added where `bits` is 0."""
     with torch.no_grad():
         _kernel()(*map(_line, (score, weight, grad)), bits, decay, scale)
 

@@ -118,11 +118,11 @@ class SharedMoments:
             kept = kept_rows(dense, cuts, plan.sizes[weight])
             rows = torch.arange(dense.weight.shape[1 - dim]) if kept is None else kept
             fit, judge = (_lacking(part, columns, dense, rows, layer) for part in self._moments[name])
-            variance = float(self._variances(name, dense)[rows].sum()) / max(1, judge.n)
+            variance = float(self._squares_of(name, dense)[rows].sum()) / max(1, judge.n)
             found.append(refit(name, layer, Seen(fit, judge, variance), damping))
         return RepairReport(tuple(found))
 
-    def _variances(self, name: str, dense: Any) -> Tensor:
+    def _squares_of(self, name: str, dense: Any) -> Tensor:
         """Of each output of a dense layer, (o,): the sum of squares about its mean over the held-back samples."""
         if name not in self._squares:
             xx = self._moments[name][1].xx

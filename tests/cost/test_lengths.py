@@ -1,3 +1,5 @@
+import itertools
+
 import torch
 
 from gsprune.cost.lengths import Lengths
@@ -32,7 +34,7 @@ def test_lengths_are_those_of_the_cut_plan_for_every_choice() -> None:
     count = Lengths(STRUCTURES)
     choices = [[c for c in choices_of(s.units) if c.any() or s.kind == "branches"] for s in STRUCTURES]
     seen = 0
-    for keeps in all_of(choices):
+    for keeps in map(list, itertools.product(*choices)):
         left = count(keeps)
         assert left.lengths == lengths_of_plan(keeps)
         assert dict(left.removed) == plan_cut(STRUCTURES, keeps).removed
@@ -41,11 +43,4 @@ def test_lengths_are_those_of_the_cut_plan_for_every_choice() -> None:
 
 
 def choices_of(units: int) -> list[torch.Tensor]:
-    return [torch.tensor([bool(bits >> i & 1) for i in range(units)]) for bits in range(2**units)]
-
-
-def all_of(choices: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    found: list[list[torch.Tensor]] = [[]]
-    for some in choices:
-        found = [[*before, one] for before in found for one in some]
-    return found
+    return [torch.tensor(kept) for kept in itertools.product([False, True], repeat=units)]

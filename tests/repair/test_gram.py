@@ -5,12 +5,14 @@ import torch
 from gsprune.repair.gram import COLUMNS, Moments
 
 
-@pytest.mark.parametrize(("groups", "columns"), [(2, 3), (1, COLUMNS), (1, 2 * COLUMNS + 5)])
-def test_moments_of_several_batches_are_those_of_all_rows(groups: int, columns: int) -> None:
+@pytest.mark.parametrize(
+    ("groups", "columns", "outputs"), [(2, 3, 2), (4, 1, 1), (2, 1, 2), (1, COLUMNS, 2), (1, 2 * COLUMNS + 5, 2)]
+)
+def test_moments_of_several_batches_are_those_of_all_rows(groups: int, columns: int, outputs: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = 3 + torch.randn(40, groups, columns, generator=generator)
-    y = torch.randn(40, groups, 2, generator=generator)
-    moments = Moments.none(groups, columns, 2)
+    y = torch.randn(40, groups, outputs, generator=generator)
+    moments = Moments.none(groups, columns, outputs)
     for rows in torch.arange(40).split([7, 1, 32]):
         moments.add(x[rows], y[rows])
     for group in range(groups):
