@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gsprune import latency
 from gsprune.collectives import broadcast
 from gsprune.cost.counting import count_macs, count_macs_by_module, named_layers
-from gsprune.cost.latency_tables import BLOCK, MULTIPLE, WIDE, Table, block_of, known_tables
+from gsprune.cost.latency_tables import BLOCK, MULTIPLE, WIDE, Measured, Table, block_of, known_tables
 from gsprune.cost.lengths import Left, Lengths
 from gsprune.export.runtimes import CONVOLUTIONS, EAGER, Measure
 from gsprune.structures.running import device_of, same_randomness
@@ -160,12 +160,8 @@ class _Macs(Cost):
 
 
 class _Latency(Cost):
-    """A layer's milliseconds stand in a table, an attention's own go with its heads, what is between them stays.
-
-    ms          of the dense network
-    tables      one for each layer that can be cut (summed over its calls)
-    heads       ms of each attention without the layers inside it
-    """
+    """A layer's milliseconds stand in a table, an attention's own go with its heads, those of norms and activations
+    with the branch that they are part of; what is between them else stays."""
 
     clocked = True
 
@@ -175,22 +171,23 @@ class _Latency(Cost):
         self._twin, self._measure, self._inputs = _copy(model), measure, measure.inputs(example_input)
         self._dense: nn.Module | None = None  # ready to run, once it was asked for
         with measure.running():
-            self._ms, self._tables, self._heads = known_tables(self._twin, structures, self._inputs, measure)
+            self._found = known_tables(self._twin, structures, self._inputs, measure)
             is_wide = any(structure.units >= WIDE * BLOCK for structure in structures)
-            convolves = any(isinstance(self._twin.get_submodule(name), CONVOLUTIONS) for name in self._tables)
+            convolves = any(isinstance(self._twin.get_submodule(name), CONVOLUTIONS) for name in self._found.tables)
             is_on_cpu = measure.is_foreign or device_of(self._twin).type == "cpu"
             self.multiple = block_of(measure) if is_wide and convolves and is_on_cpu else MULTIPLE
 
     def _parts(self, keeps: Keeps) -> float:
-        left = self._left(keeps)
+        left, found = self._left(keeps), self._found
         gone = sum(
             table.ms[-1][-1]
             if inside(name, left.removed)
             else table.saved(*_lengths(left, joined(name, "weight"), table))
-            for name, table in self._tables.items()
+            for name, table in found.tables.items()
         )
-        gone += self._of_heads(self._heads, keeps, left.removed)
-        return 1 - gone / self._ms
+        gone += self._of_heads(found.heads, keeps, left.removed)
+        gone += sum(found.between.get(path, 0.0) for path in left.removed)
+        return 1 - gone / found.ms
 
     def truth(self, keeps: Keeps) -> float:
         if all(bool(keep.all()) for keep in keeps):
@@ -208,9 +205,7 @@ class _Latency(Cost):
         return is_known
 
     def state_dict(self) -> dict[str, Any]:
-        tables = {name: asdict(table) for name, table in self._tables.items()}
-        found = {"ms": self._ms, "tables": tables, "heads": dict(self._heads), "multiple": self.multiple}
-        return {**super().state_dict(), **found}
+        return {**super().state_dict(), **asdict(self._found), "multiple": self.multiple}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
@@ -218,8 +213,9 @@ class _Latency(Cost):
             raise ValueError(
                 f"the saved multiple of a latency budget is {multiple!r}: it must be {MULTIPLE} or {BLOCK}"
             )
-        self._ms, self._heads, self.multiple = state["ms"], dict(state["heads"]), multiple
-        self._tables = {name: Table(**table) for name, table in state["tables"].items()}
+        tables = {name: Table(**table) for name, table in state["tables"].items()}
+        between = dict(state.get("between", {}))  # older states have none
+        self._found, self.multiple = Measured(state["ms"], tables, dict(state["heads"]), between), multiple
 
 
 # ---- on the way

@@ -69,7 +69,30 @@ def _place(points: Sequence[int], value: int) -> tuple[int, float]:
     return at, (value - points[at]) / (points[at + 1] - points[at])
 
 
-Measured = tuple[float, dict[str, Table], dict[str, float]]
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of a network and of its parts.
+
+    ms        of the whole
+    tables    of each layer that can be cut, summed over its calls
+    heads     of each attention, without the layers inside it
+    between   of each module that goes with a branch, without the layers and attentions inside it
+    """
+
+    ms: float
+    tables: dict[str, Table]
+    heads: dict[str, float]
+    between: dict[str, float]
+
+    def scaled(self, scale: float, ms: float) -> Measured:
+        """All parts times `scale`, of a whole that takes `ms`."""
+        tables = {
+            n: Table(t.rows, t.columns, [[scale * v for v in line] for line in t.ms]) for n, t in self.tables.items()
+        }
+        heads, between = ({name: scale * value for name, value in part.items()} for part in (self.heads, self.between))
+        return Measured(ms, tables, heads, between)
+
+
 _KNOWN: dict[str, Measured] = {}  # of this process, the last ones
 KNOWN = 16
 _BLOCKS: dict[str, int] = {}  # of this process
@@ -85,8 +108,7 @@ def known_tables(model: nn.Module, structures: Sequence[Structure], example_inpu
     _KNOWN[key] = found
     while len(_KNOWN) > KNOWN:
         del _KNOWN[next(iter(_KNOWN))]
-    ms, tables, heads = found
-    return ms, dict(tables), dict(heads)
+    return found.scaled(1.0, found.ms)
 
 
 def block_of(measure: Measure) -> int:
@@ -111,23 +133,26 @@ def block_of(measure: Measure) -> int:
 def measure_tables(
     model: nn.Module, structures: Sequence[Structure], example_input: Any, measure: Measure = EAGER
 ) -> Measured:
-    """Milliseconds of the whole model, of its layers at several widths, and of its attentions without their layers.
+    """Milliseconds of the whole model, of its layers at several widths, and of attentions and branches beside these.
 
     Everything takes turns in one measurement, so that a busy machine slows all of it alike; layers with the same
-    settings and input are measured once. In another runtime than PyTorch's own, attentions take the share of the whole
-    that they take in PyTorch; under `torch.compile` layers do, too: alone they are not compiled.
+    settings and input are measured once. In another runtime than PyTorch's own, attentions and branches take the share
+    of the whole that they take in PyTorch; under `torch.compile` layers do, too: alone they are not compiled.
     """
     if measure.runtime == "compile":
-        return _as_in_eager(model, structures, example_input, measure)
+        eager, whole = measure_tables(model, structures, example_input), {"": measure.prepared(model, example_input)}
+        ms = broadcast(latency.latency_ms(whole, (), repeats=20, warmup=3, max_seconds=6.0))[""]
+        return eager.scaled(ms / eager.ms, ms)
     cut = {(member.tensor, member.dim) for s in structures for member in (*s.producers, *s.consumers)}
     layers = {
         name: layer
         for name, layer in named_layers(model).items()
         if {(joined(name, "weight"), d) for d in (0, 1)} & cut
     }
-    heads_of = [s for s in structures if s.kind == "heads"]
-    attentions = {s.name: model.get_submodule(s.name) for s in heads_of if not measure.is_foreign}
-    calls = _calls(model, layers | attentions, example_input)
+    attentions = [s.name for s in structures if s.kind == "heads"]
+    branches = [path for s in structures for path in s.removed if path not in attentions and path not in layers]
+    around = {name: model.get_submodule(name) for name in (*attentions, *branches) if not measure.is_foreign}
+    calls = _calls(model, layers | around, example_input)
     grids = {
         name: [
             _points(length, is_cut=(joined(name, "weight"), dim) in cut, multiple=_multiple(layer, dim))
@@ -148,7 +173,7 @@ def measure_tables(
                     for c in columns
                 }
             keys[name].append(key)
-    stages |= {f"call {i} of {n}": Call(m, *call) for n, m in attentions.items() for i, call in enumerate(calls[n])}
+    stages |= {f"call {i} of {n}": Call(m, *call) for n, m in around.items() for i, call in enumerate(calls[n])}
     ms = broadcast(
         latency.latency_ms(stages, (), repeats=20, warmup=3, max_seconds=6.0)
     )  # all processes believe one clock
@@ -157,34 +182,37 @@ def measure_tables(
         for name, (rows, columns) in grids.items()
         if keys[name]
     }
-    heads = {
-        name: max(0.0, sum(ms[f"call {i} of {name}"] for i in range(len(calls[name]))) - _sum(tables, inside=name))
-        for name in attentions
-    }
-    if heads_of and measure.is_foreign:
-        eager_ms, _, eager = measure_tables(model, heads_of, example_input)
-        heads = {name: value * ms[""] / eager_ms for name, value in eager.items()}
-    return ms[""], *_fitted(ms[""], tables, heads)
+    if measure.is_foreign:
+        heads, between = _as_in_eager(model, structures, example_input, ms[""])
+    else:
+        whole = {name: sum(ms[f"call {i} of {name}"] for i in range(len(calls[name]))) for name in around}
+        heads = {name: max(0.0, whole[name] - _sum(tables, inside=name)) for name in attentions}
+        others = {name: _sum(tables, inside=name) + _own(heads, inside=name) for name in branches}
+        between = {name: max(0.0, whole[name] - others[name]) for name in branches}
+    # The parts, made smaller where they add up to more than the whole: alone each finds a colder cache.
+    parts = _sum(tables) + sum(heads.values()) + sum(between.values())
+    return Measured(ms[""], tables, heads, between).scaled(min(1.0, ms[""] / (parts or ms[""])), ms[""])
 
 
-def _as_in_eager(model: nn.Module, structures: Sequence[Structure], example_input: Any, measure: Measure) -> Measured:
-    eager_ms, tables, heads = measure_tables(model, structures, example_input)
-    whole = {"": measure.prepared(model, example_input)}
-    ms = broadcast(latency.latency_ms(whole, (), repeats=20, warmup=3, max_seconds=6.0))[""]
-    scale = ms / eager_ms
-    tables = {n: Table(t.rows, t.columns, [[scale * v for v in line] for line in t.ms]) for n, t in tables.items()}
-    return ms, tables, {name: scale * value for name, value in heads.items()}
+def _as_in_eager(
+    model: nn.Module, structures: Sequence[Structure], example_input: Any, ms: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What attentions and branches take of `ms` if that is shared out as in PyTorch."""
+    heads_of = [s for s in structures if s.kind == "heads"]
+    needed = structures if any(s.removed for s in structures) else heads_of
+    if not needed:
+        return {}, {}
+    eager = measure_tables(model, needed, example_input)
+    found = eager.scaled(ms / eager.ms, ms)
+    return found.heads, found.between
 
 
-def _fitted(ms: float, tables: dict[str, Table], heads: dict[str, float]) -> tuple[dict[str, Table], dict[str, float]]:
-    """The parts, made smaller where they add up to more than the whole: alone each finds a colder cache."""
-    scale = min(1.0, ms / (_sum(tables) + sum(heads.values()) or ms))
-    smaller = {n: Table(t.rows, t.columns, [[scale * v for v in line] for line in t.ms]) for n, t in tables.items()}
-    return smaller, {name: scale * value for name, value in heads.items()}
+def _sum(tables: Mapping[str, Table], *, inside: str = "") -> float:
+    return _own({name: table.ms[-1][-1] for name, table in tables.items()}, inside=inside)
 
 
-def _sum(tables: Mapping[str, Table], *, inside: str | None = None) -> float:
-    return sum(table.ms[-1][-1] for name, table in tables.items() if inside is None or name.startswith(f"{inside}."))
+def _own(ms: Mapping[str, float], *, inside: str = "") -> float:
+    return sum(value for name, value in ms.items() if not inside or name.startswith(f"{inside}."))
 
 
 def _table(rows: list[int], columns: list[int], ms_crc: list[list[list[float]]]) -> Table:
@@ -220,11 +248,16 @@ def _points(length: int, *, is_cut: bool, multiple: int = 1) -> list[int]:
 def _calls(
     model: nn.Module, modules: Mapping[str, nn.Module], example_input: Any
 ) -> dict[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]]:
-    """What each module is called with in one forward pass."""
+    """What each module is called with in one forward pass, but for caches of keys and values: these grow with each call
+    of an attention, which would take longer and longer."""
     calls: dict[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = {name: [] for name in modules}
+
+    def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
+
     hooks = (
         module.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: calls[name].append((args, kwargs)), with_kwargs=True
+            lambda _, args, kwargs, name=name: calls[name].append((args, without_cache(kwargs))), with_kwargs=True
         )
         for name, module in modules.items()
     )

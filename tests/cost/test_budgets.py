@@ -27,7 +27,7 @@ from gsprune.cost import budgets, costs, latency_tables
 from gsprune.cost.budgets import Budget, read_budget
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import Abs, Elementwise, Fisher, Magnitude, Weighted
-from gsprune.discovery.branches import find_branches
+from gsprune.discovery.branches import find_branches, with_branches
 from gsprune.discovery.find import find_structures
 from gsprune.export.runtimes import Call, Measure
 from gsprune.forecast import predict
@@ -398,11 +398,11 @@ def _own_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def clock(
     noise: Callable[[], float] = lambda: 1.0, *, between: int = 0, always: int = 1000
 ) -> Callable[..., dict[str, float]]:
-    """A `latency_ms` where MACs take time, and every channel of a BatchNorm, which no layer's table knows of."""
+    """A `latency_ms` where MACs take time, and every channel of a norm, which no layer's table knows of."""
 
     def latency_ms(models: Mapping[str, nn.Module], example: Any, **_: Any) -> dict[str, float]:
         def ms(model: nn.Module) -> float:
-            norms = [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+            norms = [m.weight.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm)]
             return (always + count_macs(model, example) + between * sum(norms)) * noise()
 
         return {name: ms(model) for name, model in models.items()}
@@ -487,6 +487,40 @@ def test_heads_are_not_rounded_but_counted_with_their_attention(monkeypatch: pyt
     )
     counts = {s.kind: int(keep.sum()) for s, keep in zip(structures, keeps, strict=True)}
     assert counts["neurons"] in (8, 12, 16)
+
+
+def test_a_branch_saves_what_lies_between_its_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ms = clock(always=0, between=300)
+    monkeypatch.setattr(latency, "latency_ms", ms)
+    model, x = nets.ViT(), nets.images(1)
+    structures = with_branches(find_structures(model, x), model, x).structures
+    cost = costs.make_cost("latency", model, structures, x)
+    whole = [torch.ones(s.units, dtype=torch.bool) for s in structures]
+    branches = [i for i, s in enumerate(structures) if s.kind == "branches"]
+    assert len(branches) >= 2
+    for gone in (branches[:1], branches[1:2], branches[:2], branches):
+        keeps = [keep & (i not in gone) for i, keep in enumerate(whole)]
+        exact = ms({"dense": model, "cut": cut_copy(model, structures, keeps)}, x)
+        assert cost(keeps) == pytest.approx(exact["cut"] / exact["dense"], abs=1e-9)
+
+
+def test_an_attention_is_timed_without_a_cache_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: dict[str, list[int]] = {}  # tokens in the caches of a stage, after each of its calls
+
+    def latency_ms(stages: Mapping[str, nn.Module], example: Any, **_: Any) -> dict[str, float]:
+        for (name, stage), _ in itertools.product(stages.items(), range(3)):
+            with torch.inference_mode():
+                stage()
+            caches = [value for value in stage.kwargs.values() if hasattr(value, "get_seq_length")]
+            lengths.setdefault(name, []).append(sum(cache.get_seq_length() for cache in caches))
+        return dict.fromkeys(stages, 1.0)
+
+    monkeypatch.setattr(latency, "latency_ms", latency_ms)
+    model = bert("LlamaForCausalLM", num_key_value_heads=2)().eval()
+    assert model.config.use_cache
+    costs.make_cost("latency", model, find_structures(model, IDS).structures, IDS)
+    assert any(name.startswith("call") for name in lengths)
+    assert all(len({*found}) == 1 for found in lengths.values())
 
 
 def test_widths_are_rounded_to_what_is_left_and_to_min_kept(monkeypatch: pytest.MonkeyPatch) -> None:
