@@ -23,19 +23,22 @@ from gsprune.pruner.units import UnitTarget, UnitTargets
 from gsprune.ranking.blocks import dot_along
 from gsprune.ranking.elimination import Reader
 from gsprune.repair.gram import Moments, choose_rows, matrix_of, rows_dim, why_no_matrix
+from gsprune.repair.least_squares import least_squares
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import call, map_tensors
 from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
 from gsprune.structures.structure import INNER, Member, Structure
-from gsprune.structures.twin import copy_of, every_tensor
+from gsprune.structures.twin import copy_of
+from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.cut_plan import plan_cut
 from gsprune.surgery.narrow_attention import narrow
-from gsprune.surgery.proof import zero_columns_
 
 SMALL = 4  # samples in a batch whose gradient of the weights stands for a sample's
 NARROW = 1024  # columns up to which a linear layer is seen as it is
 WIDE = 8192  # columns of a reader whose second moments are taken: half a gigabyte
 EACH = 64  # samples that a branch is judged by
+FOLLOWING = 2  # branches that are refitted to make up for it
 ROWS = 50_000  # of what a layer reads, that its second moments are taken of
 Side = tuple[str, int]  # a tensor and one of its dimensions
 Progress = Callable[[int], None]  # told how many samples are done
@@ -92,30 +95,39 @@ def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def branch_changes(model: nn.Module, structures: Sequence[Structure], of_outputs: Calibration) -> dict[str, Tensor]:
-    """What the outputs z of a network change by without a branch: s = mean over samples of |z_b - z'_b|^2, (1,) each.
+    """What the outputs z of a network change by without a branch, refitted: s = mean over samples of |z_b - z'_b|^2.
 
-    Of one branch after the other, all others in place, on at most `EACH` samples: a gate's gradient says little of so
-    large a step. The unit is that of E (dl_b / da)^2 of a gate's gradients (`Calibration.of_outputs`).
+    Of one branch after the other, all others in place: a gate's gradient says little of so large a step. What the next
+    branches add to the stream is fitted to what it lacks, as the repair of the cut does with all layers, and makes up
+    for most of a branch: at most `EACH` samples are fitted to, and as many compared. The unit is that of
+    E (dl_b / da)^2 of a gate's gradients (`Calibration.of_outputs`).
+
+    Returns:
+        Structure name -> (1,). Of a single sample nothing is refitted.
     """
-    data = of_outputs if of_outputs.size <= EACH else of_outputs.split(EACH)[0]
-    twin, device, gone = copy_of(model), device_of(model), torch.ones(1, dtype=torch.bool)
-    tensors = every_tensor(twin, every_name=True)
-    total = {s.name: torch.zeros(1, device=device) for s in structures}
+    device, gone = device_of(model), torch.ones(1, dtype=torch.bool)
+    count = min(EACH, of_outputs.size // 2)
+    fitted, others = of_outputs.split(count) if count else (None, of_outputs)
+    compared = [b.to(device) for b in (others if others.size <= EACH else others.split(EACH)[0]).batches]
+    lasts = [structure.masked[0].tensor.rpartition(".")[0] for structure in structures]
 
-    def answers(batch: Batch) -> Any:
-        with same_randomness(twin):  # the same for both networks
-            return call(twin, map_tensors(Tensor.clone, batch.inputs))
+    def answers(network: nn.Module, batch: Batch) -> Any:
+        with evaluating([network]), no_fast_path(), same_randomness(network), torch.no_grad():  # the same for both
+            return call(network, map_tensors(Tensor.clone, batch.inputs))
 
-    with evaluating([twin]), no_fast_path(), torch.no_grad():
-        for batch in (batch.to(device) for batch in data.batches):
-            whole = answers(batch)
-            for structure in structures:
-                before = [(tensors[m.tensor], tensors[m.tensor].clone()) for m in structure.masked]
-                zero_columns_(tensors, [(structure, gone)])
-                total[structure.name] += data.output_change(whole, answers(batch), batch).sum()
-                for tensor, values in before:
-                    tensor.copy_(values)
-    return {name: (value / data.size).cpu() for name, value in total.items()}
+    whole, changes = [answers(model, batch) for batch in compared], dict[str, Tensor]()
+    for number, structure in enumerate(structures):
+        small, plan = copy_of(model), plan_cut([structure], [~gone])
+        apply_cut(small, plan)
+        if fitted is not None:
+            inputs = [(batch.inputs, None) for batch in fitted.batches]
+            following = lasts[number + 1 : number + 1 + FOLLOWING]
+            if not following or not least_squares(small, model, inputs, plan, layers=following).repaired:
+                least_squares(small, model, inputs, plan)
+        pairs = zip(whole, compared, strict=True)
+        felt = torch.cat([of_outputs.output_change(dense, answers(small, batch), batch) for dense, batch in pairs])
+        changes[structure.name] = felt.mean().reshape(1).cpu()
+    return changes
 
 
 def unit_scores(
