@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import nets
@@ -20,6 +20,7 @@ from gsprune.cutting.calibration import Calibration
 from gsprune.cutting.scoring import branch_changes, gate_gradients, readers, unit_scores
 from gsprune.discovery.branches import find_branches
 from gsprune.discovery.find import find_structures
+from gsprune.repair.least_squares import least_squares
 
 
 class Encoder(nn.Module):
@@ -314,19 +315,45 @@ def test_outputs_without_a_number_a_sample_leave_it_to_the_loss(answer: Callable
     assert Calibration([torch.randn(3, 6)]).of_outputs(Several(answer)) is None
 
 
-def test_a_branch_is_scored_by_what_the_outputs_change_without_it() -> None:
+def without_branch(model: nn.Module, layer: str, x: Tensor, following: Sequence[str] = ()) -> nn.Module:
+    """With that layer at zero, and what following ones add refitted to what the stream then lacks."""
+    network = copy.deepcopy(model)
+    for parameter in network.get_submodule(layer).parameters():
+        nn.init.zeros_(parameter)
+    if following:
+        least_squares(network, model, [x], layers=following)
+    return network
+
+
+def test_a_branch_of_one_sample_is_scored_by_what_the_outputs_change_without_it() -> None:
     torch.manual_seed(0)
-    model, x = nets.ViT().eval(), nets.images(7)
+    model, x = nets.ViT().eval(), nets.images(1)
     before = copy.deepcopy(model.state_dict())
-    data = Calibration([x[:4], x[4:]]).of_outputs(model)
+    data = Calibration([x]).of_outputs(model)
     assert data is not None
     scores = branch_changes(model, find_branches(model, x).structures, data)
     for name, layer in (("blocks.0.attn", "blocks.0.attn.proj"), ("blocks.1.fc2", "blocks.1.fc2")):
-        without = copy.deepcopy(model)
-        for parameter in without.get_submodule(layer).parameters():
-            nn.init.zeros_(parameter)
+        without = without_branch(model, layer, x)
         torch.testing.assert_close(scores[name], (model(x) - without(x)).square().sum(1).mean().reshape(1))
     assert len({float(score) for score in scores.values()}) == len(scores) == 4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_branch_is_scored_after_a_refit_on_samples_that_it_did_not_see() -> None:
+    torch.manual_seed(0)
+    model, x = nets.ViT().eval(), nets.images(60)
+    before = copy.deepcopy(model.state_dict())
+    data = Calibration([x[:40], x[40:]]).of_outputs(model)
+    assert data is not None
+    scores = branch_changes(model, find_branches(model, x).structures, data)
+    lasts = ["blocks.0.attn.proj", "blocks.0.fc2", "blocks.1.attn.proj", "blocks.1.fc2"]
+    for number, (name, layer) in enumerate(zip(scores, lasts, strict=True)):
+        others = {n for n, m in model.named_modules() if not any(True for _ in m.children())} - {layer}
+        following = lasts[number + 1 : number + 3] or sorted(others)
+        raw, refitted = without_branch(model, layer, x), without_branch(model, layer, x[:30], following)
+        change, left = ((model(x[30:]) - network(x[30:])).square().sum(1).mean() for network in (raw, refitted))
+        torch.testing.assert_close(scores[name], left.reshape(1), rtol=1e-3, atol=0.0)
+        assert left < change
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
