@@ -19,6 +19,7 @@ from gsprune.cost.latency_tables import MULTIPLE, WIDE
 from gsprune.export.runtimes import EAGER, RUNTIMES, Measure, RuntimeName
 from gsprune.ranking.selection import PRUNED, least_kept, select
 from gsprune.structures.structure import Structure
+from gsprune.surgery.no_branch import inside
 
 CostKind = Literal["macs", "params", "latency"]
 KINDS = {"macs": "MACs", "params": "parameters", "latency": "milliseconds"}
@@ -231,9 +232,10 @@ class Budget:
         return [max(price, least) or 1.0 for price in prices]
 
     def _by_cost(self, scores: Sequence[Tensor], wanted: float) -> list[Tensor]:
-        """Scores divided by prices; those of branches by what they still cost once the units inside have gone.
+        """Scores divided by prices; those of branches by what they cost with the units inside, or once these have gone.
 
-        The price of a whole branch would promise a saving that the units inside it, which go too, have made already.
+        The price of a whole branch promises a saving that the units inside it, where they go too, have made already;
+        where branches go instead of them, it is right. Of both rankings it is the one that loses less score.
         """
         shares = [score / price for score, price in zip(scores, self._prices, strict=True)]
         branches = [i for i, structure in enumerate(self.structures) if structure.kind == "branches"]
@@ -242,12 +244,25 @@ class Budget:
         kept = [*shares]
         for i in branches:
             kept[i] = torch.where(scores[i] == PRUNED, scores[i], math.inf)
-        keeps = self._ranked(kept, wanted)
-        cost, least = self._cost(keeps), 1e-3 * min(self._prices)
-        for i in branches:
-            saved = cost - self._cost([*keeps[:i], torch.zeros_like(keeps[i]), *keeps[i + 1 :]])
-            shares[i] = scores[i] / max(saved, least)
-        return shares
+        least, rankings = 1e-3 * min(self._prices), []
+        for keeps in (self._ranked(kept, wanted), [score != PRUNED for score in scores]):
+            cost, ranking = self._cost(keeps), [*shares]
+            for i in branches:
+                saved = cost - self._cost([*keeps[:i], torch.zeros_like(keeps[i]), *keeps[i + 1 :]])
+                ranking[i] = scores[i] / max(saved, least)
+            rankings.append(ranking)
+        return min(rankings, key=lambda ranking: self._lost(scores, self._ranked(ranking, wanted)))
+
+    def _lost(self, scores: Sequence[Tensor], keeps: Keeps) -> float:
+        """The scores of the units that go, but for those that go with a branch, whose own score counts."""
+        removed: dict[str, int] = {}
+        for structure, keep in zip(self.structures, keeps, strict=True):
+            removed |= structure.removed if not keep.any() else {}
+        return sum(
+            float(score[~keep & (score != PRUNED)].double().sum())
+            for structure, score, keep in zip(self.structures, scores, keeps, strict=True)
+            if structure.removed or not all(inside(member.tensor, removed) for member in structure.members)
+        )
 
     def even(self, wanted: float | None = None) -> list[Tensor]:
         """The first units of each structure, about the same share of all: what stays if nobody knows the scores."""
