@@ -140,9 +140,9 @@ def measure_tables(
     of the whole that they take in PyTorch; under `torch.compile` layers do, too: alone they are not compiled.
     """
     if measure.runtime == "compile":
-        eager, whole = measure_tables(model, structures, example_input), {"": measure.prepared(model, example_input)}
-        ms = broadcast(latency.latency_ms(whole, (), repeats=20, warmup=3, max_seconds=6.0))[""]
-        return eager.scaled(ms / eager.ms, ms)
+        eager, compiled = measure_tables(model, structures, example_input), measure.prepared(model, example_input)
+        whole = broadcast(latency.latency_ms({"": compiled}, (), repeats=20, warmup=3, max_seconds=6.0))[""]
+        return eager.scaled(whole / eager.ms, whole)
     cut = {(member.tensor, member.dim) for s in structures for member in (*s.producers, *s.consumers)}
     layers = {
         name: layer
@@ -185,10 +185,10 @@ def measure_tables(
     if measure.is_foreign:
         heads, between = _as_in_eager(model, structures, example_input, ms[""])
     else:
-        whole = {name: sum(ms[f"call {i} of {name}"] for i in range(len(calls[name]))) for name in around}
-        heads = {name: max(0.0, whole[name] - _sum(tables, inside=name)) for name in attentions}
+        all_of = {name: sum(ms[f"call {i} of {name}"] for i in range(len(calls[name]))) for name in around}
+        heads = {name: max(0.0, all_of[name] - _sum(tables, inside=name)) for name in attentions}
         others = {name: _sum(tables, inside=name) + _own(heads, inside=name) for name in branches}
-        between = {name: max(0.0, whole[name] - others[name]) for name in branches}
+        between = {name: max(0.0, all_of[name] - others[name]) for name in branches}
     # The parts, made smaller where they add up to more than the whole: alone each finds a colder cache.
     parts = _sum(tables) + sum(heads.values()) + sum(between.values())
     return Measured(ms[""], tables, heads, between).scaled(min(1.0, ms[""] / (parts or ms[""])), ms[""])

@@ -23,7 +23,7 @@ class OBS(Criterion):
     outputs of sample b (`Calibration.of_outputs`; of the loss, where a network has no outputs of samples): the fraction
     turns an error of the readers' outputs into one of the network's. For `gsprune.cut`, whose repair does the refit. A
     unit of a residual stream, which norms read first, has s_u = mean_b g_bu^2; a whole branch has what the outputs z
-    change by without it, mean_b |z_b - z'_b|^2.
+    change by without it, mean_b |z_b - z'_b|^2, once the next branches are refitted (`branch_changes`).
 
     Args:
         damping: added to the diagonal of E[x x^T], as a share of its mean.

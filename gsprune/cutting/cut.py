@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -426,6 +427,9 @@ def evaluated(found: Cut, base: Any, value: Any, confidence: float) -> Cut:
     return replace(found, how_much=compared(values_of(base), values_of(value), share, confidence, of=KINDS[of]))
 
 
+Chosen = tuple[list[Structure], list[Tensor], dict[str, Tensor], str]  # as `Cutter._chosen` gives it
+
+
 class Cutter:
     """A network scored once, to be cut at one or several budgets.
 
@@ -514,10 +518,19 @@ class Cutter:
     def cut(self, rules: Sequence[Rule], *, repair: FamilyRepair | None = "least_squares") -> Cut:
         """The network that these rules leave; "shared" repairs by moments that all cuts have in common.
 
+        Where branches go under a budget, it is also met with all of them in place if that can be, and the network with
+        the smaller loss on the calibration data is taken: what several branches do together no score of each says.
+
         Raises:
             ValueError: as of `gsprune.cut`.
         """
-        structures, keeps, scores, timed = self._chosen(rules)
+        chosen = self._chosen(rules)
+        wide = self._with_all_branches(rules, chosen)
+        cuts = [self._cut(rules, choice, repair) for choice in (chosen, wide) if choice is not None]
+        return min(cuts, key=lambda cut: math.inf if cut.small.loss is None else cut.small.loss)
+
+    def _cut(self, rules: Sequence[Rule], chosen: Chosen, repair: FamilyRepair | None) -> Cut:
+        structures, keeps, scores, timed = chosen
         self.report("cutting", 0.0)
         check_shrink(self.model, structures, keeps, example_input=self.example)
         plan = plan_cut(structures, keeps)
@@ -551,7 +564,27 @@ class Cutter:
         structures, keeps, *_ = self._chosen(rules)
         return structures, keeps
 
-    def _chosen(self, rules: Sequence[Rule]) -> tuple[list[Structure], list[Tensor], dict[str, Tensor], str]:
+    def _with_all_branches(self, rules: Sequence[Rule], chosen: Chosen) -> Chosen | None:
+        """The same budgets met without taking a branch; None where none is taken, or that cannot be."""
+        structures, keeps, scores, _ = chosen
+        deep = [i for i, rule in enumerate(rules) if rule.goal is not None and "branches" in (rule.kinds or ())]
+        if not deep or not any(s.kind == "branches" and not k.any() for s, k in zip(structures, keeps, strict=True)):
+            return None
+        others = [*rules]
+        for i in deep:
+            others[i] = replace(rules[i], kinds=tuple(kind for kind in rules[i].kinds or () if kind != "branches"))
+            if not others[i].kinds:
+                return None
+        try:
+            found, kept, _, timed = self._chosen(others)
+        except ValueError:  # more than the budget stays
+            return None
+        keep_of = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
+        keep_of |= {s.name: keep for s, keep in zip(found, kept, strict=True)}
+        wide = [keep_of[s.name] for s in structures]
+        return None if all(map(torch.equal, wide, keeps)) else (structures, wide, scores, timed)
+
+    def _chosen(self, rules: Sequence[Rule]) -> Chosen:
         """With what units were ranked by, too, and what a clock has said of a latency budget."""
         structures: list[Structure] = []
         keeps: list[Tensor] = []

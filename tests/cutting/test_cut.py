@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from gsprune import Rule, latency, load_pruned, plan
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import OBS, Abs, Elementwise, Fisher, Magnitude, Random, Weighted
+from gsprune.cutting import cut as cutting
 from gsprune.cutting.audit import audit
-from gsprune.cutting.cut import cut
+from gsprune.cutting.calibration import Calibration
+from gsprune.cutting.cut import Cut, cut
 from gsprune.cutting.family import cut_family
+from gsprune.structures.structure import Structure
 from gsprune.surgery.shrink import mask_units
 
 
@@ -69,6 +72,43 @@ def test_a_budget_is_met_and_the_dense_network_stays(mlp, kind: str) -> None:
     assert found.small.loss == pytest.approx(float(F.cross_entropy(found.model(x), y)), rel=1e-4)
     assert found.samples == 96
     assert not any(p is q for p in model.parameters() for q in found.model.parameters())
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 40), nn.Linear(40, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_branches_go_under_a_budget_where_the_loss_is_smaller_then(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores say that the first branch is worth nothing, which is so in one of the two networks."""
+    model, x, y = taught(nn.Sequential(nn.Linear(8, 8), Block(), Block(), nn.Linear(8, 3)), (8,), 3)
+    if free:
+        nn.init.normal_(model[1].down.weight, std=1e-6)
+        nn.init.zeros_(model[1].down.bias)
+
+    def of_branches(model: nn.Module, structures: list[Structure], data: Calibration) -> dict[str, Tensor]:
+        return {s.name: torch.tensor([10.0 ** (9 * number - 9)]) for number, s in enumerate(structures)}
+
+    monkeypatch.setattr(cutting, "branch_changes", of_branches)
+
+    def found(*kinds: str) -> Cut:
+        rule = Rule(OBS(), structured=True, kinds=kinds, budget={"macs": 0.47}, min_share=0.4)
+        return cut(model, [(x, y)], F.cross_entropy, rules=[rule], repair=None, progress=False)
+
+    both, wide = found("neurons", "branches"), found("neurons")
+    monkeypatch.setattr(cutting.Cutter, "_with_all_branches", lambda self, rules, chosen: None)
+    deep = found("neurons", "branches")
+    assert any(not deep.keeps[s.name].any() for s in deep.structures if s.kind == "branches")
+    assert both.small.loss == min(wide.small.loss, deep.small.loss)
+    kept = all(both.keeps[s.name].all() for s in both.structures if s.kind == "branches")
+    assert kept == (wide.small.loss < deep.small.loss)
+    assert kept != free
+    assert {s.name for s in both.structures} == {s.name for s in deep.structures}
 
 
 def test_a_budget_says_how_it_is_measured_and_met(mlp, monkeypatch: pytest.MonkeyPatch) -> None:
