@@ -527,7 +527,7 @@ class Cutter:
         chosen = self._chosen(rules)
         wide = self._with_all_branches(rules, chosen)
         cuts = [self._cut(rules, choice, repair) for choice in (chosen, wide) if choice is not None]
-        return min(cuts, key=lambda cut: math.inf if cut.small.loss is None else cut.small.loss)
+        return min(cuts, key=_finite_loss)
 
     def _cut(self, rules: Sequence[Rule], chosen: Chosen, repair: FamilyRepair | None) -> Cut:
         structures, keeps, scores, timed = chosen
@@ -783,6 +783,12 @@ def shown(progress: bool | Report) -> Iterator[Report]:
         yield line
     finally:
         line.close()
+
+
+def _finite_loss(cut: Cut) -> float:
+    """To compare by: without one, or where it is no number, nothing is smaller than the other."""
+    loss = cut.small.loss
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def _needs_loss(criterion: Criterion) -> bool:

@@ -119,9 +119,11 @@ def branch_changes(model: nn.Module, structures: Sequence[Structure], of_outputs
     for number, structure in enumerate(structures):
         small, plan = copy_of(model), plan_cut([structure], [~gone])
         apply_cut(small, plan)
+        _call_projections(small)
         if fitted is not None:
             inputs = [(batch.inputs, None) for batch in fitted.batches]
-            following = lasts[number + 1 : number + 1 + FOLLOWING]
+            here = dict(small.named_modules())
+            following = [name for name in lasts[number + 1 :] if name in here][:FOLLOWING]
             if not following or not least_squares(small, model, inputs, plan, layers=following).repaired:
                 least_squares(small, model, inputs, plan)
         pairs = zip(whole, compared, strict=True)
@@ -191,9 +193,14 @@ def sharing_copy(model: nn.Module, *, requires_grad: bool) -> nn.Module:
                 wanted = requires_grad and old.is_floating_point()
                 own = fresh.setdefault(id(old), nn.Parameter(old.detach(), requires_grad=wanted))
                 module._parameters[name] = own
+    _call_projections(twin)
+    return twin
+
+
+def _call_projections(network: nn.Module) -> None:
+    for module in network.modules():
         if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
             narrow(module)
-    return twin
 
 
 def readers(

@@ -114,12 +114,16 @@ def least_squares(
     left = _left(small, dense, plan, meant, known, norms, seen)
     if not any(is_held_back):
         left |= dict.fromkeys(meant, "there is one sample only, and none can be held back to judge by")
+    paths = {name for name, _ in small.named_modules()}
     order = [*seen.order, *(name for name in meant if name not in seen.order)]  # an attention does not call its parts
     while True:
         repair = _Repair(small, plan, damping, (norms, known), seen.streams if streams else {})
         why_left = dict(left)
         wanted = [name for name in order if name in meant and name not in left]
-        watched = {name: seen.streams[name].place for name in wanted if streams and name in seen.streams}
+        places = {name: seen.streams[name].place for name in wanted if streams and name in seen.streams}
+        watched = {
+            name: place for name, place in places.items() if place.module in paths
+        }  # not inside a branch that went
 
         def visit(visited: Visit, repair: _Repair = repair, count: int = len(wanted)) -> None:
             repair(visited)
@@ -189,6 +193,8 @@ def _left(
     for name in meant:
         module = modules[name]
         reason = why_no_norm(module, norms or "affine") if name in known else _why_not(module)
+        if type(modules.get(name.rpartition(".")[0])) is nn.MultiheadAttention:  # it reads the weight past the module
+            reason = reason or "its attention does not call it"
         if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
             reason = reason or "it shares its weight with another module"
         if seen.calls[name] > 1:

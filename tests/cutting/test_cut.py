@@ -111,6 +111,20 @@ def test_branches_go_under_a_budget_where_the_loss_is_smaller_then(free: bool, m
     assert {s.name for s in both.structures} == {s.name for s in deep.structures}
 
 
+def test_a_network_whose_branches_lie_side_by_side_is_repaired_without_one_of_them() -> None:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64
+    )
+    model, ids = transformers.GPTNeoXForCausalLM(config).eval(), torch.randint(50, (16, 12))
+    found = cut(model, [{"input_ids": ids, "labels": ids}], macs=0.5, kinds=["neurons", "branches"], progress=False)
+    gone = [s.name for s in found.structures if s.kind == "branches" and not found.keeps[s.name].any()]
+    assert gone
+    assert found.repaired is not None
+    assert found.repaired.repaired
+
+
 def test_a_budget_says_how_it_is_measured_and_met(mlp, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = mlp
     found = cut(model, [(x, y)], F.cross_entropy, budget={"macs": 0.5, "round_to": 4}, progress=False)

@@ -400,3 +400,17 @@ def test_padding_is_not_fitted() -> None:
     least_squares(other, dense, [{"x": x + 100 * (1 - mask[:, :, None]), "attention_mask": mask}])
     assert not torch.equal(small.b.weight, dense.b.weight)
     torch.testing.assert_close(small.b.weight, other.b.weight, rtol=0, atol=1e-12)
+
+
+def test_an_attention_that_stays_whole_does_not_end_the_repair_of_the_others() -> None:
+    """PyTorch's own reads the weight of its last layer past the module; one that lost heads calls that."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True), 3).eval()
+    x = torch.randn(64, 5, 16)
+    structures = [s for s in find_structures(model, x[:2]).structures if s.kind == "heads"]
+    small = copy.deepcopy(model)
+    plan = shrink(small, structures[1:2], [torch.tensor([True, False, True, False])], example_input=x[:2])
+    report = least_squares(small, model, [x], plan)
+    names = [layer.name for layer in report.repaired]
+    assert "layers.1.self_attn.out_proj" in names
+    assert {layer.name for layer in report.layers if "differ" in (layer.reason or "")} == set()
