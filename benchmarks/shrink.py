@@ -82,7 +82,7 @@ ZOO: dict[str, Callable[[], Built]] = {
     "bert": text("Bert", LABELS),
     "mobilenet_v2": picture("mobilenet_v2"),
     "efficientnet_b0": picture("efficientnet_b0"),
-    "vit": picture("vit_b_16", image_size=224, num_layers=6),
+    "vit": picture("vit_b_16", image_size=224),
     "small_bert": text("Bert", LABELS, hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
 }
 
