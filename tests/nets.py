@@ -109,6 +109,17 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
+class Feedforward(nn.Module):
+    """A residual block of two layers behind a norm."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(self.norm(x))))
+
+
 class ViT(nn.Module):
     def __init__(self, *, fused: bool = True) -> None:
         super().__init__()

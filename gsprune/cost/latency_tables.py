@@ -108,7 +108,7 @@ def known_tables(model: nn.Module, structures: Sequence[Structure], example_inpu
     _KNOWN[key] = found
     while len(_KNOWN) > KNOWN:
         del _KNOWN[next(iter(_KNOWN))]
-    return found.scaled(1.0, found.ms)
+    return found
 
 
 def block_of(measure: Measure) -> int:
@@ -252,13 +252,15 @@ def _calls(
     of an attention, which would take longer and longer."""
     calls: dict[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]] = {name: [] for name in modules}
 
-    def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
+    def without_cache(value: Any) -> Any:
+        return None if hasattr(value, "get_seq_length") else value
+
+    def note(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        kept = {key: without_cache(value) for key, value in kwargs.items()}
+        calls[name].append((tuple(map(without_cache, args)), kept))
 
     hooks = (
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: calls[name].append((args, without_cache(kwargs))), with_kwargs=True
-        )
+        module.register_forward_pre_hook(lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True)
         for name, module in modules.items()
     )
     with hooked(hooks), torch.inference_mode():

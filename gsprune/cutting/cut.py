@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -427,7 +427,20 @@ def evaluated(found: Cut, base: Any, value: Any, confidence: float) -> Cut:
     return replace(found, how_much=compared(values_of(base), values_of(value), share, confidence, of=KINDS[of]))
 
 
-Chosen = tuple[list[Structure], list[Tensor], dict[str, Tensor], str]  # as `Cutter._chosen` gives it
+class Chosen(NamedTuple):
+    """What rules cut.
+
+    keeps    bool (units,) of each structure, True = kept
+    scores   what the units of each structure were ranked by
+    timed    what a clock has said of a latency budget
+    missed   whether a budget is missed by more than 2 %
+    """
+
+    structures: list[Structure]
+    keeps: list[Tensor]
+    scores: dict[str, Tensor]
+    timed: str
+    missed: bool
 
 
 class Cutter:
@@ -518,19 +531,21 @@ class Cutter:
     def cut(self, rules: Sequence[Rule], *, repair: FamilyRepair | None = "least_squares") -> Cut:
         """The network that these rules leave; "shared" repairs by moments that all cuts have in common.
 
-        Where branches go under a budget, it is also met with all of them in place if that can be, and the network with
-        the smaller loss on the calibration data is taken: what several branches do together no score of each says.
+        Where branches go under a budget that can be met with all of them in place, too, both networks are made, and
+        the one with the smaller loss on the calibration data is taken: what several branches do together no score of
+        each says.
 
         Raises:
             ValueError: as of `gsprune.cut`.
         """
         chosen = self._chosen(rules)
         wide = self._with_all_branches(rules, chosen)
-        cuts = [self._cut(rules, choice, repair) for choice in (chosen, wide) if choice is not None]
-        return min(cuts, key=_finite_loss)
+        choices = [chosen] if wide is None else [chosen, wide]
+        met = [choice for choice in choices if not choice.missed]
+        return min((self._cut(rules, choice, repair) for choice in met or choices), key=_finite_loss)
 
     def _cut(self, rules: Sequence[Rule], chosen: Chosen, repair: FamilyRepair | None) -> Cut:
-        structures, keeps, scores, timed = chosen
+        structures, keeps, scores, timed, _ = chosen
         self.report("cutting", 0.0)
         check_shrink(self.model, structures, keeps, example_input=self.example)
         plan = plan_cut(structures, keeps)
@@ -561,12 +576,12 @@ class Cutter:
 
     def chosen(self, rules: Sequence[Rule]) -> tuple[list[Structure], list[Tensor]]:
         """What rules cut, and what they keep of each: bool (units,)."""
-        structures, keeps, *_ = self._chosen(rules)
-        return structures, keeps
+        found = self._chosen(rules)
+        return found.structures, found.keeps
 
     def _with_all_branches(self, rules: Sequence[Rule], chosen: Chosen) -> Chosen | None:
-        """The same budgets met without taking a branch; None where none is taken, or that cannot be."""
-        structures, keeps, scores, _ = chosen
+        """The same budgets met without taking a branch; None where none is taken, or where that cannot be."""
+        structures, keeps = chosen.structures, chosen.keeps
         deep = [i for i, rule in enumerate(rules) if rule.goal is not None and "branches" in (rule.kinds or ())]
         if not deep or not any(s.kind == "branches" and not k.any() for s, k in zip(structures, keeps, strict=True)):
             return None
@@ -576,20 +591,23 @@ class Cutter:
             if not others[i].kinds:
                 return None
         try:
-            found, kept, _, timed = self._chosen(others)
+            found = self._chosen(others)
         except ValueError:  # more than the budget stays
             return None
         keep_of = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
-        keep_of |= {s.name: keep for s, keep in zip(found, kept, strict=True)}
+        keep_of |= {s.name: keep for s, keep in zip(found.structures, found.keeps, strict=True)}
         wide = [keep_of[s.name] for s in structures]
-        return None if all(map(torch.equal, wide, keeps)) else (structures, wide, scores, timed)
+        return (
+            None
+            if all(map(torch.equal, wide, keeps))
+            else chosen._replace(keeps=wide, timed=found.timed, missed=found.missed)
+        )
 
     def _chosen(self, rules: Sequence[Rule]) -> Chosen:
-        """With what units were ranked by, too, and what a clock has said of a latency budget."""
         structures: list[Structure] = []
         keeps: list[Tensor] = []
         scores: dict[str, Tensor] = {}
-        timed = ""
+        timed, missed = "", False
         for number, rule in enumerate(rules):
             part = self._part(rule)
             part.take_scores(self.scores[number])
@@ -598,9 +616,10 @@ class Cutter:
                 structures.append(target.structure)
                 scores[target.name] = target.ranked.cpu()
                 keeps.append(self._exchanged(rule.criterion, target.name, keep.reshape(-1).cpu()))
+            missed |= part.budget is not None and part.budget.missed([mask.cpu() for mask in masks]) is not None
             if part.budget is not None and part.budget.reached is not None:
                 timed = f"{percent(part.budget.reached)} of the dense network's milliseconds{part.budget.measure}"
-        return structures, keeps, scores, timed
+        return Chosen(structures, keeps, scores, timed, missed)
 
     def structures(self, rule: Rule) -> list[Structure]:
         """What a rule can cut, in the model's order."""

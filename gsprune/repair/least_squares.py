@@ -121,9 +121,8 @@ def least_squares(
         why_left = dict(left)
         wanted = [name for name in order if name in meant and name not in left]
         places = {name: seen.streams[name].place for name in wanted if streams and name in seen.streams}
-        watched = {
-            name: place for name, place in places.items() if place.module in paths
-        }  # not inside a branch that went
+        # A place inside of a branch that went is not watched.
+        watched = {name: place for name, place in places.items() if place.module in paths}
 
         def visit(visited: Visit, repair: _Repair = repair, count: int = len(wanted)) -> None:
             repair(visited)

@@ -215,22 +215,16 @@ def test_a_unit_is_ranked_by_its_score_for_its_price() -> None:
     assert [int(k.sum()) for k in budget.cut([ratio * scores[0], scores[1]], share, by_cost=True)] == [5, 3]
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 64), nn.Linear(64, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.relu(self.up(self.norm(x))))
-
-
 @pytest.mark.parametrize(("score", "stays"), [(5.0, 0), (20.0, 1)])
 def test_a_branch_is_priced_by_what_it_costs_once_its_own_units_have_gone(score: float, stays: int) -> None:
     """7 of 8 neurons of the first block are worth nothing: without it an eighth of its MACs is saved, not all.
 
     20 for the whole branch are 41 by its full price, less than any neuron of the second block (132 and more).
     """
-    net, x = nn.Sequential(nn.Linear(4, 16), Block(), Block(), nn.Linear(16, 4)), torch.randn(2, 4)
+    net, x = (
+        nn.Sequential(nn.Linear(4, 16), nets.Feedforward(16, 64), nets.Feedforward(16, 64), nn.Linear(16, 4)),
+        torch.randn(2, 4),
+    )
     neurons = [s for s in find_structures(net, x).structures if s.kind == "neurons"]
     budget = Budget("macs", 0.3, net, [*neurons, *find_branches(net, x).structures], x)
     first, second = torch.cat([torch.zeros(56), torch.full((8,), 10.0)]), torch.arange(64) / 64 + 1
@@ -241,7 +235,16 @@ def test_a_branch_is_priced_by_what_it_costs_once_its_own_units_have_gone(score:
 @pytest.mark.parametrize(("score", "stay"), [(30.0, 1), (200.0, 3)])
 def test_branches_go_instead_of_nearly_all_of_the_units_where_that_loses_less(score: float, stay: int) -> None:
     """Once most of its neurons have gone a branch saves little; with them it saves a third, for 30 of scores of 68."""
-    net, x = nn.Sequential(nn.Linear(4, 16), Block(), Block(), Block(), nn.Linear(16, 4)), torch.randn(2, 4)
+    net, x = (
+        nn.Sequential(
+            nn.Linear(4, 16),
+            nets.Feedforward(16, 64),
+            nets.Feedforward(16, 64),
+            nets.Feedforward(16, 64),
+            nn.Linear(16, 4),
+        ),
+        torch.randn(2, 4),
+    )
     neurons = [s for s in find_structures(net, x).structures if s.kind == "neurons"]
     budget = Budget("macs", 0.15, net, [*neurons, *find_branches(net, x).structures], x)
     scores = [torch.arange(64) / 1e3 + 1, torch.arange(64) / 1e3 + 1.1, torch.arange(64) / 1e3 + 1.2]

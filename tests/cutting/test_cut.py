@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import nets
 import pytest
@@ -13,6 +14,7 @@ from facts import refused
 from torch import Tensor, nn
 
 from gsprune import Rule, latency, load_pruned, plan
+from gsprune.cost.budgets import Budget
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import OBS, Abs, Elementwise, Fisher, Magnitude, Random, Weighted
 from gsprune.cutting import cut as cutting
@@ -74,25 +76,20 @@ def test_a_budget_is_met_and_the_dense_network_stays(mlp, kind: str) -> None:
     assert not any(p is q for p in model.parameters() for q in found.model.parameters())
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 40), nn.Linear(40, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.relu(self.up(self.norm(x))))
+def of_branches(model: nn.Module, structures: Sequence[Structure], data: Calibration) -> dict[str, Tensor]:
+    """Scores that say that the first branch is worth nothing."""
+    return {s.name: torch.tensor([10.0 ** (9 * number - 9)]) for number, s in enumerate(structures)}
 
 
 @pytest.mark.parametrize("free", [True, False])
 def test_branches_go_under_a_budget_where_the_loss_is_smaller_then(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores say that the first branch is worth nothing, which is so in one of the two networks."""
-    model, x, y = taught(nn.Sequential(nn.Linear(8, 8), Block(), Block(), nn.Linear(8, 3)), (8,), 3)
+    model, x, y = taught(
+        nn.Sequential(nn.Linear(8, 8), nets.Feedforward(8, 40), nets.Feedforward(8, 40), nn.Linear(8, 3)), (8,), 3
+    )
     if free:
         nn.init.normal_(model[1].down.weight, std=1e-6)
         nn.init.zeros_(model[1].down.bias)
-
-    def of_branches(model: nn.Module, structures: list[Structure], data: Calibration) -> dict[str, Tensor]:
-        return {s.name: torch.tensor([10.0 ** (9 * number - 9)]) for number, s in enumerate(structures)}
 
     monkeypatch.setattr(cutting, "branch_changes", of_branches)
 
@@ -109,6 +106,24 @@ def test_branches_go_under_a_budget_where_the_loss_is_smaller_then(free: bool, m
     assert kept == (wide.small.loss < deep.small.loss)
     assert kept != free
     assert {s.name for s in both.structures} == {s.name for s in deep.structures}
+
+
+def test_what_misses_the_budget_is_not_taken_for_its_smaller_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = taught(
+        nn.Sequential(nn.Linear(8, 8), nets.Feedforward(8, 40), nets.Feedforward(8, 40), nn.Linear(8, 3)), (8,), 3
+    )
+
+    def missed(self: Budget, keeps: object) -> str | None:
+        return None if any(s.kind == "branches" for s in self.structures) else "so much stays"
+
+    monkeypatch.setattr(cutting, "branch_changes", of_branches)
+    rule = Rule(OBS(), structured=True, kinds=("neurons", "branches"), budget={"macs": 0.47}, min_share=0.4)
+    kept = {}
+    for label, patched in (("met", lambda self, keeps: None), ("missed", missed)):
+        monkeypatch.setattr(Budget, "missed", patched)
+        found = cut(model, [(x, y)], F.cross_entropy, rules=[rule], repair=None, progress=False)
+        kept[label] = all(found.keeps[s.name].all() for s in found.structures if s.kind == "branches")
+    assert kept == {"met": True, "missed": False}
 
 
 def test_a_network_whose_branches_lie_side_by_side_is_repaired_without_one_of_them() -> None:
