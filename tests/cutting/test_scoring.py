@@ -357,6 +357,49 @@ def test_a_branch_is_scored_after_a_refit_on_samples_that_it_did_not_see() -> No
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_the_projections_of_pytorchs_attentions_are_refitted_for_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True, norm_first=True), 2
+    ).eval()
+    data = Calibration([torch.randn(40, 5, 8)]).of_outputs(model)
+    assert data is not None
+    refitted: list[str] = []
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        report = least_squares(*args, **kwargs)
+        refitted.extend(layer.name for layer in report.repaired)
+        return report
+
+    monkeypatch.setattr(scoring, "least_squares", noting)
+    branch_changes(model, find_branches(model, torch.randn(2, 5, 8)).structures, data)
+    assert "layers.1.self_attn.out_proj" in refitted
+    assert all(type(layer.self_attn) is nn.MultiheadAttention for layer in model.layers)
+
+
+class Outer(nn.Module):
+    """A branch with a branch inside, whose layers come behind it in the order of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.inner = nn.Linear(6, 6), nets.Feedforward(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.inner(x))
+
+
+def test_a_branch_that_goes_with_another_is_not_refitted_for_it() -> None:
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(4, 6), Outer(), nets.Feedforward(6, 8), nn.Linear(6, 3)).eval(),
+        torch.randn(40, 4),
+    )
+    data, structures = Calibration([x]).of_outputs(model), find_branches(model, x[:2]).structures
+    assert data is not None
+    assert any("1.inner" in path for s in structures if s.masked[0].tensor.startswith("1.down") for path in s.removed)
+    assert branch_changes(model, structures, data).keys() == {s.name for s in structures}
+
+
 def test_a_gradient_that_is_not_finite_is_an_error() -> None:
     model, x = nets.mlp(), torch.full((2, 6), float("inf"))
     structures = find_structures(model, torch.zeros(1, 6)).structures
