@@ -5,7 +5,9 @@ What is compared is in `readings`.
 
 from __future__ import annotations
 
+import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -177,12 +179,21 @@ def rounds_on(example_input: Example) -> list[Round]:
 
 # ---- which structures
 
+ENOUGH = 3  # structures that are alike and fail in the same words, before the others like them are tested as one
 
-def sift(structures: Sequence[Structure], test: Test) -> tuple[list[Structure], dict[str, str]]:
+
+def sift(
+    structures: Sequence[Structure], test: Test, likeness: Mapping[str, object] | None = None
+) -> tuple[list[Structure], dict[str, str]]:
     """The structures that pass the test all together, and what is wrong with each of the others.
 
     One test where nothing is wrong. Suspects are put aside until the rest passes, then taken back one by one;
-    where there are none, halves find the broken ones: some log2(n) tests for each.
+    where there are none, halves find the broken ones: some log2(n) tests for each. Where `ENOUGH` that are alike have
+    failed in the same words, the others like them are tested as one: a network of many blocks that all fail in the same
+    way takes as many tests as one of a few.
+
+    Args:
+        likeness: name of a structure -> what is equal for those that are alike; none is like another without.
 
     >>> from types import SimpleNamespace
     >>> of = [SimpleNamespace(name=n) for n in "abcde"]
@@ -194,6 +205,8 @@ def sift(structures: Sequence[Structure], test: Test) -> tuple[list[Structure], 
     """
     kept, aside = list(structures), []
     broken: dict[str, str] = {}
+    kinds = likeness or {s.name: s.name for s in structures}
+    failed = Counter[tuple[object, str]]()
     while kept and (problem := test(kept)) is not None:
         suspects = list(problem.suspects or kept)
         if problem.is_certain or len(kept) == 1:
@@ -201,26 +214,39 @@ def sift(structures: Sequence[Structure], test: Test) -> tuple[list[Structure], 
         else:
             aside.append(suspects)
         kept = [s for s in kept if s not in suspects]
-    kept, found = _taken_back(kept, aside, test)
+        words = _words(problem)
+        failed.update({(kinds[s.name], words) for s in suspects})
+        often = {kind for (kind, text), count in failed.items() if count >= ENOUGH and text == words}
+        if like := [s for s in kept if kinds[s.name] in often]:
+            aside.append(like)
+            kept = [s for s in kept if s not in like]
+    kept, found = _taken_back(kept, aside, test, kinds)
     broken |= found
     passing = {id(s) for s in kept}
     return [s for s in structures if id(s) in passing], {s.name: broken[s.name] for s in structures if s.name in broken}
 
 
 def _taken_back(
-    kept: list[Structure], chunks: list[list[Structure]], test: Test
+    kept: list[Structure], chunks: list[list[Structure]], test: Test, kinds: Mapping[str, object]
 ) -> tuple[list[Structure], dict[str, str]]:
     broken: dict[str, str] = {}
+    failed = Counter[tuple[object, str]]()
     while chunks:
         chunk = chunks.pop(0)
         problem = test([*kept, *chunk])
         if problem is None:
             kept = [*kept, *chunk]
-        elif len(chunk) == 1:
-            broken[chunk[0].name] = problem.text
+        elif len(chunk) == 1 or all(failed[kinds[s.name], _words(problem)] >= ENOUGH for s in chunk):
+            broken |= {s.name: problem.text for s in chunk}
+            failed.update((kinds[s.name], _words(problem)) for s in chunk)
         else:
             chunks[:0] = [chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]]
     return kept, broken
+
+
+def _words(problem: Problem) -> str:
+    """Its text without the numbers, which are those of one structure."""
+    return re.sub(r"\d+", "", problem.text)
 
 
 def owners(structure: Structure) -> set[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gsprune.structures.alike import alike
 from gsprune.structures.example import Example
 from gsprune.structures.running import called_modules, counted, hooked, outputs, wake
 from gsprune.structures.structure import Member, Structure
@@ -231,16 +232,27 @@ def sift_cuts(masked: Masked, structures: Sequence[Structure]) -> tuple[list[Str
     plain = [_with_sizes_of(s, (), ()) for s in structures]
     if not plain or _first_wrong(masked, plain) is None:
         return plain, {}
+    likeness = _likeness(masked.twin, structures)
     if not any(s.sizes for s in structures):
-        return sift(plain, test)
+        return sift(plain, test, likeness)
     modules = {module_of(name) for s in structures for name in s.sizes}
     calls: Mapping[nn.Module, int] = called_modules(masked.twin, masked.rounds[0].args) or {}
     called = {name for name, module in masked.twin.named_modules() if module in calls}
-    kept, broken = sift([_with_sizes_of(s, modules, called) for s in structures], test)
+    kept, broken = sift([_with_sizes_of(s, modules, called) for s in structures], test, likeness)
     names = {s.name for s in kept}
     needed = _insisting(masked, [s for s in structures if s.name in names])
     fewer = [_with_sizes_of(s, needed, called) for s in kept]
     return (kept if _first_wrong(masked, fewer) else fewer), broken
+
+
+def _likeness(model: nn.Module, structures: Sequence[Structure]) -> dict[str, object]:
+    """Those that `alike` puts together and classes of the same names hold: name -> what these have in common."""
+    found: dict[str, object] = {}
+    for number, numbers in enumerate(alike(model, structures)):
+        for structure in (structures[i] for i in numbers):
+            homes = (model.get_submodule(module_of(name)) for name in structure.modules())
+            found[structure.name] = (number, *(type(home).__qualname__ for home in homes))
+    return found
 
 
 def _with_sizes_of(structure: Structure, modules: Collection[str], called: Collection[str]) -> Structure:

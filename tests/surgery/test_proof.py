@@ -95,6 +95,32 @@ def test_innocent_suspects_are_taken_back() -> None:
     assert calls == ["abcdefgh", "abefgh", "abefghcd", "abefghc", "abefghd"]
 
 
+def test_of_many_that_are_alike_and_fail_in_the_same_words_a_few_are_tested_alone() -> None:
+    everything: Any = [SimpleNamespace(name=f"{kind}{i}") for i in range(40) for kind in ("good", "bad", "worse")]
+    tests: list[int] = []
+
+    def test(some: Sequence[Any]) -> Problem | None:
+        tests.append(len(some))
+        wrong = [s for s in some if not s.name.startswith("good")]
+        return Problem(f"{wrong[0].name[:3]} of {len(some)}", wrong[:1]) if wrong else None
+
+    kept, broken = sift(everything, test, {s.name: s.name.rstrip("0123456789") for s in everything})
+    assert [s.name for s in kept] == [f"good{i}" for i in range(40)]
+    assert len(broken) == 80
+    assert len(tests) <= 2 * (2 * 4) + 1  # three and the rest of each kind are put aside, and tried again
+
+
+def test_one_that_passes_among_alike_ones_that_fail_in_other_words_is_taken_back() -> None:
+    everything: Any = [SimpleNamespace(name=letter) for letter in "abcdefghijkl"]
+
+    def test(some: Sequence[Any]) -> Problem | None:
+        wrong = [s for s in some if s.name != "j"]
+        return Problem(f"because of {wrong[0].name}", wrong[:1]) if wrong else None
+
+    kept, _ = sift(everything, test, dict.fromkeys("abcdefghijkl", "all"))
+    assert [s.name for s in kept] == ["j"]
+
+
 class Ghost(nn.Module):
     """A module of GhostNet: half of its channels are made from the other half, and both go on side by side."""
 
