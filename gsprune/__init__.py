@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gsprune.collectives import check_masks
     from gsprune.cutting.audit import audit
     from gsprune.cutting.cut import cut
+    from gsprune.cutting.experts import cut_experts
     from gsprune.cutting.family import cut_family
     from gsprune.cutting.how_much import right_or_wrong
     from gsprune.cutting.planned import plan
@@ -53,6 +54,7 @@ _HOMES = {
     "audit": "gsprune.cutting.audit",
     "check_masks": "gsprune.collectives",
     "cut": "gsprune.cutting.cut",
+    "cut_experts": "gsprune.cutting.experts",
     "cut_family": "gsprune.cutting.family",
     "cut_rows": "gsprune.surgery.rows",
     "cut_sharded": "gsprune.surgery.reshard",
@@ -76,6 +78,7 @@ __all__ = [
     "audit",
     "check_masks",
     "cut",
+    "cut_experts",
     "cut_family",
     "cut_rows",
     "cut_sharded",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -265,3 +266,27 @@ def exchange(gates: Sequence[Sequence[float]], removed: int) -> list[bool]:
         tried = [gone, *([*gone[:i], unit, *gone[i + 1 :]] for i in range(removed))]
         gone = min(tried, key=change)
     return [u not in gone for u in range(len(columns))]
+
+
+def expert_scores(model: Any, place: int, gone: Mapping[int, Tensor], data: Any) -> Tensor:
+    """What the outputs feel if one more expert of layer `place` is closed, sample by sample, expert by expert."""
+    before = {i: model[i].closed for i in gone}
+    scores = torch.zeros(len(gone[place]))
+    try:
+        for batch in data.batches:
+            for row in range(batch.size):
+                one = batch.rows(row, row + 1)
+                for i, mask in gone.items():
+                    model[i].closed = mask
+                x = one.inputs
+                for layer in model[:place]:
+                    x = layer(x)
+                y = model[place](x).detach().requires_grad_()
+                (slope,) = torch.autograd.grad(data.loss(lambda _, y=y: model[place + 1 :](y), one), y)
+                for expert in (~gone[place]).nonzero().flatten().tolist():
+                    model[place].closed = gone[place].clone().index_fill_(0, torch.tensor(expert), True)
+                    scores[expert] += float((slope * (model[place](x) - y)).detach().sum()) ** 2
+    finally:
+        for i, mask in before.items():
+            model[i].closed = mask
+    return scores / data.size

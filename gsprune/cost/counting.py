@@ -87,7 +87,21 @@ def count_macs_by_module(model: nn.Module, example_input: Any) -> dict[str, int]
 
 
 def _extra_formulas() -> dict[Any, Any]:
-    """Formulas for attention kernels that torch's registry lacks, where this torch has the kernels."""
+    """Formulas for kernels that torch's registry lacks, attentions and experts, where this torch has the kernels."""
     names = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
+    experts = (
+        getattr(torch.ops.aten, "_grouped_mm", None),
+        getattr(torch.ops.transformers, "grouped_mm_fallback", None),
+    )
     known = [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
-    return dict.fromkeys(known, sdpa_flop)
+    return dict.fromkeys(known, sdpa_flop) | {kernel: _grouped_flop for kernel in experts if kernel is not None}
+
+
+def _grouped_flop(rows: Any, matrices: Any, *args: Any, **kwargs: Any) -> int:
+    """Of rows (s, k), each multiplied by one of the matrices (e, k, n).
+
+    >>> _grouped_flop((5, 2), (4, 2, 3))
+    60
+    """
+    several = rows[0] if len(rows) == len(matrices) == 3 else 1
+    return int(2 * several * rows[-2] * rows[-1] * matrices[-1])

@@ -19,6 +19,7 @@ from gsprune.structures.attention import GROUP_NAMES, HEAD_NAMES, SIZE_NAMES
 from gsprune.structures.example import Example, call, tensors_in
 from gsprune.structures.running import device_of, evaluating, same_randomness
 from gsprune.surgery.cut_plan import CutPlan
+from gsprune.surgery.expert_kernel import odd_expert_side
 
 __all__ = ["from_pretrained", "narrow_config", "save_pretrained"]
 
@@ -55,8 +56,8 @@ def save_pretrained(
         Whether transformers' own `from_pretrained` reads it.
 
     Raises:
-        ValueError: the model is none of transformers; `plain`, and `config.json` cannot say what is left; `cut_rows`
-            has changed its configuration, which cannot say what else was cut.
+        ValueError: the model is none of transformers; `plain`, and `config.json` cannot say what is left; `cut_rows` or
+            `cut_experts` has changed its configuration, which cannot say what else was cut.
         OSError: the files cannot be written.
     """
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
@@ -65,6 +66,11 @@ def save_pretrained(
     network: Any = model
     config = network.config if plan is None else narrow_config(model, plan)
     same = None if config is None else _plain(model, config, example_input)
+    if same is None and plain and config is not None and (odd := odd_expert_side(model)) is not None:
+        raise ValueError(
+            f"{type(model).__name__} has experts with a side of {odd}, which the kernel that transformers loads does "
+            "not take: cut with a budget and round_to=8"
+        )
     if same is None and plain:
         raise ValueError(f"config.json of {type(model).__name__} cannot say what is left: {_unsaid(plan)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,8 +80,8 @@ def save_pretrained(
         return True
     if plan is not None and any(name.startswith("config.") for name in plan.attributes):
         raise ValueError(
-            "the cut has changed numbers of the configuration (cut_rows), and what else was cut it has no numbers for: "
-            "use gsprune.save_pruned"
+            "the cut has changed numbers of the configuration (cut_rows, cut_experts), and what else was cut it has no "
+            "numbers for: use gsprune.save_pruned"
         )
     dense = copy.deepcopy(network.config)
     dense.architectures = [type(model).__name__]
@@ -287,6 +293,8 @@ def _plain(model: nn.Module, config: Any, example_input: Example | None) -> Any:
     network: Any = model
     other: Any = type(model)(config).to(device_of(model), next(model.parameters()).dtype)
     other.load_state_dict(model.state_dict())
+    if odd_expert_side(other) is not None:  # transformers would read it, and its kernel would stop
+        return None
     same = computes_same(model, other, network.dummy_inputs if example_input is None else example_input)
     if getattr(model, "generation_config", None) is not None:
         other.generation_config = copy.deepcopy(network.generation_config)

@@ -199,9 +199,11 @@ def _check_types(rule: Rule) -> None:
         raise ValueError(f"keep is {keep!r}: it must map kinds of units to how many stay, as in {{'neurons': 600}}")
     if kinds is not None and (isinstance(kinds, str) or not isinstance(kinds, Collection) or not kinds):
         raise ValueError(f"kinds is {kinds!r}: it must list kinds of units, as in ['neurons'], or be None for all")
+    known = tuple(kind for kind in get_args(Kind) if kind != "experts")
     for kind in kinds or ():
-        if kind not in get_args(Kind):
-            known = get_args(Kind)
+        if kind == "experts":
+            raise ValueError("kinds names 'experts': whole experts are removed by gsprune.cut_experts, once")
+        if kind not in known:
             raise ValueError(
                 f"kinds names {kind!r}, which is no kind of units: there are {', '.join(known)}"
                 f"{did_you_mean(kind, known)}"

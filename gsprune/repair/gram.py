@@ -265,7 +265,8 @@ def given_rows(module: Any, y: Tensor, chosen: Tensor | None = None, kept: Tenso
     flat = flat.reshape(-1, flat.shape[-1])
     flat = flat if chosen is None else flat[chosen]
     flat = flat if kept is None else flat[:, kept.to(flat.device)]
-    return flat.reshape(len(flat), getattr(module, "groups", 1), -1)
+    groups = getattr(module, "groups", 1)
+    return flat.reshape(len(flat), groups, flat.shape[1] // groups)  # of no rows, too: an expert may get no token
 
 
 def positions(module: Any, y: Tensor) -> int:

@@ -239,6 +239,17 @@ def _set_random_states(states: Sequence[Tensor], devices: Sequence[int]) -> None
 # ---- all of them
 
 
+def _are_same_rows(visit: Visit) -> bool:
+    """Whether both read as many rows: once layers before a router are cut, it may give an expert other tokens."""
+    if hasattr(visit.small, "kernel_size"):
+        return True
+    return all(_rows(x) == _rows(y) for x, y in zip(visit.inputs, visit.outputs, strict=False))
+
+
+def _rows(tensor: Tensor) -> int:
+    return tensor.shape[:-1].numel()
+
+
 class _Lockstep:
     """Resumes the threads one after the other, and visits the layers where all of them stop."""
 
@@ -300,9 +311,13 @@ class _Lockstep:
                 self._leave({here}, "the passes of the two networks, or of the batches, differ there")
             else:
                 torch.set_num_threads(threads)
-                self._visit(self._seen(here, dense, small))
-                self._visited.append(here)
-                self._wanted.discard(here)
+                seen = self._seen(here, dense, small)
+                if _are_same_rows(seen):
+                    self._visit(seen)
+                    self._visited.append(here)
+                    self._wanted.discard(here)
+                else:
+                    self._leave({here}, "the two networks choose other rows for it")
         if self._visited:  # one batch goes on to its end: no visited layer may be called again
             self._resume(runners[0])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gsprune.text.display import html_table
 
-Kind = Literal["channels", "neurons", "heads", "residual", "branches"]
+Kind = Literal["channels", "neurons", "heads", "residual", "branches", "experts"]
 Counted = Literal["channels", "neurons", "heads", "residual"]  # kinds of which a structure has several units
 INNER: tuple[Kind, ...] = ("channels", "neurons", "heads")  # what a rule prunes that names no kinds
 

@@ -15,11 +15,13 @@ from gsprune.structures.matrices import is_conv1d
 from gsprune.structures.norms import StreamNorm, may_be_stream_norm, stream_norm
 from gsprune.structures.twin import forget_caches, refuse_wrapped
 from gsprune.surgery.cut_plan import CutPlan, Cuts, cut_tensor
+from gsprune.surgery.expert_kernel import fit_experts
 from gsprune.surgery.narrow_attention import close_nested_path, narrow, why_not_narrow
 from gsprune.surgery.narrow_forward import by_module, is_size, narrow_forward
 from gsprune.surgery.narrow_norm import narrow_norm
 from gsprune.surgery.no_branch import no_branch
 from gsprune.surgery.optimizers import Optimizers, check_state, every_optimizer, forget, held, move_state, names_of
+from gsprune.surgery.short_list import GONE, leave_out
 
 SHAPE = ".normalized_shape"  # the attribute by which a plan shortens a norm that has no tensors
 
@@ -54,6 +56,10 @@ def apply_cut(
     for path, home in gone.items():
         if not path or not isinstance(getattr(*home), nn.Module):
             raise ValueError(f"the cut plan removes {path!r}, which is not a module inside the model")
+        if plan.removed[path] == GONE and not isinstance(home[0], nn.ModuleList | nn.ModuleDict):
+            raise ValueError(
+                f"the cut plan takes {path!r} out of a {type(home[0]).__name__}, which is no list of modules"
+            )
     replaced: dict[Tensor, tuple[nn.Parameter, Cuts]] = {}
     fresh = {name: cut_tensor(getattr(*homes[name]).detach(), cuts) for name, cuts in plan.kept.items()}
     optimizers = every_optimizer(optimizer)
@@ -72,8 +78,12 @@ def apply_cut(
         narrow_forward(module, mine)
     before = {id(parameter) for parameter in model.parameters()} if gone else set()
     for path, home in gone.items():
-        setattr(*home, no_branch(getattr(*home), plan.removed[path]))
+        if plan.removed[path] == GONE:
+            leave_out(*home)
+        else:
+            setattr(*home, no_branch(getattr(*home), plan.removed[path]))
     close_nested_path(model)
+    fit_experts(model)
     forget_caches(model)
     move_state(optimizers, replaced, drop=drop_state)
     forget(optimizers, before - {id(parameter) for parameter in model.parameters()})

@@ -14,6 +14,7 @@ from gsprune.files.disk import refusing
 from gsprune.structures.structure import Structure
 from gsprune.surgery.narrow_forward import is_mean, is_shape, partner
 from gsprune.surgery.no_branch import inside
+from gsprune.surgery.short_list import GONE
 from gsprune.text.display import html_table
 
 Cuts = Mapping[int, Tensor]  # dimension -> kept positions
@@ -28,7 +29,8 @@ class CutPlan:
     kept        tensor name -> dimension -> kept positions (int64, CPU, ascending); only what is really cut
     sizes       tensor name -> dimension -> dense length, so that a plan cannot be applied twice
     attributes  module attribute -> new value ("blocks.0.attn.num_heads" -> 3)
-    removed     module that is gone -> 0 where it returns a tensor, n where a tuple of n (`NoBranch` stands there)
+    removed     module that is gone -> 0 where it returns a tensor, n where a tuple of n (`NoBranch` stands there), -1
+                where the list that held it has one less
 
     >>> plan = CutPlan({"0.weight": {0: torch.tensor([0, 2])}}, {"0.weight": {0: 3}}, {})
     >>> plan.to_json()["tensors"]
@@ -128,7 +130,7 @@ class CutPlan:
         _expect(isinstance(removed, dict), "'removed' is not a mapping")
         for name, outputs in removed.items():
             _expect(
-                type(outputs) is int and 0 <= outputs < 100, f"{name} removed = {outputs!r} is no number of outputs"
+                type(outputs) is int and GONE <= outputs < 100, f"{name} removed = {outputs!r} is no number of outputs"
             )
         return cls(kept, sizes, dict(data["attributes"]), dict(removed))
 

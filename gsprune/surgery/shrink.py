@@ -187,7 +187,7 @@ def _difference(
             twin, args, first = _masked_twin(model, structures, keeps, rows, example_input, torch.float32)
         except Exception:
             raise in_float64 from None
-    small = _small(twin, plan)
+    small = small_of(twin, plan)
 
     def read(x: Example, grids: Grids | None) -> Sequence[Reading]:
         return first if x is args and grids is None else readings(twin, x, rows, grids=grids)
@@ -296,7 +296,7 @@ def _insisting(masked: Masked, structures: Sequence[Structure]) -> set[str]:
     others = [s for s in structures if s.kind != "residual"]
     round_ = masked.rounds[0]  # who asks for sizes asks on any input; `sift_cuts` tries what is found on both
     for some in (structures, streams, others) if streams and others else (structures,):
-        small = _small(masked.twin, plan_cut(some, [round_.keep(s) for s in some]))
+        small = small_of(masked.twin, plan_cut(some, [round_.keep(s) for s in some]))
         with noting_changes() as modules, suppress(Exception):
             outputs(small, round_.args)
         found |= {name for name, module in small.named_modules() if module in modules}
@@ -307,7 +307,7 @@ def _wrong_cut(masked: Masked, number: int, some: Sequence[Structure]) -> Proble
     """What is wrong with the network that one round leaves."""
     plan = plan_cut(some, [masked.rounds[number].keep(s) for s in some])
     try:
-        small = _small(masked.twin, plan)
+        small = small_of(masked.twin, plan)
     except ValueError as error:  # it costs the structures that cannot be cut, not the others
         return Problem(str(error))
 
@@ -317,7 +317,7 @@ def _wrong_cut(masked: Masked, number: int, some: Sequence[Structure]) -> Proble
     return _mismatch(small, masked.rounds[number].args, read, some, plan, number)
 
 
-def _small(twin: nn.Module, plan: CutPlan) -> nn.Module:
+def small_of(twin: nn.Module, plan: CutPlan) -> nn.Module:
     small = copy_of(twin, sharing=True)
     apply_cut(small, plan)
     return small

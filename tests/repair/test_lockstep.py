@@ -11,6 +11,7 @@ import torch
 from facts import refused
 from torch import Tensor, nn
 
+from gsprune.repair.gram import given_rows
 from gsprune.repair.lockstep import CalledAgainError, Place, Visit, lockstep
 
 
@@ -188,6 +189,39 @@ def test_a_layer_that_is_not_reached_is_left() -> None:
     visited = lockstep(dense, small, batches(2), names, lambda visit: None, held_back=[False] * 2, left=left)
     assert visited == ["a", "d"]
     assert set(left) == {"b", "c"}
+
+
+class Routed(nn.Module):
+    """Rows above a threshold pass a layer, the others do not."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.first, self.expert, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        (chosen,) = torch.where(x[:, 0] > self.threshold)
+        return self.last(x.index_add(0, chosen, self.expert(x[chosen])))
+
+
+def test_a_layer_that_reads_other_rows_is_left_and_one_that_reads_none_is_visited() -> None:
+    dense, left, seen = Routed(0.0).double(), dict[str, str](), list[Visit]()
+    for threshold, inner in ((9.0, ["expert"]), (0.0, [])):
+        small = copy.deepcopy(dense)
+        small.threshold = threshold
+        left.clear()
+        names = ["first", "expert", "last"]
+        visited = lockstep(dense, small, batches(), names, seen.append, held_back=[False] * 3, left=left)
+        assert visited == [name for name in names if name not in inner]
+        assert [*left] == inner
+        assert all("other rows" in why for why in left.values())
+    dense.threshold = small.threshold = 9.0
+    lockstep(dense, small, batches(), ["expert"], seen.append, held_back=[False] * 3)
+    assert [y.shape for y in seen[-1].outputs] == [(0, 4)] * 3
+    assert given_rows(seen[-1].small, seen[-1].outputs[0], None, torch.arange(3)).shape == (0, 1, 3)
 
 
 def test_tensors_at_a_watched_place(networks: tuple[nn.Module, nn.Module]) -> None:
