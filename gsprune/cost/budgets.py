@@ -108,6 +108,10 @@ def read_measure(budget: BudgetSettings | None) -> Measure:
     return Measure(given.get("runtime") or "eager", given.get("batch"), given.get("threads"))
 
 
+class FloorError(ValueError):
+    """Even with all that can be removed gone, more than the budget stays."""
+
+
 class Budget:
     """The share of one kind of cost that may stay of a dense network.
 
@@ -129,7 +133,7 @@ class Budget:
             the same share of their units; None: all of them.
 
     Raises:
-        ValueError: even with all that can be removed gone, more than the share stays.
+        FloorError: even with all that can be removed gone, more than the share stays.
 
     >>> from gsprune.discovery.find import find_structures
     >>> net, x = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 6)), torch.ones(1, 4)
@@ -451,7 +455,7 @@ class Budget:
             # a table says little of so small a network: the clock has to say it too
             floor = min(floor, self._cost.truth(keeps))
         if floor > most:
-            raise ValueError(
+            raise FloorError(
                 f"budget asks for {self}, but {_percent(floor)} stay with everything gone that can be removed "
                 f"({self._floor_text} in each of {len(self.structures)} structures): ask for a larger share"
                 + (" or a smaller min_share" if self._by_share else "")

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gsprune.collectives import refuse_several
-from gsprune.cost.budgets import KINDS, BudgetSettings, read_budget
+from gsprune.cost.budgets import KINDS, BudgetSettings, FloorError, read_budget
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import OBS, Criterion, Fisher
 from gsprune.cutting.bounds import check_confidence
@@ -489,6 +489,7 @@ class Cutter:
         if any("branches" in (rule.kinds or ()) for rule in rules):
             self.found = with_branches(self.found, model, self.example)
         self.rotated: tuple[str, ...] = ()
+        self._whole_streams: set[object] = set()  # goals and kinds that are not reached with narrow ones
         if rotate:
             self._rotate(rules)
         if not self.data.labelled and any(_needs_loss(rule.criterion) for rule in rules):
@@ -533,14 +534,16 @@ class Cutter:
 
         Where branches go under a budget that can be met with all of them in place, too, both networks are made, and
         the one with the smaller loss on the calibration data is taken: what several branches do together no score of
-        each says.
+        each says. So it is with positions of streams under a budget of milliseconds: norms over fewer positions may
+        take longer.
 
         Raises:
             ValueError: as of `gsprune.cut`.
         """
-        chosen = self._chosen(rules)
-        wide = self._with_all_branches(rules, chosen)
-        choices = [chosen] if wide is None else [chosen, wide]
+        choices = [self._chosen(rules)]
+        for whole in ({"branches"}, {"residual"}, {"branches", "residual"}):
+            if (other := self._with_whole(whole, rules, choices)) is not None:
+                choices.append(other)
         met = [choice for choice in choices if not choice.missed]
         return min((self._cut(rules, choice, repair) for choice in met or choices), key=_finite_loss)
 
@@ -579,29 +582,27 @@ class Cutter:
         found = self._chosen(rules)
         return found.structures, found.keeps
 
-    def _with_all_branches(self, rules: Sequence[Rule], chosen: Chosen) -> Chosen | None:
-        """The same budgets met without taking a branch; None where none is taken, or where that cannot be."""
-        structures, keeps = chosen.structures, chosen.keeps
-        deep = [i for i, rule in enumerate(rules) if rule.goal is not None and "branches" in (rule.kinds or ())]
-        if not deep or not any(s.kind == "branches" and not k.any() for s, k in zip(structures, keeps, strict=True)):
+    def _with_whole(self, whole: Set[str], rules: Sequence[Rule], choices: Sequence[Chosen]) -> Chosen | None:
+        """The same budgets met with nothing gone of these kinds; None where the first choice has all of one of them,
+        where that cannot be, or is one of the choices."""
+        first = choices[0]
+        gone = {s.kind for s, keep in zip(first.structures, first.keeps, strict=True) if not keep.all()}
+        goals = {rule.goal[0] for rule in rules if rule.goal is not None and whole & {*(rule.kinds or ())}}
+        if not whole <= gone or not goals or ("residual" in whole and goals != {"latency"}):
             return None
-        others = [*rules]
-        for i in deep:
-            others[i] = replace(rules[i], kinds=tuple(kind for kind in rules[i].kinds or () if kind != "branches"))
-            if not others[i].kinds:
-                return None
+        others = [rule if rule.goal is None else without_kinds(rule, whole) for rule in rules]
         try:
-            found = self._chosen(others)
+            found = self._chosen([rule for rule in others if rule is not None]) if None not in others else None
         except ValueError:  # more than the budget stays
             return None
-        keep_of = {s.name: torch.ones(s.units, dtype=torch.bool) for s in structures}
+        if found is None:
+            return None
+        keep_of = {s.name: torch.ones(s.units, dtype=torch.bool) for s in first.structures}
         keep_of |= {s.name: keep for s, keep in zip(found.structures, found.keeps, strict=True)}
-        wide = [keep_of[s.name] for s in structures]
-        return (
-            None
-            if all(map(torch.equal, wide, keeps))
-            else chosen._replace(keeps=wide, timed=found.timed, missed=found.missed)
-        )
+        keeps = [keep_of[s.name] for s in first.structures]
+        if any(all(map(torch.equal, keeps, choice.keeps)) for choice in choices):
+            return None
+        return first._replace(keeps=keeps, timed=found.timed, missed=found.missed)
 
     def _chosen(self, rules: Sequence[Rule]) -> Chosen:
         structures: list[Structure] = []
@@ -632,7 +633,17 @@ class Cutter:
         return {target.name: target.ranked.cpu() for target in part.unit_targets}
 
     def _part(self, rule: Rule) -> Part:
-        return Part(rule, self._twin, example_input=self.example, epochs=None, found=self.found)
+        """Milliseconds that cannot be reached with narrow streams, whose norms take longer, may be with whole ones."""
+        whole, key = without_kinds(rule, {"residual"}), (rule.goal, *(rule.kinds or ()))
+        tried = whole if whole is not None and key in self._whole_streams else rule
+        try:
+            return Part(tried, self._twin, example_input=self.example, epochs=None, found=self.found)
+        except FloorError:
+            is_latency = rule.goal is not None and rule.goal[0] == "latency"
+            if tried is whole or whole is None or not is_latency or "residual" not in (rule.kinds or ()):
+                raise
+            self._whole_streams.add(key)
+            return self._part(rule)
 
     def _scored(self, part: Part, settle: Sequence[Rule]) -> dict[str, Tensor]:
         structures = [target.structure for target in part.unit_targets]
@@ -802,6 +813,12 @@ def shown(progress: bool | Report) -> Iterator[Report]:
         yield line
     finally:
         line.close()
+
+
+def without_kinds(rule: Rule, whole: Set[str]) -> Rule | None:
+    """The rule without these kinds; None if it has no others."""
+    kinds = None if rule.kinds is None else tuple(kind for kind in rule.kinds if kind not in whole)
+    return None if kinds == () else replace(rule, kinds=kinds)
 
 
 def _finite_loss(cut: Cut) -> float:

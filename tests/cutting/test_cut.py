@@ -14,7 +14,8 @@ from facts import refused
 from torch import Tensor, nn
 
 from gsprune import Rule, latency, load_pruned, plan
-from gsprune.cost.budgets import Budget
+from gsprune.cost import budgets
+from gsprune.cost.budgets import Budget, FloorError, make_cost
 from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import OBS, Abs, Elementwise, Fisher, Magnitude, Random, Weighted
 from gsprune.cutting import cut as cutting
@@ -98,7 +99,7 @@ def test_branches_go_under_a_budget_where_the_loss_is_smaller_then(free: bool, m
         return cut(model, [(x, y)], F.cross_entropy, rules=[rule], repair=None, progress=False)
 
     both, wide = found("neurons", "branches"), found("neurons")
-    monkeypatch.setattr(cutting.Cutter, "_with_all_branches", lambda self, rules, chosen: None)
+    monkeypatch.setattr(cutting.Cutter, "_with_whole", lambda *_: None)
     deep = found("neurons", "branches")
     assert any(not deep.keeps[s.name].any() for s in deep.structures if s.kind == "branches")
     assert both.small.loss == min(wide.small.loss, deep.small.loss)
@@ -124,6 +125,41 @@ def test_what_misses_the_budget_is_not_taken_for_its_smaller_loss(monkeypatch: p
         found = cut(model, [(x, y)], F.cross_entropy, rules=[rule], repair=None, progress=False)
         kept[label] = all(found.keeps[s.name].all() for s in found.structures if s.kind == "branches")
     assert kept == {"met": True, "missed": False}
+
+
+def test_streams_stay_whole_where_milliseconds_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With narrow streams the budget may be out of reach, or the network worse than with whole ones."""
+    torch.manual_seed(0)
+    model, x = nets.ViT().eval(), nets.images(32)
+    data, floors = [(x, torch.arange(32) % 3)], [0]
+    monkeypatch.setattr(budgets, "make_cost", lambda kind, *rest: make_cost("macs", *rest))
+
+    def found(cost: str, *kinds: str) -> Cut:
+        rule = Rule(Fisher(), structured=True, kinds=kinds, budget={cost: 0.6})
+        return cut(model, data, F.cross_entropy, rules=[rule], repair=None, progress=False)
+
+    inner, every = found("latency", "heads", "neurons"), found("latency", "heads", "neurons", "residual")
+    narrow = found("macs", "heads", "neurons", "residual")
+    streams = [s.name for s in narrow.structures if s.kind == "residual"]
+    assert any(not narrow.keeps[name].all() for name in streams)
+    assert every.small.loss == min(inner.small.loss, narrow.small.loss)
+    check = Budget._check_floor
+
+    def refusing(self: Budget) -> None:
+        if any(s.kind == "residual" for s in self.structures):
+            floors[0] += 1
+            raise FloorError("so much stays")
+        check(self)
+
+    monkeypatch.setattr(Budget, "_check_floor", refusing)
+    again = found("latency", "heads", "neurons", "residual")
+    assert floors[0] == 1
+    assert {name: keep.tolist() for name, keep in again.keeps.items()} == {
+        name: keep.tolist() for name, keep in inner.keeps.items()
+    }
+    for cost, kinds in (("macs", ("heads", "residual")), ("latency", ("residual",))):
+        with refused("so much stays"):
+            found(cost, *kinds)
 
 
 def test_a_network_whose_branches_lie_side_by_side_is_repaired_without_one_of_them() -> None:
