@@ -26,6 +26,7 @@ from gsprune.integrations.pretrained import from_pretrained, save_pretrained
 from gsprune.pruner.rule import Rule
 from gsprune.structures.running import outputs
 from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.closed_experts import Exact
 from gsprune.surgery.cut_plan import plan_cut
 
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -58,18 +59,18 @@ class Mixture(nn.Module):
 
 
 class Turned(nn.Module):
-    """Stacked matrices, a router that is multiplied from the right, a number of experts in an attribute, one expert
-    a token."""
+    """Stacked matrices, a router that is multiplied from the right, as it is or turned over, a number of experts in an
+    attribute, one expert a token."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, over: bool = False) -> None:
         super().__init__()
-        self.n_experts = 5
-        self.gate = nn.Parameter(torch.randn(8, 5))
+        self.n_experts, self.over = 5, over
+        self.gate = nn.Parameter(torch.randn(5, 8) if over else torch.randn(8, 5))
         self.scale = nn.Parameter(1 + torch.rand(5))
         self.up, self.down = nn.Parameter(torch.randn(5, 8, 12) / 3), nn.Parameter(torch.randn(5, 12, 8) / 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        odds = (x @ self.gate).softmax(-1)
+        odds = (x @ (self.gate.t() if self.over else self.gate)).softmax(-1)
         each = F.one_hot(odds.argmax(-1), self.n_experts) * odds * self.scale
         return x + torch.einsum("...d,edh,eho,...e->...o", x, self.up, self.down, each)
 
@@ -101,16 +102,17 @@ def test_tokens_go_to_the_best_experts_that_are_left() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
-def test_stacked_matrices_and_what_is_one_number_an_expert() -> None:
-    model, x = net(Turned()), torch.randn(30, 4)
+@pytest.mark.parametrize("over", [True, False])
+def test_stacked_matrices_and_what_is_one_number_an_expert(over: bool) -> None:
+    model, x = net(Turned(over=over)), torch.randn(30, 4)
     layer: Any = model[1]  # type: ignore[index]
     cut = gsprune.cut_experts(model, batches(), sparsity=0.4, progress=False)
     keep = cut.keeps["1"]
     small: Any = cut.model
-    assert (small[1].n_experts, small[1].gate.shape, small[1].up.shape) == (3, (8, 3), (3, 8, 12))
+    assert (small[1].n_experts, small[1].gate.numel(), small[1].up.shape) == (3, 24, (3, 8, 12))
     assert torch.equal(small[1].scale, layer.scale[keep])
     hidden = model[0](x)  # type: ignore[index]
-    odds = (hidden @ layer.gate).masked_fill(~keep, -math.inf).softmax(-1)
+    odds = (hidden @ (layer.gate.t() if over else layer.gate)).masked_fill(~keep, -math.inf).softmax(-1)
     best = odds.argmax(-1)
     rows = [hidden[i] @ layer.up[e] @ layer.down[e] * odds[i, e] * layer.scale[e] for i, e in enumerate(best.tolist())]
     torch.testing.assert_close(small[1](hidden), hidden + torch.stack(rows))
@@ -259,6 +261,28 @@ def test_widths_that_the_kernel_of_transformers_does_not_take(tmp_path: Path) ->
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+@pytest.mark.parametrize("name", ["DeepseekV3ForCausalLM", "Ernie4_5_MoeForCausalLM"])
+def test_what_is_added_to_the_scores_does_not_choose_an_expert_that_is_gone(name: str) -> None:
+    model = of_transformers(name)
+    layers = find_experts(model, {"input_ids": IDS})
+    keeps = {layer.structure.name: torch.tensor([True, True, False] * 2) for layer in layers}
+    with torch.no_grad():
+        for layer in layers:
+            (bias,) = layer.biases
+            dict([*model.named_parameters(), *model.named_buffers()])[bias].flatten()[2] = 3.0
+    assert check_experts(model, layers, keeps, {"input_ids": IDS}) is None
+
+
+def test_a_network_in_float64_stays_in_it() -> None:
+    x = torch.ones(2, dtype=torch.float64)
+    with Exact():
+        found = [x.float(), x.to(torch.float32), x.type(torch.float32), x.softmax(0, dtype=torch.float32)]
+        found += [x.to(dtype=torch.float32), F.softmax(x, 0, dtype=torch.float32)]
+        assert {t.dtype for t in found} == {torch.float64}
+        assert x.to(torch.float16).dtype == torch.float16
+        assert x.half().float().dtype == torch.float32
+
+
 def test_a_dictionary_of_experts() -> None:
     """Switch Transformers look experts up by name."""
     transformers = pytest.importorskip("transformers")
@@ -284,13 +308,14 @@ def test_a_dictionary_of_experts() -> None:
 
 def test_what_cannot_be_cut_is_left_by_itself_or_refused_before_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose experts' numbers mean something to it."""
-    model = net(Mixture(), Mixture(odd=True))
+    model = net(Mixture(), Mixture(odd=True), Mixture(2))
     cut = gsprune.cut_experts(model, batches(), sparsity=0.5, progress=False)
     assert [*cut.keeps] == ["1.experts"]
     assert "does not compute" in cut.skipped["2.experts"]
+    assert "all of them" in cut.skipped["3.experts"]
     monkeypatch.setattr("gsprune.cutting.experts._ranked", lambda *_: pytest.fail("it scored"))
     with refused("2.experts", "does not compute"):
-        gsprune.cut_experts(model, batches(), sparsity=0.5, exclude=["1.*"], progress=False)
+        gsprune.cut_experts(model, batches(), sparsity=0.5, include=["2.*"], progress=False)
     with refused("no mixture of experts"):
         gsprune.cut_experts(nn.Linear(4, 3), batches(), sparsity=0.5, progress=False)
     with refused("1.experts", "1 of the 6", "needs 2", "66.7 %"):
