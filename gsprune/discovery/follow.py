@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from gsprune.discovery.labels import WITH_CONSTANT, Atoms, Log, Value, derived, 
 from gsprune.discovery.ops import Call, expand, overwritten, repeat, rule_of, tensors_of, unknown
 from gsprune.discovery.ops import stream_norm as normalised
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import Example, answers_in, call, map_tensors
+from gsprune.structures.example import Example, answers_in, call, map_tensors, tensors_in
 from gsprune.structures.norms import stream_norm
 from gsprune.structures.running import counted, hooked
 from gsprune.structures.twin import copy_of, every_tensor
@@ -275,6 +276,7 @@ def follow(model: nn.Module, args: Example) -> tuple[Log, Counter[nn.Module]]:
         stack.enter_context(hooked(_leaves(twin, follower)))
         stack.enter_context(hooked(_readers(twin, log)))
         stack.enter_context(counted(twin, calls))
+        reads = stack.enter_context(_Reads(twin))
         for context in (torch.inference_mode(), no_fast_path(), _decomposed(twin), _Ordered(), follower, sizes):
             stack.enter_context(context)
         try:
@@ -289,8 +291,36 @@ def follow(model: nn.Module, args: Example) -> tuple[Log, Counter[nn.Module]]:
             log.take(said)
     for layer in (layer for value in given for layer in value.layers):
         log.pin(layer, OUTPUT)
+    log.unread = [*reads.left.values()]
+    mine, theirs = [*dict(model.named_modules())], [*dict(twin.named_modules())]
+    if mine != theirs:
+        changed = next(a or b for a, b in zip_longest(mine, theirs) if a != b)
+        raise ValueError(
+            f"{type(model).__name__} puts other modules in the place of its own as it runs (near {changed!r}): call it "
+            "once on an input like the example's first"
+        )
     pairs = zip(model.modules(), twin.modules(), strict=True)
     return log, Counter({mine: calls[theirs] for mine, theirs in pairs if calls[theirs]})
+
+
+class _Reads(TorchFunctionMode):
+    """Which vectors that a module holds itself no function is given: a token that only training puts in some places."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        own = {
+            id(p)
+            for module in model.modules()
+            if not type(module).__module__.startswith("torch.nn.modules")
+            for p in module._parameters.values()
+        }
+        vectors = [(n, p) for n, p in model.named_parameters() if p.numel() == max(p.shape, default=0) > 1]
+        self.left = {id(p): name for name, p in vectors if id(p) in own}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tensors_in((args, kwargs or {})) if self.left else ():
+            self.left.pop(id(tensor), None)
+        return func(*args, **(kwargs or {}))
 
 
 def _input(tensor: Tensor) -> Tensor:

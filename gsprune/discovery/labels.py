@@ -138,6 +138,7 @@ class Log:
               of its own channels, of each call: (dimension, layer)
     sizes     of the whole pass: sizes that a module's forward pass names (`narrow_forward.size_name`), the atoms along
               them, of each call
+    unread    of the whole pass: vectors of modules that it does not read
     """
 
     atoms: Atoms
@@ -150,6 +151,7 @@ class Log:
     blocks: list[Tensor] = field(default_factory=list)
     normed: list[tuple[Tensor, str, str]] = field(default_factory=list)
     biases: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     inside: str = ""
     is_told: bool = False
     rows: set[int] = field(default_factory=set)

@@ -86,9 +86,29 @@ def convert(model: nn.Module, log: Log) -> tuple[list[Structure], dict[str, str]
             skipped.setdefault(name, SINGLE_UNIT)
     structures = _with_sizes(structures, [roots[s.name] for s in structures], classes)
     structures = _with_layers_alike(structures, classes)
+    structures = _with_unread(network, log, structures)
     offered = {name for s in structures for name in (s.name, *s.modules())}
     structures.sort(key=lambda s: network.rank(s.producers[0].tensor) if s.kind != "residual" else -1)
     return structures, {name: reason for name, reason in skipped.items() if name not in offered}
+
+
+def _with_unread(network: Network, log: Log, structures: list[Structure]) -> list[Structure]:
+    """Vectors that only training reads are cut along with the one stream that is as long: masked frames hold them."""
+    for name in log.unread:
+        shape = network.tensors[name].shape
+        width = shape.numel()
+        fitting = [(i, m) for i, s in enumerate(structures) for m in _whole(s, width)]
+        if len({i for i, _ in fitting}) == 1:
+            number, like = fitting[0]
+            member = Member(name, shape.index(width), like.index, width)
+            structures[number] = replace(structures[number], norms=(*structures[number].norms, member))
+    return structures
+
+
+def _whole(structure: Structure, width: int) -> list[Member]:
+    """What holds so many entries of a stream, all of them units: norms first."""
+    members = (*structure.norms, *structure.producers) if structure.kind == "residual" else ()
+    return [m for m in members if m.size == m.index.numel() == width]
 
 
 def _row(layer: nn.Module) -> int:

@@ -61,7 +61,8 @@ Test = Callable[[Sequence[Structure]], Problem | None]
 def wake_precisely_(
     twin: nn.Module, example_input: Example, structures: Sequence[Structure] = ()
 ) -> tuple[Example, list[Reading], str]:
-    """Give a twin float64, or float32 where it does not run in that (a kernel has no float64), and `wake_scales_`.
+    """Give a twin float64, or float32 where it does not run in that (a kernel has no float64) or its output is not
+    finite then (masks of the smallest number of a type), and `wake_scales_`.
 
     Returns:
         The example in that precision; what the readers give on it; "", or what a proof in float32 shows.
@@ -77,6 +78,9 @@ def wake_precisely_(
             found = wake_scales_(twin, args, structures)
         except Exception as error:
             failed = failed or error
+            continue
+        if dtype == torch.float64 and not is_finite(found):
+            failed = ValueError("its output is not finite then")
             continue
         return args, found, "" if failed is None else IN_FLOAT32.format(first_line(failed))
     assert failed is not None
@@ -265,6 +269,7 @@ def unproven(structures: Sequence[Structure], shown: set[str]) -> Iterator[Struc
 # ---- the masked network: zero columns -> the unit contributes nothing
 
 
+NOT_FINITE = "the model's output on the example input is not finite (did training diverge?)"
 LEAK = "zeroing the layers that read its units does not silence them: the network uses their values elsewhere too"
 
 
@@ -329,7 +334,7 @@ class Masked:
             before = self.read(number, structures)
             if not is_finite(before):
                 if number == 0 and not is_finite(self._whole):
-                    raise ValueError("the model's output on the example input is not finite (did training diverge?)")
+                    raise ValueError(NOT_FINITE)
                 if number == 0:
                     return Problem("with its units at zero the network's output is not finite")
                 continue

@@ -29,7 +29,7 @@ from gsprune.surgery.cut_plan import CutPlan, checked, plan_cut
 from gsprune.surgery.narrow_forward import is_mean, is_shape, module_of, noting_changes, partner
 from gsprune.surgery.no_branch import inside
 from gsprune.surgery.optimizers import Optimizers
-from gsprune.surgery.proof import Masked, Problem, noise_like, owners, sift, zero_columns_
+from gsprune.surgery.proof import NOT_FINITE, Masked, Problem, noise_like, owners, sift, zero_columns_
 from gsprune.surgery.readings import Grids, Reading, Rows, first_difference, is_finite, readings, rows_alike
 from gsprune.text.display import first_line
 
@@ -176,17 +176,21 @@ def _difference(
 ) -> str | None:
     """What is wrong with the shrunk network, or None. A twin is masked; a copy of it that shares tensors is cut.
 
-    In float64; in float32 where the network does not run in that.
+    In float64; in float32 where the network does not run in that, or its output is not finite then.
     """
     plan = plan_cut(structures, keeps)
     rows = {**plan.kept, **rows_alike(structures, keeps)}
-    try:
-        twin, args, first = _masked_twin(model, structures, keeps, rows, example_input, torch.float64)
-    except Exception as in_float64:
+    failed: Exception | None = None
+    for dtype in (torch.float64, torch.float32):
         try:
-            twin, args, first = _masked_twin(model, structures, keeps, rows, example_input, torch.float32)
-        except Exception:
-            raise in_float64 from None
+            twin, args, first = _masked_twin(model, structures, keeps, rows, example_input, dtype)
+        except Exception as error:
+            failed = failed or error
+            continue
+        if is_finite(first):
+            break
+    else:
+        raise failed or ValueError(NOT_FINITE)
     small = small_of(twin, plan)
 
     def read(x: Example, grids: Grids | None) -> Sequence[Reading]:
@@ -339,8 +343,7 @@ def _mismatch(
             raise
         return None
     if not is_finite(masked):
-        text = "the model's output on the example input is not finite (did training diverge?)"
-        return Problem(text) if number == 0 else None
+        return Problem(NOT_FINITE) if number == 0 else None
     started: list[str] = []
     try:
         with hooked(_noting_starts(small, started)):

@@ -10,7 +10,7 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
-from facts import refused
+from facts import refused, warned
 from torch import Tensor, nn
 
 from gsprune import Pruner
@@ -967,3 +967,79 @@ class Window(nn.Module):
 
 def test_a_part_without_entries_is_written_into_a_new_tensor() -> None:
     assert {name: s.units for name, s in find(Window(), torch.ones(2, 4)).items()} == {"a": 8}
+
+
+class Masking(nn.Module):
+    """In training a token stands for every second row of a normed stream, as for masked frames of speech."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.enter, self.norm, self.leave = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.block = nets.Feedforward(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        if self.training:
+            x = torch.where(torch.arange(x.shape[1])[:, None] % 2 == 0, self.token, x)
+        return self.leave(self.norm(self.block(x)))
+
+
+def test_a_token_that_only_training_reads_is_masked_and_cut_with_its_stream() -> None:
+    torch.manual_seed(0)
+    model, x = Masking(), torch.randn(2, 6, 4)
+    (stream,) = [s for s in find_structures(model, x).structures if s.kind == "residual"]
+    assert stream.norms[-1].tensor == "token"
+    keep = torch.arange(8) % 3 != 0
+    masked = copy.deepcopy(model)
+    mask_units(masked, [stream], [keep])
+    shrink(model, [stream], [keep], example_input=x)
+    assert model.token.shape == (1, 1, 5)
+    torch.testing.assert_close(model.train()(x), masked.train()(x))
+    torch.testing.assert_close(model.eval()(x), masked.eval()(x))
+
+
+class Changing(nn.Module):
+    """Puts another layer in the place of its own when it runs, as BigBird does for short texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer: nn.Module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.layer) < 4:  # type: ignore[arg-type]
+            self.layer = nn.Sequential(*self.layer, nn.Linear(2, 2))  # type: ignore[misc]
+        return self.layer(x)
+
+
+def test_a_network_that_changes_as_it_runs_has_to_have_run() -> None:
+    model, x = Changing(), torch.randn(3, 4)
+    with refused("Changing", "as it runs", "once"):
+        find_structures(model, x)
+    model(x)
+    assert [s.units for s in find_structures(model, x).structures] == [6, 2]
+
+
+class Largest(nn.Module):
+    """Computes with the largest number of its type, which overflows in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = torch.finfo(x.dtype).max / 1e38
+        return self.last(torch.relu(self.first(x)) * large * large)
+
+
+def test_what_is_not_finite_in_float64_is_proven_in_float32() -> None:
+    torch.manual_seed(0)
+    model, x = Largest(), torch.randn(3, 4)
+    with warned("float32", "not finite"):
+        (hidden,) = find_structures(model, x).structures
+    shrink(model, [hidden], [torch.arange(6) < 4], example_input=x)
+    assert model.first.out_features == 4
+    diverged = Largest()
+    nn.init.constant_(diverged.last.bias, torch.nan)
+    with refused("not finite"):
+        shrink(diverged, [hidden], [torch.arange(6) < 4], example_input=x)
