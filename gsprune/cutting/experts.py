@@ -22,7 +22,7 @@ from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import tensors_in
 from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
 from gsprune.structures.twin import copy_of
-from gsprune.surgery.apply import apply_cut
+from gsprune.surgery.apply import apply_cut, home_of
 from gsprune.text.display import percent
 from gsprune.text.names import check_patterns, choose
 
@@ -97,7 +97,8 @@ def cut_experts(
     example = to_device_of(model, data.example_for(model) if example_input is None else example_input)
     with shown(progress) as report:
         report("finding experts", 0.0)
-        found = _chosen(model, example, include, exclude)
+        every = _found(model, example)
+        found = _chosen(every, include, exclude)
         layers = [layer for layer in found if layer.least < layer.structure.units]
         skipped = {layer.structure.name: _ALL for layer in found if layer not in layers}
         counts = {layer.structure.name: _left(layer, float(sparsity)) for layer in layers}
@@ -111,7 +112,7 @@ def cut_experts(
         problem = check_experts(model, layers, keeps, example)
         if problem is not None:
             raise ValueError(f"the experts that score lowest cannot be removed: {problem}")
-        plan = plan_experts(model, layers, keeps)
+        plan = plan_experts(model, layers, keeps, are_all=len(layers) == len(every))
         small = copy_of(model)
         apply_cut(small, plan)
         small.eval()
@@ -136,26 +137,31 @@ def cut_experts(
 _ALL = "each token is given to all of them"
 
 
-def _chosen(model: nn.Module, example: Any, include: Sequence[str], exclude: Sequence[str]) -> list[Experts]:
-    found = {layer.structure.name: layer for layer in find_experts(model, example)}
+def _found(model: nn.Module, example: Any) -> list[Experts]:
+    found = find_experts(model, example)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no mixture of experts: no matrix chooses among as many modules or tensors as "
             "it has rows"
         )
-    chosen = choose({name: (name,) for name in found}, tuple(include), tuple(exclude), skipped={})
-    return [layer for name, layer in found.items() if name in chosen]
+    return found
+
+
+def _chosen(found: Sequence[Experts], include: Sequence[str], exclude: Sequence[str]) -> list[Experts]:
+    layers = {layer.structure.name: layer for layer in found}
+    chosen = choose({name: (name,) for name in layers}, tuple(include), tuple(exclude), skipped={})
+    return [layer for name, layer in layers.items() if name in chosen]
 
 
 def _left(layer: Experts, sparsity: float) -> int:
     """How many experts of each group stay."""
     units, groups = layer.structure.units // layer.groups, layer.groups
     left = units - round(sparsity * units)
-    least = max(-(-layer.least // groups), 2 if groups > 1 else 1)
-    if left < least:
+    if left * groups < layer.least:
         raise ValueError(
             f"sparsity={sparsity:g} leaves {left * groups} of the {layer.structure.units} experts of "
-            f"{layer.structure.name!r}, which needs {least * groups}: at most {percent(1 - least / units)} can go"
+            f"{layer.structure.name!r}, which needs {layer.least}: at most "
+            f"{percent(1 - layer.least / layer.structure.units)} can go"
         )
     if left == units:
         raise ValueError(
@@ -196,6 +202,10 @@ def _ranked(
     if felt is None:
         felt = data if data.labelled and data.has_loss else data.drawn_from(model)
     twin = sharing_copy(model, requires_grad=False)
+    for name in (name for layer in layers for name in layer.biases):  # which are written into
+        home, leaf = home_of(twin, name)
+        own = getattr(home, leaf).detach().clone()
+        setattr(home, leaf, nn.Parameter(own, False) if leaf in home._parameters else own)
     keeps = {layer.structure.name: torch.ones(layer.structure.units, dtype=torch.bool) for layer in layers}
     scores: dict[str, Tensor] = {}
     for number in range(1, ROUNDS + 1):
@@ -218,13 +228,16 @@ def _scores(
     done = 0
     with evaluating([twin]), no_fast_path(), same_randomness(twin):
         for batch in data.batches:
-            calls: dict[str, _Call] = {}
+            calls: list[_Call] = []
             with torch.enable_grad(), _watched(twin, layers, calls), closed(twin, layers, gone):
                 value = data.loss(twin, batch.to(device_of(twin)))
-                found = {name: seen for name, seen in calls.items() if seen.output.requires_grad}
-                slopes = torch.autograd.grad(value, [c.output for c in found.values()], allow_unused=True)
+                for name in total:
+                    if not any(seen.name == name for seen in calls):
+                        raise ValueError(f"{name!r} cannot be scored: what holds it is not called, or gives no tensor")
+                slopes = torch.autograd.grad(value, [seen.output for seen in calls], allow_unused=True)
             with torch.no_grad():
-                for (name, seen), slope in zip(found.items(), slopes, strict=True):
+                for seen, slope in zip(calls, slopes, strict=True):
+                    name = seen.name
                     if slope is None:
                         continue
                     for expert in keeps[name].nonzero().flatten().tolist():
@@ -242,23 +255,28 @@ def _scores(
 class _Call:
     """A call of a layer: what it was given, and its first output."""
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
-        self.module, self.args, self.kwargs, self.output = module, args, kwargs, output
+    def __init__(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
+        self.name, self.module, self.args, self.kwargs, self.output = name, module, args, kwargs, output
 
     def again(self) -> Tensor:
         return next(tensors_in(self.module.forward(*self.args, **self.kwargs)))
 
 
 @contextmanager
-def _watched(twin: nn.Module, layers: Sequence[Experts], calls: dict[str, _Call]) -> Iterator[None]:
-    """Inside the block each layer's call is noted; its output has a gradient."""
+def _watched(twin: nn.Module, layers: Sequence[Experts], calls: list[_Call]) -> Iterator[None]:
+    """Inside the block every call of a layer is noted; its output has a gradient."""
 
     def note(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        first = next(tensors_in(output))
+        is_tuple = isinstance(output, tuple) and bool(output)
+        first = output[0] if is_tuple else output
+        if not isinstance(first, Tensor):
+            return output
         if not first.requires_grad:
-            leaf = first.detach().requires_grad_()
-            output, first = _with_first(output, leaf), leaf
-        calls[name] = _Call(module, args, kwargs, first)
+            first = first.detach().requires_grad_()
+            output = (first, *output[1:]) if is_tuple else first
+        calls.append(_Call(name, module, args, kwargs, first))
         return output
 
     hooks = (
@@ -269,10 +287,6 @@ def _watched(twin: nn.Module, layers: Sequence[Experts], calls: dict[str, _Call]
     )
     with hooked(hooks):
         yield
-
-
-def _with_first(output: Any, first: Tensor) -> Any:
-    return (first, *output[1:]) if isinstance(output, tuple) else first
 
 
 def _size(model: nn.Module, data: Calibration) -> Size:

@@ -33,6 +33,7 @@ from gsprune.text.names import joined
 
 _COUNTS = re.compile(r"(?<!shared_)(experts?|exp)$")  # attributes that say how many experts there are
 _GROUPS = ("n_group", "num_group", "num_expert_group", "n_groups")
+_OPEN_GROUPS = ("topk_group", "n_limited_groups")  # of which a token's experts are
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Experts:
     routers    matrices whose products choose
     biases     what is added to their products, or to what is made of these
     lists      lists of modules, one an expert
-    least      how many experts a token is given to
+    least      how many experts have to stay: as many as a token is given to, of each group that may be chosen
     groups     experts are chosen among in so many groups of one size
     """
 
@@ -151,10 +152,16 @@ def _experts(
     }
     name = (*lists, *homes)[0]
     structure = Structure(name, "experts", experts, tuple(members), (), (), (), attributes)
-    groups = max(
-        (vars(m).get(n, 1) for m in layer.modules() for n in _GROUPS if type(vars(m).get(n)) is int), default=1
-    )
-    return Experts(structure, path, tuple(routers), tuple(biases), tuple(lists), max(taken, 1), groups)
+    groups, opened = (_most(layer, names) for names in (_GROUPS, _OPEN_GROUPS))
+    groups = groups if experts % groups == 0 else 1
+    least = max(taken, 1) if groups == 1 else groups * max(2, -(-taken // opened))  # two of each are weighed
+    return Experts(structure, path, tuple(routers), tuple(biases), tuple(lists), least, groups)
+
+
+def _most(layer: nn.Module, names: Sequence[str]) -> int:
+    """The largest of the numbers that modules call so; 1 without any."""
+    found = (vars(module).get(name) for module in layer.modules() for name in names)
+    return max((value for value in found if type(value) is int), default=1)
 
 
 def _counts(layer: nn.Module, experts: int, lists: Sequence[str]) -> Iterator[str]:
@@ -165,10 +172,15 @@ def _counts(layer: nn.Module, experts: int, lists: Sequence[str]) -> Iterator[st
                 yield joined(path, name)
 
 
-def plan_experts(model: nn.Module, layers: Sequence[Experts], keeps: Mapping[str, Tensor]) -> CutPlan:
+def plan_experts(
+    model: nn.Module, layers: Sequence[Experts], keeps: Mapping[str, Tensor], *, are_all: bool = True
+) -> CutPlan:
     """The plan that leaves these experts of each layer.
 
     Where all layers keep as many, the numbers of the network and of its configuration go along.
+
+    Args:
+        are_all: whether the network has no other mixtures.
     """
     plan = plan_cut([e.structure for e in layers], [keeps[e.structure.name] for e in layers])
     removed = dict(plan.removed)
@@ -179,7 +191,7 @@ def plan_experts(model: nn.Module, layers: Sequence[Experts], keeps: Mapping[str
             removed |= {joined(path, names[i]): GONE for i in (~keep).nonzero().flatten().tolist()}
     attributes = dict(plan.attributes)
     sizes = {(layer.structure.units, int(keeps[layer.structure.name].sum())) for layer in layers}
-    if len(sizes) == 1:
+    if len(sizes) == 1 and are_all:
         ((before, after),) = sizes
         holders = [("", model), *((n, getattr(model, n)) for n in ("config",) if hasattr(model, n))]
         holders += [("config.text_config", c.text_config) for _, c in holders[1:] if hasattr(c, "text_config")]

@@ -261,6 +261,86 @@ def test_widths_that_the_kernel_of_transformers_does_not_take(tmp_path: Path) ->
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+def test_where_some_layers_stay_whole_the_configuration_stays(tmp_path: Path) -> None:
+    model, batch = of_transformers("MixtralForCausalLM"), {"input_ids": IDS}
+    before = copy.deepcopy(model.state_dict())
+    cut = gsprune.cut_experts(model, [batch], sparsity=0.5, include=["*.layers.1.*"], progress=False)
+    small: Any = cut.model
+    assert [layer.mlp.experts.num_experts for layer in small.model.layers] == [6, 3]
+    assert (small.config.num_local_experts, small.num_experts) == (6, 6)
+    cut.save(tmp_path)
+    loaded = gsprune.load_pruned(tmp_path, of_transformers("MixtralForCausalLM"))
+    assert torch.equal(loaded(**batch).logits, small(**batch).logits)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_groups_of_experts_keep_what_a_token_takes_of_each() -> None:
+    settings = {
+        **FAMILIES["DeepseekV3ForCausalLM"][1],
+        "num_experts_per_tok": 4,
+        "n_routed_experts": 8,
+        "topk_group": 1,
+    }
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**settings)).eval()
+    (first, _) = find_experts(model, {"input_ids": IDS})
+    assert (first.groups, first.least) == (2, 8)
+    with refused("all of them"):
+        gsprune.cut_experts(model, [{"input_ids": IDS}], sparsity=0.25, progress=False)
+
+
+class Twice(nn.Module):
+    """One mixture, called twice in a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixture = Mixture()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixture(2 * self.mixture(x))
+
+
+class Named(nn.Module):
+    """A mixture whose layer answers with a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixture = Mixture()
+        forward = self.mixture.forward
+        self.mixture.forward = lambda x: {"found": forward(x)}  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.mixture(x)["found"]
+        return found
+
+
+def test_a_mixture_that_is_called_twice_is_scored_for_both_and_one_that_cannot_be_is_refused() -> None:
+    model = net(Twice())
+    data = Calibration(batches(12)).of_outputs(model)
+    assert data is not None
+    layers = find_experts(model, torch.randn(8, 4))
+    keeps = {"1.mixture.experts": torch.ones(6, dtype=torch.bool)}
+    both = _scores(model, layers, keeps, data, lambda share: None)["1.mixture.experts"]
+    wanted = torch.zeros(6)
+    layer: Any = model[1].mixture  # type: ignore[index, union-attr]
+    for batch in data.batches:
+        for row in range(batch.size):
+            one = batch.rows(row, row + 1)
+            x = model[0](one.inputs)  # type: ignore[index]
+            y = layer(x).detach().requires_grad_()
+            z = layer(2 * y)
+            slopes = torch.autograd.grad(data.loss(lambda _, z=z: model[2](z), one), [y, z])  # type: ignore[index]
+            for expert in range(6):
+                layer.closed = torch.arange(6) == expert
+                changes = (layer(x) - y, layer(2 * y) - z)
+                wanted[expert] += sum(float((s * c).detach().sum()) ** 2 for s, c in zip(slopes, changes, strict=True))
+            layer.closed = torch.zeros(6, dtype=torch.bool)
+    torch.testing.assert_close(both, wanted / data.size, rtol=1e-4, atol=1e-7)
+    with refused("1.mixture.experts", "cannot be scored"):
+        gsprune.cut_experts(net(Named()), batches(), sparsity=0.5, progress=False)
+
+
 @pytest.mark.parametrize("name", ["DeepseekV3ForCausalLM", "Ernie4_5_MoeForCausalLM"])
 def test_what_is_added_to_the_scores_does_not_choose_an_expert_that_is_gone(name: str) -> None:
     model = of_transformers(name)
