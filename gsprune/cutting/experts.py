@@ -17,9 +17,8 @@ from gsprune.cutting.cut import Cut, check_model, shown
 from gsprune.cutting.progress import Report
 from gsprune.cutting.scoring import sharing_copy
 from gsprune.cutting.size import Size
-from gsprune.discovery.experts import Experts, check_experts, closed, find_experts, plan_experts
+from gsprune.discovery.experts import Experts, check_experts, closed, find_experts, first_of, plan_experts
 from gsprune.structures.attention import no_fast_path
-from gsprune.structures.example import tensors_in
 from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
 from gsprune.structures.twin import copy_of
 from gsprune.surgery.apply import apply_cut, home_of
@@ -99,8 +98,9 @@ def cut_experts(
         report("finding experts", 0.0)
         every = _found(model, example)
         found = _chosen(every, include, exclude)
-        layers = [layer for layer in found if layer.least < layer.structure.units]
-        skipped = {layer.structure.name: _ALL for layer in found if layer not in layers}
+        skipped = {layer.structure.name: _ALL for layer in found if layer.least == layer.structure.units}
+        skipped |= {layer.structure.name: _NOT_CALLED for layer in found if not layer.is_called}
+        layers = [layer for layer in found if layer.structure.name not in skipped]
         counts = {layer.structure.name: _left(layer, float(sparsity)) for layer in layers}
         layers, broken = _proven(model, layers, counts, example)
         skipped |= broken
@@ -135,6 +135,7 @@ def cut_experts(
 
 
 _ALL = "each token is given to all of them"
+_NOT_CALLED = "what holds them is not called as a module, or gives no tensor, so that they cannot be scored"
 
 
 def _found(model: nn.Module, example: Any) -> list[Experts]:
@@ -231,9 +232,6 @@ def _scores(
             calls: list[_Call] = []
             with torch.enable_grad(), _watched(twin, layers, calls), closed(twin, layers, gone):
                 value = data.loss(twin, batch.to(device_of(twin)))
-                for name in total:
-                    if not any(seen.name == name for seen in calls):
-                        raise ValueError(f"{name!r} cannot be scored: what holds it is not called, or gives no tensor")
                 slopes = torch.autograd.grad(value, [seen.output for seen in calls], allow_unused=True)
             with torch.no_grad():
                 for seen, slope in zip(calls, slopes, strict=True):
@@ -261,7 +259,8 @@ class _Call:
         self.name, self.module, self.args, self.kwargs, self.output = name, module, args, kwargs, output
 
     def again(self) -> Tensor:
-        return next(tensors_in(self.module.forward(*self.args, **self.kwargs)))
+        answer: Tensor = first_of(self.module.forward(*self.args, **self.kwargs))
+        return answer
 
 
 @contextmanager
@@ -269,13 +268,10 @@ def _watched(twin: nn.Module, layers: Sequence[Experts], calls: list[_Call]) -> 
     """Inside the block every call of a layer is noted; its output has a gradient."""
 
     def note(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        is_tuple = isinstance(output, tuple) and bool(output)
-        first = output[0] if is_tuple else output
-        if not isinstance(first, Tensor):
-            return output
+        first = first_of(output)
         if not first.requires_grad:
             first = first.detach().requires_grad_()
-            output = (first, *output[1:]) if is_tuple else first
+            output = (first, *output[1:]) if isinstance(output, tuple) else first
         calls.append(_Call(name, module, args, kwargs, first))
         return output
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, call, map_tensors
-from gsprune.structures.running import same_randomness
+from gsprune.structures.running import hooked, same_randomness
 from gsprune.structures.structure import Member, Structure
 from gsprune.structures.twin import twin_of
 from gsprune.surgery.closed_experts import Choices, Exact, closed_experts
@@ -47,6 +48,7 @@ class Experts:
     lists      lists of modules, one an expert
     least      how many experts have to stay: as many as a token is given to, of each group that may be chosen
     groups     experts are chosen among in so many groups of one size
+    is_called  whether the layer is called, and answers with a tensor, alone or first in a tuple
     """
 
     structure: Structure
@@ -56,6 +58,7 @@ class Experts:
     lists: tuple[str, ...]
     least: int
     groups: int
+    is_called: bool = True
 
 
 def find_experts(model: nn.Module, example_input: Example) -> list[Experts]:
@@ -75,15 +78,27 @@ def find_experts(model: nn.Module, example_input: Example) -> list[Experts]:
     """
     twin, args = twin_of(model, example_input, torch.float32)
     watch = Choices(twin)
-    with same_randomness(twin), torch.no_grad(), no_fast_path(), watch:
+    called: set[str] = set()
+
+    def note(name: str, output: Any) -> None:
+        if isinstance(first_of(output), Tensor):
+            called.add(name)
+
+    hooks = (m.register_forward_hook(lambda m, i, o, name=name: note(name, o)) for name, m in twin.named_modules())
+    with same_randomness(twin), torch.no_grad(), no_fast_path(), hooked(hooks), watch:
         call(twin, map_tensors(Tensor.clone, args))
     order = [name for name, _ in twin.named_parameters()]
     found: dict[str, Experts] = {}
     for router in sorted(watch.chosen, key=order.index):
         layer = _layer_of(twin, router, *watch.chosen[router])
         if layer is not None:
-            found.setdefault(layer.structure.name, layer)
+            found.setdefault(layer.structure.name, replace(layer, is_called=layer.layer in called))
     return [*found.values()]
+
+
+def first_of(output: Any) -> Any:
+    """What a layer answers with, or the first of several."""
+    return output[0] if isinstance(output, tuple) and output else output
 
 
 def _layer_of(twin: nn.Module, router: str, experts: int, taken: int) -> Experts | None:
