@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from gsprune.collectives import refuse_several
 from gsprune.cost.budgets import KINDS, BudgetSettings, FloorError, read_budget
-from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.criteria import OBS, Criterion, Fisher
 from gsprune.cutting.bounds import check_confidence
 from gsprune.cutting.calibration import Calibration, Loss
@@ -38,7 +37,7 @@ from gsprune.cutting.how_much import (
 from gsprune.cutting.progress import Line, Report, silent
 from gsprune.cutting.scoring import branch_changes, gate_gradients, readers, sharing_copy, unit_scores
 from gsprune.cutting.settled import Settled
-from gsprune.cutting.size import Size
+from gsprune.cutting.size import Size, size_of
 from gsprune.cutting.weights import PrunedWeights, WeightPruner, WeightScope
 from gsprune.extras import need
 from gsprune.formats.network import save_pruned
@@ -498,7 +497,7 @@ class Cutter:
             except ValueError:  # no classes: `OBS` goes by the outputs alone
                 if any(rule.criterion.cumulative for rule in rules) or self.data.of_outputs(model) is None:
                     raise
-        self.dense = self._size(model, self.data.dense_loss)
+        self.dense = size_of(model, self.data, self.data.dense_loss)
         self.gates: dict[str, Tensor] = {}  # gate gradients of single samples, of criteria that are read off them
         self._felt: dict[str, Tensor] = {}  # those of the outputs instead of the loss, of criteria that read inputs
         self._changes: dict[str, Tensor] = {}  # scores of branches of such criteria
@@ -564,7 +563,7 @@ class Cutter:
             structures=structures,
             skipped=self.found.skipped,
             dense=self.dense,
-            small=self._size(small, self.data.mean_loss),
+            small=size_of(small, self.data, self.data.mean_loss),
             criterion=names,
             repaired=repaired,
             samples=self.data.size,
@@ -724,14 +723,6 @@ class Cutter:
         if repair == "least_squares":
             return least_squares(small, self.model, inputs, plan, progress=partial(self.report, "repairing"))
         return batchnorm(small, inputs, dense=self.model, plan=plan) if repair == "batchnorm" else None
-
-    def _size(self, model: nn.Module, mean_loss: Callable[[nn.Module], float]) -> Size:
-        try:
-            macs = count_macs(model, to_device_of(model, self.data.example_for(model, 1)))
-        except Exception:
-            macs = None
-        loss = mean_loss(model) if self.data.labelled and self.data.has_loss else None
-        return Size(count_parameters(model), macs or None, loss)
 
 
 def check_model(model: nn.Module) -> None:

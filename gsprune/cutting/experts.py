@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsprune.cost.counting import count_macs, count_parameters
 from gsprune.cutting.calibration import Calibration, Loss
 from gsprune.cutting.cut import Cut, check_model, shown
 from gsprune.cutting.progress import Report
 from gsprune.cutting.scoring import sharing_copy
-from gsprune.cutting.size import Size
+from gsprune.cutting.size import size_of
 from gsprune.discovery.experts import Experts, check_experts, closed, find_experts, first_of, plan_experts
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
@@ -122,8 +121,8 @@ def cut_experts(
         keeps=keeps,
         structures=[layer.structure for layer in layers],
         skipped=skipped,
-        dense=_size(model, data),
-        small=_size(small, data),
+        dense=size_of(model, data, data.dense_loss),
+        small=size_of(small, data, data.mean_loss),
         criterion="Fisher",
         repaired=None,
         samples=data.size,
@@ -283,12 +282,3 @@ def _watched(twin: nn.Module, layers: Sequence[Experts], calls: list[_Call]) -> 
     )
     with hooked(hooks):
         yield
-
-
-def _size(model: nn.Module, data: Calibration) -> Size:
-    try:
-        macs = count_macs(model, to_device_of(model, data.example_for(model, 1)))
-    except Exception:
-        macs = None
-    loss = data.mean_loss(model) if data.labelled and data.has_loss else None
-    return Size(count_parameters(model), macs or None, loss)

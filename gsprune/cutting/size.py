@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
+
+from gsprune.cost.counting import count_macs, count_parameters
+from gsprune.cutting.calibration import Calibration
+from gsprune.structures.running import to_device_of
 
 
 @dataclass(frozen=True)
@@ -20,3 +27,13 @@ class Size:
     macs: int | None
     loss: float | None
     value: Any = None
+
+
+def size_of(network: nn.Module, data: Calibration, mean_loss: Callable[[nn.Module], float]) -> Size:
+    """Of a network; MACs of one sample of the calibration data, the loss as `mean_loss` finds it where there is one."""
+    try:
+        macs = count_macs(network, to_device_of(network, data.example_for(network, 1)))
+    except Exception:
+        macs = None
+    loss = mean_loss(network) if data.labelled and data.has_loss else None
+    return Size(count_parameters(network), macs or None, loss)
