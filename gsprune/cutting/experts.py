@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -19,7 +21,7 @@ from gsprune.cutting.size import size_of
 from gsprune.discovery.experts import Experts, check_experts, closed, find_experts, first_of, plan_experts
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.running import device_of, evaluating, hooked, same_randomness, to_device_of
-from gsprune.structures.twin import copy_of
+from gsprune.structures.twin import copy_of, every_tensor
 from gsprune.surgery.apply import apply_cut, home_of
 from gsprune.text.display import percent
 from gsprune.text.names import check_patterns, choose
@@ -101,14 +103,17 @@ def cut_experts(
         skipped |= {layer.structure.name: _NOT_CALLED for layer in found if not layer.is_called}
         layers = [layer for layer in found if layer.structure.name not in skipped]
         counts = {layer.structure.name: _left(layer, float(sparsity)) for layer in layers}
-        layers, broken = _proven(model, layers, counts, example)
+        layers, broken, proof = _proven(model, layers, counts, example)
         skipped |= broken
         if not layers:
             name, why = next(iter(skipped.items()))
             raise ValueError(f"no experts can be removed: those of {name!r}, {why}")
+        if proof:
+            warnings.warn(f"{type(model).__name__}: {proof}", stacklevel=2)
+        dense = size_of(model, data, data.dense_loss)
         keeps, scores = _ranked(model, layers, counts, data, report)
         report("cutting", 0.0)
-        problem = check_experts(model, layers, keeps, example)
+        problem, _ = check_experts(model, layers, keeps, example)
         if problem is not None:
             raise ValueError(f"the experts that score lowest cannot be removed: {problem}")
         plan = plan_experts(model, layers, keeps, are_all=len(layers) == len(every))
@@ -121,7 +126,7 @@ def cut_experts(
         keeps=keeps,
         structures=[layer.structure for layer in layers],
         skipped=skipped,
-        dense=size_of(model, data, data.dense_loss),
+        dense=dense,
         small=size_of(small, data, data.mean_loss),
         criterion="Fisher",
         repaired=None,
@@ -130,6 +135,7 @@ def cut_experts(
         settled=None,
         seconds=time.perf_counter() - since,
         scores=scores,
+        proof=proof,
     )
 
 
@@ -172,19 +178,20 @@ def _left(layer: Experts, sparsity: float) -> int:
 
 def _proven(
     model: nn.Module, layers: Sequence[Experts], counts: Mapping[str, int], example: Any
-) -> tuple[list[Experts], dict[str, str]]:
-    """The layers that can lose so many experts, and why the others cannot: before anything is scored."""
+) -> tuple[list[Experts], dict[str, str], str]:
+    """The layers that can lose so many experts, why the others cannot, and what the proof shows where that is less."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(layer: Experts) -> Tensor:
         return _best(torch.rand(layer.structure.units, generator=generator), counts[layer.structure.name], layer.groups)
 
     keeps = {layer.structure.name: drawn(layer) for layer in layers}
-    if layers and check_experts(model, layers, keeps, example) is None:
-        return [*layers], {}
-    problems = {layer.structure.name: check_experts(model, [layer], keeps, example) for layer in layers}
+    problem, proof = check_experts(model, layers, keeps, example) if layers else (None, "")
+    if problem is None:
+        return [*layers], {}, proof
+    problems = {layer.structure.name: check_experts(model, [layer], keeps, example)[0] for layer in layers}
     broken = {name: problem for name, problem in problems.items() if problem is not None}
-    return [layer for layer in layers if layer.structure.name not in broken], broken
+    return [layer for layer in layers if layer.structure.name not in broken], broken, proof
 
 
 def _best(scores: Tensor, left: int, groups: int) -> Tensor:
@@ -208,14 +215,21 @@ def _ranked(
         setattr(home, leaf, nn.Parameter(own, False) if leaf in home._parameters else own)
     keeps = {layer.structure.name: torch.ones(layer.structure.units, dtype=torch.bool) for layer in layers}
     scores: dict[str, Tensor] = {}
-    for number in range(1, ROUNDS + 1):
-        found = _scores(twin, layers, keeps, felt, lambda share, n=number: report("scoring", (n - 1 + share) / ROUNDS))
+    sizes = {layer.structure.name: layer.structure.units // layer.groups for layer in layers}
+    rounds = [
+        {name: units - round(number / ROUNDS * (units - counts[name])) for name, units in sizes.items()}
+        for number in range(ROUNDS + 1)
+    ]
+    rounds = [after for before, after in pairwise(rounds) if after != before]  # of few experts some rounds take none
+    for number, left in enumerate(rounds):
+        found = _scores(twin, layers, keeps, felt, lambda share, n=number: report("scoring", (n + share) / len(rounds)))
         for layer in layers:
-            name, units = layer.structure.name, layer.structure.units // layer.groups
-            left = units - round(number / ROUNDS * (units - counts[name]))
+            name = layer.structure.name
+            if not found[name].isfinite().all():
+                raise ValueError(f"a score of {name!r} is not finite: the loss or its gradient is not")
             ranked = found[name].masked_fill(~keeps[name], -torch.inf)
             scores[name] = torch.where(keeps[name], found[name], scores.get(name, found[name]))
-            keeps[name] = _best(ranked, left, layer.groups)
+            keeps[name] = _best(ranked, left[name], layer.groups)
     return keeps, scores
 
 
@@ -223,14 +237,16 @@ def _scores(
     twin: nn.Module, layers: Sequence[Experts], keeps: Mapping[str, Tensor], data: Calibration, report: Any
 ) -> dict[str, Tensor]:
     """Layer -> what the outputs feel of each of its experts' removal, (experts,), where some are gone already."""
-    total = {layer.structure.name: torch.zeros(layer.structure.units) for layer in layers}
+    device, tensors = device_of(twin), every_tensor(twin)
+    total = {layer.structure.name: torch.zeros(layer.structure.units, device=device) for layer in layers}
+    alone = {layer.structure.name: [layer] for layer in layers}
     gone = {name: ~keep for name, keep in keeps.items()}
     done = 0
     with evaluating([twin]), no_fast_path(), same_randomness(twin):
         for batch in data.batches:
             calls: list[_Call] = []
-            with torch.enable_grad(), _watched(twin, layers, calls), closed(twin, layers, gone):
-                value = data.loss(twin, batch.to(device_of(twin)))
+            with torch.enable_grad(), _watched(twin, layers, calls), closed(tensors, layers, gone):
+                value = data.loss(twin, batch.to(device))
                 slopes = torch.autograd.grad(value, [seen.output for seen in calls], allow_unused=True)
             with torch.no_grad():
                 for seen, slope in zip(calls, slopes, strict=True):
@@ -238,15 +254,15 @@ def _scores(
                     if slope is None:
                         continue
                     for expert in keeps[name].nonzero().flatten().tolist():
-                        without = {**gone, name: gone[name].clone().index_fill_(0, torch.tensor(expert), True)}
-                        with closed(twin, layers, without):
+                        without = {name: gone[name].clone().index_fill_(0, torch.tensor(expert), True)}
+                        with closed(tensors, alone[name], without):
                             changed = seen.again() - seen.output.detach()
                         samples = batch.size if changed.shape[0] % batch.size == 0 else 1
                         felt = (slope * changed).float().reshape(samples, -1).sum(1) * batch.size
-                        total[name][expert] += float(felt.square().sum()) * batch.size / samples
+                        total[name][expert] += felt.square().sum() * batch.size / samples
             done += batch.size
             report(done / data.size)
-    return {name: value / data.size for name, value in total.items()}
+    return {name: value.cpu() / data.size for name, value in total.items()}
 
 
 class _Call:

@@ -20,12 +20,12 @@ from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, call, map_tensors
 from gsprune.structures.running import hooked, same_randomness
 from gsprune.structures.structure import Member, Structure
-from gsprune.structures.twin import twin_of
+from gsprune.structures.twin import every_tensor, twin_of
 from gsprune.surgery.closed_experts import Choices, Exact, closed_experts
 from gsprune.surgery.cut_plan import CutPlan, plan_cut
 from gsprune.surgery.narrow_forward import module_of
 from gsprune.surgery.no_branch import inside
-from gsprune.surgery.proof import noise_like
+from gsprune.surgery.proof import IN_FLOAT32, NOT_FINITE, noise_like
 from gsprune.surgery.readings import first_difference, is_finite, readings
 from gsprune.surgery.short_list import GONE
 from gsprune.surgery.shrink import small_of
@@ -64,17 +64,8 @@ class Experts:
 def find_experts(model: nn.Module, example_input: Example) -> list[Experts]:
     """The mixtures of experts of `model`, in module order; not proven, which `check_experts` does.
 
-    >>> class Mixture(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.router = nn.Linear(4, 3)
-    ...         self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-    ...     def forward(self, x):
-    ...         best = self.router(x).argmax(-1)
-    ...         return torch.stack([self.experts[int(i)](row) for row, i in zip(x, best)])
-    >>> (found,) = find_experts(Mixture(), torch.randn(5, 4))
-    >>> found.structure.name, found.structure.units, found.routers, found.lists
-    ('experts', 3, ('router.weight',), ('experts',))
+    Raises:
+        ValueError: the model does not run on the example, is quantised or on another device.
     """
     twin, args = twin_of(model, example_input, torch.float32)
     watch = Choices(twin)
@@ -86,7 +77,11 @@ def find_experts(model: nn.Module, example_input: Example) -> list[Experts]:
 
     hooks = (m.register_forward_hook(lambda m, i, o, name=name: note(name, o)) for name, m in twin.named_modules())
     with same_randomness(twin), torch.no_grad(), no_fast_path(), hooked(hooks), watch:
-        call(twin, map_tensors(Tensor.clone, args))
+        try:
+            call(twin, map_tensors(Tensor.clone, args))
+        except Exception as error:
+            problem = f"does not run on the example input: {first_line(error)}"
+            raise ValueError(f"{type(model).__name__} {problem}") from error
     order = [name for name, _ in twin.named_parameters()]
     found: dict[str, Experts] = {}
     for router in sorted(watch.chosen, key=order.index):
@@ -208,10 +203,10 @@ def plan_experts(
     sizes = {(layer.structure.units, int(keeps[layer.structure.name].sum())) for layer in layers}
     if len(sizes) == 1 and are_all:
         ((before, after),) = sizes
-        holders = [("", model), *((n, getattr(model, n)) for n in ("config",) if hasattr(model, n))]
-        holders += [("config.text_config", c.text_config) for _, c in holders[1:] if hasattr(c, "text_config")]
-        for path, holder in holders if before != after else ():
-            for name, value in vars(holder).items():
+        config = getattr(model, "config", None)
+        holders = {"": model, "config": config, "config.text_config": getattr(config, "text_config", None)}
+        for path, holder in holders.items():
+            for name, value in vars(holder).items() if holder is not None else ():
                 if type(value) is int and value == before and _COUNTS.search(name.lower()):
                     attributes[joined(path, name)] = after
     return CutPlan(plan.kept, plan.sizes, attributes, removed).without_removed()
@@ -219,34 +214,39 @@ def plan_experts(
 
 def check_experts(
     model: nn.Module, layers: Sequence[Experts], keeps: Mapping[str, Tensor], example_input: Example
-) -> str | None:
-    """What is wrong with the network that loses experts; None if nothing is.
+) -> tuple[str | None, str]:
+    """What is wrong with the network that loses experts, None if nothing is; and what that shows where it is less.
 
     The network in which no token is given to the experts that go (their logits are minus infinity) is compared with the
-    cut one, layer by layer, in float64, on the example and on noise. In float32 where it does not run in that.
+    cut one, layer by layer, in float64, on the example and on noise. In float32 where it does not run in that, or its
+    output is not finite then.
     """
     try:
-        return _difference(*twin_of(model, example_input), layers, keeps)
-    except Exception:
-        return _difference(*twin_of(model, example_input, torch.float32), layers, keeps)
+        problem = _difference(*twin_of(model, example_input), layers, keeps)
+        failed = problem if problem == NOT_FINITE else None
+    except Exception as error:
+        problem, failed = None, first_line(error)
+    if failed is None:
+        return problem, ""
+    return _difference(*twin_of(model, example_input, torch.float32), layers, keeps), IN_FLOAT32.format(failed)
 
 
 def _difference(twin: nn.Module, args: Example, layers: Sequence[Experts], keeps: Mapping[str, Tensor]) -> str | None:
     plan = plan_experts(twin, layers, keeps)
-    small = small_of(twin, plan)
+    small, tensors = small_of(twin, plan), every_tensor(twin)
     routers = {module_of(name) for layer in layers for name in layer.routers}  # which give as many numbers as experts
     rows = {name: cuts for name, cuts in plan.kept.items() if module_of(name) not in routers}
     with torch.no_grad(), Exact():
         for number, example in enumerate((args, noise_like(args))):
             try:
-                with closed(twin, layers, {name: ~keep for name, keep in keeps.items()}):
+                with closed(tensors, layers, {name: ~keep for name, keep in keeps.items()}):
                     masked = readings(twin, example, rows)
             except Exception:
                 if number == 0:
                     raise
                 return None
             if not is_finite(masked):
-                return "the network's output is not finite" if number == 0 else None
+                return NOT_FINITE if number == 0 else None
             try:
                 cut = readings(small, example, scaled=False)
             except Exception as error:
@@ -258,9 +258,10 @@ def _difference(twin: nn.Module, args: Example, layers: Sequence[Experts], keeps
     return None
 
 
-def closed(model: nn.Module, layers: Sequence[Experts], gone: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-    """`closed_experts` of some experts of each layer, bool (experts,)."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+def closed(
+    tensors: Mapping[str, Tensor], layers: Sequence[Experts], gone: Mapping[str, Tensor]
+) -> AbstractContextManager[None]:
+    """`closed_experts` of some experts of each layer, bool (experts,), in the network with these tensors."""
     routers = {tensors[name]: gone[e.structure.name] for e in layers for name in e.routers}
     biases = {tensors[name]: gone[e.structure.name] for e in layers for name in e.biases}
     return closed_experts(routers, biases)

@@ -326,13 +326,15 @@ def multiplies(module: Any, x: Tensor, y: Tensor) -> bool:
             return False
     elif x.shape[:-1] != y.shape[:-1]:
         return False
+    if not count:
+        return True  # nothing says that it is not
     rows = torch.arange(0, count, max(1, count // 64), device=x.device)
     read, given = read_rows(module, x, rows), given_rows(module, y, rows)
     found = (read.transpose(0, 1).double() @ matrix_of(module).double().mT).transpose(0, 1)
     if module.bias is not None:
         found = found + module.bias.detach().double().view(found.shape[1:])
     if not (given.isfinite().all() and found.isfinite().all()):
-        return True  # nothing says that it is not
+        return True
     tolerance = min(0.05, 50 * torch.finfo(y.dtype).eps ** 0.75)
     return torch.allclose(found, given.double(), rtol=0, atol=tolerance * max(1e-30, float(found.abs().max())))
 

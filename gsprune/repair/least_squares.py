@@ -253,7 +253,7 @@ class _Repair:
         if is_packed(visit.small):
             visit = of_projections(visit)
         if type(visit.dense) is type(visit.small) and not multiplies(
-            visit.dense, visit.dense_inputs[0], visit.outputs[0]
+            visit.dense, visit.dense_inputs[visit.filled], visit.outputs[visit.filled]
         ):
             self.layers.append(LayerRepair(visit.name, reason=OWN_PASS))
             return

@@ -60,6 +60,11 @@ class Visit:
     tokens: list[Tensor | None] = field(default_factory=list)
     streams: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
+    @property
+    def filled(self) -> int:
+        """The first batch of which the layer reads anything: an expert may get no token."""
+        return next((i for i, y in enumerate(self.outputs) if y.numel()), 0)
+
 
 class CalledAgainError(RuntimeError):
     """A layer that had been visited is called once more in the same pass: `name`."""

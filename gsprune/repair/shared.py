@@ -77,6 +77,8 @@ class SharedMoments:
         home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
 
         def note(name: str, module: Any, args: tuple[Any, ...], output: Tensor, is_judge: bool) -> None:
+            if not positions(module, output):  # an expert that gets no token
+                return
             if name not in self._moments and not multiplies(module, args[0], output):
                 self.left[name] = OWN_PASS
             if name in self.left:

@@ -243,7 +243,10 @@ class _Visitor:
         if site.is_packed:
             visit = of_projections(visit)
         layer: Any = visit.small
-        if type(visit.dense) is type(layer) and not multiplies(visit.dense, visit.dense_inputs[0], visit.outputs[0]):
+        first = visit.filled
+        if type(visit.dense) is type(layer) and not multiplies(
+            visit.dense, visit.dense_inputs[first], visit.outputs[first]
+        ):
             self.layers.append(LayerRepair(site.tensor, reason=OWN_PASS))
             return
         blocks = column_blocks(layer, self._multiple)

@@ -38,14 +38,24 @@ class _Precise(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.inside and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            narrow = torch.float32 in (*args[1:], kwargs.get("dtype")) if func is Tensor.to else func is Tensor.float
-            if narrow:
-                return args[0]
+        if self.inside and narrows(func, args, kwargs):
+            return args[0]
         if func is F.linear and args and args[0].dtype == torch.float32:
             args, kwargs = map_tensors(Tensor.double, (args, kwargs))
             return func(*args, **kwargs).float()
         return func(*args, **kwargs)
+
+
+def narrows(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call makes a tensor of float64 one of float32.
+
+    >>> x = torch.zeros(2, dtype=torch.float64)
+    >>> narrows(Tensor.float, (x,), {}), narrows(Tensor.to, (x, torch.float16), {})
+    (True, False)
+    """
+    if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float64:
+        return False
+    return func is Tensor.float or (func in (Tensor.to, Tensor.type) and torch.float32 in (*args[1:], *kwargs.values()))
 
 
 @contextmanager

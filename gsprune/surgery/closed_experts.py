@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gsprune.structures.example import tensors_in
+from gsprune.structures.running import narrows
 
 _PRODUCTS = {"linear", "matmul", "rmatmul", "mm", "addmm", "einsum"}
 _SAME = {"to", "type", "float", "double", "half", "bfloat16", "type_as", "t", "transpose", "contiguous", "detach"}
@@ -89,13 +90,11 @@ class Exact(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float or (
-                func in (Tensor.to, Tensor.type) and torch.float32 in (*args[1:], *kwargs.values())
-            ):
-                return args[0]
-            if kwargs.get("dtype") == torch.float32:
-                kwargs = {**kwargs, "dtype": torch.float64}
+        if narrows(func, args, kwargs):
+            return args[0]
+        is_wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+        if is_wide and kwargs.get("dtype") == torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
 
 

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 import gsprune
 from gsprune import find_structures
 from gsprune.cost.counting import count_macs
+from gsprune.cutting import experts
 from gsprune.cutting.calibration import Calibration
 from gsprune.cutting.experts import _scores
 from gsprune.discovery.experts import check_experts, find_experts, plan_experts
 from gsprune.integrations.pretrained import from_pretrained, save_pretrained
 from gsprune.pruner.rule import Rule
+from gsprune.repair.shared import SharedMoments
 from gsprune.structures.running import outputs
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.closed_experts import Exact
@@ -360,7 +362,7 @@ def test_what_is_added_to_the_scores_does_not_choose_an_expert_that_is_gone(name
         for layer in layers:
             (bias,) = layer.biases
             dict([*model.named_parameters(), *model.named_buffers()])[bias].flatten()[2] = 3.0
-    assert check_experts(model, layers, keeps, {"input_ids": IDS}) is None
+    assert check_experts(model, layers, keeps, {"input_ids": IDS}) == (None, "")
 
 
 def test_a_network_in_float64_stays_in_it() -> None:
@@ -386,7 +388,7 @@ def test_a_dictionary_of_experts() -> None:
     layers = find_experts(model, example)
     assert len(layers) == 4
     keeps = {layer.structure.name: torch.tensor([False, True, False, True, True, False]) for layer in layers}
-    assert check_experts(model, layers, keeps, example) is None
+    assert check_experts(model, layers, keeps, example) == (None, "")
     apply_cut(model, plan_experts(model, layers, keeps))
     experts = model.encoder.block[0].layer[1].mlp.experts
     assert [*experts] == ["expert_0", "expert_1", "expert_2"]
@@ -438,3 +440,60 @@ def test_an_attention_or_a_classifier_is_no_mixture() -> None:
     assert not find_experts(
         nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 3), nn.Softmax(-1)), torch.randn(2, 8, 4)
     )
+
+
+class Largest(Mixture):
+    """Computes with the largest number of its type, which overflows in float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = torch.finfo(x.dtype).max / 1e38
+        return super().forward(x) * large * large
+
+
+def test_what_overflows_in_float64_is_proven_in_float32_and_it_is_said() -> None:
+    with warned("float32", "not finite"):
+        cut = gsprune.cut_experts(net(Largest()), batches(), sparsity=0.5, progress=False)
+    assert "float32" in cut.proof
+    assert "float32" in repr(cut)
+    assert not gsprune.cut_experts(net(), batches(), sparsity=0.5, progress=False).proof
+
+
+def test_rounds_that_take_no_expert_are_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = []
+    monkeypatch.setattr(experts, "_scores", lambda *args: scored.append(1) or _scores(*args))
+    for sparsity, rounds in ((0.17, 1), (0.34, 2), (0.5, 3)):
+        scored.clear()
+        cut = gsprune.cut_experts(net(), batches(), sparsity=sparsity, progress=False)
+        assert {int((~keep).sum()) for keep in cut.keeps.values()} == {rounds}
+        assert len(scored) == rounds
+
+
+def test_scores_that_are_no_numbers_and_examples_that_do_not_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with refused("Sequential", "does not run"):
+        gsprune.cut_experts(net(), batches(), sparsity=0.5, example_input=torch.zeros(2, 7), progress=False)
+    monkeypatch.setattr(experts, "_scores", lambda *args: {"1.experts": torch.full((6,), torch.nan)})
+    with refused("1.experts", "not finite"):
+        gsprune.cut_experts(net(Mixture()), batches(), sparsity=0.5, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:all scores of", "ignore:.*of the model's matrix weights can be pruned")  # no tokens
+@pytest.mark.parametrize("how", ["family", "pattern", "one by one"])
+def test_an_expert_that_gets_no_token_of_a_batch_ends_no_repair(how: str) -> None:
+    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(3))
+    pairs = [(x[i : i + 4], torch.arange(4) % 3) for i in range(0, 48, 4)]
+    model = net()
+    if how == "family":
+        cuts = gsprune.cut_family(model, pairs, F.cross_entropy, macs=[0.7, 0.4], progress=False)
+        assert [cut.small.macs / cut.dense.macs < 0.75 for cut in cuts] == [True, True]
+        model[1].closed[2] = True  # type: ignore[index, union-attr, operator]
+        left = SharedMoments(model, [(x, None) for x, _ in pairs], ["1.experts.2.0", "3"]).left
+        assert "does not reach it" in left["1.experts.2.0"]
+        assert "3" not in left
+    elif how == "pattern":
+        sparse = gsprune.cut(model, pairs, F.cross_entropy, pattern="2:4", progress=False)
+        assert sparse.report.sparsity == pytest.approx(0.5)
+        assert any("no sample reaches it" in why or "other rows" in why for why in sparse.report.skipped.values())
+    else:
+        cut = gsprune.cut(model, pairs, F.cross_entropy, sparsity=0.5, progress=False)
+        assert cut.repaired is not None
+        assert [row.name for row in cut.repaired.layers if row.name == "3" and not row.reason] == ["3"]

@@ -221,6 +221,9 @@ def test_a_layer_that_reads_other_rows_is_left_and_one_that_reads_none_is_visite
     dense.threshold = small.threshold = 9.0
     lockstep(dense, small, batches(), ["expert"], seen.append, held_back=[False] * 3)
     assert [y.shape for y in seen[-1].outputs] == [(0, 4)] * 3
+    assert seen[-1].filled == 0
+    outputs = [torch.zeros(0, 4), torch.zeros(2, 4)]
+    assert Visit("expert", dense, small, [], [], outputs, []).filled == 1
     assert given_rows(seen[-1].small, seen[-1].outputs[0], None, torch.arange(3)).shape == (0, 1, 3)
 
 
