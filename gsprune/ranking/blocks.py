@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 BLOCK = 1 << 20  # entries worked on at once on the CPU: what one pass wrote is in the cache for the next
-SUMS = 1 << 17  # entries that products are added up in: they stay in the cache nearest to a core
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -51,18 +51,50 @@ def dot_along(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """
     if a.dim() == 1:  # a BatchNorm's pair: a hundred of them in a step, so no call too many
         return a * b if a.dtype.itemsize >= 4 else a.float() * b
-    wide = torch.promote_types(a.dtype, torch.float32)
-    if dim == 0:
-        return torch.cat([(x.to(wide) * y).flatten(1).sum(1) for x, y in blocks(a, b)])
-    # over the first axis first: that sum runs over whole rows, and what is left is small
-    rest = _added_up(a, b, wide) if a.is_cpu else (a.to(wide) * b).sum(0)
-    return (rest if dim == 1 else rest.movedim(dim - 1, 0)).reshape(a.shape[dim], -1).sum(1)
+    over_rows = dim != 0
+    if a.dtype == b.dtype and a.dtype.itemsize >= 4 and _lie_alike(a, b):
+        sums = _in_one_pass(a, b, over_rows=over_rows)
+    else:
+        wide = torch.promote_types(a.dtype, torch.float32)
+        pairs = ((x.to(wide), y.to(wide) if y.is_cpu else y) for x, y in blocks(a, b))
+        steps = [_sums(x, y, over_rows=over_rows) for x, y in pairs]
+        sums = functools.reduce(torch.add, steps) if over_rows else torch.cat(steps)
+    if sums.numel() == a.shape[dim]:
+        return sums.reshape(-1)
+    return sums.movedim(dim - 1, 0).reshape(a.shape[dim], -1).sum(1)
 
 
-def _added_up(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """Sum of a * b over the first axis, some rows onto others: one pass that writes no product to memory."""
-    rows = max(1, min(len(a), SUMS * len(a) // max(1, a.numel())))
-    sums = torch.zeros_like(a[:rows], dtype=wide)
-    for x, y in zip(a.split(rows), b.split(rows), strict=True):  # type: ignore[no-untyped-call]
-        sums[: len(x)].addcmul_(x.to(wide), y.to(wide))
-    return sums.sum(0)
+def _sums(a: Tensor, b: Tensor, *, over_rows: bool) -> Tensor:
+    """Sum of a * b (m, ...) over the first axis, (...), or over all others, (m,)."""
+    if _lie_alike(a, b):
+        return _in_one_pass(a, b, over_rows=over_rows)
+    return (a * b).sum(0) if over_rows else (a * b).flatten(1).sum(1)
+
+
+def _in_one_pass(a: Tensor, b: Tensor, *, over_rows: bool) -> Tensor:
+    """The same without writing products to memory.
+
+    The gradient of a LayerNorm's weight is the first of these sums, and that of a GroupNorm's weight the second one, if
+    means are 0 and deviations 1. torch has no other kernel for them.
+    """
+    m, n = len(a), a.numel() // len(a)
+    a_mn, b_mn = a.as_strided((m, n), (n, 1)), b.as_strided((m, n), (n, 1))
+    if over_rows:
+        mean, rstd = a.new_zeros((m, 1)), a.new_ones((m, 1))
+        sums: Tensor = _LAYER_NORM(b_mn, a_mn, [n], mean, rstd, a_mn[0], None, _WEIGHT)[1]
+        return sums.as_strided(a.shape[1:], a.stride()[1:])
+    mean, rstd = a.new_zeros((1, m)), a.new_ones((1, m))
+    sums = _GROUP_NORM(b_mn, a_mn, mean, rstd, None, 1, m, n, m, _WEIGHT)[1]
+    return sums
+
+
+_LAYER_NORM = torch.ops.aten.native_layer_norm_backward.default
+_GROUP_NORM = torch.ops.aten.native_group_norm_backward.default
+_WEIGHT = [False, True, False]  # of the gradients of input, weight and bias
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether both lie in a CPU's memory row after row without a gap, in one order."""
+    if not a.is_cpu or a.stride() != b.stride() or a.numel() == 0:
+        return False
+    return a.is_contiguous() or (a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last))
