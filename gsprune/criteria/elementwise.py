@@ -13,8 +13,8 @@ class Elementwise(Criterion):
 
     Args:
         decay: d in (0, 1] of S <- d * S + s. 0.9 keeps about the last ten steps, 1.0 is a plain sum.
-        compiled: scores by a kernel of `torch.compile`, in one pass over memory. It takes some seconds to make, saves 4
-            to 15 % of the time of all hooks, and scores may differ from those without it in the last bit.
+        compiled: scores by a kernel of `torch.compile`, in one pass over memory. It takes some seconds to make, saves
+            up to 15 % of the time of all hooks, on some machines nothing, and scores may differ in the last bit.
 
     Raises:
         ValueError: decay outside (0, 1]; by the pruner, if `compiled` and there is no compiler.

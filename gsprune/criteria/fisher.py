@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from gsprune.criteria.base import Read, unit_sums
-from gsprune.criteria.gate_gradients import GateGradient, weight_and_gradient
-from gsprune.structures.structure import Structure
+from gsprune.criteria.base import Read
+from gsprune.criteria.gate_gradients import GateGradient
+from gsprune.structures.structure import Member, Structure
 
 
 class Fisher(GateGradient):
-    """Squared gradient of a gate on unit u's output: s_u = (sum over consumers of w[:, u] * g[:, u])^2.
+    """Squared gradient of a gate on unit u's output: s_u = (sum over consumers of w[:, u] * g[:, u])^2, or the same by
+    affine pairs, as of `Abs`.
 
     The mean of s_u over samples is the diagonal of the gates' empirical Fisher information. In a trained network the
     mean gradient is near zero, and half of that diagonal is about the change of the loss when u is removed. So the
@@ -40,8 +43,11 @@ class Fisher(GateGradient):
     degree = 2
     calibrated = True
 
+    def members(self, structure: Structure) -> Sequence[Member]:
+        return structure.output_gates
+
     def units(self, structure: Structure, read: Read) -> Tensor:
-        return unit_sums(structure.consumers, lambda name: weight_and_gradient(read(name))).square()
+        return super().units(structure, read).square()
 
     def of_gates(self, gates_bu: Tensor) -> Tensor:
         return gates_bu.square().mean(0)

@@ -6,14 +6,19 @@ at xi = 1 is the column sum of w * g: no forward hook, no head mask, nothing kep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from gsprune.criteria.base import Criterion, Read, unit_sums
-from gsprune.structures.structure import Structure
+from gsprune.structures.structure import Member, Structure
 
 
 class GateGradient(Criterion):
-    """Base of `Abs`, `Weighted` and `Fisher`: the sum of w * g over the tensors on one side of the unit."""
+    """Base of `Abs`, `Weighted` and `Fisher`: the sum of w * g over the tensors on one side of the unit.
+
+    A subclass says by `members` which side that is.
+    """
 
     scores_units = True
 
@@ -21,9 +26,19 @@ class GateGradient(Criterion):
         super().__init__(decay=decay)
         self.normalize = normalize
 
+    def members(self, structure: Structure) -> Sequence[Member]:
+        """The tensors that are summed over, and where each unit lies in them."""
+        raise NotImplementedError
+
+    def units(self, structure: Structure, read: Read) -> Tensor:
+        return unit_sums(self.members(structure), lambda name: weight_and_gradient(read(name)))
+
 
 class Abs(GateGradient):
     """Gradient of a gate on unit u's output: s_u = abs(sum over consumers of w[:, u] * g[:, u]).
+
+    Where only ReLU, pooling and sums lie between a BatchNorm and the consumers, that norm's affine pair gives the same
+    number, gamma_u * g_gamma_u + beta_u * g_beta_u, and is read instead: it has a thousandth of the entries.
 
     Args:
         decay: d in (0, 1] of S <- d * S + s; 1 is a plain sum.
@@ -45,8 +60,8 @@ class Abs(GateGradient):
         [4.0, 2.0]
     """
 
-    def units(self, structure: Structure, read: Read) -> Tensor:
-        return unit_sums(structure.consumers, lambda name: weight_and_gradient(read(name)))
+    def members(self, structure: Structure) -> Sequence[Member]:
+        return structure.output_gates
 
     def of_gates(self, gates_bu: Tensor) -> Tensor:
         return gates_bu.abs().mean(0)
@@ -79,8 +94,8 @@ class Weighted(GateGradient):
         [1.0, 7.0]
     """
 
-    def units(self, structure: Structure, read: Read) -> Tensor:
-        return unit_sums(structure.gates, lambda name: weight_and_gradient(read(name)))
+    def members(self, structure: Structure) -> Sequence[Member]:
+        return structure.gates
 
 
 def weight_and_gradient(pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:

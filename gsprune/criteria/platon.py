@@ -43,4 +43,4 @@ class PLATON(Elementwise):
                 raise ValueError(f"{name} is {value}: it must be above 0 and below 1, as that of an average over steps")
 
     def units(self, structure: Structure, read: Read) -> Tensor:
-        return unit_sums(structure.consumers, lambda name: weight_and_gradient(read(name)))
+        return unit_sums(structure.output_gates, lambda name: weight_and_gradient(read(name)))

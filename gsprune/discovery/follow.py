@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from gsprune.discovery.labels import WITH_CONSTANT, Atoms, Log, Value, derived, dims_of, joined, squeezed
-from gsprune.discovery.ops import Call, expand, overwritten, repeat, rule_of, tensors_of, unknown
+from gsprune.discovery.ops import Call, bent, expand, overwritten, repeat, rule_of, tensors_of, unknown
 from gsprune.discovery.ops import stream_norm as normalised
 from gsprune.structures.attention import no_fast_path
 from gsprune.structures.example import Example, answers_in, call, map_tensors, tensors_in
@@ -87,6 +87,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         (x, *_) = tensors_of(inputs)
         self.log.inside = name
         this = self._call(None, {"input": x, **norm._parameters}, output)
+        this.log.bent += [layer.reshape(-1) for layer in value_of(x).layers]
         value = normalised(this, axis % x.dim(), kind)
         setattr(output, _KEY, replace(value, step=len(self.steps) - 1))
         self.is_asleep -= 1
@@ -96,6 +97,7 @@ class _Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not makes and not any(hasattr(t, _KEY) for t in tensors_of(arguments.values())):
             return
         this = self._call(func, arguments, result)
+        this.log.bent += bent(this)
         if rule is overwritten and this.first().is_blank:
             self.fills.add(this.step)
         try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 NOWHERE: frozenset[int] = frozenset()
+NORMED = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Value:
     is_input   it depends on the model's input
     is_blank   it is filled with one number, in the shape that its partner has
     is_weights it is an attention's weights: it passed a softmax
-    makers     weights (numbers of their axes) whose rows are here before any BatchNorm
+    makers     weights (numbers of their axes) whose rows are here before any BatchNorm; `NORMED` for those behind one
     step       number of the operation that made it
     """
 
@@ -134,6 +135,7 @@ class Log:
     is_told   whether a module makes this call that can be told what it averages over
     rows, columns, scales, sources   numbers of axes by what reads or makes them
     norms     of a weight: the BatchNorm weights that it meets first; `bare`: weights that are read without one
+    bent      atoms that pass what does not scale along with them, as ReLU and poolings do
     beside    of the whole pass: layer of the network -> what is known of its outputs along other dimensions than that
               of its own channels, of each call: (dimension, layer)
     sizes     of the whole pass: sizes that a module's forward pass names (`narrow_forward.size_name`), the atoms along
@@ -160,6 +162,7 @@ class Log:
     sources: set[int] = field(default_factory=set)
     norms: dict[int, set[int]] = field(default_factory=dict)
     bare: set[int] = field(default_factory=set)
+    bent: list[Tensor] = field(default_factory=list)
     sizes: dict[str, list[Tensor]] = field(default_factory=dict)
     beside: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
@@ -190,7 +193,7 @@ class Log:
 
     def take(self, other: Log) -> None:
         """Take over what another says of the same atoms."""
-        for name in ("ties", "pins", "attention", "values", "summed", "halves", "blocks", "normed", "biases"):
+        for name in ("ties", "pins", "attention", "values", "summed", "halves", "blocks", "normed", "biases", "bent"):
             getattr(self, name).extend(getattr(other, name))
         for name in ("rows", "columns", "scales", "sources", "bare"):
             getattr(self, name).update(getattr(other, name))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gsprune.discovery.labels import (
+    NORMED,
     NOWHERE,
     WITH_CONSTANT,
     WITH_INPUT,
@@ -612,7 +613,7 @@ def _read_along_last(log: Log, x: Value, columns: list[Tensor]) -> Value:
         shape = [1] * k + [-1]
         left = read(log, layer, columns[0].reshape(shape), k) if columns else log.collapse(layer, k, WITH_CONSTANT)
         rest += [] if left is None else [left]
-    log.bare |= x.makers
+    log.bare |= x.makers - {NORMED}
     return replace(x, shape=_with(x.shape, k, 1), layers=tuple(rest))
 
 
@@ -674,7 +675,7 @@ def _read_by(log: Log, x: Value, weight: Value, k: int) -> tuple[list[Value], fr
             left = log.collapse(layer, k, WITH_CONSTANT)
         rest += [] if left is None else [left]
     makers = {axis for layer in weight.off(k) for axis in log.mark(log.rows, layer)}
-    log.bare |= x.makers
+    log.bare |= x.makers - {NORMED}
     values = [
         replace(v, shape=_with(v.shape, k, 1), layers=tuple(layers))
         for v, layers in ((x, rest), (weight, weight.off(k)))
@@ -742,7 +743,7 @@ def convolution(call: Call) -> Value:
         return _plus_channels(call, _depthwise(call, x, weight, makers))
     for layer in columns:
         log.mark(log.columns, layer)
-    log.bare |= x.makers
+    log.bare |= x.makers - {NORMED}
     found = _channels_read(log, x, columns, groups, is_transposed)
     out = rows[0] if rows else None
     if out is not None and groups > 1:
@@ -847,7 +848,7 @@ def batch_norm(call: Call) -> list[Value | None]:
     tensor = call.arguments.get("weight")
     own = call.value(tensor) if tensor is not None else None
     numbers = {n for layer in (own.layers if own else ()) for n in call.log.atoms.axes_of(layer)}
-    for maker in value.makers:
+    for maker in value.makers - {NORMED}:
         call.log.norms.setdefault(maker, set()).update(numbers)
     is_trained = bool(call.arguments.get("training")) or "no_stats" in str(call.func)
     columns: list[Tensor] = []  # of a weight that is standardised
@@ -857,7 +858,7 @@ def batch_norm(call: Call) -> list[Value | None]:
         columns = [layer for layer in value.layers if not any(layer is other for other in rest)]
         value = put(value, without(call.log, put(value, rest, value.shape), places, MIXED), value.shape)
     layers = [*_per_channel(call, value, ("weight", "bias", "running_mean", "running_var"), [1]), *columns]
-    made = replace(put(value, layers, call.shape), makers=NOWHERE)
+    made = replace(put(value, layers, call.shape), makers=frozenset({NORMED}) if value.is_input else NOWHERE)
     return [made, *[None] * (len(call.result) - 1)]
 
 
@@ -923,6 +924,36 @@ def product(call: Call) -> Value:
     for value in values:
         without(call.log, value, range(len(value.shape)), f"it passes {call.name}, which mixes units")
     return derived(values, call.shape)
+
+
+# ---- what scales along
+
+
+def bent(call: Call) -> list[Tensor]:
+    """The layers of arguments that the result does not scale along with: of a unit twice as large it is not twice as
+    large. Of a layer that reads all units, and of the first BatchNorm behind one, there are none."""
+    values, rule = call.values(), RULES.get(call.name)
+    if call.name in HOMOGENEOUS:
+        return []
+    if call.name == "add" and len(values) > 1 and all(value.is_input and value.layers for value in values):
+        return []
+    if rule is batch_norm and NORMED not in values[0].makers:
+        return []
+    is_dense = rule in (linear, convolution) and call.arguments.get("groups", 1) == 1
+    if is_dense and not call.value(call["weight"]).is_input:
+        return []
+    return [layer.reshape(-1) for value in values for layer in value.layers]
+
+
+_HOMOGENEOUS = (
+    "relu leaky_relu dropout feature_dropout native_dropout mean avg_pool1d max_pool1d max_pool1d_with_indices "
+    "adaptive_avg_pool1d adaptive_max_pool1d avg_pool2d max_pool2d max_pool2d_with_indices adaptive_avg_pool2d "
+    "_adaptive_avg_pool2d adaptive_max_pool2d avg_pool3d max_pool3d max_pool3d_with_indices adaptive_avg_pool3d "
+    "_adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest2d upsample_bilinear2d cat view reshape _unsafe_view "
+    "flatten unflatten _reshape_alias permute transpose t unsqueeze squeeze slice select narrow unbind split "
+    "split_with_sizes clone contiguous alias _to_copy"
+)
+HOMOGENEOUS = frozenset(_HOMOGENEOUS.split())
 
 
 # ---- tables

@@ -137,6 +137,7 @@ class _Notes:
     is_head: Tensor
     is_stream: Tensor
     is_summed: Tensor
+    is_bent: Tensor
     is_value: Tensor  # of the atom itself
     roots: Tensor
     normed: Sequence[tuple[Tensor, str, str]]  # roots, kind of norm, module
@@ -157,6 +158,7 @@ class _Notes:
             classes.having(log.attention),
             classes.having(streams),
             classes.having(log.summed),
+            classes.having(log.bent),
             is_value,
             roots,
             [(roots[atoms].unique(), kind, name) for atoms, kind, name in log.normed],  # type: ignore[no-untyped-call]
@@ -180,6 +182,7 @@ def _structure(network: Network, log: Log, notes: _Notes, family: Family) -> Str
     root = int(family.roots[0])
     name, kind = _layer(lead.tensor), _kind(network, notes, lead, root)
     gates: tuple[Member, ...] = ()
+    scales = False
     attributes: dict[str, int] = {}
     if kind == "heads":
         name, attributes = head_attributes(network.model, members["rows"], members["columns"], _width(notes, root))
@@ -189,6 +192,7 @@ def _structure(network: Network, log: Log, notes: _Notes, family: Family) -> Str
         name, gates = next(home for home in homes if home), members["columns"]
     else:
         gates = tuple(m for m in _gates(log, sides, members) if isinstance(network.tensors[m.tensor], nn.Parameter))
+        scales = bool(gates) and all(network.tensors[m.tensor].dim() == 1 for m in gates) and not notes.is_bent[root]
         gates = gates or members["columns"]  # behind a norm that has no weight of its own
     attributes = attributes | _norm_attributes(network, notes, root)
     if kind == "residual":
@@ -201,6 +205,7 @@ def _structure(network: Network, log: Log, notes: _Notes, family: Family) -> Str
         consumers=members["columns"],
         norms=members["scales"],
         gates=gates,
+        scales=scales,
         attributes=attributes,
         normed=bool(notes.is_summed[root]) or (kind == "heads" and bool(notes.is_stream[root])),
     )

@@ -23,18 +23,23 @@ def check_compiled(criterion: Criterion, device: torch.device) -> None:
             f"compiled=True: the kernel adds abs(weight * gradient), and {type(criterion).__name__} does not"
         )
     scores, weight, grad = (torch.ones(n, device=device) for n in (80, 64, 64))
-    bits, decay, scale = torch.ones((), dtype=torch.int32, device=device), *torch.ones(2, device=device)
+    bits, decay = torch.ones((), dtype=torch.int32, device=device), torch.ones((), device=device)
     try:
         for start in (0, 16):  # the scores of a first tensor, and of those behind it: a kernel each
-            add_product_(scores[start : start + 64], weight, grad, bits, decay.clone(), scale.clone())
+            add_product_(scores[start : start + 64], weight, grad, bits, decay, None)
     except Exception as error:
         raise ValueError(
             f"compiled=True needs torch.compile and its compiler (g++ or Triton) on {device}: {first_line(error)}"
         ) from error
 
 
-def add_product_(score: Tensor, weight: Tensor, grad: Tensor, bits: Tensor, decay: Tensor, scale: Tensor) -> None:
-    """score <- decay * score + abs(weight * grad) / scale, (n,) each; nothing is added where `bits` is 0."""
+def add_product_(
+    score: Tensor, weight: Tensor, grad: Tensor, bits: Tensor, decay: Tensor, scale: Tensor | None
+) -> None:
+    """score <- decay * score + abs(weight * grad) / scale, (n,) each; nothing is added where `bits` is 0.
+
+    Without a scale there is a kernel of its own: a division of every entry takes a quarter of the time.
+    """
     with torch.no_grad():
         _kernel()(*map(_line, (score, weight, grad)), bits, decay, scale)
 
@@ -51,6 +56,8 @@ def _kernel() -> Callable[..., None]:
     return torch.compile(_add_product_, dynamic=True)
 
 
-def _add_product_(score: Tensor, weight: Tensor, grad: Tensor, bits: Tensor, decay: Tensor, scale: Tensor) -> None:
+def _add_product_(
+    score: Tensor, weight: Tensor, grad: Tensor, bits: Tensor, decay: Tensor, scale: Tensor | None
+) -> None:
     product = torch.where(bits != 0, (weight.float() * grad).abs(), 0.0)  # as bits, it would not be vectorised
-    score.copy_(product / scale + score * decay)
+    score.copy_((product if scale is None else product / scale) + score * decay)

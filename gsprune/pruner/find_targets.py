@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gsprune.pruner.targets import check_values
+from gsprune.pruner.targets import check_values, tensor_of
 from gsprune.pruner.units import UnitTarget, UnitTargets
 from gsprune.pruner.weights import WeightTarget, WeightTargets
 from gsprune.ranking.patterns import Pattern, Tile
@@ -73,7 +73,14 @@ def unit_targets(
         raise ValueError(f"the model has {' and '.join(sorted(here))} units alone, which kinds has to name")
     chosen = [structure for structure in structures if structure.kind in wanted]
     left_out = [*offered.left_out, *(structure for structure in structures if structure.kind not in wanted)]
-    return UnitTargets([UnitTarget(structure, model) for structure in chosen]), skipped, left_out
+    return UnitTargets([UnitTarget(_shown(structure, model), model) for structure in chosen]), skipped, left_out
+
+
+def _shown(structure: Structure, model: nn.Module) -> Structure:
+    """The structure with gates that get gradients: of frozen norms they show nothing."""
+    if all(tensor_of(model, m.tensor).requires_grad for m in structure.gates):
+        return structure
+    return replace(structure, scales=False)
 
 
 def found_in(

@@ -129,11 +129,10 @@ class WeightTargets(Targets):
 
     def __init__(self, targets: Sequence[WeightTarget]) -> None:
         weights = [target.here(target.weight) for target in targets]
-        sizes = [weight.numel() for weight in weights]
-        super().__init__(targets, sum(sizes), one_device(weights))
+        self._sizes = [weight.numel() for weight in weights]
+        super().__init__(targets, sum(self._sizes), one_device(weights))
         self._share_out()
-        largest = max(sizes)
-        self._blocks = cut_in_blocks(sizes, BLOCK if self.score.is_cpu else max(BLOCK, largest))
+        self._blocks = cut_in_blocks(self._sizes, BLOCK if self.score.is_cpu else max(BLOCK, *self._sizes))
 
     def _share_out(self) -> None:
         start = 0
@@ -158,10 +157,9 @@ class WeightTargets(Targets):
         weights = [target.line() for target in self.targets]
         grads = [target.grad_line() for target in self.targets]
         if criterion.compiled:
-            scale = torch.ones_like(verdict.decay) if verdict.grad_scale is None else verdict.grad_scale
             for target, weight, grad in reversed([*zip(self.targets, weights, grads, strict=True)]):
                 if grad is not None:
-                    add_product_(flat_line(target.score), weight, grad, verdict.bits, verdict.decay, scale)
+                    add_product_(flat_line(target.score), weight, grad, verdict.bits, verdict.decay, verdict.grad_scale)
             return
         for start, stop, pieces in reversed(self._blocks):  # what was probed last is still in the cache
             changes = self.scratch.take(stop - start, self.score.device)
@@ -191,8 +189,10 @@ class WeightTargets(Targets):
                 self.spread[start:stop].masked_fill_(~self.keep[start:stop], 0)
 
     def apply_(self) -> None:
-        for target in self.targets if self.pruned else ():
-            target.line().mul_(flat_line(_as_bytes(target.keep)))
+        masks = _as_bytes(self.keep).split_with_sizes(self._sizes)
+        for target, mask in zip(self.targets, masks, strict=True):
+            if target.pruned:
+                target.line().mul_(mask)
 
     def mask_state_(self, optimizers: Sequence[Optimizer]) -> None:
         for target in self.targets:

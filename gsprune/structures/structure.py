@@ -56,6 +56,8 @@ class Structure:
     norms       per-unit tensors on the way that are cut along: affine pairs and statistics of norms, PReLU's slopes
     gates       the tensors whose sum of w * g over unit u is the gradient of a gate on its pre-activation; consumers
                 where none of the producers shows that (in a stream, behind a norm without weight)
+    scales      whether what consumers read scales along with the gates, as through ReLU, poolings and sums alone: then
+                the gates' sum is the gradient of a gate on the unit's output as well
     attributes  module attribute -> amount per unit; its new value is amount * kept units. A `normalized_shape` is the
                 norm itself, which has no tensors
     sizes       size that a module's forward pass has to be told -> (amount per unit, dense size), as of
@@ -82,8 +84,14 @@ class Structure:
     attributes: Mapping[str, int]
     removed: Mapping[str, int] = field(default_factory=dict)
     normed: bool = False
+    scales: bool = False
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     alike: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def output_gates(self) -> tuple[Member, ...]:
+        """The tensors whose sum of w * g over unit u is the gradient of a gate on its output."""
+        return self.gates if self.scales else self.consumers
 
     @property
     def masked(self) -> tuple[Member, ...]:
