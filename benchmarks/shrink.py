@@ -1,17 +1,19 @@
 """What shrinking brings: how much of the saved work shows as saved time.
 
-    python benchmarks/shrink.py latency [--repeats 30] [--models bert resnet50] [--json latency.json]
+    python benchmarks/shrink.py latency [--models bert resnet50] [--runtimes eager openvino] [--json latency.json]
     python benchmarks/shrink.py training [--models resnet18] [--json training.json]
     python benchmarks/shrink.py runtimes [--models resnet18] [--runtimes onnxruntime] [--json runtimes.json]
     python benchmarks/shrink.py widths [--runtimes onnxruntime] [--threads 1]
 
 `latency` compares dense and pruned in turns, with the 95 % interval of the ratio, or says that the clock cannot tell: a
-BERT-base (12 layers, 8 of 12 heads, 600 of 3,072 neurons, 128 tokens) and ResNet-50 at half its multiply-accumulates in
-channels_last. Weights are random: which units go does not matter for time. `training` prunes half of all units over two
-epochs of 20 steps (batch 16, 64x64 pictures) and trains a third, with units masked and with units cut out at each
-update, the steps of both in turns. `runtimes` cuts six networks to half of their milliseconds in each runtime
-(`budget={"latency": 0.5, "runtime": ...}`), and times dense and cut network again, in turns, as they are exported.
-`widths` times four convolutions of as many channels each, since runtimes compute channels in blocks.
+BERT-base (12 layers, 8 of 12 heads, 600 of 3,072 neurons, 128 tokens) and ResNet-50 at half its multiply-accumulates,
+in PyTorch (in channels_last), in onnxruntime and in OpenVINO, there in float32 and in int8 (weights by channels; scales
+of activations from one batch, of BERT in onnxruntime of each pass). Weights are random: which units go does not matter.
+`training` prunes half of all units over two epochs of 20 steps (batch 16, 64x64 pictures) and trains a third, with
+units masked and with units cut out at each update, the steps of both in turns. `runtimes` cuts six networks to half of
+their milliseconds in each runtime (`budget={"latency": 0.5, "runtime": ...}`), and times dense and cut network again,
+in turns, as they are exported. `widths` times four convolutions of as many channels each, since runtimes compute
+channels in blocks.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ import copy
 import json
 import platform
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,10 +40,12 @@ from gsprune.cost.budgets import Budget
 from gsprune.cost.counting import count_macs
 from gsprune.criteria import Abs
 from gsprune.discovery.find import find_structures
+from gsprune.export.exported_program import arguments_in_order
+from gsprune.export.onnx_file import to_onnx
 from gsprune.export.runtimes import Measure
-from gsprune.latency import LEAST, latency_ms
-from gsprune.latency import compare as compare_latency
+from gsprune.latency import LEAST, in_turns, latency_ms
 from gsprune.schedules import Linear
+from gsprune.structures.example import tensors_in
 from gsprune.structures.structure import Structure
 from gsprune.surgery.apply import apply_cut
 from gsprune.surgery.cut_plan import plan_cut
@@ -90,7 +97,7 @@ ZOO: dict[str, Callable[[], Built]] = {
 # ---- latency
 
 
-def latency(names: Sequence[str], repeats: int) -> dict[str, float]:
+def latency(names: Sequence[str], kinds: Sequence[str], repeats: int) -> dict[str, float]:
     """Ratios dense / pruned of time and of work, and their quotient."""
     result: dict[str, float] = {}
     if "bert" in names:
@@ -98,17 +105,57 @@ def latency(names: Sequence[str], repeats: int) -> dict[str, float]:
         found = find_structures(dense, x, include=("*.self", "*.intermediate.dense")).structures
         small = cut(dense, found, [8 if s.kind == "heads" else 600 for s in found])
         for batch in (1, 8):
-            result |= compare(f"bert/batch_{batch}", dense, small, tokens(batch), repeats)
+            result |= everywhere(f"bert/batch_{batch}", dense, small, tokens(batch), kinds, repeats)
     if "resnet50" in names:
         dense, x = ZOO["resnet50"]()
         found = find_structures(dense, x).structures
-        share = 2**-0.5  # the work of a layer goes with both its widths
-        small = cut(dense, found, [8 * round(s.units * share / 8) for s in found])
-        pair = [m.to(memory_format=torch.channels_last) for m in (dense, small)]
+        share = 2**-0.5  # the work of a layer goes with both its widths; runtimes compute 16 channels at once
+        small = cut(dense, found, [16 * round(s.units * share / 16) for s in found])
+        dense, small = (m.to(memory_format=torch.channels_last) for m in (dense, small))
         for batch in (1, 8):
             images = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
-            result |= compare(f"resnet50/batch_{batch}", *pair, images, repeats)
+            result |= everywhere(f"resnet50/batch_{batch}", dense, small, images, kinds, repeats)
     return result
+
+
+def everywhere(
+    name: str, dense: nn.Module, small: nn.Module, x: Any, kinds: Sequence[str], repeats: int
+) -> dict[str, float]:
+    """The two networks in each runtime, and in foreign ones in int8 as well."""
+    result: dict[str, float] = {}
+    for kind in kinds:
+        measure = Measure(kind)
+        for precision in ("float32", "int8") if measure.is_foreign else ("float32",):
+            prepared = measure.prepared if precision == "float32" else partial(in_int8, measure)
+            result |= compare(f"{name}/{kind}/{precision}", dense, small, x, prepared, repeats)
+    return result
+
+
+def in_int8(measure: Measure, model: nn.Module, x: Any) -> nn.Module:
+    """The network in int8 with its input, ready to run.
+
+    Scales of activations are those of the input, or are found anew in each pass where onnxruntime runs a transformer,
+    as its documentation advises.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    fed = [*tensors_in(arguments_in_order(model, x), floating=False)]
+    settings: dict[str, Any] = {"weight_type": QuantType.QInt8, "per_channel": True}
+    settings["op_types_to_quantize"] = ["MatMul", "Gemm", "Conv"]
+    with tempfile.TemporaryDirectory() as folder:
+        path, quantised = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
+        to_onnx(model, x, path)
+        quant_pre_process(path, path, skip_symbolic_shape=True)
+        if measure.runtime == "onnxruntime" and isinstance(x, dict):
+            quantize_dynamic(path, quantised, **settings)
+        else:
+            names = [node.name for node in onnx.load(path).graph.input]
+            batches = iter([{name: tensor.numpy() for name, tensor in zip(names, fed, strict=True)}])
+            source: Any = SimpleNamespace(get_next=lambda: next(batches, None))
+            quantize_static(path, quantised, source, quant_format=QuantFormat.QDQ, **settings)
+        return measure.session(onnx.load(quantised), fed, type(model).__name__)
 
 
 def cut(dense: nn.Module, structures: Sequence[Structure], counts: Sequence[int]) -> nn.Module:
@@ -119,11 +166,13 @@ def cut(dense: nn.Module, structures: Sequence[Structure], counts: Sequence[int]
     return small
 
 
-def compare(name: str, dense: nn.Module, small: nn.Module, x: Any, repeats: int) -> dict[str, float]:
+def compare(
+    name: str, dense: nn.Module, small: nn.Module, x: Any, prepared: Callable[..., nn.Module], repeats: int
+) -> dict[str, float]:
     work = count_macs(dense, x) / count_macs(small, x)
-    found = compare_latency(dense, small, x, repeats=repeats, max_seconds=120)
+    found = in_turns(prepared(dense, x), prepared(small, x), (), repeats=repeats, max_seconds=120)
     if found.note is not None:
-        print(f"{name:40s} {found.note}", flush=True)
+        print(f"{name:50s} {found.note}", flush=True)
     figures = {
         "dense_ms": found.dense_ms,
         "pruned_ms": found.ms,
@@ -135,7 +184,7 @@ def compare(name: str, dense: nn.Module, small: nn.Module, x: Any, repeats: int)
     }
     result = {f"{name}/{key}": value for key, value in figures.items() if value is not None}
     for key, value in result.items():
-        print(f"{key:40s} {value:12.3f}", flush=True)
+        print(f"{key:50s} {value:12.3f}", flush=True)
     return result
 
 
@@ -245,7 +294,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     names = args.models or (SIX if args.part == "runtimes" else ("resnet18", "resnet50", "bert"))
     parts = {
-        "latency": lambda names: latency(names, args.repeats),
+        "latency": lambda names: latency(names, args.runtimes, args.repeats),
         "training": training,
         "runtimes": lambda names: runtimes(names, args.runtimes, args.repeats),
         "widths": lambda names: widths(args.runtimes, args.repeats),

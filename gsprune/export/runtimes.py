@@ -106,7 +106,7 @@ class Measure:
         with quietly(), no_fast_path():
             program = to_onnx_program(twin, example)
         fed = [*tensors_in(arguments_in_order(twin, example), floating=False)]
-        return self._session(import_module("onnx_ir").to_proto(program.model), fed, type(model).__name__)
+        return self.session(import_module("onnx_ir").to_proto(program.model), fed, type(model).__name__)
 
     def prepared_layer(self, layer: nn.Module, x: Tensor) -> nn.Module:
         """A linear or convolutional layer with its input, ready to run; of torch.compile as it is."""
@@ -115,9 +115,10 @@ class Measure:
         layer, x = as_convolution(layer, x) or (layer, x)
         x = x.detach().float().cpu().contiguous()
         graph = operator(layer, x)
-        return self.prepared(layer, x) if graph is None else self._session(graph, [x], type(layer).__name__)
+        return self.prepared(layer, x) if graph is None else self.session(graph, [x], type(layer).__name__)
 
-    def _session(self, graph: Any, inputs: list[Tensor], name: str) -> nn.Module:
+    def session(self, graph: Any, inputs: list[Tensor], name: str) -> nn.Module:
+        """A graph of ONNX with its input, ready to run in a foreign runtime."""
         kind = _OnnxRuntime if self.runtime == "onnxruntime" else _OpenVino
         try:
             found = kind(graph, [tensor.numpy() for tensor in inputs], self.threads or torch.get_num_threads())
