@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from zoo_vision import Entry
 
 from gsprune import find_structures, load_pruned, save_pruned
+from gsprune.criteria.base import unit_sums
 from gsprune.structures.example import call, map_tensors, tensors_in
 from gsprune.structures.running import outputs
 from gsprune.structures.structure import Found, Structure
@@ -67,6 +68,7 @@ def measure(entry: Entry) -> dict[str, Any]:
         difference      of masked and cut network, relative to the largest output, on each input
         tolerance       what that may be
         loaded, trained whether the saved network computes the same, and takes a step
+        gates           where affine pairs are read for consumers: how far what they say lies apart, relative
     """
     model, x = build(entry)
     before = count(model)
@@ -98,7 +100,30 @@ def measure(entry: Entry) -> dict[str, Any]:
         loaded = load_pruned(folder, build(entry)[0])
     row["loaded"] = all(torch.equal(a, b) for a, b in zip(outputs(loaded, x), outputs(model, x), strict=True))
     row["trained"] = train_step(model, x) if entry.trains else None
+    row["gates"] = gates_apart(entry, [s for s in found.structures if s.scales])
     return row
+
+
+def gates_apart(entry: Entry, structures: Sequence[Structure]) -> float:
+    """The largest difference of the sums of w * g over gates and over consumers, relative, of the dense network in
+    float64 with any affine pairs."""
+    if not structures or not entry.trains:
+        return 0.0
+    model, x = twin_of(*build(entry), torch.float64)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            nn.init.normal_(module.weight, 1, 0.5)
+            nn.init.normal_(module.bias, 0, 0.5)
+    model.requires_grad_(True).zero_grad()
+    torch.stack([t.square().mean() for t in tensors_in(call(model, x))]).sum().backward()  # type: ignore[no-untyped-call]
+    tensors = dict(model.named_parameters())
+
+    def pair(name: str) -> tuple[Tensor, Tensor]:
+        weight, grad = tensors[name].detach(), tensors[name].grad
+        return weight, torch.zeros_like(weight) if grad is None else grad  # of a part that runs in training alone
+
+    sums = [(unit_sums(s.gates, pair), unit_sums(s.consumers, pair)) for s in structures]
+    return max(float((gates - read).abs().max() / (read.abs().max() + 1e-30)) for gates, read in sums)
 
 
 def build(entry: Entry) -> tuple[nn.Module, Any]:
@@ -160,7 +185,8 @@ def train_step(model: nn.Module, x: Any) -> bool:
 def is_right(row: Mapping[str, Any]) -> bool:
     """Whether the cut network computes what the masked one does, also when it comes from disk."""
     differences = [d for d in row["difference"].values() if d is not None]
-    return bool(differences) and max(differences) < row["tolerance"] and row["loaded"] and row["trained"] is not False
+    same = bool(differences) and max(differences) < row["tolerance"] and row["loaded"]
+    return same and row["trained"] is not False and row.get("gates", 0.0) < 1e-9
 
 
 # ---- all of them, each in a process of its own
