@@ -18,6 +18,7 @@ from torch import Tensor
 
 NOWHERE: frozenset[int] = frozenset()
 NORMED = -1
+UNPAIRED = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,8 @@ class Log:
     inside    name of the norm that runs
     is_told   whether a module makes this call that can be told what it averages over
     rows, columns, scales, sources   numbers of axes by what reads or makes them
-    norms     of a weight: the BatchNorm weights that it meets first; `bare`: weights that are read without one
+    norms     of a weight: the affine pairs of the BatchNorms that it meets first, `UNPAIRED` for one without; `bare`:
+              weights that are read without a BatchNorm
     bent      atoms that pass what does not scale along with them, as ReLU and poolings do
     beside    of the whole pass: layer of the network -> what is known of its outputs along other dimensions than that
               of its own channels, of each call: (dimension, layer)

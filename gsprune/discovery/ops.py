@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gsprune.discovery.labels import (
     NORMED,
     NOWHERE,
+    UNPAIRED,
     WITH_CONSTANT,
     WITH_INPUT,
     Log,
@@ -845,11 +846,9 @@ def _shape_of(layer: Tensor, shape: Sequence[int], dims: Sequence[int]) -> list[
 
 def batch_norm(call: Call) -> list[Value | None]:
     value = call.first()
-    tensor = call.arguments.get("weight")
-    own = call.value(tensor) if tensor is not None else None
-    numbers = {n for layer in (own.layers if own else ()) for n in call.log.atoms.axes_of(layer)}
+    pair = _own_pair(call)
     for maker in value.makers - {NORMED}:
-        call.log.norms.setdefault(maker, set()).update(numbers)
+        call.log.norms.setdefault(maker, set()).update(pair)
     is_trained = bool(call.arguments.get("training")) or "no_stats" in str(call.func)
     columns: list[Tensor] = []  # of a weight that is standardised
     if is_trained:
@@ -860,6 +859,27 @@ def batch_norm(call: Call) -> list[Value | None]:
     layers = [*_per_channel(call, value, ("weight", "bias", "running_mean", "running_var"), [1]), *columns]
     made = replace(put(value, layers, call.shape), makers=frozenset({NORMED}) if value.is_input else NOWHERE)
     return [made, *[None] * (len(call.result) - 1)]
+
+
+def _own_pair(call: Call) -> set[int]:
+    """Axes of a BatchNorm's weight and bias if these say how the loss changes with a unit, else `UNPAIRED`.
+
+    They are parameters of one module by these names then; a bias may be missing.
+    """
+    axes, homes = set[int](), set[str]()
+    for leaf in ("weight", "bias"):
+        tensor = call.arguments.get(leaf)
+        if tensor is None and axes:
+            continue
+        if not isinstance(tensor, nn.Parameter):
+            return {UNPAIRED}
+        mine = {n for layer in call.value(tensor).layers for n in call.log.atoms.axes_of(layer)}
+        places = [call.log.atoms.axes[n].tensor.rpartition(".") for n in mine]
+        homes |= {home for home, *_ in places}
+        if {last for *_, last in places} != {leaf} or len(homes) > 1:
+            return {UNPAIRED}
+        axes |= mine
+    return axes
 
 
 def layer_norm(call: Call) -> Result:

@@ -11,7 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from gsprune.discovery.classes import Classes, Family
 from gsprune.discovery.heads import head_attributes
-from gsprune.discovery.labels import Axis, Log
+from gsprune.discovery.labels import UNPAIRED, Axis, Log
 from gsprune.structures.adapters import RANK, is_rank
 from gsprune.structures.attention import STREAM_NAMES, reads
 from gsprune.structures.structure import Kind, Member, Structure
@@ -365,10 +365,13 @@ def _gates(log: Log, sides: Mapping[str, Sequence[int]], members: Mapping[str, S
     """Affine pairs of the BatchNorms that read the producers first, and bare producers' own rows.
 
     Scaling a unit in front of a BatchNorm changes nothing, so its gate shows in that norm's weight and bias. A producer
-    that is (also) read without a norm shows that part of the gate in its own rows.
+    that is (also) read without a norm shows that part of the gate in its own rows. Empty, if a part shows nowhere.
     """
     axes = log.atoms.axes
-    norms = {_layer(axes[n].tensor) for a in sides["rows"] for n in log.norms.get(a, ())}
+    pairs = {n for a in sides["rows"] for n in log.norms.get(a, ())}
+    if UNPAIRED in pairs:
+        return ()
+    norms = {_layer(axes[n].tensor) for n in pairs}
     bare = {_layer(axes[a].tensor) for a in sides["rows"] if a in log.bare}
     affine = [m for m in members["scales"] if _layer(m.tensor) in norms]
     affine = [m for m in affine if m.tensor.rpartition(".")[2] in ("weight", "bias")]

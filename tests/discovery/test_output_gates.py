@@ -8,6 +8,7 @@ import torch
 from reference import loss
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsprune import Pruner
@@ -26,6 +27,7 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.norm, self.second = nn.Conv2d(3, 6, 3), norm(6), nn.Conv2d(6, 4, 3)
         self.other, self.other_norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.plain = nn.BatchNorm2d(6, affine=False)
         self.again, self.depthwise = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1, groups=6)
         self.squeeze, self.excite = nn.Conv2d(6, 2, 1), nn.Conv2d(2, 6, 1)
         self.probe, self.shift = nn.Conv2d(6, 4, 3), nn.Parameter(torch.randn(6, 1, 1))
@@ -76,7 +78,12 @@ def of_itself(net: Net, y: Tensor) -> Tensor:
     return y + F.linear(rows, rows).mean(1).reshape(1, -1, 1, 1)
 
 
-WHOLE = (residual, half_bare, half_bare_normed, shared)
+def with_and_without(net: Net, x: Tensor) -> Tensor:
+    y = net.first(x)
+    return torch.cat([net.norm(y)[:, :3].relu() + net.plain(y)[:, :3].relu(), net.norm(y)[:, 3:]], 1)
+
+
+WHOLE = (residual, half_bare, half_bare_normed, shared, with_and_without)
 SCALES: dict[str, Between] = {
     "nothing": lambda net, y: y,
     "relu": lambda net, y: y.relu_(),
@@ -108,6 +115,7 @@ BENT: dict[str, Between] = {
     "two norms": lambda net, y: net.again(y).relu(),
     "half bare": half_bare,
     "half bare, normed": half_bare_normed,
+    "two norms side by side, one without a pair": with_and_without,
     "probed": probed,
     "slopes": lambda net, y: net.slopes(y) * 2.5,
     "instance norm": lambda net, y: F.instance_norm(y).relu(),
@@ -160,6 +168,73 @@ def test_consumers_are_read_behind_anything_else(name: str) -> None:
 def test_without_an_affine_pair_of_a_batchnorm_consumers_are_read(norm: Callable[[int], nn.Module]) -> None:
     structure = of_first(Net(lambda net, y: y.relu(), norm))
     assert structure is None or not structure.scales
+
+
+class Shifted(nn.BatchNorm2d):
+    """Its weight is a distance from 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, 1 + self.weight, self.bias, self.training)
+
+
+class Halved(nn.BatchNorm2d):
+    """One of the pair is no parameter."""
+
+    def __init__(self, channels: int, left: str) -> None:
+        super().__init__(channels)
+        value = torch.randn(channels)
+        delattr(self, left)
+        self.register_buffer(left, value)
+
+
+class Foreign(nn.BatchNorm2d):
+    """Its bias is another module's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.other = nn.Module()
+        self.other.bias, self.bias = nn.Parameter(torch.randn(channels)), None  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.other.bias, self.training)
+
+
+class Exp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
+def parametrized(channels: int) -> nn.Module:
+    return register_parametrization(nn.BatchNorm2d(channels), "weight", Exp())
+
+
+PAIRS = {
+    "shifted": Shifted,
+    "bias is a buffer": lambda n: Halved(n, "bias"),
+    "weight is a buffer": lambda n: Halved(n, "weight"),
+    "bias of another": Foreign,
+    "parametrised": parametrized,
+}
+
+
+@pytest.mark.parametrize("norm", PAIRS.values(), ids=[*PAIRS])
+def test_pairs_that_do_not_say_all_are_not_read(norm: Callable[[int], nn.Module]) -> None:
+    net = Net(lambda net, y: y.relu())
+    net.norm = norm(6)
+    structure = of_first(net)
+    assert structure is not None
+    assert not structure.scales
+    assert structure.gates is structure.consumers or structure.gates == structure.consumers
+
+
+def test_a_norm_without_a_bias_is_read() -> None:
+    net = Net(lambda net, y: y.relu())
+    net.norm.bias = None
+    structure = of_first(net)
+    assert structure is not None
+    assert [m.tensor for m in structure.output_gates] == ["norm.weight"]
+    gates, consumers = sums(net, structure)
+    torch.testing.assert_close(gates, consumers, rtol=1e-9, atol=1e-9 * float(consumers.abs().max()))
 
 
 def test_some_networks_differ_where_consumers_are_read() -> None:
