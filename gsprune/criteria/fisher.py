@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gsprune.criteria.base import Read
 from gsprune.criteria.gate_gradients import GateGradient
 from gsprune.structures.structure import Member, Structure
 
@@ -46,8 +45,8 @@ class Fisher(GateGradient):
     def members(self, structure: Structure) -> Sequence[Member]:
         return structure.output_gates
 
-    def units(self, structure: Structure, read: Read) -> Tensor:
-        return super().units(structure, read).square()
+    def of_sums(self, sums: Tensor) -> Tensor:
+        return sums.square()
 
     def of_gates(self, gates_bu: Tensor) -> Tensor:
         return gates_bu.square().mean(0)

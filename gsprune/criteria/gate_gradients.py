@@ -28,10 +28,14 @@ class GateGradient(Criterion):
 
     def members(self, structure: Structure) -> Sequence[Member]:
         """The tensors that are summed over, and where each unit lies in them."""
-        raise NotImplementedError
+        raise ValueError(f"{self} does not say what it adds up: take Abs or Weighted")
+
+    def of_sums(self, sums: Tensor) -> Tensor:
+        """Signed change of each unit from its sum, (units,)."""
+        return sums
 
     def units(self, structure: Structure, read: Read) -> Tensor:
-        return unit_sums(self.members(structure), lambda name: weight_and_gradient(read(name)))
+        return self.of_sums(unit_sums(self.members(structure), lambda name: weight_and_gradient(read(name))))
 
 
 class Abs(GateGradient):

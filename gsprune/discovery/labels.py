@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 NOWHERE: frozenset[int] = frozenset()
-NORMED = -1
-UNPAIRED = -1
+NORMED = -1  # no number of an axis: among the makers of a value
+UNPAIRED = -1  # the same, among affine pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +137,7 @@ class Log:
     rows, columns, scales, sources   numbers of axes by what reads or makes them
     norms     of a weight: the affine pairs of the BatchNorms that it meets first, `UNPAIRED` for one without; `bare`:
               weights that are read without a BatchNorm
+    computed  atoms of parameters that weights are computed from, entry by entry
     bent      atoms that pass what does not scale along with them, as ReLU and poolings do
     beside    of the whole pass: layer of the network -> what is known of its outputs along other dimensions than that
               of its own channels, of each call: (dimension, layer)
@@ -164,6 +165,7 @@ class Log:
     sources: set[int] = field(default_factory=set)
     norms: dict[int, set[int]] = field(default_factory=dict)
     bare: set[int] = field(default_factory=set)
+    computed: list[Tensor] = field(default_factory=list)
     bent: list[Tensor] = field(default_factory=list)
     sizes: dict[str, list[Tensor]] = field(default_factory=dict)
     beside: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
@@ -195,7 +197,8 @@ class Log:
 
     def take(self, other: Log) -> None:
         """Take over what another says of the same atoms."""
-        for name in ("ties", "pins", "attention", "values", "summed", "halves", "blocks", "normed", "biases", "bent"):
+        lists = ("ties", "pins", "attention", "values", "summed", "halves", "blocks", "normed", "biases")
+        for name in (*lists, "computed", "bent"):
             getattr(self, name).extend(getattr(other, name))
         for name in ("rows", "columns", "scales", "sources", "bare"):
             getattr(self, name).update(getattr(other, name))

@@ -98,6 +98,8 @@ def axes(dims: Any, count: int) -> list[int]:
 
 def pointwise(call: Call) -> Value:
     values = call.values()
+    if not any(value.is_input for value in values):
+        call.log.computed += [layer.reshape(-1) for value in values for layer in value.layers]
     if call.name in SCALING:
         for value in values:
             if not value.is_input:

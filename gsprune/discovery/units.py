@@ -139,6 +139,7 @@ class _Notes:
     is_summed: Tensor
     is_bent: Tensor
     is_value: Tensor  # of the atom itself
+    is_computed: Tensor  # of the atom itself
     roots: Tensor
     normed: Sequence[tuple[Tensor, str, str]]  # roots, kind of norm, module
     widths: Sequence[tuple[Tensor, int]]  # roots, width of a head's values
@@ -152,6 +153,9 @@ class _Notes:
         for rows, biases in log.biases:
             is_value[biases] |= is_value[rows]
         is_value[0] = False
+        is_computed = torch.zeros(log.atoms.count, dtype=torch.bool)
+        for atoms in log.computed:
+            is_computed[atoms] = True
         streams = [atoms for atoms, kind, _ in log.normed if kind != "GroupNorm"]
         roots = classes.roots
         return _Notes(
@@ -160,6 +164,7 @@ class _Notes:
             classes.having(log.summed),
             classes.having(log.bent),
             is_value,
+            is_computed,
             roots,
             [(roots[atoms].unique(), kind, name) for atoms, kind, name in log.normed],  # type: ignore[no-untyped-call]
             [(roots[atoms].unique(), width) for atoms, width in log.values],  # type: ignore[no-untyped-call]
@@ -191,9 +196,10 @@ def _structure(network: Network, log: Log, notes: _Notes, family: Family) -> Str
         homes = [_layer(m.tensor) for m in members["rows"]]
         name, gates = next(home for home in homes if home), members["columns"]
     else:
-        gates = tuple(m for m in _gates(log, sides, members) if isinstance(network.tensors[m.tensor], nn.Parameter))
+        gates = _gates(log, notes, sides, members)
+        gates = gates if all(isinstance(network.tensors[m.tensor], nn.Parameter) for m in gates) else ()
         scales = bool(gates) and all(network.tensors[m.tensor].dim() == 1 for m in gates) and not notes.is_bent[root]
-        gates = gates or members["columns"]  # behind a norm that has no weight of its own
+        gates = gates or members["columns"]  # what has no gradient, or one of something else, says nothing
     attributes = attributes | _norm_attributes(network, notes, root)
     if kind == "residual":
         attributes |= _widths(network, [*members["rows"], *members["columns"]])
@@ -361,7 +367,9 @@ def _entries(units: Tensor) -> int | None:
 # ---- gates
 
 
-def _gates(log: Log, sides: Mapping[str, Sequence[int]], members: Mapping[str, Sequence[Member]]) -> tuple[Member, ...]:
+def _gates(
+    log: Log, notes: _Notes, sides: Mapping[str, Sequence[int]], members: Mapping[str, Sequence[Member]]
+) -> tuple[Member, ...]:
     """Affine pairs of the BatchNorms that read the producers first, and bare producers' own rows.
 
     Scaling a unit in front of a BatchNorm changes nothing, so its gate shows in that norm's weight and bias. A producer
@@ -373,6 +381,8 @@ def _gates(log: Log, sides: Mapping[str, Sequence[int]], members: Mapping[str, S
         return ()
     norms = {_layer(axes[n].tensor) for n in pairs}
     bare = {_layer(axes[a].tensor) for a in sides["rows"] if a in log.bare}
+    if any(bool(notes.is_computed[axes[a].first]) for a in sides["rows"] if _layer(axes[a].tensor) in bare):
+        return ()
     affine = [m for m in members["scales"] if _layer(m.tensor) in norms]
     affine = [m for m in affine if m.tensor.rpartition(".")[2] in ("weight", "bias")]
     return (*affine, *(m for m in members["rows"] if _layer(m.tensor) in bare))

@@ -7,7 +7,6 @@ selection groups as `selection.select` ranks them.
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -56,16 +55,11 @@ class Verdict:
         self, finite: Tensor, criterion: Criterion, grad_scale: Tensor | None = None, *, decay: float | None = None
     ) -> None:
         self.finite, self._newest = finite, 1 - criterion.decay  # the share of the newest change in an average
-        self._spread_decay = criterion.spread_decay or 1.0
         self.grad_scale = None if grad_scale is None else grad_scale**criterion.degree
         bits = torch.full_like(finite, _ALL_BITS if criterion.signed else _MAGNITUDE_BITS, dtype=torch.int32)
         self.bits = torch.where(finite, bits, torch.zeros_like(bits))
         self.decay = self._factor(criterion.decay if decay is None else decay)
-
-    @functools.cached_property
-    def spread_decay(self) -> Tensor:
-        """The factor of the second running average."""
-        return self._factor(self._spread_decay)
+        self.spread_decay = self._factor(criterion.spread_decay or 1.0)
 
     def add_(self, score: Tensor, change: Tensor, spread: Tensor | None = None) -> None:
         """score <- decay * score + abs(change), and so the spread; overwrites `change` (all float32)."""

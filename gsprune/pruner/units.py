@@ -225,8 +225,9 @@ class UnitTargets(Targets):
             if len(grads) < len(lines):
                 continue
             products = dot_along(torch.cat(lines), torch.cat(grads), 0)
-            sums = products.reshape(depth, -1).sum(0).split_with_sizes([self.targets[i].placed.units for i, _ in found])
-            changes |= {i: self.targets[i].dense(piece) for (i, _), piece in zip(found, sums, strict=True)}
+            sums = criterion.of_sums(products.reshape(depth, -1).sum(0))
+            pieces = sums.split_with_sizes([self.targets[i].placed.units for i, _ in found])
+            changes |= {i: self.targets[i].dense(piece) for (i, _), piece in zip(found, pieces, strict=True)}
         return changes
 
     def accumulate_(self, criterion: Criterion, verdict: Verdict) -> None:
@@ -248,7 +249,7 @@ class UnitTargets(Targets):
     def apply_(self) -> None:
         for target in reversed(self.targets):  # what the optimizer wrote last is still in the cache
             for tensor, row in target.masked():  # a fifth of the time of filling the pruned columns
-                (here(tensor) if is_sharded(tensor) else tensor).mul_(row)
+                here(tensor).mul_(row)
 
     def mask_state_(self, optimizers: Sequence[Optimizer]) -> None:
         for target in self.targets:

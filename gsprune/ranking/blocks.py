@@ -51,14 +51,11 @@ def dot_along(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """
     if a.dim() == 1:  # a BatchNorm's pair: a hundred of them in a step, so no call too many
         return a * b if a.dtype.itemsize >= 4 else a.float() * b
-    over_rows = dim != 0
-    if a.dtype == b.dtype and a.dtype.itemsize >= 4 and _lie_alike(a, b):
-        sums = _in_one_pass(a, b, over_rows=over_rows)
-    else:
-        wide = torch.promote_types(a.dtype, torch.float32)
-        pairs = ((x.to(wide), y.to(wide) if y.is_cpu else y) for x, y in blocks(a, b))
-        steps = [_sums(x, y, over_rows=over_rows) for x, y in pairs]
-        sums = functools.reduce(torch.add, steps) if over_rows else torch.cat(steps)
+    over_rows, wide = dim != 0, torch.promote_types(a.dtype, torch.float32)
+    in_one = a.dtype == b.dtype == wide and _lie_alike(a, b)
+    pairs = [(a, b)] if in_one else ((x.to(wide), y.to(wide) if y.is_cpu else y) for x, y in blocks(a, b))
+    steps = [_sums(x, y, over_rows=over_rows) for x, y in pairs]
+    sums = functools.reduce(torch.add, steps) if over_rows else torch.cat(steps)
     if sums.numel() == a.shape[dim]:
         return sums.reshape(-1)
     return sums.movedim(dim - 1, 0).reshape(a.shape[dim], -1).sum(1)

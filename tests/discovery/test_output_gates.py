@@ -8,11 +8,12 @@ import torch
 from reference import loss
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsprune import Pruner
-from gsprune.criteria import PLATON, Abs, Criterion, Fisher, Weighted
+from gsprune.criteria import PLATON, Abs, Criterion, Fisher, GateGradient, Weighted
 from gsprune.criteria.base import Read, unit_sums
 from gsprune.discovery.find import find_structures
 from gsprune.structures.structure import Structure
@@ -80,7 +81,7 @@ def of_itself(net: Net, y: Tensor) -> Tensor:
 
 def with_and_without(net: Net, x: Tensor) -> Tensor:
     y = net.first(x)
-    return torch.cat([net.norm(y)[:, :3].relu() + net.plain(y)[:, :3].relu(), net.norm(y)[:, 3:]], 1)
+    return net.norm(y).relu() + net.plain(y).relu()
 
 
 WHOLE = (residual, half_bare, half_bare_normed, shared, with_and_without)
@@ -160,14 +161,16 @@ def test_affine_pairs_give_what_consumers_do(name: str, training: bool) -> None:
 @pytest.mark.parametrize("name", BENT)
 def test_consumers_are_read_behind_anything_else(name: str) -> None:
     structure = of_first(Net(BENT[name]))
-    assert structure is None or not structure.scales
-    assert structure is None or structure.output_gates is structure.consumers
+    assert structure is not None
+    assert not structure.scales
+    assert structure.output_gates is structure.consumers
 
 
 @pytest.mark.parametrize("norm", [nn.Identity, lambda n: nn.GroupNorm(1, n), lambda n: nn.BatchNorm2d(n, affine=False)])
 def test_without_an_affine_pair_of_a_batchnorm_consumers_are_read(norm: Callable[[int], nn.Module]) -> None:
     structure = of_first(Net(lambda net, y: y.relu(), norm))
-    assert structure is None or not structure.scales
+    assert structure is not None
+    assert not structure.scales
 
 
 class Shifted(nn.BatchNorm2d):
@@ -224,7 +227,56 @@ def test_pairs_that_do_not_say_all_are_not_read(norm: Callable[[int], nn.Module]
     structure = of_first(net)
     assert structure is not None
     assert not structure.scales
-    assert structure.gates is structure.consumers or structure.gates == structure.consumers
+    assert structure.gates is structure.consumers
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5), self.bias)
+
+
+class Raised(nn.Conv2d):
+    """Its weight is a distance from a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, 0.1 + self.weight, self.bias)
+
+
+class Constant(nn.Conv2d):
+    """Its bias is no parameter."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        value = torch.randn(len(self.weight))
+        del self.bias
+        self.register_buffer("bias", value)
+
+
+def exponential(*sizes: int) -> nn.Module:
+    return register_parametrization(nn.Conv2d(*sizes), "weight", Exp())
+
+
+def normed(*sizes: int) -> nn.Module:
+    return weight_norm(nn.Conv2d(*sizes))
+
+
+@pytest.mark.parametrize("layer", [Standardised, Raised, Constant, exponential])
+def test_rows_that_are_computed_from_others_say_nothing(layer: Callable[..., nn.Module]) -> None:
+    net = Net(lambda net, y: y.relu(), lambda n: nn.Identity())
+    net.first = layer(3, 6, 3)
+    structure = next(s for s in find_structures(net, X).structures if s.name.startswith("first"))
+    assert structure.gates is structure.consumers
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d, normed])
+def test_rows_of_layers_without_a_norm_say_what_consumers_do(layer: Callable[..., nn.Module]) -> None:
+    net = Net(lambda net, y: y.relu(), lambda n: nn.Identity())
+    net.first = layer(3, 6, 3)
+    structure = next(s for s in find_structures(net, X).structures if s.name.startswith("first"))
+    assert {m.tensor.partition(".")[0] for m in structure.gates} == {"first"}
+    gates, consumers = sums(net, structure)
+    torch.testing.assert_close(gates, consumers, rtol=1e-9, atol=1e-9 * float(consumers.abs().max()))
 
 
 def test_a_norm_without_a_bias_is_read() -> None:
@@ -306,7 +358,7 @@ def pruner_after_steps(model: nn.Module, criterion: Criterion) -> tuple[Pruner, 
     return pruner, counting.count
 
 
-@pytest.mark.parametrize("criterion", [Abs(), Weighted()])
+@pytest.mark.parametrize("criterion", [Abs(), Weighted(), Fisher()])
 def test_as_many_operations_read_any_number_of_norms(criterion: Criterion) -> None:
     counts = [pruner_after_steps(Deep(depth), criterion)[1] for depth in (3, 6)]
     assert counts[0] == counts[1]
@@ -327,6 +379,11 @@ def test_a_criterion_of_its_own_is_asked() -> None:
     assert few < many
     for name, score in once.scores().items():
         torch.testing.assert_close(twice.scores()[name], 2 * score, rtol=1e-5, atol=1e-6)
+
+
+def test_a_criterion_that_names_no_tensors_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match=r"GateGradient.*Abs or Weighted"):
+        Pruner(Deep(3), GateGradient(), target_sparsity=0.5, example_input=X)
 
 
 def test_a_norm_without_a_gradient_costs_its_own_units_alone() -> None:

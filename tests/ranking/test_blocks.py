@@ -18,17 +18,17 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_products_are_added_up_over_all_other_axes(shape: tuple[int, ...], dtype: torch.dtype, dim: int) -> None:
-    check(shape, dtype, ("channels last", "plain"), dim)
+    assert_is_the_plain_sum(shape, dtype, ("channels last", "plain"), dim)
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (6, 5, 3, 3), (6, 5, 4)])
 @pytest.mark.parametrize("layouts", [(one, other) for one in LAYOUTS for other in LAYOUTS])
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_tensors_may_lie_in_memory_in_any_order(shape: tuple[int, ...], layouts: tuple[str, str], dim: int) -> None:
-    check(shape, torch.float32, layouts, dim % len(shape))
+    assert_is_the_plain_sum(shape, torch.float32, layouts, dim % len(shape))
 
 
-def check(shape: tuple[int, ...], dtype: torch.dtype, layouts: tuple[str, str], dim: int) -> None:
+def assert_is_the_plain_sum(shape: tuple[int, ...], dtype: torch.dtype, layouts: tuple[str, str], dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (
         LAYOUTS[layout](torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for layout in layouts
